@@ -1,0 +1,1011 @@
+"""Checkpoints that survive: durable saves, damage found before it is believed, resume from the furthest good file.
+
+    python checkpoint.py ls results/            every run: its files, their health, and which one a resume takes
+    python checkpoint.py verify FILE_OR_DIR     exit 1 and the file's name on any damage
+    python checkpoint.py clean results/ [--yes] what no resume needs; removed only with --yes
+    python checkpoint.py strip best.pt [DST]    the weights alone, to share
+
+Copy this one file (it needs torch and nothing else of ours) and train like this; kill it whenever you like:
+
+    import torch, checkpoint
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 1), torch.randn(20, 8, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=0.001) as saver:
+        if state := saver.resume():
+            model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        step, (epoch, batch) = state["global_step"] if state else 0, saver.position
+        pack = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "epoch": epoch, "batch": batch, "global_step": step}
+        for epoch in range(epoch, 6):
+            while batch < len(x):
+                loss = model(x[batch]).square().mean()
+                optimizer.zero_grad(), loss.backward(), optimizer.step()
+                batch, step = batch + 1, step + 1
+                if saver.due():
+                    saver.save_mid(pack())
+            saver.save_epoch(pack(), metric=-loss.item())
+            batch = 0
+
+A checkpoint is a plain .pt (a stored zip): `torch.load(path, weights_only=True)` and `unzip -t` open it. Every byte is
+covered: tensors by their zip CRC-32, all the rest by a SHA-256 in the zip comment, next to the progress as JSON, so that
+choosing among many files reads a few hundred bytes of each.
+"""
+import argparse
+import ctypes
+import errno
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+import uuid
+import zipfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+NAME = re.compile(r"mid_epoch_(\d+)_(\d+)\.pt|checkpoint_epoch_(\d+)\.pt|last\.pt")     # what a resume may take
+TEMP = re.compile(r"\..+\.(\d+)\.\d+\.tmp")         # .NAME.PID.SERIAL.tmp
+PROGRESS = ("epoch", "batch", "global_step", "save_counter")
+PAGE = 4096                     # alignment of O_DIRECT writes
+MTBF_HOURS = 24.0               # assumed mean time between failures for the Young/Daly advice: one Modal time limit
+MAGIC = b"holdfast1 "           # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
+_serial = itertools.count()
+
+
+class CorruptCheckpoint(Exception):
+    """The file is damaged, or is no checkpoint that can be loaded without running code. The message names file and damage."""
+
+
+class InUse(OSError):
+    """Another live process holds this run directory."""
+
+
+class SaveFailed(OSError):
+    """Three saves in a row failed: going on would risk ever more work."""
+
+
+# ---- the file: a stored zip laid out by hand, so that a snapshot is one memcpy and every byte is accounted for ----
+
+_STORAGE = {torch.float32: torch.FloatStorage, torch.float64: torch.DoubleStorage, torch.float16: torch.HalfStorage,
+            torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+            torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+            torch.bool: torch.BoolStorage, torch.complex64: torch.ComplexFloatStorage,
+            torch.complex128: torch.ComplexDoubleStorage}
+
+
+class _Slot:
+    """Stands for one tensor in the frozen state: its record number, dtype and shape."""
+
+    def __init__(self, key, tensor):
+        self.key, self.dtype, self.shape = str(key), tensor.dtype, tuple(tensor.shape)
+        self.numel, self.nbytes = tensor.numel(), tensor.numel() * tensor.element_size()
+
+    def reduce(self):
+        strides = tuple(itertools.accumulate(reversed(self.shape[1:]), int.__mul__, initial=1))[::-1] if self.shape else ()
+        head = (_Record(self), 0, self.shape, strides, False, OrderedDict())
+        if self.dtype in _STORAGE:
+            return torch._utils._rebuild_tensor_v2, head
+        return torch._utils._rebuild_tensor_v3, head + (self.dtype,)        # uint16, float8 ...: untyped storage
+
+
+class _Record:
+    def __init__(self, slot):
+        self.slot = slot
+
+
+class _Pickler(pickle.Pickler):
+    """torch.save's own pickle format (persistent ids name the storages), with slots in place of tensors."""
+
+    dispatch_table = {_Slot: _Slot.reduce}
+
+    def persistent_id(self, obj):
+        if type(obj) is _Record:
+            slot = obj.slot
+            typed = slot.dtype in _STORAGE
+            kind = _STORAGE[slot.dtype] if typed else torch.UntypedStorage
+            return "storage", kind, slot.key, "cpu", slot.numel if typed else slot.nbytes
+        return None
+
+
+def _freeze(state):
+    """A copy of the state's containers with a slot for every tensor; returns (tree, slots, tensors).
+
+    Views keep only the elements they show, tied tensors stay tied, NumPy scalars become Python numbers. Raises TypeError,
+    naming the key, for anything `weights_only=True` would refuse: a file that cannot be loaded must never be written."""
+    slots, tensors, seen = [], [], {}
+
+    def walk(value, where):
+        kind = type(value)
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise TypeError(f"state{where}: only dense tensors can be saved, this is {value.layout} on {value.device}")
+            value = value.detach()
+            mark = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if mark not in seen or not value.numel():
+                seen[mark] = _Slot(len(slots), value)
+                slots.append(seen[mark])
+                tensors.append(value)
+            return seen[mark]
+        if value is None or kind in (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size):
+            return value
+        if isinstance(value, dict):
+            copy = (OrderedDict if isinstance(value, OrderedDict) else dict)(
+                (walk(k, where), walk(v, f"{where}[{k!r}]")) for k, v in value.items())
+            if isinstance(value, OrderedDict):
+                vars(copy).update(walk(vars(value), where))                 # a state_dict's _metadata: module versions
+            return copy
+        if kind in (list, tuple, set):
+            return kind(walk(v, f"{where}[{i}]") for i, v in enumerate(value))
+        if kind.__module__ == "numpy":
+            return walk(value.item() if value.ndim == 0 else torch.as_tensor(value), where)
+        raise TypeError(f"state{where} is a {kind.__module__}.{kind.__qualname__}: weights_only loading would refuse it; "
+                        f"store plain numbers, strings, lists, dicts or tensors")
+
+    return walk(state, ""), slots, tensors
+
+
+def _local(name, size, crc, offset):
+    """Local zip header for a stored record at `offset`; padded so that its data begins at a multiple of 64."""
+    big = struct.pack("<HHQQ", 1, 16, size, size) if size >= 0xFFFFFFFF else b""
+    pad = -(offset + 30 + len(name) + len(big) + 4) % 64
+    extra = big + struct.pack("<HH", 0x4246, pad) + b"Z" * pad              # 'FB', torch's own padding tag
+    small = min(size, 0xFFFFFFFF)
+    return struct.pack("<4s5H3L2H", b"PK\3\4", 45 if big else 20, 0x800, 0, 0, 0x21, crc, small, small,
+                       len(name), len(extra)) + name + extra
+
+
+def _directory(records, offset):
+    """Central directory and end records for [(name, size, crc, header offset)], beginning at `offset`."""
+    out = io.BytesIO()
+    for name, size, crc, at in records:
+        big = struct.pack("<HH3Q", 1, 24, size, size, at) if max(size, at) >= 0xFFFFFFFF else b""
+        small, short = (0xFFFFFFFF, 0xFFFFFFFF) if big else (size, at)
+        out.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", 45 if big else 20, 45 if big else 20, 0x800, 0, 0, 0x21, crc,
+                              small, small, len(name), len(big), 0, 0, 0, 0, short) + name + big)
+    size, count = out.tell(), len(records)
+    if offset + size >= 0xFFFFFFFF or count >= 0xFFFF:
+        out.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, offset))
+        out.write(struct.pack("<4sLQL", b"PK\6\7", 0, offset + size, 1))
+    return out.getvalue() + struct.pack("<4s4H2L", b"PK\5\6", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF),
+                                        min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF))
+
+
+class _Image:
+    """One checkpoint file in memory, tensors already at their final offsets in a preallocated, page-aligned buffer.
+
+    `fill` is the only thing training waits for. With CUDA tensors it clones them on the GPU in stream order (so the next
+    optimizer step may change them at once) and sends the clone to pinned memory from a side stream."""
+
+    def __init__(self):
+        self.buffer, self.layout, self.staging, self.copied = None, None, None, None
+
+    def fill(self, state):
+        self.tree, self.slots, tensors = _freeze(state)
+        layout = [(s.dtype, s.shape, t.device) for s, t in zip(self.slots, tensors)]
+        if layout != self.layout:
+            self._place(layout, tensors)
+        on_gpu, on_cpu = [t for t in tensors if t.is_cuda], [t for t in tensors if not t.is_cuda]
+        if on_gpu:
+            self._fill_from_gpu(on_gpu)
+        if on_cpu:
+            torch._foreach_copy_(self.views, on_cpu)
+        return self
+
+    def _place(self, layout, tensors):
+        """Offsets for every record, CUDA tensors first (they arrive as one block), and typed views at those offsets."""
+        self.order = sorted(range(len(tensors)), key=lambda i: not tensors[i].is_cuda)
+        self.at, end, self.gpu_end = {}, 0, 0
+        for i in self.order:
+            header = _local(f"archive/data/{i}".encode(), self.slots[i].nbytes, 0, end)
+            self.at[i] = (end, end + len(header))
+            end += len(header) + self.slots[i].nbytes
+            self.gpu_end = end if tensors[i].is_cuda else self.gpu_end
+        self.end = end
+        if self.buffer is None or self.buffer.numel() < end:
+            room = torch.empty(end + end // 16 + PAGE, dtype=torch.uint8, pin_memory=self.gpu_end > 0)
+            self.buffer = room[-room.data_ptr() % PAGE:]
+        self.views = self._views(self.buffer, [i for i, t in enumerate(tensors) if not t.is_cuda])
+        if self.gpu_end:
+            device = next(t.device for t in tensors if t.is_cuda)
+            self.staging = torch.empty(self.gpu_end, dtype=torch.uint8, device=device)
+            self.clones = self._views(self.staging, [i for i, t in enumerate(tensors) if t.is_cuda])
+            self.side = torch.cuda.Stream(device)
+        self.layout = layout
+
+    def _views(self, buffer, indices):
+        spans = [(self.at[i][1], self.slots[i]) for i in indices]
+        return [buffer[at:at + s.nbytes].view(s.dtype).view(s.shape) for at, s in spans]
+
+    def _fill_from_gpu(self, tensors):
+        with torch.cuda.device(self.staging.device):
+            torch._foreach_copy_(self.clones, tensors)
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                self.buffer[:self.gpu_end].copy_(self.staging[:self.gpu_end], non_blocking=True)
+                self.copied = torch.cuda.Event()
+                self.copied.record()
+
+    def tensor(self, slot):
+        """The copied tensor that `slot` stands for, on the CPU."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self._views(self.buffer, [int(slot.key)])[0]
+
+    def finish(self):
+        """Pickle, headers and checksums around the tensors. Returns (tensor part, tail) as buffers; runs in the writer."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        memory = (ctypes.c_char * self.end).from_address(self.buffer.data_ptr())
+        memory.owner = self.buffer          # the view below must outlive this image
+        whole = memoryview(memory).cast("B")
+        records, digest = [], hashlib.sha256()
+
+        def record(name, data, at):
+            crc = zlib.crc32(data)
+            records.append((name, len(data), crc, at))
+            return _local(name, len(data), crc, at)
+
+        for i in self.order:
+            start, data = self.at[i]
+            header = record(f"archive/data/{i}".encode(), whole[data:data + self.slots[i].nbytes], start)
+            whole[start:data] = header
+            digest.update(header)
+        pickled = io.BytesIO()
+        _Pickler(pickled, protocol=2).dump(self.tree)
+        tail = io.BytesIO()
+        for name, data in ((b"data.pkl", pickled.getvalue()), (b"byteorder", sys.byteorder.encode()), (b"version", b"3\n")):
+            tail.write(record(b"archive/" + name, data, self.end + tail.tell()) + data)
+        tail.write(_directory(records, self.end + tail.tell()))
+        known = {k: self.tree[k] for k in (*PROGRESS, "kind", "run", "metric") if k in self.tree}
+        note = json.dumps(known, default=lambda tensor: None).encode()
+        tail.write(struct.pack("<H", len(MAGIC) + 64 + 10 + len(note)))     # ends the zip end record: comment length
+        digest.update(tail.getvalue() + note)
+        tail.write(MAGIC + digest.hexdigest().encode() + b" %08x " % zlib.crc32(note) + note)
+        return whole, tail.getvalue()
+
+
+# ---- writing ----
+
+def atomic_save(state, path):
+    """Write the dict `state` to `path` so that it survives a power cut once this returns; all or nothing.
+
+    Raises OSError (with its errno) when it cannot be written, TypeError for what `weights_only` loading would refuse; the
+    temp file is gone then and every earlier file, `path` included, is as it was."""
+    path = Path(path)
+    body, tail = _Image().fill(state).finish()
+    sweep_temps(path.parent)
+    _write(path, body, tail)
+
+
+def _write(path, body, tail):
+    """temp in the same directory, write, fsync, replace, fsync of the directory (Pillai et al., OSDI'14: nothing less is safe).
+
+    The aligned part bypasses the page cache where the file system allows: half the interference with the training loop, and
+    checkpoints do not push the EEG out of the cache. Nothing failed is retried: after a failed fsync the kernel may call the
+    lost pages clean (Rebello et al., ATC'20)."""
+    temp = path.parent / f".{path.name}.{os.getpid()}.{next(_serial)}.tmp"
+    fd = _create(temp)
+    try:
+        try:
+            cut = len(body) // PAGE * PAGE
+            _write_direct(fd, body[:cut])
+            _write_all(fd, body[cut:])
+            _write_all(fd, tail)
+            os.fsync(fd)
+            os.replace(temp, path)          # before close: closing gives up the lock that marks this temp as alive
+        finally:
+            os.close(fd)
+    except BaseException:
+        _unlink(temp)
+        raise
+    _sync_directory(path.parent)
+
+
+def _create(temp):
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)         # the umask decides, unlike mkstemp's 0600
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)                      # freed by any death: sweep_temps asks for it
+    except OSError:
+        pass                                # no locks on this file system: sweep_temps goes by the process id there
+    return fd
+
+
+def _write_direct(fd, data):
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return _write_all(fd, data)         # tmpfs and some network file systems have no direct writes
+    try:
+        _write_all(fd, data)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        os.lseek(fd, 0, os.SEEK_SET)        # refused only at the write, as some file systems do: again, buffered
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+        _write_all(fd, data)
+    finally:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+
+
+def _write_all(fd, data):
+    data = memoryview(data)
+    while data:
+        data = data[os.write(fd, data):]
+
+
+def _sync_directory(directory):
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # "cannot" is not "failed"
+            raise
+    finally:
+        os.close(fd)
+
+
+def _unlink(path):
+    try:
+        os.unlink(path)
+    except OSError as error:
+        if error.errno != errno.ENOENT and path.exists():
+            print(f"checkpoint: could not remove {path}: {error.strerror}", file=sys.stderr)
+
+
+def sweep_temps(directory):
+    """Remove the temp files of dead processes in `directory`; a live writer holds a lock on its own."""
+    for temp in Path(directory).glob(".*.tmp"):
+        if TEMP.fullmatch(temp.name) and _dead(temp):
+            _unlink(temp)
+
+
+def _dead(temp):
+    try:
+        fd = os.open(temp, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return not Path("/proc", TEMP.fullmatch(temp.name)[1]).exists()
+    finally:
+        os.close(fd)
+
+
+# ---- reading ----
+
+def load(path, map_location="cpu"):
+    """The dict in `path`, every byte checked first. Raises CorruptCheckpoint for any damage, OSError when it cannot be read."""
+    return _checked(path, map_location)
+
+
+def verify(path):
+    """Read all of `path` and refuse what `load` would refuse (CorruptCheckpoint). Returns its size in bytes."""
+    _checked(path, "meta")
+    return os.path.getsize(path)
+
+
+def _checked(path, map_location):
+    with open(path, "rb") as file:
+        try:
+            _check_bytes(file)
+            file.seek(0)
+            return torch.load(file, map_location=map_location, weights_only=True)
+        except (MemoryError, OSError, torch.OutOfMemoryError):
+            raise
+        except CorruptCheckpoint as damage:
+            raise CorruptCheckpoint(f"{path}: {damage}") from None
+        except pickle.UnpicklingError as refusal:
+            reason = str(refusal).strip().split("\n")[0]
+            raise CorruptCheckpoint(f"{path}: weights_only loading refuses it: {reason}") from None
+        except Exception as damage:         # a damaged zip makes torch raise EOFError, RuntimeError, KeyError, struct.error ...
+            raise CorruptCheckpoint(f"{path}: unreadable: {type(damage).__name__}: {damage}".split("\n")[0]) from damage
+
+
+def _check_bytes(file):
+    """Raise CorruptCheckpoint unless every byte is the one written (ours), or every zip record is sound (any other .pt)."""
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise CorruptCheckpoint("empty file")
+    end, comment = _end_record(file, size)
+    if not comment:
+        return _check_foreign(file)
+    stored, note = comment[len(MAGIC):len(MAGIC) + 64], comment[len(MAGIC) + 74:]
+    digest, at = hashlib.sha256(), 0
+    buffer = bytearray(1 << 20)
+    for name, length, crc, offset in _records(file, end, size):
+        if not name.startswith(b"archive/data/"):
+            continue
+        digest.update(_read(file, at, offset + 30 - at))
+        sizes = struct.unpack("<2H", _read(file, offset + 26, 4))
+        digest.update(_read(file, offset + 30, sum(sizes)))
+        at = offset + 30 + sum(sizes)
+        found = 0
+        for start in range(at, at + length, len(buffer)):
+            piece = memoryview(buffer)[:min(len(buffer), at + length - start)]
+            file.seek(start)
+            if file.readinto(piece) != len(piece):
+                raise CorruptCheckpoint("truncated")
+            found = zlib.crc32(piece, found)
+        if found != crc:
+            raise CorruptCheckpoint(f"tensor record {name.decode()} does not match its CRC-32")
+        at += length
+    digest.update(_read(file, at, size - len(comment) - at) + note)
+    if digest.hexdigest().encode() != stored:
+        raise CorruptCheckpoint("headers, structure or plain values do not match their SHA-256")
+
+
+def _read(file, at, length):
+    if length < 0:
+        raise CorruptCheckpoint("overlapping or misplaced records")
+    file.seek(at)
+    data = file.read(length)
+    if len(data) != length:
+        raise CorruptCheckpoint("truncated")
+    return data
+
+
+def _end_record(file, size):
+    """(the fields of the zip end record, our comment or b"")."""
+    tail = _read(file, max(0, size - 66000), min(size, 66000))
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < 22:
+        raise CorruptCheckpoint("truncated: the zip end record is missing")
+    fields, comment = struct.unpack("<4s4H2LH", tail[at:at + 22]), tail[at + 22:]
+    if fields[-1] != len(comment) or (comment and not comment.startswith(MAGIC)):
+        raise CorruptCheckpoint("the zip end record is damaged")
+    return (size - len(tail) + at, *fields[4:7]), comment
+
+
+def _records(file, end, size):
+    """[(name, size, crc, header offset)] of the central directory, in file order."""
+    end_at, count, length, offset = end
+    if offset == 0xFFFFFFFF or count == 0xFFFF:
+        count, length, offset = struct.unpack("<3Q", _read(file, end_at - 20 - 24, 24))
+    data, out, at = _read(file, offset, length), [], 0
+    for _ in range(count):
+        fields = struct.unpack_from("<4s6H3L5H2L", data, at)
+        crc, packed, stored, names, extras, comments, header = *fields[7:13], fields[16]
+        name = data[at + 46:at + 46 + names]
+        if extras:
+            stored, _, header = struct.unpack_from("<3Q", data, at + 46 + names + 4)
+        if header + 30 + stored > size:
+            raise CorruptCheckpoint("truncated")
+        out.append((name, stored, crc, header))
+        at += 46 + names + extras + comments
+    return sorted(out, key=lambda record: record[3])
+
+
+def _check_foreign(file):
+    """A .pt of plain torch.save has only zip CRCs; attribute bits that make a reader skip a record are refused too."""
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.external_attr or info.compress_type or info.is_dir():
+                raise CorruptCheckpoint(f"record {info.filename} has damaged attributes")
+        if bad := archive.testzip():
+            raise CorruptCheckpoint(f"record {bad} does not match its CRC-32")
+
+
+def peek(path):
+    """Progress of a checkpoint without reading it: a dict with epoch, batch, global_step, save_counter, run, metric, bytes.
+
+    A few hundred bytes are read of a file written here; any other .pt is unpickled without its tensors. Raises
+    CorruptCheckpoint or OSError."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            comment = _end_record(file, size)[1] if size else b""
+        except CorruptCheckpoint as damage:
+            raise CorruptCheckpoint(f"{path}: {damage}") from None
+        note = comment[len(MAGIC) + 74:]
+        if comment and comment[len(MAGIC) + 64:len(MAGIC) + 74] != b" %08x " % zlib.crc32(note):
+            raise CorruptCheckpoint(f"{path}: its progress record is damaged")
+    state = json.loads(note) if comment else _checked(path, "meta")
+    if not isinstance(state, dict):
+        raise CorruptCheckpoint(f"{path}: holds a {type(state).__name__}, not a checkpoint dict")
+    facts = {k: state.get(k, 0) for k in PROGRESS}
+    for key, value in facts.items():
+        if type(value) is not int or value < 0:
+            raise CorruptCheckpoint(f"{path}: its {key} is {value!r}, not a count")
+    return facts | {"kind": state.get("kind"), "run": state.get("run"), "metric": state.get("metric"), "bytes": size}
+
+
+# ---- choosing and rotating: by what is stored inside, never by mtime or by the order of names ----
+
+class _Candidate:
+    """One file that a resume may take, with its progress or the reason why it is out."""
+
+    def __init__(self, path):
+        self.path, self.facts, self.damage = Path(path), None, None
+        try:
+            if not self.path.is_file():
+                raise CorruptCheckpoint(f"{path}: not a regular file")
+            self.facts = peek(path)
+        except (CorruptCheckpoint, OSError) as damage:
+            self.damage = _reason(damage)
+
+    @property
+    def order(self):
+        """Newest save first: the counter only grows, also after a rollback; equal counters go by progress, then by kind."""
+        kind = 2 if self.path.name.startswith("mid_epoch") else self.path.name == "last.pt"
+        return (self.facts["save_counter"], self.facts["global_step"], self.facts["epoch"], self.facts["batch"], kind)
+
+    def __str__(self):
+        f = self.facts
+        return f"epoch {f['epoch']} batch {f['batch']} step {f['global_step']} save {f['save_counter']}"
+
+
+def candidates(directory):
+    """Files of `directory` that a resume may take, furthest first, unreadable ones last."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if NAME.fullmatch(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [_Candidate(Path(directory, name)) for name in names]
+    return sorted((c for c in found if c.facts), key=lambda c: c.order, reverse=True) + [c for c in found if not c.facts]
+
+
+def _choose(directory, open_, say):
+    """(path, what open_ returned) of the best candidate that open_ accepts, or (None, None); says why for each."""
+    chosen = None
+    for candidate in candidates(directory):
+        if candidate.damage:
+            say(f"resume: skipped {candidate.path.name}: {candidate.damage}")
+        elif chosen:
+            reason = "the same save" if candidate.order[0] == chosen[2].order[0] else "an earlier save"
+            say(f"resume: passed {candidate.path.name}: {candidate}, {reason}")
+        else:
+            try:
+                chosen = candidate.path, open_(candidate.path), candidate
+                say(f"resume: chose {candidate.path.name}: {candidate}, the latest save that passes every check")
+            except (CorruptCheckpoint, OSError) as damage:
+                say(f"resume: skipped {candidate.path.name}: {_reason(damage)}")
+    return chosen[:2] if chosen else (None, None)
+
+
+def _reason(error):
+    if isinstance(error, CorruptCheckpoint):
+        return str(error).split(": ", 1)[-1]
+    return error.strerror or str(error)
+
+
+def find_resume(checkpoints_directory, say=print):
+    """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it was taken or not."""
+    return _choose(checkpoints_directory, verify, say)[0]
+
+
+def rotate(directory, glob_pattern, keep, protect=()):
+    """Delete all but the newest `keep` files (0 = all stay) that match; returns the deleted paths.
+
+    Newest by the stored save counter. Never deleted: the newest, anything in `protect` (it counts as kept), what cannot be
+    parsed, and files of another run than the newest one's."""
+    if keep < 0:
+        raise ValueError(f"keep must be 0 (all) or more, not {keep}")
+    found = [_Candidate(path) for path in Path(directory).glob(glob_pattern)]
+    found = sorted((c for c in found if c.facts), key=lambda c: c.order, reverse=True)
+    found = [c for c in found if c.facts["run"] == found[0].facts["run"]]
+    guarded = [c for c in found[:1] if keep] + [c for c in found[1:] if c.path in {Path(p) for p in protect}]
+    others = [c for c in found if c not in guarded]
+    doomed = [c.path for c in others[max(0, keep - len(guarded)):]] if keep else []
+    for path in doomed:
+        _unlink(path)
+    return doomed
+
+
+# ---- policy ----
+
+def environment(minutes, keep, say=print):
+    """(minutes, keep) with BGB_MID_EPOCH_MINUTES (float, 0 = after every step) and BGB_MID_EPOCH_KEEP (int) in charge."""
+    for name, kind in (("BGB_MID_EPOCH_MINUTES", float), ("BGB_MID_EPOCH_KEEP", int)):
+        text = os.environ.get(name, "").strip()
+        if not text:
+            continue
+        try:
+            value = kind(text)
+            if not 0 <= value < math.inf:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{name}={text!r} must be a {'number' if kind is float else 'whole number'}, 0 or more") from None
+        say(f"checkpoints: {name}={text} overrides {minutes if kind is float else keep} from the configuration")
+        minutes, keep = (value, keep) if kind is float else (minutes, value)
+    return minutes, keep
+
+
+class Checkpointer:
+    """When to save, what to keep, and the background writer, for one run directory held by one process.
+
+    mid_epoch_minutes   between timed snapshots; the first of a process comes after 2 at most (0 = after every step)
+    mid_epoch_keep, checkpoint_keep   newest files kept of each kind (0 = all)
+    checkpoint_interval epochs between checkpoint_epoch_EEE.pt
+    mode                "max" or "min": which metric is better
+    on_saved            called with the path from the writer thread once a file is durable; its exception stops the run
+    A failed save is said, retried at the next chance, and raises SaveFailed after the third in a row."""
+
+    def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1, checkpoint_keep=3,
+                 mode="max", on_saved=None, background=True, say=print):
+        self.directory = Path(directory)
+        self.minutes, self.mid_keep = environment(mid_epoch_minutes, mid_epoch_keep, say)
+        self.interval, self.keep, self.mode = checkpoint_interval, checkpoint_keep, mode
+        self.on_saved, self.background, self.say = on_saved, background, say
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.directory)
+        sweep_temps(self.directory)
+        self.links = _links_work(self.directory)
+        if not self.links:
+            say(f"checkpoints: no hard links in {directory}: last.pt and best.pt are full copies")
+        self.run, self.counter, self.position, self.resumed = uuid.uuid4().hex[:12], 0, (1, 0), None
+        self.counter = max([c.facts["save_counter"] for c in candidates(directory) if c.facts], default=0)
+        self._image, self._thread, self._error, self._failures, self._costs = _Image(), None, None, 0, []
+        self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
+
+    def resume(self, resume=True):
+        """State to continue from, or None: the best file of the directory, or `resume` itself where it is a path.
+
+        Sets `position` to (epoch in progress, batches already trained in it)."""
+        if resume is True:
+            path, state = _choose(self.directory, load, self.say)
+        else:
+            path, state = Path(resume), load(resume)
+        if state is None:
+            self.say(f"resume: nothing usable in {self.directory}: starting fresh")
+            return None
+        self.adopt(state, path)
+        return state
+
+    def adopt(self, state, path=None):
+        """Continue the run that `state` belongs to; saves from here on outrank every file in the directory."""
+        self.resumed = Path(path) if path else None
+        self.run = state.get("run") or self.run
+        self.counter = max(self.counter, state.get("save_counter", 0))
+        done = state.get("kind") == "epoch"
+        self.position = (state["epoch"] + 1, 0) if done else (state["epoch"], state["batch"])
+
+    def due(self):
+        """True when a timed snapshot should be taken. Raises what went wrong in the background since the last call."""
+        self.check()
+        return time.monotonic() >= self._due_at
+
+    def save_mid(self, state):
+        """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained in it."""
+        self._start(state, "mid_epoch", [f"mid_epoch_{state['epoch']:03d}_{state['batch']:06d}.pt"])
+
+    def save_epoch(self, state, metric=None, name="metric"):
+        """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly, best.pt. True if best."""
+        epoch, names = state["epoch"], ["last.pt"]
+        if self.interval and epoch % self.interval == 0:
+            names.insert(0, f"checkpoint_epoch_{epoch:03d}.pt")
+        self.wait()
+        improved = metric is not None and self._is_best(float(metric), name)
+        if metric is not None:
+            state = state | {"metric": {"name": name, "value": float(metric)}}
+        self._start(state, "epoch", names + ["best.pt"] * improved)
+        return improved
+
+    def _is_best(self, value, name):
+        """Strictly better than what best.pt itself holds; NaN never is. The file is asked, so no resume can forget it."""
+        best = self.directory / "best.pt"
+        try:
+            stored = peek(best)["metric"] if best.exists() else None
+        except (CorruptCheckpoint, OSError) as damage:
+            self.say(f"checkpoints: best.pt cannot be compared ({_reason(damage)}): the next metric replaces it")
+            stored = None
+        if not stored or stored["name"] != name:
+            return not math.isnan(value)
+        return better(value, stored["value"], self.mode)
+
+    def _start(self, state, kind, names):
+        began = time.monotonic()
+        self.wait()
+        self.counter += 1
+        state = {**state, "kind": kind, "run": self.run, "save_counter": self.counter}
+        try:
+            self._image.fill(state)
+        finally:
+            self._due_at = time.monotonic() + 60 * self.minutes
+        blocked = time.monotonic() - began
+        self._thread = threading.Thread(target=self._write, args=(names, blocked), name="checkpoint writer")
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def _write(self, names, blocked):
+        """Writer thread: durable first, then the other names, then the hook, and only then rotation."""
+        began = time.monotonic()
+        try:
+            self._refuse_nonfinite()
+            sweep_temps(self.directory)
+            if not self.links:      # copies need room: drop the oldest snapshot first, four newer durable ones remain
+                self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - 1) if self.mid_keep else 0)
+            body, tail = self._image.finish()
+            first = self.directory / names[0]
+            _write(first, body, tail)
+            for name in names[1:]:
+                self._also(first, self.directory / name, body, tail)
+            self._failures = 0
+            self._report(names, blocked, time.monotonic() - began, len(body) + len(tail))
+            self._call_hook(first)
+            self._rotate("mid_epoch_*.pt", self.mid_keep)
+            self._rotate("checkpoint_epoch_*.pt", self.keep)
+        except BaseException as error:      # handed to the training loop, which raises it at its next step
+            self._error = error
+
+    def _call_hook(self, path):
+        try:
+            if self.on_saved:
+                self.on_saved(path)
+        except Exception as error:          # not an OSError: the save itself did succeed
+            raise RuntimeError(f"on_saved failed for {path.name}: {error}") from error
+
+    def _refuse_nonfinite(self):
+        for key, slot in (self._image.tree.get("model") or {}).items():
+            if isinstance(slot, _Slot) and (slot.dtype.is_floating_point or slot.dtype.is_complex):
+                if not torch.isfinite(self._image.tensor(slot)).all():
+                    raise OSError(errno.EDOM, f"weights are not finite ({key}): not written over good files")
+
+    def _also(self, source, target, body, tail):
+        """`target` becomes another name of `source`: a hard link where possible, else a second durable file."""
+        if not self.links:
+            return _write(target, body, tail)
+        temp = target.parent / f".{target.name}.{os.getpid()}.{next(_serial)}.tmp"
+        try:
+            os.link(source, temp)
+            os.replace(temp, target)
+        finally:
+            _unlink(temp)
+        _sync_directory(target.parent)
+
+    def _rotate(self, pattern, keep):
+        for path in rotate(self.directory, pattern, keep, protect=[self.resumed] if self.resumed else []):
+            self.say(f"checkpoints: rotated out {path.name}")
+
+    def _report(self, names, blocked, wrote, size):
+        self._costs.append(blocked)
+        line = f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s"
+        if len(self._costs) >= 3:
+            cost = sum(self._costs) / len(self._costs)
+            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60       # Young, CACM 1974; Daly, FGCS 2006
+            line += f"; lost work and save cost balance at every {minutes:.1f} min (one failure in {MTBF_HOURS:.0f} h assumed)"
+        self.say(line)
+
+    def check(self):
+        """Raise the writer's error here: SaveFailed for the third failed save in a row, else anything that is no OSError."""
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if not isinstance(error, OSError):
+            raise error
+        self._failures += 1
+        self._due_at = min(self._due_at, time.monotonic() + 60)             # no need to wait for the whole interval
+        room = f" ({self._image.end / 1e6:.0f} MB needed, {_free(self.directory) / 1e6:.0f} MB free)"
+        line = f"save failed ({self._failures} in a row): {error.strerror or error}" + room * (error.errno == errno.ENOSPC)
+        self.say(f"{line}; every earlier checkpoint is as it was")
+        if self._failures >= 3:
+            raise SaveFailed(error.errno, f"three saves in a row failed, the last one: {error.strerror or error}")
+
+    def wait(self):
+        """Until the file being written is durable; reports its failure, if any, as `check` does."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self):
+        """Wait for the writer and give the directory up."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def better(value, best, mode="max"):
+    """Strictly better; a NaN never is, and anything beats a NaN or None."""
+    if math.isnan(value):
+        return False
+    return best is None or math.isnan(best) or (value > best if mode == "max" else value < best)
+
+
+def _links_work(directory):
+    probe = Path(directory, f".probe.{os.getpid()}.{next(_serial)}.tmp")
+    other = Path(directory, f".probe.{os.getpid()}.{next(_serial)}.tmp")
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
+    try:
+        os.link(probe, other)
+        return True
+    except OSError:
+        return False
+    finally:
+        _unlink(probe), _unlink(other)
+
+
+def _free(directory):
+    try:
+        room = os.statvfs(directory)
+        return room.f_bavail * room.f_frsize
+    except OSError:
+        return 0
+
+
+def lock(directory):
+    """Hold `directory` for this process until its death; returns the descriptor. Raises InUse where another one does."""
+    fd = os.open(Path(directory, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(fd, 200).decode(errors="replace").strip()
+        os.close(fd)
+        raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it first") from None
+    except OSError as error:
+        print(f"checkpoints: {directory} cannot be locked ({error.strerror}): see to it that one process writes here")
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return fd
+
+
+# ---- command line ----
+
+def find_runs(path):
+    """Directories at or under `path` that hold checkpoints."""
+    path = Path(path)
+    places = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
+    return [p for p in places if any(NAME.fullmatch(f.name) or f.name == "best.pt" for f in p.iterdir())]
+
+
+def _age(seconds):
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _health(path):
+    try:
+        verify(path)
+        return "ok"
+    except (CorruptCheckpoint, OSError) as damage:
+        return f"DAMAGED: {_reason(damage)}"
+
+
+def _in_use(directory):
+    """What the lock file says of its holder, or None."""
+    try:
+        os.close(lock(directory)) if Path(directory, ".lock").exists() else None
+    except InUse as held:
+        return held.strerror.split(" is ", 1)[1].split(":")[0]
+    except OSError:
+        return None
+
+
+def _list_run(directory, say=print):
+    """One run as a table; the file a resume takes is marked, with the reason below."""
+    notes = []
+    chosen = find_resume(directory, notes.append)
+    files = sorted((c for c in map(_Candidate, _checkpoints(directory))),
+                   key=lambda c: (c.facts is not None, c.order if c.facts else (), c.path.name), reverse=True)
+    busy = _in_use(directory)
+    say(f"\n{directory}" + (f"  ({busy})" if busy else ""))
+    say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} {'age':>7}  health")
+    disk, first = {}, {}
+    for c in files:
+        stat = os.lstat(c.path)
+        twin = first.setdefault(stat.st_ino, c.path.name)
+        disk[stat.st_ino] = stat.st_size
+        health = f"= {twin}" if twin != c.path.name else _health(c.path)
+        facts = c.facts or dict.fromkeys(PROGRESS, "-") | {"metric": None}
+        metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
+        say(f" {'->' if c.path == chosen else '  '} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
+            f"{facts['global_step']:>9}  {metric:<22} {stat.st_size / 1e6:>7.1f} MB {_age(time.time() - stat.st_mtime):>7}  {health}")
+    say(f"    {len(files)} names, {len(disk)} files on disk, {sum(disk.values()) / 1e6:.1f} MB in all")
+    for note in notes or ["resume: nothing usable: a fresh start"]:
+        say(f"    {note}")
+    return len(files)
+
+
+def _checkpoints(directory):
+    return [p for p in sorted(Path(directory).iterdir()) if NAME.fullmatch(p.name) or p.name == "best.pt"]
+
+
+def _removable(directory):
+    """[(path, why)]: what no resume needs. Snapshots older than the file a resume takes, damage, temps of dead processes."""
+    out = [(p, "temp of a dead process") for p in directory.glob(".*.tmp") if TEMP.fullmatch(p.name) and _dead(p)]
+    chosen = find_resume(directory, lambda line: None)
+    for c in candidates(directory) if chosen else []:
+        health = "ok" if c.path == chosen else _health(c.path)
+        if health != "ok":
+            out.append((c.path, health))
+        elif c.path != chosen and c.path.name.startswith("mid_epoch"):
+            out.append((c.path, f"older than {chosen.name}"))
+    return out
+
+
+def _clean(directory, yes):
+    if busy := _in_use(directory):
+        return print(f"{directory}: left alone, it is {busy}")
+    doomed = _removable(directory)
+    for path, why in doomed:
+        print(f"{'removed' if yes else 'would remove'} {path}  {os.lstat(path).st_size / 1e6:.1f} MB  ({why})")
+        if yes:
+            _unlink(path)
+    print(f"{directory}: {sum(1 for _ in doomed)} files" + ("" if yes or not doomed else "; --yes removes them"))
+
+
+def strip(source, target=None):
+    """Write the weights of `source`, with the settings that rebuild the model, to `target` (SOURCE_weights.pt)."""
+    state = load(source)
+    target = Path(target or Path(source).with_name(f"{Path(source).stem}_weights.pt"))
+    if not isinstance(state.get("model"), dict):
+        raise CorruptCheckpoint(f"{source}: holds no model weights to strip")
+    if target.exists() and os.path.samefile(source, target):
+        raise ValueError(f"{target} is the checkpoint itself: name another file")
+    keep = ("model", "config", "montage", "channels", "epoch", "batch", "global_step", "metric", "scores")
+    atomic_save({k: state[k] for k in keep if k in state}, target)
+    print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of {os.path.getsize(source) / 1e6:.1f} MB")
+
+
+def _verify_all(paths):
+    damaged = 0
+    for path in paths:
+        for file in _checkpoints(path) if path.is_dir() else [path]:
+            health = _health(file)
+            damaged += health != "ok"
+            print(f"{file}: {health}")
+    return 1 if damaged else 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=["ls", "verify", "clean", "strip"])
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="file, run directory, or a folder of runs")
+    parser.add_argument("--yes", action="store_true", help="clean: remove, do not only list")
+    args = parser.parse_args(argv)
+    try:
+        missing = [p for p in args.paths[:1 if args.command == "strip" else None] if not os.path.lexists(p)]
+        if missing:
+            raise FileNotFoundError(errno.ENOENT, f"{missing[0]}: no such file or directory")
+        if args.command == "strip":
+            strip(*args.paths[:2])
+            return 0
+        places = [q for p in args.paths for q in (find_runs(p) if Path(p).is_dir() else [Path(p)])]
+        if not places:
+            print(f"no checkpoints in {' '.join(args.paths)}")
+        if args.command == "verify":
+            return _verify_all(places)
+        for place in places:
+            directory = place if place.is_dir() else place.parent
+            _list_run(directory) if args.command == "ls" else _clean(directory, args.yes)
+        return 0
+    except CorruptCheckpoint as damage:
+        print(damage, file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"checkpoint.py: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
