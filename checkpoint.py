@@ -720,8 +720,8 @@ class Checkpointer:
             self._image.fill(state)
         finally:
             self._due_at = time.monotonic() + 60 * self.minutes
-        blocked = time.monotonic() - began
-        self._thread = threading.Thread(target=self._write, args=(names, blocked), name="checkpoint writer")
+        self.blocked = time.monotonic() - began
+        self._thread = threading.Thread(target=self._write, args=(names, self.blocked), name="checkpoint writer")
         self._thread.start()
         if not self.background:
             self.wait()
@@ -901,7 +901,7 @@ def _in_use(directory):
         return None
 
 
-def _list_run(directory, say=print):
+def list_run(directory, say=print):
     """One run as a table; the file a resume takes is marked, with the reason below."""
     notes = []
     chosen = find_resume(directory, notes.append)
@@ -997,7 +997,7 @@ def main(argv=None):
             return _verify_all(places)
         for place in places:
             directory = place if place.is_dir() else place.parent
-            _list_run(directory) if args.command == "ls" else _clean(directory, args.yes)
+            list_run(directory) if args.command == "ls" else _clean(directory, args.yes)
         return 0
     except CorruptCheckpoint as damage:
         print(damage, file=sys.stderr)
