@@ -86,12 +86,17 @@ _STORAGE = {torch.float32: torch.FloatStorage, torch.float64: torch.DoubleStorag
             torch.complex128: torch.ComplexDoubleStorage}
 
 
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+
+
 class _Slot:
     """Stands for one tensor in the frozen state: its record number, dtype and shape."""
 
+    __slots__ = ("key", "dtype", "shape", "numel", "nbytes")
+
     def __init__(self, key, tensor):
         self.key, self.dtype, self.shape = str(key), tensor.dtype, tuple(tensor.shape)
-        self.numel, self.nbytes = tensor.numel(), tensor.numel() * tensor.element_size()
+        self.numel, self.nbytes = tensor.numel(), tensor.nbytes
 
     def reduce(self):
         strides = tuple(itertools.accumulate(reversed(self.shape[1:]), int.__mul__, initial=1))[::-1] if self.shape else ()
@@ -127,34 +132,49 @@ def _freeze(state):
     naming the key, for anything `weights_only=True` would refuse: a file that cannot be loaded must never be written."""
     slots, tensors, seen = [], [], {}
 
-    def walk(value, where):
+    def tensor(value):
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise TypeError(f": only dense tensors can be saved, not {value.layout} on {value.device}")
+        place = value.data_ptr()
+        twin = seen.get(place)
+        if twin and value.numel() and _same_view(value, tensors[int(twin.key)]):
+            return twin
+        slot = seen[place] = _Slot(len(slots), value)
+        slots.append(slot)
+        tensors.append(value.detach())
+        return slot
+
+    def inside(key, value):
+        try:
+            return walk(value)
+        except TypeError as error:          # the path to the culprit grows on the way out: nothing is paid for it before
+            raise TypeError(f"[{key!r}]{error}") from None
+
+    def walk(value):
         kind = type(value)
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                raise TypeError(f"state{where}: only dense tensors can be saved, this is {value.layout} on {value.device}")
-            value = value.detach()
-            mark = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-            if mark not in seen or not value.numel():
-                seen[mark] = _Slot(len(slots), value)
-                slots.append(seen[mark])
-                tensors.append(value)
-            return seen[mark]
-        if value is None or kind in (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size):
+        if kind in _PLAIN:
             return value
+        if isinstance(value, torch.Tensor):
+            return tensor(value)
         if isinstance(value, dict):
-            copy = (OrderedDict if isinstance(value, OrderedDict) else dict)(
-                (walk(k, where), walk(v, f"{where}[{k!r}]")) for k, v in value.items())
+            copy = OrderedDict() if isinstance(value, OrderedDict) else {}
+            for key, item in value.items():
+                copy[key if type(key) in _PLAIN else walk(key)] = inside(key, item)
             if isinstance(value, OrderedDict):
-                vars(copy).update(walk(vars(value), where))                 # a state_dict's _metadata: module versions
+                vars(copy).update(walk(vars(value)))                        # a state_dict's _metadata: module versions
             return copy
         if kind in (list, tuple, set):
-            return kind(walk(v, f"{where}[{i}]") for i, v in enumerate(value))
+            return kind(inside(i, item) for i, item in enumerate(value))
         if kind.__module__ == "numpy":
-            return walk(value.item() if value.ndim == 0 else torch.as_tensor(value), where)
-        raise TypeError(f"state{where} is a {kind.__module__}.{kind.__qualname__}: weights_only loading would refuse it; "
+            return walk(value.item() if value.ndim == 0 else torch.as_tensor(value))
+        raise TypeError(f" is a {kind.__module__}.{kind.__qualname__}: weights_only loading would refuse it; "
                         f"store plain numbers, strings, lists, dicts or tensors")
 
-    return walk(state, ""), slots, tensors
+    return inside("state", state), slots, tensors
+
+
+def _same_view(a, b):
+    return (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
 
 
 def _local(name, size, crc, offset):
