@@ -1,0 +1,376 @@
+"""Score a seizure detector the way the field does, write what it found as SzCORE events, and draw it.
+
+    python evaluate.py --checkpoint results/v3/checkpoints/best.pt --data OUT_OR_EDF [--out DIR] [--plot]
+
+OUT_OR_EDF is a folder made by `data.py import`, or one EDF or a folder of EDFs, which are prepared the same way first.
+Each recording is scored once and whole. Training validates through the same three functions:
+
+    predict    model + recording -> one seizure probability per sample
+    score      probability + labels -> a small record of counts, one per recording
+    summarise  records of a set -> every metric in METRICS
+
+Event and sample scores follow SzCORE (Dan et al., Epilepsia 2024) through the package timescoring: events closer than 90 s
+are one, longer than 5 min are cut, a detection may come 30 s early and 60 s late, counts are summed per patient and the
+scores averaged over patients. The sensitivities at a false-alarm rate use the plain any-overlap rule, pooled over the set.
+AUROC, average precision and calibration error take one sample per second, its middle one: labels are no finer, and whole
+sets stay small enough to rank exactly. The loss is binary cross-entropy over every sample, without class weights.
+
+What cannot be computed is NaN in Python, null in scores.json (with the reason), and never counts as best in training:
+no labelled recording, everything; no seizure, all but loss, calibration_error and false_alarms_per_24h; no background, auroc
+and average_precision; a probability that is not finite, everything. A patient with neither seizures nor detections has no
+F1, and one without detections no precision: left out of those means, as SzCORE does. A set with seizures in which nothing
+at all is detected has precision 0.
+"""
+import argparse
+import difflib
+import importlib.metadata
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from timescoring.annotations import Annotation
+from timescoring.scoring import EventScoring, SampleScoring
+from tqdm import tqdm
+
+import checkpoint
+import data
+import model as v3
+
+FS = data.FS
+METRICS = {                             # name -> what is better
+    "loss": "min",
+    "auroc": "max",
+    "average_precision": "max",
+    "calibration_error": "min",         # expected calibration error over 10 equal bins (Guo et al., ICML 2017)
+    "event_f1": "max",
+    "event_sensitivity": "max",
+    "event_precision": "max",
+    "false_alarms_per_24h": "min",
+    "sample_f1": "max",
+    "sample_sensitivity": "max",
+    "sample_precision": "max",
+    "sensitivity_at_10fa": "max",       # share of seizures overlapped by a detection, at most 10 false alarms per 24 h
+    "sensitivity_at_5fa": "max",
+    "sensitivity_at_2.5fa": "max",
+    "sensitivity_at_1fa": "max",
+}
+DEFAULTS = {
+    "window_seconds": 60.0,             # length of a window at inference; as in training
+    "overlap_seconds": 0.0,             # shared by neighbouring windows; more than 0 = weighted overlap-add
+    "batch_size": 8,                    # windows per call of the model
+    "tune": True,                       # validation picks the threshold with the best event F1 on the dev set
+    "threshold": 0.86,                  # an event begins at this probability, where none was tuned
+    "release": 0.08,                    # it ends below threshold - release, but never below half the threshold
+    "onset_seconds": 0.5,               # the probability stays at or above the threshold this long to begin an event
+    "offset_seconds": 1.0,              # and below the release level this long to end it
+    "opening_seconds": 0.043,           # shorter events vanish, then
+    "closing_seconds": 0.121,           # shorter gaps are filled, then
+    "min_duration_seconds": 3.0,        # shorter events are dropped, then
+    "merge_gap_seconds": 2.0,           # gaps up to this are closed, and last
+    "max_duration_seconds": 600.0,      # longer events are cut into equal parts
+}
+GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))     # thresholds tried: evenly spaced in log-odds, 0.018 to 0.999
+FALSE_ALARMS = (10, 5, 2.5, 1)                          # per 24 h
+COUNTS = ("event_tp", "event_fp", "sample_tp", "sample_fp", "found", "alarms")   # columns of a record's counts
+UNDEFINED_WITHOUT = {                                   # METRICS that need seizures, and those that need background too
+    "seizure": [m for m in METRICS if m not in ("loss", "calibration_error", "false_alarms_per_24h")],
+    "background": ["auroc", "average_precision"],
+}
+
+
+def check_metric(name, recordings=None):
+    """Raise ValueError unless `name` is in METRICS and, where recordings are given, can be computed on them."""
+    if name not in METRICS:
+        near = difflib.get_close_matches(str(name), METRICS, 1, 0.0)[0]
+        raise ValueError(f"unknown metric {name!r}; the nearest is {near}")
+    if recordings is not None:
+        labelled = [r for r in recordings if r.labelled]
+        seizure = sum(float((r.events[:, 1] - r.events[:, 0]).sum()) for r in labelled)
+        total = sum(r.seconds for r in labelled)
+        why = _undefined(bool(labelled), seizure > 0, seizure < total).get(name)
+        if why:
+            raise ValueError(f"{name} cannot be computed on these recordings: {why}")
+
+
+def settings(config):
+    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises ValueError with one line."""
+    unknown = sorted(set(config) - set(DEFAULTS))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], DEFAULTS, 1, 0.0)[0]
+        raise ValueError(f"unknown key evaluation.{unknown[0]}; the nearest is evaluation.{near}")
+    c = {**DEFAULTS, **config}
+    for name, (low, high) in {"threshold": (0, 1), "release": (0, 1), "batch_size": (1, math.inf),
+                              "window_seconds": (1 / FS, math.inf), "overlap_seconds": (0, c["window_seconds"] - 1 / FS),
+                              "max_duration_seconds": (1 / FS, math.inf)}.items():
+        if not low <= c[name] <= high:
+            raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, not {c[name]}")
+    for name in DEFAULTS:
+        if name.endswith("_seconds") and not c[name] >= 0:
+            raise ValueError(f"evaluation.{name} must not be negative, but is {c[name]}")
+    return c
+
+
+# ---- probability track ----
+
+def predict(model, recording, device, config, precision="fp32", poll=None):
+    """Seizure probability of every sample: float32 (samples,) at 256 Hz, from windows read one batch at a time.
+
+    The last window is moved back to end with the recording, so that each window is full of EEG as in training; samples it
+    shares with its neighbour are averaged, weighted by their distance to the window's edge where context ends. A recording
+    shorter than a window is padded with zeros, again as in training. poll() is called before every call of the model."""
+    c = settings(config)
+    length, samples = round(c["window_seconds"] * FS), recording.samples
+    step = length - round(c["overlap_seconds"] * FS)
+    starts = list(range(0, samples - length, step)) + [max(0, samples - length)]
+    ramp = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
+    total, weight = np.zeros(samples, np.float32), np.zeros(samples, np.float32)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for i in range(0, len(starts), c["batch_size"]):
+            if poll:
+                poll()
+            batch = starts[i:i + c["batch_size"]]
+            for start, track in zip(batch, _probabilities(model, recording, batch, length, device, precision)):
+                n = min(length, samples - start)
+                total[start:start + n] += ramp[:n] * track[:n]
+                weight[start:start + n] += ramp[:n]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return np.minimum(np.divide(total, weight, out=total), 1)
+
+
+@torch.no_grad()                        # not inference_mode: a buffer made there could not be used in training
+def _probabilities(model, recording, starts, length, device, precision):
+    eeg = torch.from_numpy(np.stack([recording.read(start, length) for start in starts])).to(device)
+    scale = torch.as_tensor(recording.scale, dtype=torch.float32, device=device).expand(len(starts), -1)
+    norm = torch.full((len(starts),), float(recording.norm), device=device)
+    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
+        logits = model(data.normalise(eeg, scale, norm))
+    return torch.sigmoid(logits.float()).cpu().numpy()
+
+
+# ---- post-processing: probability -> events ----
+
+def _runs(mask):
+    """Begin and end (exclusive) of each run of True: int64 (N, 2)."""
+    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    edges = np.concatenate([[0] * bool(len(mask) and mask[0]), edges, [len(mask)] * bool(len(mask) and mask[-1])])
+    return edges.astype(np.int64).reshape(-1, 2)
+
+
+def _hysteresis(probability, on, off, onset, offset):
+    """Runs that begin with `onset` samples >= on and end where `offset` samples < off begin: int64 (N, 2)."""
+    begin, end = _runs(probability >= on), _runs(~(probability >= off))      # NaN ends an event, never begins one
+    begin = begin[begin[:, 1] - begin[:, 0] >= max(1, onset), 0]
+    end = end[end[:, 1] - end[:, 0] >= max(1, offset), 0]
+    marks = np.concatenate([begin, end])
+    kind = np.repeat([1, 0], [len(begin), len(end)])[np.argsort(marks)]
+    marks, before = np.sort(marks), np.concatenate([[0], kind[:-1]])[:len(kind)]
+    first, last = marks[(kind == 1) & (before == 0)], marks[(kind == 0) & (before == 1)]
+    return np.stack([first, np.append(last, [len(probability)] * (len(first) - len(last)))], 1).astype(np.int64)
+
+
+def _merge(events, gap):
+    """Join neighbours whose gap is at most `gap` samples."""
+    if len(events) < 2:
+        return events
+    apart = events[1:, 0] - events[:-1, 1] > gap
+    return np.stack([events[np.append(True, apart), 0], events[np.append(apart, True), 1]], 1)
+
+
+def _split(events, longest):
+    """Cut events into the fewest equal parts that are no longer than `longest` samples."""
+    parts = -(-(events[:, 1] - events[:, 0]) // longest)
+    which = np.repeat(np.arange(len(events)), parts)
+    number = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
+    begin, span = events[which, 0], (events[:, 1] - events[:, 0])[which]
+    return np.stack([begin + span * number // parts[which], begin + span * (number + 1) // parts[which]], 1)
+
+
+def postprocess(probability, threshold, config):
+    """Events of a probability track (samples,): int64 (N, 2), begin and end in samples, in order and apart.
+
+    Opening and closing of a binary track drop its runs and fill its gaps that are shorter than the element. Splitting
+    comes last, since merging would undo it."""
+    c = {k: round(v * FS) if k.endswith("_seconds") else v for k, v in settings(config).items()}
+    off = max(threshold - c["release"], threshold / 2)
+    events = _hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
+    events = events[events[:, 1] - events[:, 0] >= c["opening_seconds"]]
+    events = _merge(events, c["closing_seconds"] - 1)
+    events = events[events[:, 1] - events[:, 0] >= c["min_duration_seconds"]]
+    return _split(_merge(events, c["merge_gap_seconds"]), c["max_duration_seconds"])
+
+
+# ---- record of one recording ----
+
+def score(recording, probability, config):
+    """The record of one recording: plain numbers and small tensors, about 18 kB per hour and 1 kB.
+
+    Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, loss (sum over samples), samples,
+    thresholds (K,), counts (K, len(COUNTS)) at each threshold, event_references and sample_references (what the scorer
+    counts as true), and probability float32 and label uint8 of the middle sample of every second."""
+    c = settings(config)
+    record = {"recording": recording.name, "patient": recording.patient, "seconds": float(recording.seconds),
+              "labelled": bool(recording.labelled), "finite": bool(np.isfinite(probability).all())}
+    if not recording.labelled:
+        return record
+    label = recording.labels(0, recording.samples)
+    truth = _merge(_runs(label.astype(bool)), 0) / FS
+    thresholds = _thresholds(c)
+    counts, seen = np.zeros((len(thresholds), len(COUNTS)), np.int64), {}
+    for i, threshold in enumerate(thresholds):
+        events = postprocess(probability, threshold, c) / FS
+        key = events.tobytes()
+        if key not in seen:                                         # neighbouring thresholds often agree
+            seen[key] = _count(truth, events, recording.seconds)
+        counts[i], references = seen[key]
+    middle = slice(FS // 2, None, FS)
+    return record | {
+        "seizures": len(truth), "samples": int(recording.samples), "loss": _cross_entropy(probability, label),
+        "thresholds": torch.from_numpy(thresholds), "counts": torch.from_numpy(counts),
+        "event_references": references[0], "sample_references": references[1],
+        "probability": torch.from_numpy(probability[middle].astype(np.float32)),
+        "label": torch.from_numpy(label[middle].astype(np.uint8))}
+
+
+def _thresholds(c):
+    return np.unique(np.append(GRID, c["threshold"]))
+
+
+def _count(truth, events, seconds):
+    """COUNTS of events against the truth, both float (N, 2) in seconds; and the scorer's number of true events and seconds."""
+    tenths = max(1, round(seconds * 10))                            # timescoring works at 10 Hz
+    reference, found = (Annotation([tuple(e) for e in x.tolist()], 10, tenths) for x in (truth, events))
+    by_event, by_sample = EventScoring(reference, found), SampleScoring(reference, found)
+    overlap = (truth[:, None, 0] < events[None, :, 1]) & (events[None, :, 0] < truth[:, None, 1])
+    counts = (by_event.tp, by_event.fp, by_sample.tp, by_sample.fp, overlap.any(1).sum(), (~overlap.any(0)).sum())
+    return [int(n) for n in counts], (int(by_event.refTrue), int(by_sample.refTrue))
+
+
+def _cross_entropy(probability, label, block=1 << 20):
+    total = 0.0
+    for i in range(0, len(label), block):
+        p = np.clip(probability[i:i + block].astype(np.float64), 1e-7, 1 - 1e-7)     # float32 sigmoid saturates near 17
+        total -= float(np.log(np.where(label[i:i + block] > 0, p, 1 - p)).sum())
+    return total
+
+
+# ---- metrics of a set ----
+
+def summarise(scores, config):
+    """Every metric of METRICS as a float, and the threshold that event and sample scores use.
+
+    scores: records of score(), in any order. With config["tune"] the threshold is the one with the best event F1 on these
+    very recordings, so give it the dev set; without, or where there is no seizure, it is config["threshold"]."""
+    c = settings(config)
+    records = sorted((s for s in scores if s["labelled"]), key=lambda s: s["recording"])
+    thresholds = _thresholds(c)
+    if any(not np.array_equal(s["thresholds"].numpy(), thresholds) for s in records):
+        raise ValueError("the records were made with another evaluation.threshold: score the recordings anew")
+    result = dict.fromkeys(METRICS, math.nan) | {"threshold": float(c["threshold"])}
+    if not records or not all(s["finite"] for s in records):
+        return result
+    label = np.concatenate([s["label"].numpy() for s in records]) > 0
+    probability = np.concatenate([s["probability"].numpy() for s in records])
+    result["loss"] = sum(s["loss"] for s in records) / sum(s["samples"] for s in records)
+    result["auroc"], result["average_precision"] = _ranking(probability, label)
+    result["calibration_error"] = _calibration_error(probability, label)
+    curves = _szcore(records)
+    index = int(np.searchsorted(thresholds, c["threshold"]))
+    if c["tune"] and any(s["seizures"] for s in records):
+        index = _best(curves["event_f1"], curves["false_alarms_per_24h"])
+        result["threshold"] = float(thresholds[index])
+    result |= {name: float(values[index]) for name, values in curves.items()} | _at_false_alarms(records)
+    if any(s["event_references"] for s in records):
+        result |= {m: 0.0 for m in ("event_precision", "sample_precision") if math.isnan(result[m])}
+    why = undefined(records)
+    return {name: math.nan if name in why else value for name, value in result.items()}
+
+
+def undefined(scores):
+    """{metric: reason} of the metrics that these records cannot give."""
+    records = [s for s in scores if s["labelled"]]
+    if any(not s["finite"] for s in records):
+        return dict.fromkeys(METRICS, "the model gave a probability that is not finite")
+    return _undefined(bool(records), any(s["event_references"] for s in records),
+                      any((s["label"] == 0).any() for s in records))
+
+
+def _undefined(labelled, seizure, background):
+    if not labelled:
+        return dict.fromkeys(METRICS, "no recording is labelled")
+    without = {} if background else dict.fromkeys(UNDEFINED_WITHOUT["background"], "there is no background")
+    return without if seizure else without | dict.fromkeys(UNDEFINED_WITHOUT["seizure"], "there is no seizure")
+
+
+def _szcore(records):
+    """SzCORE scores at each threshold, float64 (K,): summed over a patient's recordings, then averaged over patients."""
+    curves = []
+    for patient in sorted({s["patient"] for s in records}):
+        mine = [s for s in records if s["patient"] == patient]
+        counts = dict(zip(COUNTS, sum(s["counts"] for s in mine).numpy().T))
+        row = {}
+        for kind in ("event", "sample"):
+            tp, fp = counts[f"{kind}_tp"], counts[f"{kind}_fp"]
+            true = sum(s[f"{kind}_references"] for s in mine)
+            row[f"{kind}_sensitivity"] = _ratio(tp, true + 0 * tp)
+            row[f"{kind}_precision"] = _ratio(tp, tp + fp)
+            row[f"{kind}_f1"] = np.where(true + fp > 0, _ratio(2 * tp, tp + fp + true), np.nan)
+        row["false_alarms_per_24h"] = counts["event_fp"] / (sum(s["seconds"] for s in mine) / 86400)
+        curves.append(row)
+    return {name: _mean([row[name] for row in curves]) for name in curves[0]}
+
+
+def _ratio(a, b):
+    return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
+
+
+def _mean(rows):
+    """Mean over patients of those that have a value; NaN where none has."""
+    rows = np.stack(rows)
+    return _ratio(np.nansum(rows, 0), (~np.isnan(rows)).sum(0))
+
+
+def _best(f1, alarms):
+    """Index of the highest F1; among equals the fewest false alarms; among those the middle, farthest from worse ones."""
+    ties = np.flatnonzero(f1 >= np.nanmax(f1) - 1e-12)
+    ties = ties[alarms[ties] <= alarms[ties].min() + 1e-12]
+    return int(ties[len(ties) // 2])
+
+
+def _at_false_alarms(records):
+    """Any-overlap sensitivity at the best threshold that keeps to each false-alarm rate; 0 if only silence does."""
+    counts = dict(zip(COUNTS, sum(s["counts"] for s in records).numpy().T))
+    rate = counts["alarms"] / (sum(s["seconds"] for s in records) / 86400)
+    share = counts["found"] / max(1, sum(s["seizures"] for s in records))
+    return {f"sensitivity_at_{limit:g}fa": float(share[rate <= limit].max(initial=0)) for limit in FALSE_ALARMS}
+
+
+def _ranking(probability, label):
+    """AUROC (the Mann-Whitney statistic, ties half) and average precision (the sum over steps of recall)."""
+    positive, negative = int(label.sum()), int((~label).sum())
+    if not positive or not negative:
+        return math.nan, math.nan
+    rank = rankdata(probability)[label].sum()
+    order = np.argsort(-probability, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(probability[order])), len(order) - 1)     # equal probabilities count at once
+    hits = np.cumsum(label[order])[last]
+    precision = hits / (last + 1)
+    return (float(rank - positive * (positive + 1) / 2) / positive / negative,
+            float((np.diff(hits, prepend=0) * precision).sum() / positive))
+
+
+def _calibration_error(probability, label, bins=10):
+    if not len(label):
+        return math.nan
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    sums = [np.bincount(which, x, bins) for x in (probability.astype(np.float64), label.astype(np.float64))]
+    return float(np.abs(sums[0] - sums[1]).sum() / len(label))
