@@ -125,8 +125,7 @@ def predict(model, recording, device, config, precision="fp32", poll=None):
     shorter than a window is padded with zeros, again as in training. poll() is called before every call of the model."""
     c = settings(config)
     length, samples = round(c["window_seconds"] * FS), recording.samples
-    step = length - round(c["overlap_seconds"] * FS)
-    starts = list(range(0, samples - length, step)) + [max(0, samples - length)]
+    starts = _starts(samples, c)
     ramp = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
     total, weight = np.zeros(samples, np.float32), np.zeros(samples, np.float32)
     modes = [(module, module.training) for module in model.modules()]
@@ -144,6 +143,11 @@ def predict(model, recording, device, config, precision="fp32", poll=None):
         for module, mode in modes:
             module.training = mode
     return np.minimum(np.divide(total, weight, out=total), 1)
+
+
+def _starts(samples, c):
+    length = round(c["window_seconds"] * FS)
+    return list(range(0, samples - length, length - round(c["overlap_seconds"] * FS))) + [max(0, samples - length)]
 
 
 @torch.no_grad()                        # not inference_mode: a buffer made there could not be used in training
@@ -374,3 +378,312 @@ def _calibration_error(probability, label, bins=10):
     which = np.minimum((probability * bins).astype(int), bins - 1)
     sums = [np.bincount(which, x, bins) for x in (probability.astype(np.float64), label.astype(np.float64))]
     return float(np.abs(sums[0] - sums[1]).sum() / len(label))
+
+
+# ---- pictures ----
+
+TRUE, FOUND, INK = "#e08e0b", "#1f6fb2", "#22262b"      # labelled, detected, traces
+CHAINS = ("Fp1 F7 T3 T5 O1", "Fp1 F3 C3 P3 O1", "Fz Cz Pz", "Fp2 F4 C4 P4 O2", "Fp2 F8 T4 T6 O2")     # left to right
+PAIRS = [tuple(pair) for chain in CHAINS for pair in zip(chain.split(), chain.split()[1:])]
+SENSITIVITIES = (20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)     # uV between neighbouring traces
+
+
+def draw(recording, probability, events, threshold, path, most=4):
+    """PNG of one recording: the whole probability track, then up to `most` labelled or detected events as EEG in the
+    longitudinal bipolar montage (double banana, left to right), each with its probability. events: (N, 2) in samples."""
+    from matplotlib.figure import Figure                    # here: training does not draw
+    truth = np.asarray(recording.events).reshape(-1, 2)
+    found = np.asarray(events).reshape(-1, 2) / FS
+    spans = _spans(recording, probability, truth, found)
+    shown = spans[:most]
+    figure = Figure(figsize=(15, 1.9 + 6.6 * len(shown)), dpi=100, layout="constrained")
+    rows = figure.subplots(1 + 2 * len(shown), 1, height_ratios=[1.5] + [5.4, 1.2] * len(shown))
+    figure.suptitle(f"{recording.name}    {_clock(recording.seconds)},  {len(truth)} labelled" * recording.labelled
+                    + f"{recording.name}    {_clock(recording.seconds)},  unlabelled" * (not recording.labelled)
+                    + f",  {len(found)} detected" + f",  {most} of {len(spans)} events shown" * (len(spans) > most),
+                    x=0.01, ha="left", fontsize=13, color=INK)
+    _track(rows[0], probability, 0, recording.seconds, truth, found, threshold)
+    for begin, end in shown:
+        rows[0].axvspan(begin, end, ymax=0.03, color=INK, lw=0)
+    rows[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=9)
+    for i, (begin, end) in enumerate(shown):
+        _traces(rows[1 + 2 * i], recording, begin, end, truth, found)
+        _track(rows[2 + 2 * i], probability, begin, end, truth, found, threshold)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _spans(recording, probability, truth, found, before=10, longest=60):
+    """Stretches worth a look, in seconds: around each event, or the most probable half minute where there is none."""
+    events = np.concatenate([truth, found])
+    if not len(events):
+        peak = float(np.argmax(probability)) / FS
+        events = np.array([[peak - 5, peak + 10]])
+    spans = []
+    for begin, end in sorted(events.tolist()):
+        begin = max(0, begin - before)
+        end = min(recording.seconds, max(end + before, begin + 30), begin + longest)
+        if not spans or begin > spans[-1][1] - before:
+            spans.append((begin, end))
+        else:
+            spans[-1] = (spans[-1][0], min(recording.seconds, max(spans[-1][1], end), spans[-1][0] + longest))
+    return spans
+
+
+def _mark(axis, truth, found):
+    for begin, end in truth:
+        axis.axvspan(begin, end, color=TRUE, alpha=0.18, lw=0)
+    for begin, end in found:
+        axis.axvspan(begin, end, ymin=0.97, color=FOUND, lw=0)
+        for edge in (begin, end):
+            axis.axvline(edge, color=FOUND, lw=1.1, ls=(0, (4, 3)))
+
+
+def _track(axis, probability, begin, end, truth, found, threshold):
+    first, last = int(begin * FS), int(math.ceil(end * FS))
+    piece = np.clip(probability[first:last], 0, 1)
+    step = max(1, len(piece) // 3000)
+    piece = np.array([piece[i:i + step].max() for i in range(0, len(piece), step)])      # a peak is never thinned away
+    seconds = (first + step * (np.arange(len(piece)) + 0.5)) / FS
+    _mark(axis, truth, found)
+    axis.fill_between(seconds, piece, color=INK, alpha=0.15, lw=0)
+    axis.plot(seconds, piece, color=INK, lw=0.9, label="probability")
+    axis.axhline(threshold, color=FOUND, lw=0.8, ls=":", label=f"threshold {threshold:.2f}")
+    axis.fill_between([], [], color=TRUE, alpha=0.3, lw=0, label="labelled seizure")
+    axis.fill_between([], [], color=FOUND, lw=0, label="detected seizure")
+    axis.set(xlim=(begin, end), ylim=(0, 1.04), yticks=(0, 1))
+    axis.set_ylabel("probability", fontsize=9, color=INK)
+    axis.xaxis.set_major_formatter(lambda x, _: _clock(x))
+    _tidy(axis)
+
+
+def _tidy(axis):
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8, colors=INK)
+
+
+def _derivations(recording, begin, end):
+    """uV of the PAIRS, float32 (18, n), from either montage, and how they are named."""
+    first, last = int(begin * FS), int(end * FS)
+    eeg = recording.read(first, last - first) * np.asarray(recording.scale, np.float32)[:, None]
+    row = {name: i for i, name in enumerate(recording.channels)}
+    names = [f"{a}-{b}" for a, b in PAIRS]
+    if recording.montage == "bipolar":
+        return eeg[[row[name] for name in names]], names
+    return np.stack([eeg[row[a]] - eeg[row[b]] for a, b in PAIRS]), names
+
+
+def _traces(axis, recording, begin, end, truth, found):
+    eeg, names = _derivations(recording, begin, end)
+    swing = np.median(np.percentile(np.abs(eeg - np.median(eeg, 1, keepdims=True)), 98, axis=1))
+    spacing = next((s for s in SENSITIVITIES if s >= 1.1 * swing), SENSITIVITIES[-1])
+    gaps = np.repeat(np.arange(len(CHAINS)), [len(chain.split()) - 1 for chain in CHAINS])
+    height = -(np.arange(len(names)) + 0.6 * gaps)                          # room between the chains
+    seconds = begin + np.arange(eeg.shape[1]) / FS
+    _mark(axis, truth, found)
+    for y, trace in zip(height, eeg):
+        axis.plot(seconds, y + np.clip((trace - np.median(trace)) / spacing, -2.5, 2.5), color=INK, lw=0.55)
+    axis.set(xlim=(begin, end), ylim=(height[-1] - 1.6, 1.6), yticks=height, yticklabels=names)
+    axis.set_xticks(np.arange(math.ceil(begin), end), minor=True)
+    axis.grid(axis="x", which="both", color=INK, alpha=0.10, lw=0.5)
+    axis.tick_params(which="both", bottom=False, labelbottom=False, length=0)
+    edge = end + 0.006 * (end - begin)
+    axis.plot([edge, edge], [height[-1], height[-1] + 1], color=INK, lw=2, clip_on=False)
+    axis.text(edge + 0.004 * (end - begin), height[-1] + 0.5, f"{spacing} uV", va="center", fontsize=9, color=INK)
+    _tidy(axis)
+    axis.spines[["left", "bottom"]].set_visible(False)
+
+
+def _rows(path):
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def curves(run_directory):
+    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl: loss, learning rate and the
+    metric that decides best.pt over the steps, with saves and resumes marked. Returns its path."""
+    import yaml
+    from matplotlib.figure import Figure
+    directory = Path(run_directory)
+    rows, files = _rows(directory / "metrics.jsonl"), _rows(directory / "saves.jsonl")
+    train, checks = ([r for r in rows if r["kind"] == kind] for kind in ("train", "validation"))
+    config = directory / "config.yaml"
+    metric = (yaml.safe_load(config.read_text()) if config.is_file() else {}).get("training", {}).get("best_metric", "event_f1")
+    figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
+    loss, rate, best = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.4, 3))
+    figure.suptitle(directory.resolve().name, x=0.01, ha="left", fontsize=13, color=INK)
+    _curve(loss, train, "loss", INK, "training loss")
+    _curve(loss.twinx() if train else loss, checks, "loss", TRUE, "validation: cross-entropy", "o-")
+    _curve(rate, train, "lr", INK, "learning rate")
+    _curve(best, checks, metric, FOUND, f"{metric} (dev)", "o-")
+    chosen = [r for r in checks if r.get("best") and r.get(metric) is not None]
+    best.plot([r["step"] for r in chosen], [r[metric] for r in chosen], "*", color=TRUE, ms=13, label="best.pt")
+    for axis in (loss, rate, best):
+        for i, row in enumerate(r for r in files if r["kind"] == "resume"):
+            axis.axvline(row["step"], color="#b3261e", lw=1, ls="--", label="resume" if axis is best and not i else None)
+    saves = sorted({r["step"] for r in files if r["kind"] == "save"})
+    best.plot(saves, [0.02] * len(saves), "|", color=INK, ms=9, transform=best.get_xaxis_transform(), label="save")
+    best.set_xlabel("step", color=INK)
+    best.legend(frameon=False, fontsize=9)
+    path = directory / "curves.png"
+    figure.savefig(path)
+    return path
+
+
+def _curve(axis, rows, key, colour, label, style="-"):
+    rows = [r for r in rows if r.get(key) is not None]
+    axis.plot([r["step"] for r in rows], [r[key] for r in rows], style, color=colour, lw=1.4, ms=4)
+    axis.set_ylabel(label, color=colour, fontsize=9)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.spines["top"].set_visible(False)
+
+
+# ---- command line ----
+
+class Refused(Exception):
+    """Bad usage, checkpoint or data. One line; exit code 2."""
+
+
+def load_model(path, device):
+    """(model on device, evaluation settings, where the threshold comes from, checkpoint dict) of a checkpoint or its strip."""
+    try:
+        state = checkpoint.load(path)
+    except OSError as error:
+        raise Refused(f"checkpoint {path}: {error.strerror}") from None
+    missing = [key for key in ("model", "config", "montage", "channels") if key not in state]
+    if missing:
+        raise Refused(f"checkpoint {path}: it lacks {', '.join(missing)}: give one that train.py or `checkpoint.py strip` wrote")
+    try:
+        config = {**state["config"].get("evaluation", {}), "tune": False}
+        tuned = state.get("scores", {}).get("threshold")
+        c = settings(config if tuned is None else {**config, "threshold": tuned})
+        model = v3.V3(len(state["channels"]), **state["config"]["model"])
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise Refused(f"checkpoint {path}: {' '.join(str(error).split())[:200]}") from None
+    source = "config evaluation.threshold (the checkpoint holds none)" if tuned is None else \
+        "tuned on the dev set in training" if state["config"]["evaluation"].get("tune", True) else "config evaluation.threshold"
+    return model.to(device), c, source, state
+
+
+def open_data(path, state, scratch):
+    """Recordings at `path`: an imported folder as it is, EDF files through the same preparation, written to `scratch`."""
+    path = Path(path)
+    if not path.exists():
+        raise Refused(f"data {path} does not exist")
+    if path.is_file() or not next(path.rglob("*.h5"), None):
+        if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
+            raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
+        data.import_corpus(path, scratch, montage=state["montage"])
+        path = scratch
+    recordings = data.open_corpus(path)
+    for r in recordings:
+        if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):
+            raise Refused(f"data {r.path}: {r.montage} with {len(r.channels)} channels, but the checkpoint was trained on "
+                          f"{state['montage']} with {len(state['channels'])}: import with --montage {state['montage']}")
+    return recordings
+
+
+def choose(recordings, split, config):
+    """Those of one split: train and dev as the training drew them from this corpus, eval as the corpus marks it."""
+    if split in ("train", "dev"):
+        c = config["data"]
+        return data.split_patients(recordings, c["dev_patients"], c["dev_fraction"], config["experiment"]["seed"])[split == "dev"]
+    chosen = [r for r in recordings if not split or r.split == split]
+    if not chosen:
+        raise Refused(f"no recording belongs to the split {split}")
+    return chosen
+
+
+def write_events(path, events, probability, seconds):
+    """SzCORE events file: one `sz` row per event, or one `bckg` row over a recording without any. Times in seconds."""
+    rows = [(begin / FS, (end - begin) / FS, "sz", f"{probability[begin:end].mean():.2f}") for begin, end in events]
+    lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
+    for onset, duration, kind, confidence in rows or [(0.0, seconds, "bckg", "n/a")]:
+        lines.append(f"{onset:.2f}\t{duration:.2f}\t{kind}\t{confidence}\tn/a\tn/a\t{seconds:.2f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def evaluate(model, recordings, out, device, c, plot=False):
+    """Score every recording, write its events and picture under `out`; returns the records and a table of detections."""
+    records, table = [], []
+    calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
+    with tqdm(total=calls, unit="batch", desc="evaluate") as bar:
+        for r in recordings:
+            bar.set_postfix_str(r.name[-40:], refresh=False)
+            probability = predict(model, r, device, c, poll=bar.update)
+            if not np.isfinite(probability).all():
+                raise Refused(f"the model gives a probability that is not finite on {r.name}")
+            records.append(score(r, probability, c))
+            events = postprocess(probability, c["threshold"], c)
+            target = out / (r.name[:-4] if r.name.endswith("_eeg") else r.name)
+            write_events(target.with_name(target.name + "_events.tsv"), events, probability, r.seconds)
+            if plot:
+                draw(r, probability, events, c["threshold"], target.with_name(target.name + ".png"))
+            table.append({"recording": r.name, "patient": r.patient, "seconds": r.seconds,
+                          "seizures": len(r.events) if r.labelled else None, "detections": len(events)})
+    return records, table
+
+
+def report(records, table, c, source, args):
+    """The content of scores.json: metrics at the top level, null with the reason where one cannot be computed."""
+    summary, labelled = summarise(records, c), [s for s in records if s["labelled"]]
+    metrics = {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
+    return metrics | {
+        "not_computed": undefined(records), "threshold": c["threshold"], "threshold_source": source,
+        "scorer": {"name": "timescoring", "version": importlib.metadata.version("timescoring"),
+                   "rules": "SzCORE events and samples, mean over patients; any-overlap for sensitivity_at_*"},
+        "recordings": len(records), "hours": sum(s["seconds"] for s in records) / 3600,
+        "labelled_recordings": len(labelled), "labelled_hours": sum(s["seconds"] for s in labelled) / 3600,
+        "patients": len({s["patient"] for s in records}), "seizures": sum(s["seizures"] for s in labelled),
+        "checkpoint": str(args.checkpoint), "data": str(args.data), "split": args.split or "all",
+        "settings": c, "per_recording": table}
+
+
+def show(result, out):
+    print(f"{result['recordings']} recordings, {result['hours']:.2f} h, {result['patients']} patients, "
+          f"{result['seizures']} labelled seizures, {sum(t['detections'] for t in result['per_recording'])} detections; "
+          f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
+    for name in METRICS if result["labelled_recordings"] else ():
+        value = result[name]
+        print(f"  {name:<22} {value:.4f}" if value is not None else f"  {name:<22} -  ({result['not_computed'].get(name)})")
+    print(f"events, scores.json in {out}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="best.pt, any other checkpoint, or a stripped one")
+    parser.add_argument("--data", required=True, type=Path, help="imported folder, folder of EDFs, or one EDF")
+    parser.add_argument("--out", type=Path, help="default: `evaluation` in the run directory of the checkpoint")
+    parser.add_argument("--plot", action="store_true", help="a PNG per recording")
+    parser.add_argument("--split", choices=("train", "dev", "eval"), help="only these recordings; default all")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    folder = args.checkpoint.absolute().parent
+    out = args.out or (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
+    try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise Refused("--device cuda, but torch sees no GPU")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        model, c, source, state = load_model(args.checkpoint, device)
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".prepared_", dir=out) as scratch:
+            recordings = choose(open_data(args.data, state, Path(scratch)), args.split, state["config"])
+            records, table = evaluate(model, recordings, out, device, c, args.plot)
+    except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
+        print(f"evaluate.py: {refusal}", file=sys.stderr)
+        return 2
+    result = report(records, table, c, source, args)
+    (out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    show(result, out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
