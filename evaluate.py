@@ -2,24 +2,25 @@
 
     python evaluate.py --checkpoint results/v3/checkpoints/best.pt --data OUT_OR_EDF [--out DIR] [--plot]
 
-OUT_OR_EDF is a folder made by `data.py import`, or one EDF or a folder of EDFs, which are prepared the same way first.
-Each recording is scored once and whole. Training validates through the same three functions:
+OUT_OR_EDF is a folder made by `data.py import`, or one EDF or a folder of EDFs, which are prepared the same way
+first. Each recording is scored once and whole. Training validates through the same three functions:
 
     predict    model + recording -> one seizure probability per sample
     score      probability + labels -> a small record of counts, one per recording
     summarise  records of a set -> every metric in METRICS
 
-Event and sample scores follow SzCORE (Dan et al., Epilepsia 2024) through the package timescoring: events closer than 90 s
-are one, longer than 5 min are cut, a detection may come 30 s early and 60 s late, counts are summed per patient and the
-scores averaged over patients. The sensitivities at a false-alarm rate use the plain any-overlap rule, pooled over the set.
-AUROC, average precision and calibration error take one sample per second, its middle one: labels are no finer, and whole
-sets stay small enough to rank exactly. The loss is binary cross-entropy over every sample, without class weights.
+Event and sample scores follow SzCORE (Dan et al., Epilepsia 2024) through the package timescoring: events closer
+than 90 s are one, longer than 5 min are cut, a detection may come 30 s early and 60 s late, counts are summed per
+patient and the scores averaged over patients. Sensitivity at a false-alarm rate uses the plain any-overlap rule,
+pooled over the set. AUROC, average precision and calibration error take one sample per second, its middle one:
+labels are no finer, and whole sets stay small enough to rank exactly. The loss is binary cross-entropy over every
+sample, without class weights.
 
-What cannot be computed is NaN in Python, null in scores.json (with the reason), and never counts as best in training:
-no labelled recording, everything; no seizure, all but loss, calibration_error and false_alarms_per_24h; no background, auroc
-and average_precision; a probability that is not finite, everything. A patient with neither seizures nor detections has no
-F1, and one without detections no precision: left out of those means, as SzCORE does. A set with seizures in which nothing
-at all is detected has precision 0.
+What cannot be computed is NaN in Python, null in scores.json (with the reason), and never counts as best in
+training: without a labelled recording, everything; without a seizure, all but loss, calibration_error and
+false_alarms_per_24h; without background, auroc and average_precision; with a probability that is not finite,
+everything. A patient with neither seizures nor detections has no F1, and one without detections no precision: left
+out of those means, as SzCORE does. A set with seizures in which nothing at all is detected has precision 0.
 """
 import argparse
 import difflib
@@ -46,7 +47,7 @@ METRICS = {                             # name -> what is better
     "loss": "min",
     "auroc": "max",
     "average_precision": "max",
-    "calibration_error": "min",         # expected calibration error over 10 equal bins (Guo et al., ICML 2017)
+    "calibration_error": "min",         # expected error over 10 equal bins (Guo et al., ICML 2017)
     "event_f1": "max",
     "event_sensitivity": "max",
     "event_precision": "max",
@@ -54,7 +55,7 @@ METRICS = {                             # name -> what is better
     "sample_f1": "max",
     "sample_sensitivity": "max",
     "sample_precision": "max",
-    "sensitivity_at_10fa": "max",       # share of seizures overlapped by a detection, at most 10 false alarms per 24 h
+    "sensitivity_at_10fa": "max",       # share of seizures found with at most 10 false alarms per 24 h
     "sensitivity_at_5fa": "max",
     "sensitivity_at_2.5fa": "max",
     "sensitivity_at_1fa": "max",
@@ -65,26 +66,26 @@ DEFAULTS = {
     "batch_size": 8,                    # windows per call of the model
     "tune": True,                       # validation picks the threshold with the best event F1 on the dev set
     "threshold": 0.86,                  # an event begins at this probability, where none was tuned
-    "release": 0.08,                    # it ends below threshold - release, but never below half the threshold
-    "onset_seconds": 0.5,               # the probability stays at or above the threshold this long to begin an event
-    "offset_seconds": 1.0,              # and below the release level this long to end it
+    "release": 0.08,                    # it ends below threshold - release, at most half the threshold lower
+    "onset_seconds": 0.5,               # the probability stays this long at the threshold to begin an event
+    "offset_seconds": 1.0,              # and this long below the release level to end it
     "opening_seconds": 0.043,           # shorter events vanish, then
     "closing_seconds": 0.121,           # shorter gaps are filled, then
     "min_duration_seconds": 3.0,        # shorter events are dropped, then
     "merge_gap_seconds": 2.0,           # gaps up to this are closed, and last
     "max_duration_seconds": 600.0,      # longer events are cut into equal parts
 }
-GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))     # thresholds tried: evenly spaced in log-odds, 0.018 to 0.999
+GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))     # thresholds tried: even in log-odds, 0.018 to 0.999
 FALSE_ALARMS = (10, 5, 2.5, 1)                          # per 24 h
-COUNTS = ("event_tp", "event_fp", "sample_tp", "sample_fp", "found", "alarms")   # columns of a record's counts
-UNDEFINED_WITHOUT = {                                   # METRICS that need seizures, and those that need background too
+COUNTS = ("event_tp", "event_fp", "sample_tp", "sample_fp", "found", "alarms")     # columns of a record's counts
+UNDEFINED_WITHOUT = {
     "seizure": [m for m in METRICS if m not in ("loss", "calibration_error", "false_alarms_per_24h")],
     "background": ["auroc", "average_precision"],
 }
 
 
 def check_metric(name, recordings=None):
-    """Raise ValueError unless `name` is in METRICS and, where recordings are given, can be computed on them."""
+    """Raise ValueError unless `name` is in METRICS and can be computed on the recordings, where they are given."""
     if name not in METRICS:
         near = difflib.get_close_matches(str(name), METRICS, 1, 0.0)[0]
         raise ValueError(f"unknown metric {name!r}; the nearest is {near}")
@@ -98,15 +99,15 @@ def check_metric(name, recordings=None):
 
 
 def settings(config):
-    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises ValueError with one line."""
+    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises ValueError of one line."""
     unknown = sorted(set(config) - set(DEFAULTS))
     if unknown:
         near = difflib.get_close_matches(unknown[0], DEFAULTS, 1, 0.0)[0]
         raise ValueError(f"unknown key evaluation.{unknown[0]}; the nearest is evaluation.{near}")
     c = {**DEFAULTS, **config}
-    for name, (low, high) in {"threshold": (0, 1), "release": (0, 1), "batch_size": (1, math.inf),
-                              "window_seconds": (1 / FS, math.inf), "overlap_seconds": (0, c["window_seconds"] - 1 / FS),
-                              "max_duration_seconds": (1 / FS, math.inf)}.items():
+    limits = {"threshold": (0, 1), "release": (0, 1), "batch_size": (1, math.inf), "window_seconds": (1 / FS, math.inf),
+              "overlap_seconds": (0, c["window_seconds"] - 1 / FS), "max_duration_seconds": (1 / FS, math.inf)}
+    for name, (low, high) in limits.items():
         if not low <= c[name] <= high:
             raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, not {c[name]}")
     for name in DEFAULTS:
@@ -120,9 +121,10 @@ def settings(config):
 def predict(model, recording, device, config, precision="fp32", poll=None):
     """Seizure probability of every sample: float32 (samples,) at 256 Hz, from windows read one batch at a time.
 
-    The last window is moved back to end with the recording, so that each window is full of EEG as in training; samples it
-    shares with its neighbour are averaged, weighted by their distance to the window's edge where context ends. A recording
-    shorter than a window is padded with zeros, again as in training. poll() is called before every call of the model."""
+    The last window is moved back to end with the recording, so that each window is full of EEG as in training;
+    samples it shares with its neighbour are averaged, weighted by their distance to the window's edge, where context
+    ends. A recording shorter than a window is padded with zeros, again as in training. poll() is called before
+    every call of the model and may raise to stop."""
     c = settings(config)
     length, samples = round(c["window_seconds"] * FS), recording.samples
     starts = _starts(samples, c)
@@ -135,7 +137,8 @@ def predict(model, recording, device, config, precision="fp32", poll=None):
             if poll:
                 poll()
             batch = starts[i:i + c["batch_size"]]
-            for start, track in zip(batch, _probabilities(model, recording, batch, length, device, precision)):
+            tracks = _probabilities(model, recording, batch, length, device, precision)
+            for start, track in zip(batch, tracks):
                 n = min(length, samples - start)
                 total[start:start + n] += ramp[:n] * track[:n]
                 weight[start:start + n] += ramp[:n]
@@ -147,10 +150,11 @@ def predict(model, recording, device, config, precision="fp32", poll=None):
 
 def _starts(samples, c):
     length = round(c["window_seconds"] * FS)
-    return list(range(0, samples - length, length - round(c["overlap_seconds"] * FS))) + [max(0, samples - length)]
+    step = length - round(c["overlap_seconds"] * FS)
+    return list(range(0, samples - length, step)) + [max(0, samples - length)]
 
 
-@torch.no_grad()                        # not inference_mode: a buffer made there could not be used in training
+@torch.no_grad()                        # not inference_mode: a buffer cached there is of no use to training
 def _probabilities(model, recording, starts, length, device, precision):
     eeg = torch.from_numpy(np.stack([recording.read(start, length) for start in starts])).to(device)
     scale = torch.as_tensor(recording.scale, dtype=torch.float32, device=device).expand(len(starts), -1)
@@ -166,20 +170,21 @@ def _probabilities(model, recording, starts, length, device, precision):
 def _runs(mask):
     """Begin and end (exclusive) of each run of True: int64 (N, 2)."""
     edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
-    edges = np.concatenate([[0] * bool(len(mask) and mask[0]), edges, [len(mask)] * bool(len(mask) and mask[-1])])
+    edges = np.concatenate([[0] * bool(mask[:1].any()), edges, [len(mask)] * bool(mask[-1:].any())])
     return edges.astype(np.int64).reshape(-1, 2)
 
 
 def _hysteresis(probability, on, off, onset, offset):
     """Runs that begin with `onset` samples >= on and end where `offset` samples < off begin: int64 (N, 2)."""
-    begin, end = _runs(probability >= on), _runs(~(probability >= off))      # NaN ends an event, never begins one
+    begin, end = _runs(probability >= on), _runs(~(probability >= off))  # NaN ends an event
     begin = begin[begin[:, 1] - begin[:, 0] >= max(1, onset), 0]
     end = end[end[:, 1] - end[:, 0] >= max(1, offset), 0]
     marks = np.concatenate([begin, end])
     kind = np.repeat([1, 0], [len(begin), len(end)])[np.argsort(marks)]
     marks, before = np.sort(marks), np.concatenate([[0], kind[:-1]])[:len(kind)]
     first, last = marks[(kind == 1) & (before == 0)], marks[(kind == 0) & (before == 1)]
-    return np.stack([first, np.append(last, [len(probability)] * (len(first) - len(last)))], 1).astype(np.int64)
+    last = np.append(last, [len(probability)] * (len(first) - len(last)))
+    return np.stack([first, last], 1).astype(np.int64)
 
 
 def _merge(events, gap):
@@ -202,8 +207,8 @@ def _split(events, longest):
 def postprocess(probability, threshold, config):
     """Events of a probability track (samples,): int64 (N, 2), begin and end in samples, in order and apart.
 
-    Opening and closing of a binary track drop its runs and fill its gaps that are shorter than the element. Splitting
-    comes last, since merging would undo it."""
+    Opening and closing of a binary track drop its runs and fill its gaps that are shorter than the element.
+    Splitting comes last, since merging would undo it."""
     c = {k: round(v * FS) if k.endswith("_seconds") else v for k, v in settings(config).items()}
     off = max(threshold - c["release"], threshold / 2)
     events = _hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
@@ -218,9 +223,9 @@ def postprocess(probability, threshold, config):
 def score(recording, probability, config):
     """The record of one recording: plain numbers and small tensors, about 18 kB per hour and 1 kB.
 
-    Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, loss (sum over samples), samples,
-    thresholds (K,), counts (K, len(COUNTS)) at each threshold, event_references and sample_references (what the scorer
-    counts as true), and probability float32 and label uint8 of the middle sample of every second."""
+    Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, samples, loss (sum over them),
+    thresholds (K,), counts (K, len(COUNTS)) at each threshold, event_references and sample_references (what the
+    scorer counts as true), and probability float32 and label uint8 of the middle sample of every second."""
     c = settings(config)
     record = {"recording": recording.name, "patient": recording.patient, "seconds": float(recording.seconds),
               "labelled": bool(recording.labelled), "finite": bool(np.isfinite(probability).all())}
@@ -238,7 +243,8 @@ def score(recording, probability, config):
         counts[i], references = seen[key]
     middle = slice(FS // 2, None, FS)
     return record | {
-        "seizures": len(truth), "samples": int(recording.samples), "loss": _cross_entropy(probability, label),
+        "seizures": len(truth), "samples": int(recording.samples),
+        "loss": _cross_entropy(probability, label),
         "thresholds": torch.from_numpy(thresholds), "counts": torch.from_numpy(counts),
         "event_references": references[0], "sample_references": references[1],
         "probability": torch.from_numpy(probability[middle].astype(np.float32)),
@@ -250,19 +256,20 @@ def _thresholds(c):
 
 
 def _count(truth, events, seconds):
-    """COUNTS of events against the truth, both float (N, 2) in seconds; and the scorer's number of true events and seconds."""
+    """COUNTS of events against the truth, both (N, 2) in seconds; and the scorer's number of true events and seconds."""
     tenths = max(1, round(seconds * 10))                            # timescoring works at 10 Hz
     reference, found = (Annotation([tuple(e) for e in x.tolist()], 10, tenths) for x in (truth, events))
     by_event, by_sample = EventScoring(reference, found), SampleScoring(reference, found)
     overlap = (truth[:, None, 0] < events[None, :, 1]) & (events[None, :, 0] < truth[:, None, 1])
-    counts = (by_event.tp, by_event.fp, by_sample.tp, by_sample.fp, overlap.any(1).sum(), (~overlap.any(0)).sum())
+    counts = (by_event.tp, by_event.fp, by_sample.tp, by_sample.fp,
+              overlap.any(1).sum(), (~overlap.any(0)).sum())
     return [int(n) for n in counts], (int(by_event.refTrue), int(by_sample.refTrue))
 
 
 def _cross_entropy(probability, label, block=1 << 20):
     total = 0.0
     for i in range(0, len(label), block):
-        p = np.clip(probability[i:i + block].astype(np.float64), 1e-7, 1 - 1e-7)     # float32 sigmoid saturates near 17
+        p = np.clip(probability[i:i + block].astype(np.float64), 1e-7, 1 - 1e-7)    # float32 saturates near 17
         total -= float(np.log(np.where(label[i:i + block] > 0, p, 1 - p)).sum())
     return total
 
@@ -272,8 +279,8 @@ def _cross_entropy(probability, label, block=1 << 20):
 def summarise(scores, config):
     """Every metric of METRICS as a float, and the threshold that event and sample scores use.
 
-    scores: records of score(), in any order. With config["tune"] the threshold is the one with the best event F1 on these
-    very recordings, so give it the dev set; without, or where there is no seizure, it is config["threshold"]."""
+    scores: records of score(), in any order. With config["tune"] the threshold is the one with the best event F1 on
+    these very recordings, so give it the dev set; without, or where there is no seizure, it is config["threshold"]."""
     c = settings(config)
     records = sorted((s for s in scores if s["labelled"]), key=lambda s: s["recording"])
     thresholds = _thresholds(c)
@@ -311,12 +318,12 @@ def undefined(scores):
 def _undefined(labelled, seizure, background):
     if not labelled:
         return dict.fromkeys(METRICS, "no recording is labelled")
-    without = {} if background else dict.fromkeys(UNDEFINED_WITHOUT["background"], "there is no background")
-    return without if seizure else without | dict.fromkeys(UNDEFINED_WITHOUT["seizure"], "there is no seizure")
+    why = {} if background else dict.fromkeys(UNDEFINED_WITHOUT["background"], "there is no background")
+    return why if seizure else why | dict.fromkeys(UNDEFINED_WITHOUT["seizure"], "there is no seizure")
 
 
 def _szcore(records):
-    """SzCORE scores at each threshold, float64 (K,): summed over a patient's recordings, then averaged over patients."""
+    """SzCORE scores at each threshold, (K,): summed over a patient's recordings, then averaged over patients."""
     curves = []
     for patient in sorted({s["patient"] for s in records}):
         mine = [s for s in records if s["patient"] == patient]
@@ -344,14 +351,14 @@ def _mean(rows):
 
 
 def _best(f1, alarms):
-    """Index of the highest F1; among equals the fewest false alarms; among those the middle, farthest from worse ones."""
+    """Index of the highest F1; among equals the fewest false alarms; among those the middle, far from worse ones."""
     ties = np.flatnonzero(f1 >= np.nanmax(f1) - 1e-12)
     ties = ties[alarms[ties] <= alarms[ties].min() + 1e-12]
     return int(ties[len(ties) // 2])
 
 
 def _at_false_alarms(records):
-    """Any-overlap sensitivity at the best threshold that keeps to each false-alarm rate; 0 if only silence does."""
+    """Any-overlap sensitivity at the best threshold that keeps to each false-alarm rate; 0 where none does."""
     counts = dict(zip(COUNTS, sum(s["counts"] for s in records).numpy().T))
     rate = counts["alarms"] / (sum(s["seconds"] for s in records) / 86400)
     share = counts["found"] / max(1, sum(s["seizures"] for s in records))
@@ -365,7 +372,7 @@ def _ranking(probability, label):
         return math.nan, math.nan
     rank = rankdata(probability)[label].sum()
     order = np.argsort(-probability, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(probability[order])), len(order) - 1)     # equal probabilities count at once
+    last = np.append(np.flatnonzero(np.diff(probability[order])), len(order) - 1)       # ties count at once
     hits = np.cumsum(label[order])[last]
     precision = hits / (last + 1)
     return (float(rank - positive * (positive + 1) / 2) / positive / negative,
@@ -382,15 +389,15 @@ def _calibration_error(probability, label, bins=10):
 
 # ---- pictures ----
 
-TRUE, FOUND, INK = "#e08e0b", "#1f6fb2", "#22262b"      # labelled, detected, traces
-CHAINS = ("Fp1 F7 T3 T5 O1", "Fp1 F3 C3 P3 O1", "Fz Cz Pz", "Fp2 F4 C4 P4 O2", "Fp2 F8 T4 T6 O2")     # left to right
+TRUE, FOUND, INK, STOP = "#e08e0b", "#1f6fb2", "#22262b", "#b3261e"     # labelled, detected, traces, resumes
+CHAINS = ("Fp1 F7 T3 T5 O1", "Fp1 F3 C3 P3 O1", "Fz Cz Pz", "Fp2 F4 C4 P4 O2", "Fp2 F8 T4 T6 O2")   # left to right
 PAIRS = [tuple(pair) for chain in CHAINS for pair in zip(chain.split(), chain.split()[1:])]
 SENSITIVITIES = (20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)     # uV between neighbouring traces
 
 
 def draw(recording, probability, events, threshold, path, most=4):
     """PNG of one recording: the whole probability track, then up to `most` labelled or detected events as EEG in the
-    longitudinal bipolar montage (double banana, left to right), each with its probability. events: (N, 2) in samples."""
+    longitudinal bipolar montage (double banana, left to right) above their probability. events: (N, 2) in samples."""
     from matplotlib.figure import Figure                    # here: training does not draw
     truth = np.asarray(recording.events).reshape(-1, 2)
     found = np.asarray(events).reshape(-1, 2) / FS
@@ -398,13 +405,13 @@ def draw(recording, probability, events, threshold, path, most=4):
     shown = spans[:most]
     figure = Figure(figsize=(15, 1.9 + 6.6 * len(shown)), dpi=100, layout="constrained")
     rows = figure.subplots(1 + 2 * len(shown), 1, height_ratios=[1.5] + [5.4, 1.2] * len(shown))
-    figure.suptitle(f"{recording.name}    {_clock(recording.seconds)},  {len(truth)} labelled" * recording.labelled
-                    + f"{recording.name}    {_clock(recording.seconds)},  unlabelled" * (not recording.labelled)
-                    + f",  {len(found)} detected" + f",  {most} of {len(spans)} events shown" * (len(spans) > most),
+    labels = f"{len(truth)} labelled" if recording.labelled else "unlabelled"
+    more = f",  {most} of {len(spans)} places shown" if len(spans) > most else ""
+    figure.suptitle(f"{recording.name}    {_clock(recording.seconds)},  {labels},  {len(found)} detected{more}",
                     x=0.01, ha="left", fontsize=13, color=INK)
     _track(rows[0], probability, 0, recording.seconds, truth, found, threshold)
     for begin, end in shown:
-        rows[0].axvspan(begin, end, ymax=0.03, color=INK, lw=0)
+        rows[0].axvspan(begin, end, ymax=0.015, color=INK, lw=0)
     rows[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=9)
     for i, (begin, end) in enumerate(shown):
         _traces(rows[1 + 2 * i], recording, begin, end, truth, found)
@@ -418,7 +425,7 @@ def _clock(seconds):
 
 
 def _spans(recording, probability, truth, found, before=10, longest=60):
-    """Stretches worth a look, in seconds: around each event, or the most probable half minute where there is none."""
+    """Stretches worth a look, in seconds: around each event, or around the highest probability where there is none."""
     events = np.concatenate([truth, found])
     if not len(events):
         peak = float(np.argmax(probability)) / FS
@@ -447,7 +454,7 @@ def _track(axis, probability, begin, end, truth, found, threshold):
     first, last = int(begin * FS), int(math.ceil(end * FS))
     piece = np.clip(probability[first:last], 0, 1)
     step = max(1, len(piece) // 3000)
-    piece = np.array([piece[i:i + step].max() for i in range(0, len(piece), step)])      # a peak is never thinned away
+    piece = np.maximum.reduceat(piece, np.arange(0, len(piece), step))      # thinned, but never by a peak
     seconds = (first + step * (np.arange(len(piece)) + 0.5)) / FS
     _mark(axis, truth, found)
     axis.fill_between(seconds, piece, color=INK, alpha=0.15, lw=0)
@@ -493,7 +500,7 @@ def _traces(axis, recording, begin, end, truth, found):
     axis.tick_params(which="both", bottom=False, labelbottom=False, length=0)
     edge = end + 0.006 * (end - begin)
     axis.plot([edge, edge], [height[-1], height[-1] + 1], color=INK, lw=2, clip_on=False)
-    axis.text(edge + 0.004 * (end - begin), height[-1] + 0.5, f"{spacing} uV", va="center", fontsize=9, color=INK)
+    axis.text(edge + 0.004 * (end - begin), height[-1] + 0.5, f"{spacing} \u00b5V", va="center", fontsize=9, color=INK)
     _tidy(axis)
     axis.spines[["left", "bottom"]].set_visible(False)
 
@@ -505,15 +512,15 @@ def _rows(path):
 
 
 def curves(run_directory):
-    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl: loss, learning rate and the
-    metric that decides best.pt over the steps, with saves and resumes marked. Returns its path."""
+    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl: loss, learning rate and
+    the metric that decides best.pt over the steps, with saves and resumes marked. Returns its path."""
     import yaml
     from matplotlib.figure import Figure
     directory = Path(run_directory)
     rows, files = _rows(directory / "metrics.jsonl"), _rows(directory / "saves.jsonl")
     train, checks = ([r for r in rows if r["kind"] == kind] for kind in ("train", "validation"))
     config = directory / "config.yaml"
-    metric = (yaml.safe_load(config.read_text()) if config.is_file() else {}).get("training", {}).get("best_metric", "event_f1")
+    metric = yaml.safe_load(config.read_text())["training"]["best_metric"] if config.is_file() else "event_f1"
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     loss, rate, best = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.4, 3))
     figure.suptitle(directory.resolve().name, x=0.01, ha="left", fontsize=13, color=INK)
@@ -523,11 +530,12 @@ def curves(run_directory):
     _curve(best, checks, metric, FOUND, f"{metric} (dev)", "o-")
     chosen = [r for r in checks if r.get("best") and r.get(metric) is not None]
     best.plot([r["step"] for r in chosen], [r[metric] for r in chosen], "*", color=TRUE, ms=13, label="best.pt")
-    for axis in (loss, rate, best):
-        for i, row in enumerate(r for r in files if r["kind"] == "resume"):
-            axis.axvline(row["step"], color="#b3261e", lw=1, ls="--", label="resume" if axis is best and not i else None)
-    saves = sorted({r["step"] for r in files if r["kind"] == "save"})
+    saves, resumes = (sorted({r["step"] for r in files if r["kind"] == kind}) for kind in ("save", "resume"))
     best.plot(saves, [0.02] * len(saves), "|", color=INK, ms=9, transform=best.get_xaxis_transform(), label="save")
+    best.plot([], [], "--", color=STOP, label="resume")
+    for axis in (loss, rate, best):
+        for step in resumes:
+            axis.axvline(step, color=STOP, lw=1, ls="--")
     best.set_xlabel("step", color=INK)
     best.legend(frameon=False, fontsize=9)
     path = directory / "curves.png"
@@ -550,29 +558,37 @@ class Refused(Exception):
 
 
 def load_model(path, device):
-    """(model on device, evaluation settings, where the threshold comes from, checkpoint dict) of a checkpoint or its strip."""
+    """(model on device, checkpoint dict) from any checkpoint of train.py or what `checkpoint.py strip` made of it."""
     try:
         state = checkpoint.load(path)
     except OSError as error:
         raise Refused(f"checkpoint {path}: {error.strerror}") from None
     missing = [key for key in ("model", "config", "montage", "channels") if key not in state]
     if missing:
-        raise Refused(f"checkpoint {path}: it lacks {', '.join(missing)}: give one that train.py or `checkpoint.py strip` wrote")
+        raise Refused(f"checkpoint {path} lacks {', '.join(missing)}: give one written by train.py")
     try:
-        config = {**state["config"].get("evaluation", {}), "tune": False}
-        tuned = state.get("scores", {}).get("threshold")
-        c = settings(config if tuned is None else {**config, "threshold": tuned})
         model = v3.V3(len(state["channels"]), **state["config"]["model"])
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Refused(f"checkpoint {path}: {' '.join(str(error).split())[:200]}") from None
-    source = "config evaluation.threshold (the checkpoint holds none)" if tuned is None else \
-        "tuned on the dev set in training" if state["config"]["evaluation"].get("tune", True) else "config evaluation.threshold"
-    return model.to(device), c, source, state
+        raise Refused(f"checkpoint {path} does not fit model.py: {' '.join(str(error).split())[:200]}") from None
+    return model.to(device), state
+
+
+def stored_settings(state):
+    """(evaluation settings, where the threshold comes from). Never tuned here: that would fit the scored recordings."""
+    config = state["config"].get("evaluation", {})
+    tuned = state.get("scores", {}).get("threshold")
+    try:
+        c = settings({**config, "tune": False} | ({} if tuned is None else {"threshold": tuned}))
+    except ValueError as error:
+        raise Refused(f"the checkpoint's settings: {error}") from None
+    if tuned is None:
+        return c, "evaluation.threshold of the config, since the checkpoint holds no tuned one"
+    return c, "tuned on the dev set in training" if config.get("tune", True) else "evaluation.threshold of the config"
 
 
 def open_data(path, state, scratch):
-    """Recordings at `path`: an imported folder as it is, EDF files through the same preparation, written to `scratch`."""
+    """Recordings at `path`: an imported folder as it is; EDF files prepared the same way, into `scratch`."""
     path = Path(path)
     if not path.exists():
         raise Refused(f"data {path} does not exist")
@@ -584,16 +600,16 @@ def open_data(path, state, scratch):
     recordings = data.open_corpus(path)
     for r in recordings:
         if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):
-            raise Refused(f"data {r.path}: {r.montage} with {len(r.channels)} channels, but the checkpoint was trained on "
-                          f"{state['montage']} with {len(state['channels'])}: import with --montage {state['montage']}")
+            raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels, but the checkpoint was trained on "
+                          f"{state['montage']}, {len(state['channels'])}: import with --montage {state['montage']}")
     return recordings
 
 
 def choose(recordings, split, config):
     """Those of one split: train and dev as the training drew them from this corpus, eval as the corpus marks it."""
     if split in ("train", "dev"):
-        c = config["data"]
-        return data.split_patients(recordings, c["dev_patients"], c["dev_fraction"], config["experiment"]["seed"])[split == "dev"]
+        c, seed = config["data"], config["experiment"]["seed"]
+        return data.split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)[split == "dev"]
     chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
         raise Refused(f"no recording belongs to the split {split}")
@@ -601,8 +617,8 @@ def choose(recordings, split, config):
 
 
 def write_events(path, events, probability, seconds):
-    """SzCORE events file: one `sz` row per event, or one `bckg` row over a recording without any. Times in seconds."""
-    rows = [(begin / FS, (end - begin) / FS, "sz", f"{probability[begin:end].mean():.2f}") for begin, end in events]
+    """SzCORE events file: one `sz` row per event, or one `bckg` row over a recording without any. In seconds."""
+    rows = [(a / FS, (b - a) / FS, "sz", f"{probability[a:b].mean():.2f}") for a, b in events]
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
     for onset, duration, kind, confidence in rows or [(0.0, seconds, "bckg", "n/a")]:
         lines.append(f"{onset:.2f}\t{duration:.2f}\t{kind}\t{confidence}\tn/a\tn/a\t{seconds:.2f}")
@@ -611,7 +627,7 @@ def write_events(path, events, probability, seconds):
 
 
 def evaluate(model, recordings, out, device, c, plot=False):
-    """Score every recording, write its events and picture under `out`; returns the records and a table of detections."""
+    """Score every recording, write its events and picture under `out`; returns records and a table of detections."""
     records, table = [], []
     calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
     with tqdm(total=calls, unit="batch", desc="evaluate") as bar:
@@ -647,41 +663,51 @@ def report(records, table, c, source, args):
 
 
 def show(result, out):
+    detections = sum(row["detections"] for row in result["per_recording"])
     print(f"{result['recordings']} recordings, {result['hours']:.2f} h, {result['patients']} patients, "
-          f"{result['seizures']} labelled seizures, {sum(t['detections'] for t in result['per_recording'])} detections; "
+          f"{result['seizures']} labelled seizures, {detections} detections\n"
           f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
     for name in METRICS if result["labelled_recordings"] else ():
-        value = result[name]
-        print(f"  {name:<22} {value:.4f}" if value is not None else f"  {name:<22} -  ({result['not_computed'].get(name)})")
-    print(f"events, scores.json in {out}")
+        value, why = result[name], result["not_computed"].get(name)
+        print(f"  {name:<22} " + (f"-  ({why})" if value is None else f"{value:.4f}"))
+    print(f"events and scores.json in {out}")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="best.pt, any other checkpoint, or a stripped one")
+    add("--data", required=True, type=Path, help="imported folder, folder of EDFs, or one EDF")
+    add("--out", type=Path, help="default: `evaluation` in the run directory of the checkpoint")
+    add("--plot", action="store_true", help="a PNG per recording")
+    add("--split", choices=("train", "dev", "eval"), help="only these recordings; default all")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    if args.out is None:
+        folder = args.checkpoint.absolute().parent
+        args.out = (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="best.pt, any other checkpoint, or a stripped one")
-    parser.add_argument("--data", required=True, type=Path, help="imported folder, folder of EDFs, or one EDF")
-    parser.add_argument("--out", type=Path, help="default: `evaluation` in the run directory of the checkpoint")
-    parser.add_argument("--plot", action="store_true", help="a PNG per recording")
-    parser.add_argument("--split", choices=("train", "dev", "eval"), help="only these recordings; default all")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args(argv)
-    folder = args.checkpoint.absolute().parent
-    out = args.out or (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
+    args = parse(argv)
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise Refused("--device cuda, but torch sees no GPU")
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-        model, c, source, state = load_model(args.checkpoint, device)
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".prepared_", dir=out) as scratch:
+        model, state = load_model(args.checkpoint, device)
+        c, source = stored_settings(state)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".prepared_", dir=args.out) as scratch:
             recordings = choose(open_data(args.data, state, Path(scratch)), args.split, state["config"])
-            records, table = evaluate(model, recordings, out, device, c, args.plot)
+            records, table = evaluate(model, recordings, args.out, device, c, args.plot)
     except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
     result = report(records, table, c, source, args)
-    (out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    show(result, out)
+    (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    show(result, args.out)
     return 0
 
 
