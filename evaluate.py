@@ -257,7 +257,7 @@ def _thresholds(c):
 
 def _count(truth, events, seconds):
     """COUNTS of events against the truth, both (N, 2) in seconds; and the scorer's number of true events and seconds."""
-    tenths = max(1, round(seconds * 10))                            # timescoring works at 10 Hz
+    tenths = max(10, round(seconds * 10))                           # timescoring works at 10 Hz, samples at 1 Hz
     reference, found = (Annotation([tuple(e) for e in x.tolist()], 10, tenths) for x in (truth, events))
     by_event, by_sample = EventScoring(reference, found), SampleScoring(reference, found)
     overlap = (truth[:, None, 0] < events[None, :, 1]) & (events[None, :, 0] < truth[:, None, 1])

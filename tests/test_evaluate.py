@@ -1,0 +1,419 @@
+"""evaluate.py: stitching, post-processing against a plain loop, scores against timescoring and exact formulas, files."""
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_closing, binary_opening, gaussian_filter1d
+from timescoring.annotations import Annotation
+from timescoring.scoring import EventScoring
+
+import checkpoint
+import data
+import evaluate
+import model as v3
+from evaluate import FS, METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXED = {"tune": False, "threshold": 0.5}
+
+
+class Track:
+    """A recording held in memory, with the attributes that evaluate.py reads."""
+
+    def __init__(self, name, seconds, events=(), patient="p1", labelled=True, channels=2):
+        self.name, self.patient, self.labelled = name, patient, labelled
+        self.samples, self.fs = round(seconds * FS), FS
+        self.seconds, self.events = self.samples / FS, np.array(events, float).reshape(-1, 2)
+        self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
+        self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples)).astype(np.int16)
+
+    def read(self, start, n):
+        piece = self.eeg[:, start:start + n]
+        return np.pad(piece, ((0, 0), (0, n - piece.shape[1])))
+
+    def labels(self, start, n):
+        seconds = (start + np.arange(n)) / FS
+        return sum(((seconds >= a) & (seconds < b) for a, b in self.events), np.zeros(n, bool)).astype(np.uint8)
+
+
+class Pointwise(torch.nn.Module):
+    """Looks at one sample at a time, so that windows cannot change its output; keeps the sizes of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.calls = torch.nn.Dropout(0.5), []
+
+    def forward(self, x):
+        self.calls.append(tuple(x.shape))
+        return self.drop(x.mean(1))
+
+
+def probability_of(track, events, height=0.99):
+    p = np.full(track.samples, 0.01, np.float32)
+    for begin, end in events:
+        p[round(begin * FS):round(end * FS)] = height
+    return p
+
+
+def summary_of(pairs, **config):
+    """Summary of (track, detections in seconds) pairs at the threshold 0.5, or as `config` says."""
+    config = FIXED | config
+    return evaluate.summarise([evaluate.score(t, probability_of(t, e), config) for t, e in pairs], config)
+
+
+# ---- names and settings ----
+
+@pytest.mark.parametrize("wrong, right", [("sensitivity_at_10.0fa", "sensitivity_at_10fa"), ("event_F1", "event_f1"),
+                                          ("AUROC", "auroc"), ("sensitivity_at_2_5fa", "sensitivity_at_2.5fa")])
+def test_an_unknown_metric_is_refused_with_the_nearest_name(wrong, right):
+    if wrong == "AUROC":
+        wrong = "aurocs"
+    with pytest.raises(ValueError, match=f"nearest is {right}$"):
+        evaluate.check_metric(wrong)
+
+
+def test_every_metric_is_computed_under_its_own_name():
+    summary = summary_of([(Track("a", 600, [(100, 160)]), [(110, 150)])])
+    for name, direction in METRICS.items():
+        evaluate.check_metric(name)
+        assert math.isfinite(summary[name]) and direction in ("min", "max")
+    assert set(summary) == set(METRICS) | {"threshold"}
+
+
+def test_a_metric_that_the_dev_set_cannot_give_is_refused_by_name():
+    with pytest.raises(ValueError, match="event_f1 cannot be computed.*no seizure"):
+        evaluate.check_metric("event_f1", [Track("a", 60), Track("b", 60, [(1, 9)], labelled=False)])
+    evaluate.check_metric("loss", [Track("a", 60)])
+    with pytest.raises(ValueError, match="auroc.*no background"):
+        evaluate.check_metric("auroc", [Track("a", 60, [(0, 60)])])
+
+
+@pytest.mark.parametrize("config, text", [({"treshold": 1}, "evaluation.threshold"), ({"threshold": 1.5}, "between 0 and 1"),
+                                          ({"overlap_seconds": 60.0}, "overlap_seconds"), ({"batch_size": 0}, "batch_size"),
+                                          ({"merge_gap_seconds": -1.0}, "negative")])
+def test_bad_settings_are_refused_in_one_line(config, text):
+    with pytest.raises(ValueError, match=text):
+        evaluate.settings(config)
+
+
+# ---- predict ----
+
+@pytest.mark.parametrize("seconds", [0.3, 9.0, 10.0, 10.01, 20.0, 47.3])
+@pytest.mark.parametrize("overlap", [0.0, 2.5, 9.0])
+def test_windows_are_stitched_to_the_output_of_the_whole_recording(seconds, overlap):
+    track, model = Track("a", seconds), Pointwise().eval()
+    got = evaluate.predict(model, track, "cpu", {"window_seconds": 10.0, "overlap_seconds": overlap, "batch_size": 3})
+    want = torch.sigmoid(torch.from_numpy(track.eeg * track.scale[:, None] / track.norm).mean(0)).numpy()
+    assert got.dtype == np.float32 and got.shape == (track.samples,)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert all(shape[0] <= 3 and shape[2] == 10 * FS for shape in model.calls)
+
+
+def test_overlap_weighs_the_middle_of_a_window_more_than_its_edge():
+    class Position(torch.nn.Module):
+        def forward(self, x):
+            return torch.linspace(-4, 4, x.shape[2]).expand(len(x), -1)
+    track = Track("a", 15)
+    p = evaluate.predict(Position(), track, "cpu", {"window_seconds": 10.0, "overlap_seconds": 5.0})
+    late, early = 1 / (1 + math.exp(-3.6)), 1 / (1 + math.exp(0.4))       # the two windows' answers at 9.5 s
+    assert abs(p[round(9.5 * FS)] - (0.5 * late + 4.5 * early) / 5) < 0.01
+
+
+def test_predict_restores_training_mode_and_leaves_the_random_state_alone():
+    model, before = Pointwise().train(), torch.get_rng_state()
+    model.drop.eval()
+    evaluate.predict(model, Track("a", 30), "cpu", {"window_seconds": 10.0})
+    assert model.training and not model.drop.training
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_poll_is_asked_before_every_call_and_can_stop_the_prediction():
+    model, asked = Pointwise().train(), []
+
+    def poll():
+        asked.append(len(model.calls))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.predict(model, Track("a", 100), "cpu", {"window_seconds": 10.0, "batch_size": 2}, poll=poll)
+    assert asked == [0, 1, 2] and model.training
+
+
+def test_half_precision_stays_close_to_full_precision():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 5, padding=2), torch.nn.Conv1d(4, 1, 1), torch.nn.Flatten(1))
+    full, half = (evaluate.predict(model, Track("a", 30), "cpu", {"window_seconds": 10.0}, p) for p in ("fp32", "bf16"))
+    assert half.dtype == np.float32 and 0 < np.abs(full - half).max() < 0.05
+
+
+# ---- post-processing ----
+
+def slow_events(p, on, config):
+    """The same rules, one sample at a time."""
+    c = {k: round(v * FS) if k.endswith("_seconds") else v for k, v in evaluate.settings(config).items()}
+    off, inside, high, low = max(on - c["release"], on / 2), False, 0, 0
+    mask = np.zeros(len(p), bool)
+    for i, x in enumerate(p):
+        high, low = (high + 1 if x >= on else 0), (low + 1 if x < off else 0)
+        if not inside and high >= max(1, c["onset_seconds"]):
+            inside, mask[i - high + 1:i] = True, True
+        if inside and low >= max(1, c["offset_seconds"]):
+            inside, mask[i - low + 1:i] = False, False
+        mask[i] = inside
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]))).reshape(-1, 2).tolist()
+    events = [e for e in edges if e[1] - e[0] >= c["opening_seconds"]]
+    events = join(events, c["closing_seconds"] - 1)
+    events = join([e for e in events if e[1] - e[0] >= c["min_duration_seconds"]], c["merge_gap_seconds"])
+    pieces = []
+    for a, b in events:
+        n = math.ceil((b - a) / c["max_duration_seconds"])
+        pieces += [[a + (b - a) * i // n, a + (b - a) * (i + 1) // n] for i in range(n)]
+    return pieces
+
+
+def join(events, gap):
+    joined = []
+    for a, b in events:
+        if joined and a - joined[-1][1] <= gap:
+            joined[-1][1] = b
+        else:
+            joined.append([a, b])
+    return joined
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_vectorised_postprocessing_equals_the_sample_by_sample_loop(seed):
+    rng = np.random.default_rng(seed)
+    z = gaussian_filter1d(rng.normal(size=40 * FS), rng.integers(2, 90))
+    p = (1 / (1 + np.exp(-3 * z / z.std()))).astype(np.float32)
+    loose = {"onset_seconds": rng.choice([0, 0.1, 0.5]), "offset_seconds": rng.choice([0, 0.1, 1.0]),
+             "opening_seconds": rng.choice([0, 0.3]), "closing_seconds": rng.choice([0, 0.4]),
+             "min_duration_seconds": rng.choice([0, 0.7]), "max_duration_seconds": 1.9, "merge_gap_seconds": rng.choice([0, 0.6])}
+    found = 0
+    for config in ({}, {k: float(v) for k, v in loose.items()}):
+        for threshold in (0.05, 0.3, 0.5, 0.86, 1.0):
+            events = evaluate.postprocess(p, threshold, config)
+            assert events.tolist() == slow_events(p, threshold, config)
+            found += len(events)
+    assert found > 5
+
+
+def test_opening_and_closing_equal_binary_morphology():
+    rng = np.random.default_rng(3)
+    mask = gaussian_filter1d(rng.normal(size=20 * FS), 6) > 0.02
+    off = dict.fromkeys(("onset_seconds", "offset_seconds", "min_duration_seconds", "merge_gap_seconds"), 0.0)
+    got = evaluate.postprocess(mask.astype(np.float32), 0.5, off | {"opening_seconds": 11 / FS, "closing_seconds": 31 / FS})
+    padded = np.pad(binary_opening(np.pad(mask, 50), np.ones(11)), 50)
+    want = binary_closing(padded, np.ones(31))[100:-100]
+    assert 3 < len(got) and np.array_equal(evaluate._runs(want), got)
+
+
+def test_short_events_go_close_ones_join_and_long_ones_are_cut_last():
+    track = Track("a", 2000)
+    p = probability_of(track, [(10, 12.9), (100, 104), (105.9, 110), (200, 203), (205.1, 209), (500, 1900)])
+    events = evaluate.postprocess(p, 0.5, {}) / FS
+    assert np.allclose(events[:3], [[100, 110], [200, 203], [205.1, 209]], atol=1 / FS)
+    assert len(events) == 6 and events[3, 0] == 500 and events[5, 1] == 1900
+    assert (events[4:, 0] == events[3:-1, 1]).all() and (np.diff(events[3:], axis=1) <= 600).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan])
+def test_constant_tracks_give_nothing_or_one_event(value):
+    events = evaluate.postprocess(np.full(60 * FS, value, np.float32), 0.5, {})
+    assert events.tolist() == ([[0, 60 * FS]] if value == 1 else [])
+    assert evaluate.postprocess(np.zeros(0, np.float32), 0.5, {}).shape == (0, 2)
+
+
+# ---- records ----
+
+def noisy(track, rng, strength=6.0):
+    z = strength * gaussian_filter1d(track.labels(0, track.samples).astype(float), 2 * FS) - 4
+    return (1 / (1 + np.exp(-z - 40 * gaussian_filter1d(rng.normal(size=track.samples), 200)))).astype(np.float32)
+
+
+def test_a_record_is_small_and_loads_without_running_code():
+    track = Track("a/b", 3600, [(600, 660)])
+    record = evaluate.score(track, noisy(track, np.random.default_rng(0)), {})
+    file = io.BytesIO()
+    torch.save(record, file)
+    assert file.tell() < 25_000
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert evaluate.summarise([loaded], {}) == evaluate.summarise([record], {})
+
+
+def test_an_unlabelled_recording_is_left_out_of_every_score():
+    labelled, other = Track("a", 600, [(100, 160)]), Track("b", 600, labelled=False)
+    scores = [evaluate.score(t, probability_of(t, [(100, 150), (400, 450)]), FIXED) for t in (labelled, other)]
+    assert evaluate.summarise(scores, FIXED) == evaluate.summarise(scores[:1], FIXED)
+    assert "counts" not in scores[1]
+    alone = evaluate.summarise(scores[1:], FIXED)
+    assert all(math.isnan(alone[m]) for m in METRICS) and alone["threshold"] == 0.5
+
+
+def test_the_summary_does_not_depend_on_the_order_of_the_records():
+    rng = np.random.default_rng(1)
+    tracks = [Track(f"r{i}", 900, [(200 + 10 * i, 260 + 10 * i)], f"p{i % 3}") for i in range(7)]
+    scores = [evaluate.score(t, noisy(t, rng), {}) for t in tracks]
+    first = evaluate.summarise(scores, {})
+    for _ in range(5):
+        assert evaluate.summarise([scores[i] for i in rng.permutation(7)], {}) == first
+
+
+def test_records_of_other_thresholds_are_refused():
+    track = Track("a", 60, [(10, 30)])
+    record = evaluate.score(track, probability_of(track, []), {"threshold": 0.61})
+    with pytest.raises(ValueError, match="threshold"):
+        evaluate.summarise([record], {"threshold": 0.62})
+
+
+# ---- sample-level scores ----
+
+def pairwise_auroc(p, y):
+    return np.mean((p[y][:, None] > p[~y]) + 0.5 * (p[y][:, None] == p[~y]))
+
+
+def stepwise_average_precision(p, y):
+    total, before = 0.0, 0
+    for value in np.unique(p)[::-1]:
+        hits = (y & (p >= value)).sum()
+        total, before = total + (hits - before) / y.sum() * hits / (p >= value).sum(), hits
+    return total
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 8])
+def test_ranking_scores_equal_their_definitions_with_and_without_ties(decimals):
+    rng = np.random.default_rng(decimals)
+    y = rng.random(400) < 0.2
+    p = np.clip(rng.normal(0.4 + 0.2 * y, 0.2), 0, 1).round(decimals).astype(np.float32)
+    auroc, precision = evaluate._ranking(p, y)
+    assert auroc == pytest.approx(pairwise_auroc(p, y), abs=1e-12)
+    assert precision == pytest.approx(stepwise_average_precision(p, y), abs=1e-12)
+
+
+def test_one_sample_per_second_agrees_with_all_256_to_a_thousandth():
+    rng = np.random.default_rng(5)
+    tracks = [Track(f"r{i}", 1800, [(300, 400), (1000 + 50 * i, 1090 + 50 * i)]) for i in range(4)]
+    tracks_p = [noisy(t, rng) for t in tracks]
+    summary = evaluate.summarise([evaluate.score(t, p, {}) for t, p in zip(tracks, tracks_p)], {})
+    p, y = np.concatenate(tracks_p), np.concatenate([t.labels(0, t.samples) for t in tracks]) > 0
+    auroc, precision = evaluate._ranking(p, y)
+    assert 0.6 < auroc < 0.999
+    assert summary["auroc"] == pytest.approx(auroc, abs=1e-3)
+    assert summary["average_precision"] == pytest.approx(precision, abs=1e-3)
+    assert summary["calibration_error"] == pytest.approx(evaluate._calibration_error(p, y), abs=1e-3)
+    clipped = np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)
+    assert summary["loss"] == pytest.approx(-np.log(np.where(y, clipped, 1 - clipped)).mean(), rel=1e-9)
+
+
+def test_calibration_error_of_a_known_track():
+    p, y = np.array([0.2, 0.2, 0.2, 0.2, 0.9, 0.9], np.float32), np.array([0, 0, 0, 1, 1, 1], bool)
+    assert evaluate._calibration_error(p, y) == pytest.approx((4 * 0.05 + 2 * 0.1) / 6, abs=1e-6)
+
+
+# ---- event scores ----
+
+@pytest.mark.parametrize("detections, tp, fp", [
+    ([(500, 530)], 1, 0), ([(471, 475)], 1, 0), ([(465, 469.9)], 0, 1), ([(615, 619)], 1, 0), ([(620.2, 630)], 0, 1),
+    ([(500, 510), (540, 550), (639, 650)], 1, 0), ([(100, 110), (195, 205)], 0, 1), ([(100, 110), (200, 210)], 0, 2),
+    ([(700, 1301)], 0, 3)])
+def test_szcore_rules_for_tolerance_merging_and_cutting(detections, tp, fp):
+    counts, (references, _) = evaluate._count(np.array([[500.0, 560.0]]), np.array(detections, float), 2000.0)
+    assert (counts[0], counts[1], references) == (tp, fp, 1)
+
+
+def test_event_scores_are_summed_over_a_patient_and_averaged_over_patients():
+    rng = np.random.default_rng(8)
+    pairs = []
+    for i in range(6):
+        truth = np.sort(rng.integers(50, 1700, 2)).reshape(1, 2).clip(max=[[1e9, 1790]])
+        truth[0, 1] = truth[0, 0] + 60
+        found = [(s, s + 20) for s in (rng.integers(50, 1750, 3))]
+        pairs.append((Track(f"r{i}", 1800, truth, f"p{i // 2}"), sorted(found)))
+    f1, alarms = [], []
+    for patient in range(3):
+        tp = fp = true = 0
+        for track, found in pairs[2 * patient:2 * patient + 2]:
+            mask = np.zeros(18000, bool)
+            for begin, end in found:
+                mask[begin * 10:end * 10] = True
+            s = EventScoring(Annotation([tuple(e) for e in track.events.tolist()], 10, 18000), Annotation(mask, 10))
+            tp, fp, true = tp + s.tp, fp + s.fp, true + s.refTrue
+        f1.append(2 * tp / (tp + fp + true))
+        alarms.append(fp / (3600 / 86400))
+    summary = summary_of(pairs)
+    assert summary["event_f1"] == pytest.approx(np.mean(f1)) and 0 < np.mean(f1) < 1
+    assert summary["false_alarms_per_24h"] == pytest.approx(np.mean(alarms))
+
+
+def test_sensitivity_at_a_false_alarm_rate_is_the_best_that_keeps_to_it():
+    track = Track("a", 6 * 3600, [(1000, 1060), (5000, 5060), (9000, 9060)])
+    p = probability_of(track, [(1000, 1060)], 0.99)
+    for begin, height in ((5000, 0.8), (9000, 0.4), (12000, 0.8), (14000, 0.4), (16000, 0.4)):
+        p = np.maximum(p, probability_of(track, [(begin, begin + 60)], height))
+    summary = evaluate.summarise([evaluate.score(track, p, FIXED)], FIXED)
+    assert [summary[f"sensitivity_at_{x}fa"] for x in ("10", "5", "2.5", "1")] == pytest.approx([2 / 3, 2 / 3, 1 / 3, 1 / 3])
+
+
+# ---- sets that lack something ----
+
+def test_a_set_without_a_seizure_gives_false_alarms_loss_and_calibration_only():
+    for detections in ([], [(100, 200)]):
+        track = Track("a", 3600)
+        summary = summary_of([(track, detections)], tune=True)
+        defined = {m for m in METRICS if math.isfinite(summary[m])}
+        assert defined == {"loss", "calibration_error", "false_alarms_per_24h"}
+        assert summary["false_alarms_per_24h"] == 24 * len(detections) and summary["threshold"] == 0.5
+
+
+def test_a_set_without_background_gives_all_but_the_ranking_scores():
+    summary = summary_of([(Track("a", 120, [(0, 120)]), [(0, 120)])])
+    assert {m for m in METRICS if math.isnan(summary[m])} == {"auroc", "average_precision"}
+    assert summary["event_f1"] == summary["sample_f1"] == 1
+
+
+def test_a_patient_without_detections_counts_with_f1_zero_and_no_precision():
+    good, silent = (Track("a", 900, [(100, 160)], "p1"), [(100, 160)]), (Track("b", 900, [(100, 160)], "p2"), [])
+    healthy = (Track("c", 900, (), "p3"), [])
+    summary = summary_of([good, silent, healthy])
+    assert summary["event_f1"] == summary["event_sensitivity"] == 0.5 and summary["event_precision"] == 1
+    only_silent = summary_of([silent, healthy])
+    assert all(math.isfinite(only_silent[m]) for m in METRICS)
+    assert only_silent["event_f1"] == only_silent["event_precision"] == only_silent["sample_precision"] == 0
+
+
+def test_a_probability_that_is_not_finite_makes_every_metric_nan():
+    track = Track("a", 600, [(100, 160)])
+    p = probability_of(track, [(100, 160)])
+    p[77] = math.nan
+    summary = evaluate.summarise([evaluate.score(track, p, {})], {})
+    assert all(math.isnan(summary[m]) for m in METRICS)
+
+
+def test_recordings_shorter_than_a_second_are_scored():
+    for seconds in (0.02, 0.3, 0.9):
+        summary = summary_of([(Track("a", seconds, [(0, seconds)]), [(0, seconds)]), (Track("b", 600, [(9, 99)]), [(9, 99)])])
+        assert math.isfinite(summary["event_f1"])
+
+
+# ---- threshold ----
+
+def test_the_tuned_threshold_has_the_best_f1_and_lies_in_the_middle_of_equals():
+    track = Track("a", 3600, [(1000, 1060)])
+    p = np.maximum(probability_of(track, [(1000, 1060)], 0.9), probability_of(track, [(2000, 2060), (3000, 3060)], 0.3))
+    summary = evaluate.summarise([evaluate.score(track, p, {})], {})
+    assert summary["event_f1"] == 1 and 0.5 < summary["threshold"] < 0.8
+    fixed = evaluate.summarise([evaluate.score(track, p, {"threshold": 0.1})], {"threshold": 0.1, "tune": False})
+    assert fixed["threshold"] == 0.1 and fixed["event_f1"] == 0.5
+
+
+def test_a_model_that_finds_nothing_gets_the_threshold_with_the_fewest_alarms():
+    track = Track("a", 3600, [(1000, 1060)])
+    summary = evaluate.summarise([evaluate.score(track, probability_of(track, [(2000, 2060)], 0.6), {})], {})
+    assert summary["event_f1"] == 0 and summary["threshold"] > 0.6 and summary["false_alarms_per_24h"] == 0
