@@ -2,25 +2,25 @@
 
     python evaluate.py --checkpoint results/v3/checkpoints/best.pt --data OUT_OR_EDF [--out DIR] [--plot]
 
-OUT_OR_EDF is a folder made by `data.py import`, or one EDF or a folder of EDFs, which are prepared the same way
-first. Each recording is scored once and whole. Training validates through the same three functions:
+OUT_OR_EDF is a folder made by `data.py import`, or one EDF or a folder of EDFs, which are prepared the same
+way first. Each recording is scored once and whole. Training validates through the same three functions:
 
     predict    model + recording -> one seizure probability per sample
     score      probability + labels -> a small record of counts, one per recording
     summarise  records of a set -> every metric in METRICS
 
-Event and sample scores follow SzCORE (Dan et al., Epilepsia 2024) through the package timescoring: events closer
-than 90 s are one, longer than 5 min are cut, a detection may come 30 s early and 60 s late, counts are summed per
-patient and the scores averaged over patients. Sensitivity at a false-alarm rate uses the plain any-overlap rule,
-pooled over the set. AUROC, average precision and calibration error take one sample per second, its middle one:
-labels are no finer, and whole sets stay small enough to rank exactly. The loss is binary cross-entropy over every
-sample, without class weights.
+Event and sample scores follow SzCORE (Dan et al., Epilepsia 2024) through the package timescoring: events
+closer than 90 s are one, longer than 5 min are cut, a detection may come 30 s early and 60 s late, counts are
+summed per patient and the scores averaged over patients. Sensitivity at a false-alarm rate uses the plain
+any-overlap rule, pooled over the set. AUROC, average precision and calibration error take one sample per
+second, its middle one: labels are no finer, and whole sets stay small enough to rank exactly. The loss is
+binary cross-entropy over every sample, without class weights.
 
 What cannot be computed is NaN in Python, null in scores.json (with the reason), and never counts as best in
 training: without a labelled recording, everything; without a seizure, all but loss, calibration_error and
 false_alarms_per_24h; without background, auroc and average_precision; with a probability that is not finite,
-everything. A patient with neither seizures nor detections has no F1, and one without detections no precision: left
-out of those means, as SzCORE does. A set with seizures in which nothing at all is detected has precision 0.
+everything. A patient with neither seizures nor detections has no F1, and one without detections no precision:
+left out of those means, as SzCORE does. A set with seizures and nothing detected has precision 0.
 """
 import argparse
 import difflib
@@ -77,7 +77,7 @@ DEFAULTS = {
 }
 GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))     # thresholds tried: even in log-odds, 0.018 to 0.999
 FALSE_ALARMS = (10, 5, 2.5, 1)                          # per 24 h
-COUNTS = ("event_tp", "event_fp", "sample_tp", "sample_fp", "found", "alarms")     # columns of a record's counts
+COUNTS = ("event_tp", "event_fp", "sample_tp", "sample_fp", "found", "alarms")     # of a record
 UNDEFINED_WITHOUT = {
     "seizure": [m for m in METRICS if m not in ("loss", "calibration_error", "false_alarms_per_24h")],
     "background": ["auroc", "average_precision"],
@@ -85,7 +85,7 @@ UNDEFINED_WITHOUT = {
 
 
 def check_metric(name, recordings=None):
-    """Raise ValueError unless `name` is in METRICS and can be computed on the recordings, where they are given."""
+    """Raise ValueError unless `name` is in METRICS and, where recordings are given, computable on them."""
     if name not in METRICS:
         near = difflib.get_close_matches(str(name), METRICS, 1, 0.0)[0]
         raise ValueError(f"unknown metric {name!r}; the nearest is {near}")
@@ -99,14 +99,15 @@ def check_metric(name, recordings=None):
 
 
 def settings(config):
-    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises ValueError of one line."""
+    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises ValueError."""
     unknown = sorted(set(config) - set(DEFAULTS))
     if unknown:
         near = difflib.get_close_matches(unknown[0], DEFAULTS, 1, 0.0)[0]
         raise ValueError(f"unknown key evaluation.{unknown[0]}; the nearest is evaluation.{near}")
     c = {**DEFAULTS, **config}
-    limits = {"threshold": (0, 1), "release": (0, 1), "batch_size": (1, math.inf), "window_seconds": (1 / FS, math.inf),
-              "overlap_seconds": (0, c["window_seconds"] - 1 / FS), "max_duration_seconds": (1 / FS, math.inf)}
+    limits = {"threshold": (0, 1), "release": (0, 1), "batch_size": (1, math.inf),
+              "window_seconds": (1 / FS, math.inf), "max_duration_seconds": (1 / FS, math.inf),
+              "overlap_seconds": (0, c["window_seconds"] - 1 / FS)}
     for name, (low, high) in limits.items():
         if not low <= c[name] <= high:
             raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, not {c[name]}")
@@ -119,12 +120,13 @@ def settings(config):
 # ---- probability track ----
 
 def predict(model, recording, device, config, precision="fp32", poll=None):
-    """Seizure probability of every sample: float32 (samples,) at 256 Hz, from windows read one batch at a time.
+    """Seizure probability of every sample: float32 (samples,) at 256 Hz, from windows read one batch at a
+    time.
 
-    The last window is moved back to end with the recording, so that each window is full of EEG as in training;
-    samples it shares with its neighbour are averaged, weighted by their distance to the window's edge, where context
-    ends. A recording shorter than a window is padded with zeros, again as in training. poll() is called before
-    every call of the model and may raise to stop."""
+    The last window is moved back to end with the recording, so that each window is full of EEG as in
+    training; samples it shares with its neighbour are averaged, weighted by their distance to the window's
+    edge, where context ends. A recording shorter than a window is padded with zeros, again as in training.
+    poll() is called before every call of the model and may raise to stop."""
     c = settings(config)
     length, samples = round(c["window_seconds"] * FS), recording.samples
     starts = _starts(samples, c)
@@ -223,9 +225,10 @@ def postprocess(probability, threshold, config):
 def score(recording, probability, config):
     """The record of one recording: plain numbers and small tensors, about 18 kB per hour and 1 kB.
 
-    Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, samples, loss (sum over them),
-    thresholds (K,), counts (K, len(COUNTS)) at each threshold, event_references and sample_references (what the
-    scorer counts as true), and probability float32 and label uint8 of the middle sample of every second."""
+    Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, samples, loss (sum over
+    them), thresholds (K,), counts (K, len(COUNTS)) at each threshold, event_references and sample_references
+    (what the scorer counts as true), and probability float32 and label uint8 of the middle sample of every
+    second."""
     c = settings(config)
     record = {"recording": recording.name, "patient": recording.patient, "seconds": float(recording.seconds),
               "labelled": bool(recording.labelled), "finite": bool(np.isfinite(probability).all())}
@@ -256,8 +259,8 @@ def _thresholds(c):
 
 
 def _count(truth, events, seconds):
-    """COUNTS of events against the truth, both (N, 2) in seconds; and the scorer's number of true events and seconds."""
-    tenths = max(10, round(seconds * 10))                           # timescoring works at 10 Hz, samples at 1 Hz
+    """COUNTS of events against the truth, both (N, 2) in seconds; and what the scorer counts as true."""
+    tenths = max(10, round(seconds * 10))                   # timescoring works at 10 Hz, by sample at 1 Hz
     reference, found = (Annotation([tuple(e) for e in x.tolist()], 10, tenths) for x in (truth, events))
     by_event, by_sample = EventScoring(reference, found), SampleScoring(reference, found)
     overlap = (truth[:, None, 0] < events[None, :, 1]) & (events[None, :, 0] < truth[:, None, 1])
@@ -269,7 +272,7 @@ def _count(truth, events, seconds):
 def _cross_entropy(probability, label, block=1 << 20):
     total = 0.0
     for i in range(0, len(label), block):
-        p = np.clip(probability[i:i + block].astype(np.float64), 1e-7, 1 - 1e-7)    # float32 saturates near 17
+        p = np.clip(probability[i:i + block].astype(np.float64), 1e-7, 1 - 1e-7)    # float32 saturates
         total -= float(np.log(np.where(label[i:i + block] > 0, p, 1 - p)).sum())
     return total
 
@@ -279,8 +282,9 @@ def _cross_entropy(probability, label, block=1 << 20):
 def summarise(scores, config):
     """Every metric of METRICS as a float, and the threshold that event and sample scores use.
 
-    scores: records of score(), in any order. With config["tune"] the threshold is the one with the best event F1 on
-    these very recordings, so give it the dev set; without, or where there is no seizure, it is config["threshold"]."""
+    scores: records of score(), in any order. With config["tune"] the threshold is the one with the best event
+    F1 on these very recordings, so give it the dev set; without, or where there is no seizure, it is
+    config["threshold"]."""
     c = settings(config)
     records = sorted((s for s in scores if s["labelled"]), key=lambda s: s["recording"])
     thresholds = _thresholds(c)
@@ -323,7 +327,7 @@ def _undefined(labelled, seizure, background):
 
 
 def _szcore(records):
-    """SzCORE scores at each threshold, (K,): summed over a patient's recordings, then averaged over patients."""
+    """SzCORE scores at each threshold, (K,): summed over each patient's recordings, then averaged."""
     curves = []
     for patient in sorted({s["patient"] for s in records}):
         mine = [s for s in records if s["patient"] == patient]
@@ -351,18 +355,19 @@ def _mean(rows):
 
 
 def _best(f1, alarms):
-    """Index of the highest F1; among equals the fewest false alarms; among those the middle, far from worse ones."""
+    """Index of the highest F1; among equals the fewest false alarms; among those the middle one."""
     ties = np.flatnonzero(f1 >= np.nanmax(f1) - 1e-12)
     ties = ties[alarms[ties] <= alarms[ties].min() + 1e-12]
     return int(ties[len(ties) // 2])
 
 
 def _at_false_alarms(records):
-    """Any-overlap sensitivity at the best threshold that keeps to each false-alarm rate; 0 where none does."""
+    """Any-overlap sensitivity of the best threshold within each false-alarm rate; 0 if none is."""
     counts = dict(zip(COUNTS, sum(s["counts"] for s in records).numpy().T))
     rate = counts["alarms"] / (sum(s["seconds"] for s in records) / 86400)
     share = counts["found"] / max(1, sum(s["seizures"] for s in records))
-    return {f"sensitivity_at_{limit:g}fa": float(share[rate <= limit].max(initial=0)) for limit in FALSE_ALARMS}
+    return {f"sensitivity_at_{limit:g}fa": float(share[rate <= limit].max(initial=0))
+            for limit in FALSE_ALARMS}
 
 
 def _ranking(probability, label):
@@ -390,14 +395,15 @@ def _calibration_error(probability, label, bins=10):
 # ---- pictures ----
 
 TRUE, FOUND, INK, STOP = "#e08e0b", "#1f6fb2", "#22262b", "#b3261e"     # labelled, detected, traces, resumes
-CHAINS = ("Fp1 F7 T3 T5 O1", "Fp1 F3 C3 P3 O1", "Fz Cz Pz", "Fp2 F4 C4 P4 O2", "Fp2 F8 T4 T6 O2")   # left to right
+CHAINS = ("Fp1 F7 T3 T5 O1", "Fp1 F3 C3 P3 O1", "Fz Cz Pz", "Fp2 F4 C4 P4 O2", "Fp2 F8 T4 T6 O2")
 PAIRS = [tuple(pair) for chain in CHAINS for pair in zip(chain.split(), chain.split()[1:])]
 SENSITIVITIES = (20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)     # uV between neighbouring traces
 
 
 def draw(recording, probability, events, threshold, path, most=4):
-    """PNG of one recording: the whole probability track, then up to `most` labelled or detected events as EEG in the
-    longitudinal bipolar montage (double banana, left to right) above their probability. events: (N, 2) in samples."""
+    """PNG of one recording: the whole probability track, then up to `most` labelled or detected events as EEG
+    in the longitudinal bipolar montage (double banana, left to right) above their probability. events: (N, 2)
+    in samples."""
     from matplotlib.figure import Figure                    # here: training does not draw
     truth = np.asarray(recording.events).reshape(-1, 2)
     found = np.asarray(events).reshape(-1, 2) / FS
@@ -407,8 +413,8 @@ def draw(recording, probability, events, threshold, path, most=4):
     rows = figure.subplots(1 + 2 * len(shown), 1, height_ratios=[1.5] + [5.4, 1.2] * len(shown))
     labels = f"{len(truth)} labelled" if recording.labelled else "unlabelled"
     more = f",  {most} of {len(spans)} places shown" if len(spans) > most else ""
-    figure.suptitle(f"{recording.name}    {_clock(recording.seconds)},  {labels},  {len(found)} detected{more}",
-                    x=0.01, ha="left", fontsize=13, color=INK)
+    title = f"{recording.name}    {_clock(recording.seconds)},  {labels},  {len(found)} detected{more}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
     _track(rows[0], probability, 0, recording.seconds, truth, found, threshold)
     for begin, end in shown:
         rows[0].axvspan(begin, end, ymax=0.015, color=INK, lw=0)
@@ -425,7 +431,7 @@ def _clock(seconds):
 
 
 def _spans(recording, probability, truth, found, before=10, longest=60):
-    """Stretches worth a look, in seconds: around each event, or around the highest probability where there is none."""
+    """Stretches worth a look, in seconds: around each event, or around the peak where there is none."""
     events = np.concatenate([truth, found])
     if not len(events):
         peak = float(np.argmax(probability)) / FS
@@ -498,9 +504,9 @@ def _traces(axis, recording, begin, end, truth, found):
     axis.set_xticks(np.arange(math.ceil(begin), end), minor=True)
     axis.grid(axis="x", which="both", color=INK, alpha=0.10, lw=0.5)
     axis.tick_params(which="both", bottom=False, labelbottom=False, length=0)
-    edge = end + 0.006 * (end - begin)
-    axis.plot([edge, edge], [height[-1], height[-1] + 1], color=INK, lw=2, clip_on=False)
-    axis.text(edge + 0.004 * (end - begin), height[-1] + 0.5, f"{spacing} \u00b5V", va="center", fontsize=9, color=INK)
+    edge, foot = end + 0.006 * (end - begin), height[-1]
+    axis.plot([edge, edge], [foot, foot + 1], color=INK, lw=2, clip_on=False)
+    axis.text(edge, foot + 0.5, f"  {spacing} \u00b5V", va="center", fontsize=9, color=INK)
     _tidy(axis)
     axis.spines[["left", "bottom"]].set_visible(False)
 
@@ -512,8 +518,9 @@ def _rows(path):
 
 
 def curves(run_directory):
-    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl: loss, learning rate and
-    the metric that decides best.pt over the steps, with saves and resumes marked. Returns its path."""
+    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl: loss, learning
+    rate and the metric that decides best.pt over the steps, with saves and resumes marked. Returns its
+    path."""
     import yaml
     from matplotlib.figure import Figure
     directory = Path(run_directory)
@@ -529,9 +536,11 @@ def curves(run_directory):
     _curve(rate, train, "lr", INK, "learning rate")
     _curve(best, checks, metric, FOUND, f"{metric} (dev)", "o-")
     chosen = [r for r in checks if r.get("best") and r.get(metric) is not None]
-    best.plot([r["step"] for r in chosen], [r[metric] for r in chosen], "*", color=TRUE, ms=13, label="best.pt")
+    best.plot([r["step"] for r in chosen], [r[metric] for r in chosen], "*", color=TRUE, ms=13,
+              label="best.pt")
     saves, resumes = (sorted({r["step"] for r in files if r["kind"] == kind}) for kind in ("save", "resume"))
-    best.plot(saves, [0.02] * len(saves), "|", color=INK, ms=9, transform=best.get_xaxis_transform(), label="save")
+    best.plot(saves, [0.02] * len(saves), "|", color=INK, ms=9, label="save",
+              transform=best.get_xaxis_transform())
     best.plot([], [], "--", color=STOP, label="resume")
     for axis in (loss, rate, best):
         for step in resumes:
@@ -558,7 +567,7 @@ class Refused(Exception):
 
 
 def load_model(path, device):
-    """(model on device, checkpoint dict) from any checkpoint of train.py or what `checkpoint.py strip` made of it."""
+    """(model on device, checkpoint dict) from any checkpoint of train.py, stripped or not."""
     try:
         state = checkpoint.load(path)
     except OSError as error:
@@ -570,12 +579,13 @@ def load_model(path, device):
         model = v3.V3(len(state["channels"]), **state["config"]["model"])
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise Refused(f"checkpoint {path} does not fit model.py: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise Refused(f"checkpoint {path} does not fit model.py: {why}") from None
     return model.to(device), state
 
 
 def stored_settings(state):
-    """(evaluation settings, where the threshold comes from). Never tuned here: that would fit the scored recordings."""
+    """(evaluation settings, where the threshold is from). Never tuned here, on the scored set itself."""
     config = state["config"].get("evaluation", {})
     tuned = state.get("scores", {}).get("threshold")
     try:
@@ -584,7 +594,9 @@ def stored_settings(state):
         raise Refused(f"the checkpoint's settings: {error}") from None
     if tuned is None:
         return c, "evaluation.threshold of the config, since the checkpoint holds no tuned one"
-    return c, "tuned on the dev set in training" if config.get("tune", True) else "evaluation.threshold of the config"
+    if not config.get("tune", DEFAULTS["tune"]):
+        return c, "evaluation.threshold of the config"
+    return c, "tuned on the dev set in training"
 
 
 def open_data(path, state, scratch):
@@ -600,13 +612,14 @@ def open_data(path, state, scratch):
     recordings = data.open_corpus(path)
     for r in recordings:
         if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):
-            raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels, but the checkpoint was trained on "
-                          f"{state['montage']}, {len(state['channels'])}: import with --montage {state['montage']}")
+            raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels, but the checkpoint was "
+                          f"trained on {state['montage']}, {len(state['channels'])} channels: "
+                          f"import with --montage {state['montage']}")
     return recordings
 
 
 def choose(recordings, split, config):
-    """Those of one split: train and dev as the training drew them from this corpus, eval as the corpus marks it."""
+    """Those of one split: train and dev as the training drew them, eval as the corpus marks it."""
     if split in ("train", "dev"):
         c, seed = config["data"], config["experiment"]["seed"]
         return data.split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)[split == "dev"]
@@ -617,7 +630,7 @@ def choose(recordings, split, config):
 
 
 def write_events(path, events, probability, seconds):
-    """SzCORE events file: one `sz` row per event, or one `bckg` row over a recording without any. In seconds."""
+    """SzCORE events file, in seconds: one `sz` row per event, or one `bckg` row over all where none is."""
     rows = [(a / FS, (b - a) / FS, "sz", f"{probability[a:b].mean():.2f}") for a, b in events]
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
     for onset, duration, kind, confidence in rows or [(0.0, seconds, "bckg", "n/a")]:
@@ -627,7 +640,7 @@ def write_events(path, events, probability, seconds):
 
 
 def evaluate(model, recordings, out, device, c, plot=False):
-    """Score every recording, write its events and picture under `out`; returns records and a table of detections."""
+    """Score recordings, write events and pictures under `out`; returns records and a table."""
     records, table = [], []
     calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
     with tqdm(total=calls, unit="batch", desc="evaluate") as bar:
@@ -648,13 +661,13 @@ def evaluate(model, recordings, out, device, c, plot=False):
 
 
 def report(records, table, c, source, args):
-    """The content of scores.json: metrics at the top level, null with the reason where one cannot be computed."""
+    """Content of scores.json: metrics at the top level, null with the reason if not computable."""
     summary, labelled = summarise(records, c), [s for s in records if s["labelled"]]
     metrics = {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
     return metrics | {
         "not_computed": undefined(records), "threshold": c["threshold"], "threshold_source": source,
         "scorer": {"name": "timescoring", "version": importlib.metadata.version("timescoring"),
-                   "rules": "SzCORE events and samples, mean over patients; any-overlap for sensitivity_at_*"},
+                   "rules": "SzCORE by event and sample, mean over patients; any overlap for sensitivity_at"},
         "recordings": len(records), "hours": sum(s["seconds"] for s in records) / 3600,
         "labelled_recordings": len(labelled), "labelled_hours": sum(s["seconds"] for s in labelled) / 3600,
         "patients": len({s["patient"] for s in records}), "seizures": sum(s["seizures"] for s in labelled),
