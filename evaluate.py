@@ -416,8 +416,8 @@ def draw(recording, probability, events, threshold, path, most=4):
     title = f"{recording.name}    {_clock(recording.seconds)},  {labels},  {len(found)} detected{more}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
     _track(rows[0], probability, 0, recording.seconds, truth, found, threshold)
-    for begin, end in shown:
-        rows[0].axvspan(begin, end, ymax=0.015, color=INK, lw=0)
+    for span in shown:
+        rows[0].plot(span, [0, 0], color=INK, lw=6, solid_capstyle="butt")
     rows[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=9)
     for i, (begin, end) in enumerate(shown):
         _traces(rows[1 + 2 * i], recording, begin, end, truth, found)
@@ -451,7 +451,8 @@ def _mark(axis, truth, found):
     for begin, end in truth:
         axis.axvspan(begin, end, color=TRUE, alpha=0.18, lw=0)
     for begin, end in found:
-        axis.axvspan(begin, end, ymin=0.97, color=FOUND, lw=0)
+        axis.plot([begin, end], [1, 1], color=FOUND, lw=9, solid_capstyle="butt",
+                  transform=axis.get_xaxis_transform())
         for edge in (begin, end):
             axis.axvline(edge, color=FOUND, lw=1.1, ls=(0, (4, 3)))
 
