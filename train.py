@@ -170,8 +170,9 @@ def _check(config):
         raise Refused(f"experiment.name must be a plain folder name, not {name!r}")
     try:
         evaluate.check_metric(config["training"]["best_metric"])
+        evaluate.settings(config["evaluation"])
     except ValueError as error:
-        raise Refused(f"training.best_metric: {error}") from None
+        raise Refused(str(error)) from None
 
 
 def _get(config, dotted):
@@ -389,7 +390,8 @@ class Trainer:
                                                        self.config["experiment"]["seed"])
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             self.order = self._epoch_order(1)
-        except data.DataError as error:
+            evaluate.check_metric(self.settings["best_metric"], self.dev)
+        except (data.DataError, ValueError) as error:
             raise Refused(f"{c['path']}: {error}") from None
         self.fingerprint = data.fingerprint(self.train + self.dev)
         lengths = np.array([r.samples for r in self.train])[self.windows.recording] - self.windows.start

@@ -1,0 +1,115 @@
+"""torchrun with gloo on this machine: the same windows as one process, elastic resume, and the death of one process."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from conftest import ROOT
+from model import SMALL
+from test_train import corpus, last, loaded, rows, same, wait_for      # noqa: F401  (corpus is a fixture)
+
+STILL = {**SMALL, "dropout": 0.0}                       # dropout draws from each process's own random state
+
+
+def torchrun(results, processes, *arguments, restarts=0, minutes="0"):
+    with socket.socket() as probe:                      # a free port, so that runs do not meet
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
+               "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train.py"), "--config",
+               str(Path(results, "config.yaml")), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BGB_MID_EPOCH_MINUTES": minutes})
+
+
+def finish(process, limit=240):
+    out = process.communicate(timeout=limit)[0]
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def children(process):
+    """Process ids of the workers of this torchrun."""
+    text = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in text.splitlines() if "train.py" in line]
+
+
+def close_to(a, b, tolerance):
+    return all(torch.allclose(a[k].float(), b[k].float(), atol=tolerance) for k in a)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):                    # noqa: F811
+    """One process, two epochs, no dropout."""
+    import train
+    results = tmp_path_factory.mktemp("alone")
+    assert train.run(loaded(corpus, results) | {"model": train.DEFAULTS["model"] | STILL}) == 0
+    return results
+
+
+def prepare(corpus, results, **changes):                # noqa: F811
+    import yaml
+    config = loaded(corpus, results, **changes)
+    config["model"] |= STILL
+    (results / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus, alone, tmp_path, processes):  # noqa: F811
+    prepare(corpus, tmp_path)
+    finish(torchrun(tmp_path, processes))
+    assert close_to(last(tmp_path)["model"], last(alone)["model"], 1e-3)
+    for mine, one in zip(rows(tmp_path), rows(alone), strict=True):
+        assert mine["step"] == one["step"] and mine["kind"] == one["kind"]
+        for key in {"loss", "auroc"} & mine.keys():
+            assert mine[key] == pytest.approx(one[key], rel=0.02, abs=0.02), key
+    assert len(last(tmp_path)["rng"]) == processes
+
+
+def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path):     # noqa: F811
+    prepare(corpus, tmp_path / "whole")
+    finish(torchrun(tmp_path / "whole", 2))
+    prepare(corpus, tmp_path / "cut")
+    process = torchrun(tmp_path / "cut", 2, restarts=2)
+    wait_for(process, "batch 3/")
+    os.kill(children(process)[-1], signal.SIGKILL)
+    out = finish(process)
+    assert "resuming" in out and "resumed: epoch" in out
+    mine, theirs = last(tmp_path / "cut"), last(tmp_path / "whole")
+    for key in ("model", "optimizer", "scheduler", "rng", "stopping", "scores"):
+        assert same(mine[key], theirs[key]), key
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_path):                          # noqa: F811
+    prepare(corpus, tmp_path, training__epochs=50)
+    process = torchrun(tmp_path, 2, minutes="30")
+    wait_for(process, "batch 3/")
+    os.kill(children(process)[1], signal.SIGTERM)
+    out = process.communicate(timeout=120)[0]
+    assert "stopped by SIGTERM, saved" in out
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert state["batch"] >= 3 and len(state["rng"]) == 2
+
+
+def test_two_then_three_then_two_processes_see_every_window_once_and_say_that_rounding_may_differ(corpus, alone, tmp_path):  # noqa: F811,E501
+    prepare(corpus, tmp_path)
+    for processes, text in ((2, "batch 2/"), (3, "batch 4/")):
+        process = torchrun(tmp_path, processes, "--resume", minutes="30")
+        lines = wait_for(process, text)
+        os.killpg(process.pid, signal.SIGTERM)
+        lines += process.communicate(timeout=120)[0].splitlines()
+    assert any("processes 2 -> 3" in line and "rounding may differ" in line for line in lines)
+    finish(torchrun(tmp_path, 2, "--resume", minutes="30"))
+    mine, one = rows(tmp_path), rows(alone)
+    assert [r["step"] for r in mine] == [r["step"] for r in one]        # no batch trained twice, none left out
+    assert close_to(last(tmp_path)["model"], last(alone)["model"], 2e-3)

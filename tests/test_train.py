@@ -1,0 +1,380 @@
+"""The trainer: configuration, exit codes, and runs that end bit-identical wherever they were cut."""
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import checkpoint
+import data
+import train
+from conftest import ROOT
+from model import SMALL
+
+PYTHON = [sys.executable, str(ROOT / "train.py")]
+TIMES = {"seconds", "waited", "time"}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Twenty minutes of four synthetic patients, imported."""
+    root = tmp_path_factory.mktemp("corpus")
+    data.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    data.import_corpus(root / "edf", root / "h5")
+    return root / "h5"
+
+
+def settings(corpus, results, **changes):
+    config = {
+        "experiment": {"name": "t", "seed": 1, "results": str(results)},
+        "data": {"path": str(corpus), "window_seconds": 10.0, "stride_seconds": 10.0, "dev_fraction": 0.3,
+                 "background_per_partial": 1.0, "buffers": 2},
+        "model": SMALL,
+        "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "best_metric": "auroc", "log_every": 1,
+                     "device": "cpu"},
+        "evaluation": {"window_seconds": 60.0}}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config
+
+
+def loaded(corpus, results, **changes):
+    path = Path(results, "config.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(settings(corpus, results, **changes)))
+    return train.load_config(path)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def last(results, name="last.pt"):
+    return checkpoint.load(Path(results, "t", "checkpoints", name))
+
+
+def rows(results):
+    text = Path(results, "t", "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+
+
+def curves(results):
+    """Every TensorBoard point of every event file, duplicates and all."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    points = []
+    for path in sorted(Path(results, "t", "tensorboard").glob("events*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag.split("/")[-1] not in TIMES:
+                    points.append((event.step, value.tag, value.tensor.float_val[0]))
+    return sorted(points)
+
+
+def assert_same_run(results, reference):
+    mine, theirs = last(results), last(reference)
+    for key in ("model", "optimizer", "scheduler", "scaler", "epoch", "batch", "global_step", "rng", "sampler", "running",
+                "skipped", "stopping", "scores", "metric"):
+        assert same(mine[key], theirs[key]), f"{key} differs from the uninterrupted run"
+    assert same(last(results, "best.pt")["model"], last(reference, "best.pt")["model"])
+    assert rows(results) == rows(reference)
+    assert curves(results) == curves(reference)
+
+
+@pytest.fixture(scope="session")
+def reference(corpus, tmp_path_factory):
+    """The uninterrupted run that every cut run must equal."""
+    results = tmp_path_factory.mktemp("reference")
+    assert train.run(loaded(corpus, results)) == 0
+    return results
+
+
+@contextlib.contextmanager
+def cut_at(boundary, number=signal.SIGTERM):
+    """A real signal to this process just before the given step or recording boundary of the run."""
+    original, seen = train.Trainer.boundary, [0]
+
+    def counted(self):
+        seen[0] += 1
+        if seen[0] == boundary:
+            os.kill(os.getpid(), number)
+        original(self)
+    train.Trainer.boundary = counted
+    try:
+        yield seen
+    finally:
+        train.Trainer.boundary = original
+
+
+def boundaries(reference):
+    state = last(reference)
+    return state["global_step"] + state["epoch"] * len(last_validation(reference))
+
+
+def last_validation(reference):
+    config = yaml.safe_load(Path(reference, "t", "config.yaml").read_text())
+    recordings = data.open_corpus(config["data"]["path"])
+    return data.split_patients(recordings, [], config["data"]["dev_fraction"], config["experiment"]["seed"])[1]
+
+
+# ---- the same run, wherever it was cut ----
+
+def test_a_run_cut_at_any_step_or_recording_of_an_epoch_ends_as_the_uninterrupted_one(corpus, reference, tmp_path, capsys):
+    per_epoch = boundaries(reference) // 2
+    for boundary in range(1, per_epoch + 1):
+        results = tmp_path / str(boundary)
+        with cut_at(boundary):
+            assert train.run(loaded(corpus, results)) == 128 + signal.SIGTERM
+        assert train.run(loaded(corpus, results), resume="true") == 0
+        assert_same_run(results, reference)
+
+
+def test_five_cuts_in_one_run_by_different_signals_leave_no_trace(corpus, reference, tmp_path):
+    config, resume = loaded(corpus, tmp_path), "false"
+    for boundary, number in zip((2, 1, 3, 4, 2), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)):
+        with cut_at(boundary, number):
+            assert train.run(config, resume) == 128 + number
+        resume = "true"
+    assert train.run(config, "true") == 0
+    assert_same_run(tmp_path, reference)
+
+
+def spawn(config_path, *arguments, minutes="0", **environment):
+    return subprocess.Popen([*PYTHON, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
+                            stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
+
+
+def wait_for(process, text, limit=120):
+    """Output lines up to the first that contains `text`."""
+    lines, end = [], time.monotonic() + limit
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+        assert time.monotonic() < end, "".join(lines)
+    raise AssertionError(f"{text!r} never came:\n" + "".join(lines))
+
+
+def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_ends_the_same(corpus, reference, tmp_path):
+    loaded(corpus, tmp_path)
+    for text in ("batch 2/", "batch 4/", "epoch 1/2: auroc"):
+        process = spawn(tmp_path / "config.yaml", "--resume")
+        wait_for(process, text)
+        process.kill()
+        process.wait()
+    process = spawn(tmp_path / "config.yaml", "--resume")
+    lines = wait_for(process, "resumed: epoch")
+    assert process.communicate()[0] is not None and process.returncode == 0
+    assert any("resume: chose" in line for line in lines)
+    assert_same_run(tmp_path, reference)
+
+
+def test_a_run_resumed_from_a_damaged_newest_file_falls_back_names_it_and_ends_the_same(corpus, reference, tmp_path, capsys):
+    config = loaded(corpus, tmp_path, training__mid_epoch_minutes=0.0)
+    with cut_at(4):
+        train.run(config)
+    newest = checkpoint.find_resume(tmp_path / "t/checkpoints")
+    blob = bytearray(newest.read_bytes())
+    blob[len(blob) // 2] ^= 4
+    newest.write_bytes(blob)
+    capsys.readouterr()
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert f"skipped {newest.name}" in capsys.readouterr().out
+    assert_same_run(tmp_path, reference)
+
+
+def test_when_every_file_is_damaged_the_run_starts_afresh_and_keeps_the_old_files(corpus, tmp_path, capsys):
+    config = loaded(corpus, tmp_path, training__epochs=1)
+    with cut_at(2):
+        train.run(config)
+    for path in (tmp_path / "t/checkpoints").glob("*.pt"):
+        path.write_bytes(b"nothing")
+    assert train.run(config, "true") == 0
+    assert list((tmp_path / "t.1/checkpoints").glob("*.pt")) and "moved the old run aside" in capsys.readouterr().out
+
+
+# ---- stopping ----
+
+def test_a_second_signal_exits_at_once(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__epochs=500)
+    process = spawn(tmp_path / "config.yaml", minutes="30")
+    wait_for(process, "batch 1/")
+    process.send_signal(signal.SIGTERM), process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+def test_the_time_limit_saves_exits_75_and_the_resumed_run_ends_the_same(corpus, reference, tmp_path, capsys):
+    limited = loaded(corpus, tmp_path, training__time_limit_hours=1.0 / 3600)
+    codes = [train.run(limited, "true" if attempt else "false") for attempt in range(2)]
+    assert 75 in codes
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert_same_run(tmp_path, reference)
+
+
+def test_fifty_losses_in_a_row_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path, capsys,
+                                                                                                 monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=60, training__mid_epoch_minutes=0.0)
+    healthy, calls = train.focal_loss, [0]
+
+    def failing(*arguments):
+        calls[0] += 1
+        return healthy(*arguments) * (math.nan if calls[0] > 3 else 1.0)
+    monkeypatch.setattr(train, "focal_loss", failing)
+    assert train.run(config) == 1
+    out = capsys.readouterr().out
+    assert "50 losses in a row were not finite; the last good checkpoint is" in out and "mid_epoch_" in out
+
+
+def test_one_loss_that_is_not_finite_skips_optimizer_and_schedule_together_and_is_counted(corpus, tmp_path, monkeypatch):
+    healthy, calls = train.focal_loss, [0]
+
+    def failing(*arguments):
+        calls[0] += 1
+        return healthy(*arguments) * (math.inf if calls[0] == 2 else 1.0)
+    monkeypatch.setattr(train, "focal_loss", failing)
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    state = last(tmp_path)
+    assert state["skipped"] == 1 and state["scheduler"]["last_epoch"] == state["global_step"] - 1
+    assert float(state["optimizer"]["state"][0]["step"]) == state["global_step"] - 1
+    assert [r["skipped"] for r in rows(tmp_path) if r["kind"] == "train"][1] == 1
+
+
+# ---- starting ----
+
+def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
+    config = loaded(corpus, tmp_path, training__epochs=1)
+    assert train.run(config) == 0
+    before = (tmp_path / "t/checkpoints/last.pt").read_bytes()
+    with pytest.raises(train.Refused, match="--resume continues that run, --fresh moves it aside"):
+        train.run(config)
+    assert train.run(config, fresh=True) == 0
+    assert (tmp_path / "t.1/checkpoints/last.pt").read_bytes() == before and (tmp_path / "t/checkpoints/last.pt").exists()
+
+
+def test_resume_from_a_file_becomes_the_line_that_later_resumes_follow(corpus, tmp_path, capsys):
+    config = loaded(corpus, tmp_path, training__epochs=3)
+    assert train.run(config) == 0
+    with cut_at(2):
+        train.run(config, str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt"))
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert (state["epoch"], state["batch"]) == (2, 2)
+    assert max(r["step"] for r in rows(tmp_path)) == state["global_step"]
+
+
+def test_a_finished_run_says_so_and_trains_nothing(corpus, reference, capsys):
+    before = rows(reference)
+    assert train.run(loaded(corpus, reference), "true") == 0
+    assert "this run is finished" in capsys.readouterr().out and rows(reference) == before
+
+
+def test_what_makes_another_run_is_refused_and_what_may_change_is_said(corpus, tmp_path, capsys):
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    with pytest.raises(train.Refused, match="experiment.seed is 2 and was 1"):
+        train.run(loaded(corpus, tmp_path, experiment__seed=2), "true")
+    assert train.run(loaded(corpus, tmp_path, training__epochs=2, training__learning_rate=5e-4), "true") == 0
+    out = capsys.readouterr().out
+    assert "training.learning_rate 0.001 -> 0.0005" in out and "training.epochs 1 -> 2" in out
+
+
+def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
+    config = loaded(corpus, tmp_path)
+    (tmp_path / "t/checkpoints").mkdir(parents=True)
+    held = checkpoint.lock(tmp_path / "t/checkpoints")
+    with pytest.raises(train.Refused, match="in use by process"):
+        train.run(config)
+    os.close(held)
+
+
+@pytest.mark.parametrize("change, message", [
+    ("training.epoch=3", "unknown key training.epoch; the nearest is training.epochs"),
+    ("training.epochs=many", "must be int"),
+    ("training.best_metric=sensitivity_at_10.0fa", "sensitivity_at_10fa"),
+    ("training.precision=fp8", "must be one of fp32, bf16, fp16"),
+    ("training.mid_epoch_minutes=-1", "at least 0"),
+    ("data.path=/nowhere/at/all", "python data.py import"),
+    ("experiment.name=a/b", "plain folder name"),
+    ("data.dev_patients=[nobody]", "nobody"),
+    ("training.device=cuda", "sees no GPU"),
+])
+def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, message):
+    if "cuda" in change and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    loaded(corpus, tmp_path)
+    done = subprocess.run([*PYTHON, "--config", str(tmp_path / "config.yaml"), "--set", change], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "t").exists()
+
+
+def test_environment_sets_the_timer_on_a_fresh_run_and_the_log_says_so(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BGB_MID_EPOCH_MINUTES", "0")
+    monkeypatch.setenv("BGB_MID_EPOCH_KEEP", "2")
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    assert "BGB_MID_EPOCH_MINUTES=0 overrides 30.0" in capsys.readouterr().out
+    assert len(list((tmp_path / "t/checkpoints").glob("mid_epoch_*.pt"))) == 2
+
+
+# ---- the loop itself ----
+
+def test_pieces_of_an_accumulated_batch_give_the_same_weights_to_rounding(corpus, tmp_path):
+    still = {**SMALL, "dropout": 0.0}
+    for name, pieces in (("one", 1), ("three", 3)):
+        train.run(loaded(corpus, tmp_path / name, training__epochs=1, training__accumulate=pieces, experiment__seed=1) |
+                  {"model": train.DEFAULTS["model"] | still})
+    one, three = last(tmp_path / "one")["model"], last(tmp_path / "three")["model"]
+    assert all(torch.allclose(one[k], three[k], atol=2e-4) for k in one)
+
+
+def test_norms_and_biases_do_not_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    optimizer = train.make_optimizer(model, {"weight_decay": 0.1, "learning_rate": 1.0}, False)
+    assert [(g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [(0.1, 1), (0.0, 3)]
+
+
+def test_focal_loss_without_focus_is_half_the_cross_entropy_and_ignores_padding():
+    logits, target = torch.randn(2, 50), (torch.rand(2, 50) > 0.5).float()
+    mask = torch.ones(2, 50)
+    mask[:, 40:] = 0
+    loss = train.focal_loss(logits, target, mask, 0.5, 0.0)
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, :40], target[:, :40], reduction="sum")
+    assert torch.allclose(loss, 0.5 * plain)
+
+
+def test_learning_rate_warms_up_then_falls_to_zero():
+    factors = [train.lr_factor(step, 100, 10) for step in range(101)]
+    assert factors[0] < factors[5] < factors[10] == 1.0 and factors[100] == pytest.approx(0) and factors[55] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_resumes_and_may_be_changed(corpus, tmp_path, precision, capsys):
+    config = loaded(corpus, tmp_path, training__precision=precision, training__epochs=1)
+    with cut_at(2):
+        assert train.run(config) == 143
+    assert bool(checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["scaler"]) == (precision == "fp16")
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1), "true") == 0
+    assert f"precision {precision} -> fp32" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_a_cut_run_ends_bit_identical_with_deterministic_algorithms(corpus, tmp_path):
+    on_gpu = {"training__device": "cuda", "training__deterministic": True}
+    assert train.run(loaded(corpus, tmp_path / "whole", **on_gpu)) == 0
+    with cut_at(3):
+        train.run(loaded(corpus, tmp_path / "cut", **on_gpu))
+    assert train.run(loaded(corpus, tmp_path / "cut", **on_gpu), "true") == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
