@@ -1,0 +1,377 @@
+"""modal_app.py against the offline stand-in ../shared/modal: the real `modal run` and the real container entrypoint.
+
+    python tests/modal_trial.py                all cases, about four minutes
+    python tests/modal_trial.py preempted stuck
+
+Each case copies modal_app.py and checkpoint.py beside a toy trainer with train.py's interface (a step is 20 numbers and a
+nap), launches it, and interrupts it in one way. A case passes when what stands on the results Volume in the end is
+bit-identical to a run that was never interrupted. Modal itself is not involved: see the README for what that leaves open.
+"""
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = ROOT.parent / "shared" / "modal" / "fake_modal.py"
+EPOCHS, BATCHES = 3, 20
+CONFIG = {"experiment": {"name": "toy", "results": "/results", "seed": 1}, "data": {"path": "/tmp/none", "synth_hours": 1.0},
+          "training": {"epochs": EPOCHS, "time_limit_hours": 0.0, "mid_epoch_minutes": 0.005},
+          "toy": {"batches": BATCHES, "seconds": 0.1, "crash_at": 0}}
+
+TOY = '''
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+import checkpoint
+
+class Refused(Exception):
+    pass
+
+def load_config(path, overrides=()):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"config {path}: {error}") from None
+
+def holds_checkpoints(directory):
+    return any(directory.glob("*.pt"))
+
+def move_aside(run, say):
+    if run.exists():
+        os.rename(run, f"{run}.1")
+        say(f"moved {run} aside")
+
+def run(config, resume="false", fresh=False, on_saved=None):
+    toy, settings, caught, began = config["toy"], config["training"], [], time.monotonic()
+    before = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return fit(config, toy, settings, resume, on_saved, caught, began + 3600 * settings["time_limit_hours"])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def fit(config, toy, settings, resume, on_saved, caught, deadline):
+    directory = Path(config["experiment"]["results"], config["experiment"]["name"])
+    torch.manual_seed(config["experiment"]["seed"])
+    model = torch.nn.Linear(20, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    say = lambda line: print(line, flush=True)
+    with checkpoint.Checkpointer(directory / "checkpoints", settings["mid_epoch_minutes"], on_saved=on_saved, say=say) as saver:
+        state = saver.resume() if resume == "true" else None
+        step, (epoch, batch) = 0, saver.position
+        if state:
+            model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+            step, (epoch, batch) = state["global_step"], saver.position
+        pack = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "batch": batch,
+                        "global_step": step, "validation": {}, "config": config}
+        rows = open(directory / "metrics.jsonl", "a", buffering=1)
+        for epoch in range(epoch, settings["epochs"] + 1):
+            while batch < toy["batches"]:
+                if step + 1 == toy["crash_at"]:
+                    raise ValueError("the toy crashes here, always")
+                torch.manual_seed(step)
+                loss = model(torch.randn(8, 20)).square().mean()
+                optimizer.zero_grad(), loss.backward(), optimizer.step()
+                time.sleep(toy["seconds"])
+                batch, step = batch + 1, step + 1
+                print(f"toy step {step}", flush=True)
+                rows.write(json.dumps({"kind": "train", "epoch": epoch, "batch": batch, "batches": toy["batches"], "step": step,
+                                       "time": time.time()}) + chr(10))
+                late = time.monotonic() > deadline
+                if caught or late or saver.due():
+                    saver.save_mid(pack())
+                if caught or late:
+                    saver.wait()
+                    return 128 + caught[0] if caught else 75
+            saver.save_epoch(pack(), metric=-loss.item())
+            batch = 0
+    return 0
+'''
+
+
+def stand_in():
+    """The module fake_modal, or None where it is not on this machine."""
+    if not STAND_IN.exists():
+        return None
+    if "fake_modal" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("fake_modal", STAND_IN)
+        sys.modules["fake_modal"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["fake_modal"])
+    return sys.modules["fake_modal"]
+
+
+class Trial:
+    """A copy of the app beside the toy, the state of the stand-in, and what the launches said."""
+
+    def __init__(self, folder):
+        self.folder, self.project = Path(folder), Path(folder, "project")
+        self.project.mkdir(parents=True)
+        text = (ROOT / "modal_app.py").read_text()
+        assert "GRACE = 35 " in text
+        (self.project / "modal_app.py").write_text(text.replace("GRACE = 35 ", "GRACE = 6 "))
+        for name in ("checkpoint.py", "requirements.txt"):
+            shutil.copy(ROOT / name, self.project)
+        for name in ("model.py", "data.py"):
+            (self.project / name).write_text("")
+        (self.project / "evaluate.py").write_text("def main(argv):\n    print('evaluate', *argv)\n    return 0\n")
+        (self.project / "train.py").write_text(TOY)
+
+    def config(self, **changes):
+        """Write config.yaml with `section={key: value}` changes; JSON is YAML."""
+        merged = {section: values | changes.get(section, {}) for section, values in CONFIG.items()}
+        (self.project / "config.yaml").write_text(json.dumps(merged))
+
+    @contextlib.asynccontextmanager
+    async def modal(self, **options):
+        """The stand-in with this trial's Volumes; `fake.launch(...)` is `modal run`, returning (exit code, output)."""
+        options = {"background_commit_every": None, "grace": 8.0, "jail": os.geteuid() == 0, "verbose": False} | options
+        async with stand_in().FakeModal(self.folder / "state", **options) as fake:
+            async def launch(*arguments, action="train", resume="false"):
+                code, out = await fake.modal("run", "--detach", "modal_app.py", "--action", action, "--config", "config.yaml",
+                                             "--resume", resume, *arguments, cwd=self.project)
+                self.out = out
+                return code, out
+            fake.launch = launch
+            yield fake
+
+    def committed(self):
+        return self.folder / "state" / "volumes" / "holdfast-results" / "committed" / "toy"
+
+    def weights(self):
+        """The model in last.pt on the Volume, all of its files verified first."""
+        import checkpoint
+        for path in self.committed().glob("checkpoints/*.pt"):
+            checkpoint.verify(path)
+        state = checkpoint.load(self.committed() / "checkpoints" / "last.pt")
+        return state["global_step"], state["model"]
+
+    def attempts(self):
+        return [json.loads(p.read_text()) for p in sorted(self.committed().glob("attempts/*.json"))]
+
+
+def steps(fake):
+    """Numbers of the steps that each container trained, in order of start."""
+    return [[int(n) for n in re.findall(r"toy step (\d+)", task.log())] for task in fake.tasks.values()]
+
+
+def uninterrupted():
+    """What EPOCHS of the toy lead to, trained here."""
+    import torch
+    torch.manual_seed(CONFIG["experiment"]["seed"])
+    model = torch.nn.Linear(20, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(EPOCHS * BATCHES):
+        torch.manual_seed(step)
+        optimizer.zero_grad(), model(torch.randn(8, 20)).square().mean().backward(), optimizer.step()
+    return model.state_dict()
+
+
+def expect_whole(trial, fake, redone=0):
+    """The run ended as if nothing had happened, and at most `redone` steps were trained twice."""
+    step, weights = trial.weights()
+    expected = uninterrupted()
+    assert step == EPOCHS * BATCHES, trial.out
+    assert all(weights[k].equal(expected[k]) for k in expected), "weights differ from an uninterrupted run"
+    trained = [n for task in steps(fake) for n in task]
+    assert set(trained) >= {1, EPOCHS * BATCHES} and len(trained) - len(set(trained)) <= redone, steps(fake)
+
+
+def only_input(fake):
+    return next(iter(fake.inputs.values()))
+
+
+# ---- the cases ----
+
+async def finished(trial):
+    """A run ends, its definitions are as written, and the next launch of it returns at once."""
+    trial.config(toy={"seconds": 0.01})
+    async with trial.modal() as fake:
+        code, out = await fake.launch()
+        assert code == 0 and "modal_app.py: finished" in out, out
+        expect_whole(trial, fake)
+        function = fake.function("train")
+        gpu = function.resources.gpu_config
+        assert (gpu.gpu_type, gpu.count, function.timeout_secs, function.retry_policy.retries) == ("A100-80GB", 1, 86400, 10)
+        assert (function.resources.milli_cpu, function.resources.memory_mb) == (8000, 32768) and function.single_use_containers
+        mounts = {m.mount_path: (fake.volumes[m.volume_id].name, m.read_only) for m in function.volume_mounts}
+        assert mounts == {"/results": ("holdfast-results", False), "/data": ("holdfast-data", True)}
+        files = {"/root/" + n for n in ("modal_app.py", "train.py", "checkpoint.py", "model.py", "data.py", "evaluate.py")}
+        assert set(fake.uploaded(function)) >= files and "/root/requirements.txt" not in fake.uploaded(function)
+        layers = " ".join(fake.dockerfile(function.image_id))
+        assert "torch==2.13.0" in layers and "pytest" not in layers, layers
+        code, out = await fake.launch(resume="true")
+        assert code == 0 and "it was already" in out, out
+        assert steps(fake)[-1] == []
+
+
+async def preempted(trial):
+    """Two preemptions of a launch with resume=false: its replays resume, no step is lost or repeated, no retry is used."""
+    trial.config()
+    async with trial.modal(preempt_after=[6.0, 6.0]) as fake:
+        code, out = await fake.launch()
+        assert code == 0, out
+        expect_whole(trial, fake)
+        assert len(only_input(fake).attempts) >= 2 and only_input(fake).user_retries == 0
+        assert [a["left"] for a in trial.attempts()][-1] == "finished"
+        assert "preempted" in [a["left"] for a in trial.attempts()]
+
+
+async def overlap(trial):
+    """The next container starts while the preempted one still saves: it waits, and takes what that one commits."""
+    trial.config(toy={"seconds": 1.0})
+    async with trial.modal(preempt_after=[12.0], overlap=True, background_commit_every=1.0) as fake:
+        code, out = await fake.launch()
+        assert code == 0, out
+        expect_whole(trial, fake)
+
+
+async def killed(trial):
+    """SIGKILL without warning, commits of half-written files included: only steps since the last snapshot are repeated."""
+    trial.config(training={"mid_epoch_minutes": 0.01})
+    async with trial.modal(kill_after=[6.0, 8.0], background_commit_every=0.3, open_files="torn") as fake:
+        code, out = await fake.launch()
+        assert code == 0, out
+        expect_whole(trial, fake, redone=2 * 20)
+        assert only_input(fake).user_retries == 0
+
+
+async def handed_over(trial):
+    """The soft deadline: saved, one retry per container, nothing repeated."""
+    trial.config(training={"time_limit_hours": 3 / 3600})
+    async with trial.modal() as fake:
+        code, out = await fake.launch()
+        assert code == 0, out
+        expect_whole(trial, fake)
+        assert [a["left"] for a in trial.attempts()][:-1] == ["handed over"] * only_input(fake).user_retries
+
+
+async def timed_out(trial):
+    """The platform's own timeout, whose late commits are dropped: the retry goes on from the last snapshot before it."""
+    trial.config()
+    async with trial.modal(timeout=7.0) as fake:
+        code, out = await fake.launch()
+        assert code == 0, out
+        expect_whole(trial, fake, redone=60)
+        assert only_input(fake).user_retries > 0
+
+
+async def stuck(trial):
+    """A failure that always comes back ends the run after three attempts without progress, as a result."""
+    trial.config(toy={"crash_at": 7, "seconds": 0.01}, training={"mid_epoch_minutes": 5.0})
+    async with trial.modal() as fake:
+        code, out = await fake.launch()
+        assert code == 1 and "stuck: no progress in 3 attempts" in out, out
+        assert len(only_input(fake).attempts) == 4 and "the toy crashes here" in out
+        assert only_input(fake).output.result.status == stand_in().G.GENERIC_STATUS_SUCCESS
+
+
+async def refused(trial):
+    """resume=false on a run that holds checkpoints is refused without a retry; fresh moves it aside, also when replayed."""
+    trial.config(toy={"seconds": 0.01})
+    async with trial.modal() as fake:
+        assert (await fake.launch())[0] == 0
+        code, out = await fake.launch()
+        assert code == 2 and "--resume true continues" in out, out
+        assert len(fake.tasks) == 2
+    trial.config()
+    async with trial.modal(preempt_after=[6.0]) as fake:
+        code, out = await fake.launch("--fresh", "true")
+        assert code == 0, out
+        expect_whole(trial, fake)
+    names = sorted(p.name for p in trial.committed().parent.iterdir())
+    assert names == ["toy", "toy.1"], names
+
+
+async def commits_fail(trial):
+    """Commits that fail are said and survived; five in a row stop the attempt, and the retry has what the exit commit saved."""
+    trial.config()
+    original, failing = stand_in().FakeModal.VolumeCommit, []
+
+    async def commit(self, stream):
+        failing.append(1)
+        if len(failing) in (2, 3, 6, 7, 8, 9, 10):
+            raise stand_in().GRPCError(stand_in().Status.FAILED_PRECONDITION, "no commit today")
+        await original(self, stream)
+
+    stand_in().FakeModal.VolumeCommit = commit
+    try:
+        async with trial.modal() as fake:
+            code, out = await fake.launch()
+            assert code == 0 and "(2 in a row): no commit today" in out and "(5 in a row)" in out, out
+            expect_whole(trial, fake, redone=20)
+            assert only_input(fake).user_retries == 1
+    finally:
+        stand_in().FakeModal.VolumeCommit = original
+
+
+async def two_launches(trial):
+    """A second launch of a run that another call still works on is refused; killing the client leaves the run alone."""
+    trial.config(toy={"seconds": 0.2})
+    async with trial.modal() as fake:
+        first = await fake.cli(sys.executable, "-m", "modal", "run", "--detach", "modal_app.py", "--action", "train",
+                               "--config", "config.yaml", cwd=trial.project, stdout=asyncio.subprocess.DEVNULL,
+                               stderr=asyncio.subprocess.DEVNULL)
+        while not (fake.tasks and "toy step 3" in next(iter(fake.tasks.values())).log()):
+            await asyncio.sleep(0.1)
+        first.kill()
+        code, out = await fake.launch(resume="true")
+        assert code == 2 and "stop its app first" in out, out
+        await fake.drain()
+        expect_whole(trial, fake)
+
+
+async def other_actions(trial):
+    """ls prints the table of checkpoints and the bill; evaluate scores best.pt; a bad config stops before any container."""
+    trial.config(toy={"seconds": 0.01})
+    async with trial.modal() as fake:
+        assert (await fake.launch())[0] == 0
+        code, out = await fake.modal("run", "modal_app.py", "--action", "ls", cwd=trial.project)
+        assert code == 0 and "last.pt" in out and "about $" in out and "for the whole run" in out, out
+        code, out = await fake.launch(action="evaluate")
+        assert code == 0 and "--checkpoint /results/toy/checkpoints/best.pt" in out, out
+        containers = len(fake.tasks)
+        trial.config(data={"path": "/data/absent", "synth_hours": 0.0})
+        code, out = await fake.launch()
+        assert code == 2 and "modal volume put holdfast-data IMPORTED_FOLDER /absent" in out, out
+        trial.config(experiment={"results": "results"})
+        code, out = await fake.launch()
+        assert code == 2 and "experiment.results must be /results" in out, out
+        assert len(fake.tasks) == containers
+
+
+CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail, two_launches, other_actions]
+
+
+def run_case(case, folder):
+    trial = Trial(folder)
+    asyncio.run(case(trial))
+
+
+def main(names):
+    if not stand_in():
+        print(f"skipped: no stand-in for Modal at {STAND_IN}")
+        return 0
+    sys.path.insert(0, str(ROOT))
+    failed = 0
+    for case in [c for c in CASES if not names or c.__name__ in names]:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="modal_trial_") as folder:
+            try:
+                run_case(case, folder)
+                verdict = "passed"
+            except AssertionError as error:
+                verdict, failed = f"FAILED {error}", failed + 1
+        print(f"{case.__name__:14} {time.monotonic() - began:5.1f} s  {verdict}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
