@@ -704,6 +704,13 @@ def parse(argv):
     return args
 
 
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {path}: {error.strerror}") from None
+
+
 def main(argv=None):
     args = parse(argv)
     try:
@@ -712,7 +719,7 @@ def main(argv=None):
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         model, state = load_model(args.checkpoint, device)
         c, source = stored_settings(state)
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
         with tempfile.TemporaryDirectory(prefix=".prepared_", dir=args.out) as scratch:
             recordings = choose(open_data(args.data, state, Path(scratch)), args.split, state["config"])
             records, table = evaluate(model, recordings, args.out, device, c, args.plot)

@@ -417,3 +417,185 @@ def test_a_model_that_finds_nothing_gets_the_threshold_with_the_fewest_alarms():
     track = Track("a", 3600, [(1000, 1060)])
     summary = evaluate.summarise([evaluate.score(track, probability_of(track, [(2000, 2060)], 0.6), {})], {})
     assert summary["event_f1"] == 0 and summary["threshold"] > 0.6 and summary["false_alarms_per_24h"] == 0
+
+
+# ---- files: events, pictures, curves ----
+
+HEADER = ["onset", "duration", "eventType", "confidence", "channels", "dateTime", "recordingDuration"]
+
+
+def read_tsv(path):
+    header, *rows = [line.split("\t") for line in path.read_text().splitlines()]
+    assert header == HEADER and all(len(row) == len(HEADER) for row in rows)
+    return [dict(zip(header, row)) for row in rows]
+
+
+def test_events_files_hold_one_row_per_event_or_one_of_background(tmp_path):
+    track = Track("a", 600)
+    p = probability_of(track, [(100, 150), (300, 330.5)])
+    evaluate.write_events(tmp_path / "new" / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, 600.0)
+    rows = read_tsv(tmp_path / "new" / "a_events.tsv")
+    assert [(r["onset"], r["duration"], r["eventType"], r["confidence"]) for r in rows] == [
+        ("100.00", "50.00", "sz", "0.99"), ("300.00", "30.50", "sz", "0.99")]
+    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, 600.0)
+    assert [list(r.values()) for r in read_tsv(tmp_path / "b_events.tsv")] == [
+        ["0.00", "600.00", "bckg", "n/a", "n/a", "n/a", "600.00"]]
+
+
+def test_the_szcore_tools_read_the_events_files(tmp_path):
+    annotations = pytest.importorskip("epilepsy2bids.annotations", reason="the SzCORE reader epilepsy2bids is not installed")
+    track = Track("a", 600)
+    p = probability_of(track, [(100, 150)])
+    evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, 600.0)
+    read = annotations.Annotations.loadTsv(tmp_path / "a_events.tsv")
+    assert read.getEvents() == [(100.0, 150.0)] and read.getMask(1).sum() == 50
+    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, 600.0)
+    assert annotations.Annotations.loadTsv(tmp_path / "b_events.tsv").getMask(1).tolist() == [0] * 600
+
+
+def png_size(path):
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+
+
+@pytest.mark.parametrize("montage", ["referential", "bipolar"])
+@pytest.mark.parametrize("truth, detections", [((), []), ([(30, 50)], [(35, 55)]), ([(5, 9), (200, 290)], [(100, 120), (295, 300)])])
+def test_a_picture_is_drawn_for_any_mix_of_events(tmp_path, montage, truth, detections):
+    track = Track("sub/a", 300, truth, labelled=bool(truth), channels=len(data.CHANNELS[montage]))
+    track.montage, track.channels = montage, data.CHANNELS[montage]
+    p = probability_of(track, detections)
+    evaluate.draw(track, p, evaluate.postprocess(p, 0.5, {}), 0.5, tmp_path / "sub" / "a.png")
+    width, height = png_size(tmp_path / "sub" / "a.png")
+    assert width == 1500 and height > 800
+
+
+def test_both_montages_draw_the_same_double_banana():
+    track = Track("a", 20, channels=19)
+    track.montage, track.channels = "referential", data.CHANNELS["referential"]
+    eeg, names = evaluate._derivations(track, 3.0, 5.0)
+    row = dict(zip(track.channels, track.eeg[:, 3 * FS:5 * FS] * 0.5))
+    assert eeg.shape == (18, 2 * FS) and sorted(names) == sorted(data.CHANNELS["bipolar"])
+    for name, trace in zip(names, eeg):
+        a, b = name.split("-")
+        np.testing.assert_allclose(trace, row[a] - row[b], atol=1e-4)
+
+
+def test_curves_are_drawn_from_what_is_there(tmp_path):
+    rows = [{"kind": "train", "epoch": 1, "step": s, "loss": 1 / s, "lr": 1e-3} for s in range(1, 9)]
+    rows += [{"kind": "validation", "epoch": e, "step": 4 * e, "loss": 0.5, "event_f1": f, "auroc": 0.6, "best": bool(f)}
+             for e, f in ((1, None), (2, 0.5))]
+    for text in ("", "".join(json.dumps(r) + "\n" for r in rows)):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert evaluate.curves(tmp_path) == tmp_path / "curves.png" and png_size(tmp_path / "curves.png") == (1210, 880)
+    plain = (tmp_path / "curves.png").read_bytes()
+    saves = [{"kind": k, "file": "last.pt", "epoch": 1, "batch": 0, "step": s} for k, s in (("save", 4), ("resume", 6))]
+    (tmp_path / "saves.jsonl").write_text("".join(json.dumps(r) + "\n" for r in saves))
+    (tmp_path / "config.yaml").write_text("training:\n  best_metric: auroc\n")
+    evaluate.curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes() != plain
+
+
+# ---- command line ----
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """EDF files, the same imported, and a checkpoint of an untrained model whose threshold training tuned to 0.07."""
+    folder = tmp_path_factory.mktemp("corpus")
+    data.synth(folder / "edf", hours=0.2, patients=3, seed=1)
+    data.import_corpus(folder / "edf", folder / "imported")
+    torch.manual_seed(0)
+    config = {"model": v3.SMALL, "experiment": {"seed": 0}, "data": {"dev_patients": [], "dev_fraction": 0.3, "path": ""},
+              "evaluation": {**evaluate.DEFAULTS, "window_seconds": 20.0}}
+    state = {"model": v3.V3(19, **v3.SMALL).state_dict(), "config": config, "montage": "referential",
+             "channels": list(data.CHANNELS["referential"]), "optimizer": {}, "scores": {"threshold": 0.07, "event_f1": 0.5}}
+    checkpoint.atomic_save(state, folder / "best.pt")
+    return folder
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(corpus, tmp_path):
+    done = run("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path, "--plot")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    recordings = data.open_corpus(corpus / "imported")
+    assert scores["threshold"] == 0.07 and scores["threshold_source"].startswith("tuned on the dev set")
+    assert scores["scorer"]["name"] == "timescoring" and scores["scorer"]["version"] == "0.0.7"
+    assert scores["recordings"] == len(recordings) and scores["seizures"] == sum(len(r.events) for r in recordings)
+    assert scores["hours"] == pytest.approx(sum(r.seconds for r in recordings) / 3600)
+    assert all(isinstance(scores[m], float) for m in METRICS)
+    assert len(list(tmp_path.rglob("*_events.tsv"))) == len(list(tmp_path.rglob("*.png"))) == len(recordings)
+    for path in tmp_path.rglob("*_events.tsv"):
+        assert read_tsv(path)
+    assert "evaluate" in done.stderr and "event_f1" in done.stdout
+    assert not list(tmp_path.glob(".prepared*"))
+
+
+def test_raw_edf_files_give_the_scores_of_their_import(corpus, tmp_path):
+    one, two = (run("--checkpoint", corpus / "best.pt", "--data", corpus / d, "--out", tmp_path / d) for d in ("imported", "edf"))
+    assert one.returncode == two.returncode == 0, two.stderr
+    a, b = (json.loads((tmp_path / d / "scores.json").read_text()) for d in ("imported", "edf"))
+    assert {m: a[m] for m in METRICS} == {m: b[m] for m in METRICS}
+    assert {p.relative_to(tmp_path / "edf") for p in (tmp_path / "edf").rglob("*_events.tsv")} == \
+        {p.relative_to(tmp_path / "imported") for p in (tmp_path / "imported").rglob("*_events.tsv")}
+
+
+def test_a_stripped_checkpoint_and_a_lone_edf_without_labels_give_events_only(corpus, tmp_path):
+    checkpoint.strip(corpus / "best.pt", tmp_path / "weights.pt")
+    source = next((corpus / "edf").rglob("*.edf"))
+    (tmp_path / "alone.edf").write_bytes(source.read_bytes())
+    done = run("--checkpoint", tmp_path / "weights.pt", "--data", tmp_path / "alone.edf", "--plot")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
+    assert all(scores[m] is None for m in METRICS) and scores["labelled_recordings"] == 0
+    assert scores["not_computed"]["event_f1"] == "no recording is labelled" and scores["threshold"] == 0.07
+    assert read_tsv(tmp_path / "evaluation" / "alone_events.tsv")
+    assert png_size(tmp_path / "evaluation" / "alone.png")[0] == 1500
+
+
+def test_the_config_threshold_is_used_and_named_where_none_was_tuned(corpus, tmp_path):
+    state = checkpoint.load(corpus / "best.pt")
+    checkpoint.atomic_save({k: v for k, v in state.items() if k != "scores"}, tmp_path / "untuned.pt")
+    assert run("--checkpoint", tmp_path / "untuned.pt", "--data", corpus / "imported").returncode == 0
+    scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
+    assert scores["threshold"] == 0.86 and "config" in scores["threshold_source"]
+
+
+def test_the_dev_split_is_the_one_training_validated_on(corpus, tmp_path):
+    done = run("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--split", "dev", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    dev = data.split_patients(data.open_corpus(corpus / "imported"), [], 0.3, 0)[1]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["recording"] for row in scores["per_recording"]] == [r.name for r in dev]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged.pt").write_bytes((corpus / "best.pt").read_bytes()[:-5000])
+    (tmp_path / "bad.edf").write_bytes(b"0       nothing")
+    checkpoint.atomic_save({"epoch": 1}, tmp_path / "other.pt")
+    state = checkpoint.load(corpus / "best.pt")
+    state["config"]["model"] = {**state["config"]["model"], "node_width": 32}
+    checkpoint.atomic_save(state, tmp_path / "misfit.pt")
+    bipolar = {**checkpoint.load(corpus / "best.pt"), "montage": "bipolar", "channels": list(data.CHANNELS["bipolar"])}
+    bipolar["model"] = v3.V3(18, **v3.SMALL).state_dict()
+    checkpoint.atomic_save(bipolar, tmp_path / "bipolar.pt")
+    good, imported = corpus / "best.pt", corpus / "imported"
+    for weights, source, text in ((tmp_path / "no.pt", imported, "no.pt"), (tmp_path / "damaged.pt", imported, "damaged.pt"),
+                                  (tmp_path / "other.pt", imported, "lacks model"), (tmp_path / "misfit.pt", imported, "model.py"),
+                                  (tmp_path / "bipolar.pt", imported, "import with --montage bipolar"),
+                                  (good, tmp_path / "nowhere", "nowhere"), (good, tmp_path / "empty", "neither"),
+                                  (good, tmp_path / "bad.edf", "bad.edf")):
+        lines = evaluated(weights, source, tmp_path / "out")
+        assert len(lines) == 1 and text in lines[0], lines
+
+
+def evaluated(weights, source, out):
+    """The lines on stderr of a run in this process that must end with exit code 2."""
+    from contextlib import redirect_stderr
+    with redirect_stderr(io.StringIO()) as text:
+        assert evaluate.main(["--checkpoint", str(weights), "--data", str(source), "--out", str(out)]) == 2
+    return [line for line in text.getvalue().splitlines() if line.strip()]
