@@ -446,7 +446,7 @@ class Trainer:
             "montage": self.train[0].montage, "channels": list(self.train[0].channels)}
 
     def machine(self):
-        return {"device": device_name(self.group.device), "processes": self.group.size, "torch": torch.__version__,
+        return {"device": device_name(self.group.device), "processes": self.group.size, "torch": str(torch.__version__),
                 "threads": torch.get_num_threads(), "precision": self.settings["precision"],
                 "compile": self.settings["compile"]}
 
