@@ -229,7 +229,7 @@ def test_the_time_limit_saves_exits_75_and_the_resumed_run_ends_the_same(corpus,
 
 def test_fifty_losses_in_a_row_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path, capsys,
                                                                                                  monkeypatch):
-    config = loaded(corpus, tmp_path, training__epochs=60, training__mid_epoch_minutes=0.0)
+    config = loaded(corpus, tmp_path, training__epochs=60, training__mid_epoch_minutes=0.002)
     healthy, calls = train.focal_loss, [0]
 
     def failing(*arguments):
@@ -312,13 +312,19 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     ("data.dev_patients=[nobody]", "nobody"),
     ("training.device=cuda", "sees no GPU"),
 ])
-def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, message):
+def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, message, capsys):
     if "cuda" in change and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     loaded(corpus, tmp_path)
-    done = subprocess.run([*PYTHON, "--config", str(tmp_path / "config.yaml"), "--set", change], capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert train.main(["--config", str(tmp_path / "config.yaml"), "--set", change]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1, error
     assert not (tmp_path / "t").exists()
+
+
+def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path):
+    done = subprocess.run([*PYTHON, "--config", str(tmp_path / "no.yaml"), "--resume"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip() == f"train.py: config {tmp_path / 'no.yaml'}: No such file or directory"
 
 
 def test_environment_sets_the_timer_on_a_fresh_run_and_the_log_says_so(corpus, tmp_path, capsys, monkeypatch):
