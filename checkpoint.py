@@ -800,9 +800,9 @@ class Checkpointer:
         self._costs.append(blocked)
         line = f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s"
         if len(self._costs) >= 3:
-            cost = sum(self._costs) / len(self._costs)
-            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60       # Young, CACM 1974; Daly, FGCS 2006
-            line += f"; lost work and save cost balance at every {minutes:.1f} min (one failure in {MTBF_HOURS:.0f} h assumed)"
+            cost = sorted(self._costs)[len(self._costs) // 2]               # the first one also allocates
+            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60          # Young, CACM 1974; Daly, FGCS 2006
+            line += f"; lost work and save cost balance at {minutes:.1f} min (one failure in {MTBF_HOURS:.0f} h assumed)"
         self.say(line)
 
     def check(self):
@@ -928,7 +928,7 @@ def list_run(directory, say=print):
     files = sorted((c for c in map(_Candidate, _checkpoints(directory))),
                    key=lambda c: (c.facts is not None, c.order if c.facts else (), c.path.name), reverse=True)
     busy = _in_use(directory)
-    say(f"\n{directory}" + (f"  ({busy})" if busy else ""))
+    say(f"\n{directory}" + (f"  ({busy})" if busy and f"process {os.getpid()} " not in busy else ""))
     say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} {'age':>7}  health")
     disk, first = {}, {}
     for c in files:
@@ -941,8 +941,9 @@ def list_run(directory, say=print):
         say(f" {'->' if c.path == chosen else '  '} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
             f"{facts['global_step']:>9}  {metric:<22} {stat.st_size / 1e6:>7.1f} MB {_age(time.time() - stat.st_mtime):>7}  {health}")
     say(f"    {len(files)} names, {len(disk)} files on disk, {sum(disk.values()) / 1e6:.1f} MB in all")
-    for note in notes or ["resume: nothing usable: a fresh start"]:
-        say(f"    {note}")
+    for note in notes if chosen else notes + ["resume: nothing usable: a fresh start"]:
+        if not note.startswith("resume: passed"):                           # older and sound: the table shows them
+            say(f"    {note}")
     return len(files)
 
 

@@ -38,7 +38,7 @@ def settings(corpus, results, **changes):
         "data": {"path": str(corpus), "window_seconds": 10.0, "stride_seconds": 10.0, "dev_fraction": 0.3,
                  "background_per_partial": 1.0, "buffers": 2},
         "model": SMALL,
-        "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "best_metric": "auroc", "log_every": 1,
+        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "best_metric": "auroc", "log_every": 1,
                      "device": "cpu"},
         "evaluation": {"window_seconds": 60.0}}
     for key, value in changes.items():
