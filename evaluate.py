@@ -230,8 +230,9 @@ def score(recording, probability, config):
     (what the scorer counts as true), and probability float32 and label uint8 of the middle sample of every
     second."""
     c = settings(config)
-    record = {"recording": recording.name, "patient": recording.patient, "seconds": float(recording.seconds),
-              "labelled": bool(recording.labelled), "finite": bool(np.isfinite(probability).all())}
+    record = {"recording": recording.name, "patient": data.person(recording.patient),
+              "seconds": float(recording.seconds), "labelled": bool(recording.labelled),
+              "finite": bool(np.isfinite(probability).all())}
     if not recording.labelled:
         return record
     label = recording.labels(0, recording.samples)
@@ -542,10 +543,10 @@ def curves(run_directory):
     saves, resumes = (sorted({r["step"] for r in files if r["kind"] == kind}) for kind in ("save", "resume"))
     best.plot(saves, [0.02] * len(saves), "|", color=INK, ms=9, label="save",
               transform=best.get_xaxis_transform())
-    best.plot([], [], "--", color=STOP, label="resume")
     for axis in (loss, rate, best):
-        for step in resumes:
-            axis.axvline(step, color=STOP, lw=1, ls="--")
+        lines = [axis.axvline(step, color=STOP, lw=1, ls="--") for step in resumes]
+    if lines:
+        lines[0].set_label("resume")
     best.set_xlabel("step", color=INK)
     best.legend(frameon=False, fontsize=9)
     path = directory / "curves.png"
@@ -601,14 +602,16 @@ def stored_settings(state):
 
 
 def open_data(path, state, scratch):
-    """Recordings at `path`: an imported folder as it is; EDF files prepared the same way, into `scratch`."""
-    path = Path(path)
+    """(recordings, [(file, why)] refused): an imported folder as it is; EDF files prepared alike, into `scratch`."""
+    path, refused = Path(path), []
     if not path.exists():
         raise Refused(f"data {path} does not exist")
     if path.is_file() or not next(path.rglob("*.h5"), None):
         if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
             raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
-        data.import_corpus(path, scratch, montage=state["montage"])
+        refused = data.import_corpus(path, scratch, montage=state["montage"]).refused
+        if not next(scratch.rglob("*.h5"), None):
+            raise Refused("no recording can be used: " + "; ".join(f"{file}: {why}" for file, why in refused[:3]))
         path = scratch
     recordings = data.open_corpus(path)
     for r in recordings:
@@ -616,7 +619,7 @@ def open_data(path, state, scratch):
             raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels, but the checkpoint was "
                           f"trained on {state['montage']}, {len(state['channels'])} channels: "
                           f"import with --montage {state['montage']}")
-    return recordings
+    return recordings, refused
 
 
 def choose(recordings, split, config):
@@ -684,6 +687,8 @@ def show(result, out):
     for name in METRICS if result["labelled_recordings"] else ():
         value, why = result[name], result["not_computed"].get(name)
         print(f"  {name:<22} " + (f"-  ({why})" if value is None else f"{value:.4f}"))
+    for file, why in result["refused"]:
+        print(f"not scored: {file}: {why}")
     print(f"events and scores.json in {out}")
 
 
@@ -721,12 +726,13 @@ def main(argv=None):
         c, source = stored_settings(state)
         make_folder(args.out)
         with tempfile.TemporaryDirectory(prefix=".prepared_", dir=args.out) as scratch:
-            recordings = choose(open_data(args.data, state, Path(scratch)), args.split, state["config"])
+            recordings, refused = open_data(args.data, state, Path(scratch))
+            recordings = choose(recordings, args.split, state["config"])
             records, table = evaluate(model, recordings, args.out, device, c, args.plot)
     except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
-    result = report(records, table, c, source, args)
+    result = report(records, table, c, source, args) | {"refused": refused}
     (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     show(result, args.out)
     return 0

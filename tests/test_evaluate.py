@@ -1,4 +1,5 @@
 """evaluate.py: stitching, post-processing against a plain loop, scores against timescoring and exact formulas, files."""
+import contextlib
 import io
 import json
 import math
@@ -233,8 +234,10 @@ def test_constant_tracks_give_nothing_or_one_event(value):
 # ---- records ----
 
 def noisy(track, rng, strength=6.0):
-    z = strength * gaussian_filter1d(track.labels(0, track.samples).astype(float), 2 * FS) - 4
-    return (1 / (1 + np.exp(-z - 40 * gaussian_filter1d(rng.normal(size=track.samples), 200)))).astype(np.float32)
+    coarse = gaussian_filter1d(rng.normal(size=track.samples // 8), 25) * 14
+    coarse += strength * gaussian_filter1d(track.labels(0, track.samples)[:8 * len(coarse):8].astype(float), FS // 4) - 4
+    z = np.interp(np.arange(track.samples), 8 * np.arange(len(coarse)), coarse)
+    return (1 / (1 + np.exp(-z))).astype(np.float32)
 
 
 def test_a_record_is_small_and_loads_without_running_code():
@@ -259,7 +262,7 @@ def test_an_unlabelled_recording_is_left_out_of_every_score():
 
 def test_the_summary_does_not_depend_on_the_order_of_the_records():
     rng = np.random.default_rng(1)
-    tracks = [Track(f"r{i}", 900, [(200 + 10 * i, 260 + 10 * i)], f"p{i % 3}") for i in range(7)]
+    tracks = [Track(f"r{i}", 200, [(60 + 10 * i, 90 + 10 * i)], f"p{i % 3}") for i in range(7)]
     scores = [evaluate.score(t, noisy(t, rng), {}) for t in tracks]
     first = evaluate.summarise(scores, {})
     for _ in range(5):
@@ -299,7 +302,7 @@ def test_ranking_scores_equal_their_definitions_with_and_without_ties(decimals):
 
 def test_one_sample_per_second_agrees_with_all_256_to_a_thousandth():
     rng = np.random.default_rng(5)
-    tracks = [Track(f"r{i}", 1800, [(300, 400), (1000 + 50 * i, 1090 + 50 * i)]) for i in range(4)]
+    tracks = [Track(f"r{i}", 1800, [(300, 400), (1000 + 50 * i, 1090 + 50 * i)]) for i in range(2)]
     tracks_p = [noisy(t, rng) for t in tracks]
     summary = evaluate.summarise([evaluate.score(t, p, {}) for t, p in zip(tracks, tracks_p)], {})
     p, y = np.concatenate(tracks_p), np.concatenate([t.labels(0, t.samples) for t in tracks]) > 0
@@ -502,15 +505,22 @@ def test_curves_are_drawn_from_what_is_there(tmp_path):
 def corpus(tmp_path_factory):
     """EDF files, the same imported, and a checkpoint of an untrained model whose threshold training tuned to 0.07."""
     folder = tmp_path_factory.mktemp("corpus")
-    data.synth(folder / "edf", hours=0.2, patients=3, seed=1)
+    data.synth(folder / "edf", hours=0.1, patients=2, seed=1)
     data.import_corpus(folder / "edf", folder / "imported")
     torch.manual_seed(0)
-    config = {"model": v3.SMALL, "experiment": {"seed": 0}, "data": {"dev_patients": [], "dev_fraction": 0.3, "path": ""},
+    config = {"model": v3.SMALL, "experiment": {"seed": 0}, "data": {"dev_patients": [], "dev_fraction": 0.5, "path": ""},
               "evaluation": {**evaluate.DEFAULTS, "window_seconds": 20.0}}
     state = {"model": v3.V3(19, **v3.SMALL).state_dict(), "config": config, "montage": "referential",
              "channels": list(data.CHANNELS["referential"]), "optimizer": {}, "scores": {"threshold": 0.07, "event_f1": 0.5}}
     checkpoint.atomic_save(state, folder / "best.pt")
     return folder
+
+
+def here(*arguments):
+    """(exit code, lines on stderr) of the command line in this process."""
+    with contextlib.redirect_stderr(io.StringIO()) as text:
+        code = evaluate.main([str(a) for a in arguments])
+    return code, [line for line in text.getvalue().splitlines() if line.strip()]
 
 
 def run(*arguments):
@@ -535,20 +545,30 @@ def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(co
 
 
 def test_raw_edf_files_give_the_scores_of_their_import(corpus, tmp_path):
-    one, two = (run("--checkpoint", corpus / "best.pt", "--data", corpus / d, "--out", tmp_path / d) for d in ("imported", "edf"))
-    assert one.returncode == two.returncode == 0, two.stderr
+    for d in ("imported", "edf"):
+        assert here("--checkpoint", corpus / "best.pt", "--data", corpus / d, "--out", tmp_path / d)[0] == 0
     a, b = (json.loads((tmp_path / d / "scores.json").read_text()) for d in ("imported", "edf"))
     assert {m: a[m] for m in METRICS} == {m: b[m] for m in METRICS}
     assert {p.relative_to(tmp_path / "edf") for p in (tmp_path / "edf").rglob("*_events.tsv")} == \
         {p.relative_to(tmp_path / "imported") for p in (tmp_path / "imported").rglob("*_events.tsv")}
 
 
+def test_a_file_that_cannot_be_read_is_named_beside_the_scores_of_the_others(corpus, tmp_path):
+    source = next((corpus / "edf").rglob("*.edf"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.edf").write_bytes(source.read_bytes())
+    (tmp_path / "in" / "torn.edf").write_bytes(source.read_bytes()[:200])
+    assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "in", "--out", tmp_path / "out")[0] == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [r["recording"] for r in scores["per_recording"]] == ["good"]
+    assert len(scores["refused"]) == 1 and "torn.edf" in scores["refused"][0][0]
+
+
 def test_a_stripped_checkpoint_and_a_lone_edf_without_labels_give_events_only(corpus, tmp_path):
     checkpoint.strip(corpus / "best.pt", tmp_path / "weights.pt")
     source = next((corpus / "edf").rglob("*.edf"))
     (tmp_path / "alone.edf").write_bytes(source.read_bytes())
-    done = run("--checkpoint", tmp_path / "weights.pt", "--data", tmp_path / "alone.edf", "--plot")
-    assert done.returncode == 0, done.stderr
+    assert here("--checkpoint", tmp_path / "weights.pt", "--data", tmp_path / "alone.edf", "--plot")[0] == 0
     scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
     assert all(scores[m] is None for m in METRICS) and scores["labelled_recordings"] == 0
     assert scores["not_computed"]["event_f1"] == "no recording is labelled" and scores["threshold"] == 0.07
@@ -559,15 +579,15 @@ def test_a_stripped_checkpoint_and_a_lone_edf_without_labels_give_events_only(co
 def test_the_config_threshold_is_used_and_named_where_none_was_tuned(corpus, tmp_path):
     state = checkpoint.load(corpus / "best.pt")
     checkpoint.atomic_save({k: v for k, v in state.items() if k != "scores"}, tmp_path / "untuned.pt")
-    assert run("--checkpoint", tmp_path / "untuned.pt", "--data", corpus / "imported").returncode == 0
+    assert here("--checkpoint", tmp_path / "untuned.pt", "--data", corpus / "imported")[0] == 0
     scores = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
     assert scores["threshold"] == 0.86 and "config" in scores["threshold_source"]
 
 
 def test_the_dev_split_is_the_one_training_validated_on(corpus, tmp_path):
-    done = run("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--split", "dev", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    dev = data.split_patients(data.open_corpus(corpus / "imported"), [], 0.3, 0)[1]
+    code, _ = here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--split", "dev", "--out", tmp_path)
+    assert code == 0
+    dev = data.split_patients(data.open_corpus(corpus / "imported"), [], 0.5, 0)[1]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert [row["recording"] for row in scores["per_recording"]] == [r.name for r in dev]
 
@@ -589,13 +609,9 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
                                   (tmp_path / "bipolar.pt", imported, "import with --montage bipolar"),
                                   (good, tmp_path / "nowhere", "nowhere"), (good, tmp_path / "empty", "neither"),
                                   (good, tmp_path / "bad.edf", "bad.edf")):
-        lines = evaluated(weights, source, tmp_path / "out")
-        assert len(lines) == 1 and text in lines[0], lines
-
-
-def evaluated(weights, source, out):
-    """The lines on stderr of a run in this process that must end with exit code 2."""
-    from contextlib import redirect_stderr
-    with redirect_stderr(io.StringIO()) as text:
-        assert evaluate.main(["--checkpoint", str(weights), "--data", str(source), "--out", str(out)]) == 2
-    return [line for line in text.getvalue().splitlines() if line.strip()]
+        code, lines = here("--checkpoint", weights, "--data", source, "--out", tmp_path / "out")
+        assert code == 2 and len(lines) == 1 and text in lines[0], lines
+    code, lines = here("--checkpoint", good, "--data", imported, "--out", tmp_path / "bad.edf" / "x")
+    assert code == 2 and len(lines) == 1 and "--out" in lines[0]
+    done = run("--checkpoint", tmp_path / "no.pt", "--data", imported)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
