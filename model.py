@@ -134,11 +134,12 @@ def chunk_length(steps):
 def ssd(x, dt, a, b, c, reverse=False, state=None, chunk=None):
     """Mamba-2's scan S_t = exp(a_t) S_t-1 + dt_t x_t b_t', y_t = S_t c_t, as matrix products over chunks.
 
-    x (n, T, heads, headdim), dt and a (n, T, heads) with -MAX_DECAY <= a <= 0, b and c (n, T, states); reverse
-    runs from the last step to the first; state (n, heads, headdim, states) is S before the first step. Returns
-    y like x, and S after the last step (None without a state). Inside a chunk exp(a_j+1 + ... + a_i) is a
-    factor of i times one of j, both measured from the chunk's middle so that neither overflows: all heads share
-    one chunk x chunk matrix, and the rest is scaling of rows. Dao & Gu, ICML 2024, section 6."""
+    x (n, T, heads, headdim), dt and a (n, T, heads) with -MAX_DECAY <= a <= 0, b and c (n, T, states).
+    reverse runs from the last step to the first; state (n, heads, headdim, states) is S before the first
+    step. Returns y like x, and S after the last step (None without a state). Inside a chunk
+    exp(a_j+1 + ... + a_i) is a factor of i times one of j, both measured from the chunk's middle so that
+    neither overflows: all heads share one chunk x chunk matrix, and the rest is scaling of rows.
+    Dao & Gu, ICML 2024, section 6."""
     n, steps, heads, headdim = x.shape
     chunk = chunk or chunk_length(steps)
     pad, states = -steps % chunk, b.shape[-1]
@@ -189,7 +190,7 @@ class Mamba2(nn.Module):
         return self.stream(x)[0]
 
     def stream(self, x, state=None):
-        """(n, T, width) and the state an earlier call returned (None: nothing came before) -> the same, and the
+        """(n, T, width) and the state of the call before (None: nothing came before) -> the same, and the
         state for the next call. In the causal direction, pieces in order give what one call would give."""
         if state is not None and self.directions == 2:
             raise ValueError("Mamba-2: a bidirectional stack has to see the whole window, it takes no state")

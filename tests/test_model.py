@@ -1,0 +1,370 @@
+"""V3: the chunked scan against a plain recurrence, the graph, numerical limits, what a checkpoint holds."""
+import math
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as v3
+
+TINY = {**v3.SMALL, "stem_width": 8, "tcn_width": 16, "tcn_blocks": 2, "tcn_kernel": 3, "node_width": 8,
+        "node_headdim": 8, "head_width": 16}
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def tiny(channels=4, **config):
+    return v3.V3(channels, **{**TINY, **config})
+
+
+def recurrence(x, dt, a, b, c, reverse, state):
+    """The definition, one step after another: S = exp(a) S + dt x b', y = S c."""
+    order = range(x.shape[1])[::-1] if reverse else range(x.shape[1])
+    rows = [None] * x.shape[1]
+    for t in order:
+        state = state * a[:, t].exp()[..., None, None]
+        state = state + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, None, None]
+        rows[t] = state @ c[:, t, None, :, None]
+    return torch.stack(rows, 1).squeeze(-1), state
+
+
+def scan_inputs(steps, decay, n=2, heads=3, headdim=4, states=5, dtype=torch.float64):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype)
+    dt = F.softplus(draw(n, steps, heads))
+    a = -v3.MAX_DECAY * torch.rand(n, steps, heads, dtype=dtype) * decay
+    inputs = [draw(n, steps, heads, headdim), dt, a, draw(n, steps, states), draw(n, steps, states),
+              draw(n, heads, headdim, states)]
+    return [v.requires_grad_() for v in inputs]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps,chunk",
+                         [(48, 16), (48, 24), (50, 16), (1, 16), (5, 16), (17, None), (240, None)])
+def test_the_chunked_scan_equals_the_recurrence_forward_and_backward(steps, chunk, reverse):
+    *inputs, state = scan_inputs(steps, decay=0.5)
+    expected = recurrence(*inputs, reverse, state)
+    found = v3.ssd(*inputs, reverse=reverse, state=state, chunk=chunk)
+    weights = [torch.randn_like(v) for v in expected]
+    for one, other in zip(expected, found):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
+    wanted, got = (torch.autograd.grad(sum((v * w).sum() for v, w in zip(pair, weights)), [*inputs, state])
+                   for pair in (expected, found))
+    for one, other in zip(wanted, got):
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_a_scan_without_a_state_starts_from_zero():
+    *inputs, state = scan_inputs(40, decay=0.1)
+    expected, _ = recurrence(*inputs, False, torch.zeros_like(state))
+    found, after = v3.ssd(*inputs)
+    assert torch.allclose(expected, found) and after is None
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_in_fp32_the_fastest_decay_neither_overflows_nor_loses_digits(reverse):
+    *inputs, state = scan_inputs(240, decay=1, n=1)
+    inputs[2].data.fill_(-v3.MAX_DECAY)
+    expected, _ = recurrence(*inputs, reverse, torch.zeros_like(state))
+    single = [v.detach().float().requires_grad_() for v in inputs]
+    found, _ = v3.ssd(*single, reverse=reverse, chunk=v3.MAX_CHUNK)
+    assert torch.allclose(expected.float(), found, rtol=1e-4, atol=1e-4)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    got = torch.autograd.grad(found.square().sum(), single)
+    for one, other in zip(wanted, got):
+        assert (one.float() - other).abs().max() <= 1e-4 * one.abs().max() + 1e-4
+
+
+@pytest.mark.parametrize("pieces", [(100,), (50, 50), (7, 1, 2, 40, 50), (24, 24, 52), (1,) * 10 + (90,)])
+def test_a_recording_streamed_in_pieces_gives_what_one_call_gives(pieces):
+    stack = v3.Mamba2(8, layers=3, state=4, headdim=4, bidirectional=False)
+    x = torch.randn(2, sum(pieces), 8)
+    found, state = [], None
+    for piece in x.split(pieces, 1):
+        y, state = stack.stream(piece, state)
+        found.append(y)
+    assert torch.allclose(torch.cat(found, 1), stack(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_causal_stack_does_not_see_the_future():
+    stack = v3.Mamba2(8, layers=2, state=4, headdim=8, bidirectional=False)
+    x = torch.randn(1, 60, 8)
+    later = torch.cat([x[:, :30], torch.randn(1, 30, 8)], 1)
+    assert torch.allclose(stack(x)[:, :30], stack(later)[:, :30], atol=1e-5)
+
+
+def test_a_bidirectional_stack_refuses_a_state():
+    stack = v3.Mamba2(8, layers=1, state=4, headdim=8)
+    with pytest.raises(ValueError, match="bidirectional"):
+        stack.stream(torch.randn(1, 5, 8), stack.stream(torch.randn(1, 5, 8))[1])
+
+
+def test_the_backward_direction_is_the_forward_one_in_reversed_time():
+    stack, mirror = (v3.Mamba2(8, layers=1, state=4, headdim=4) for _ in range(2))
+    sizes, kinds = (2 * stack.mixed, 2 * stack.inner, 2 * stack.heads), dict(stack.named_parameters())
+    with torch.no_grad():
+        for name, p in mirror.named_parameters():
+            swap = {"project": lambda v: torch.cat([part.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+                                                    for part in v.split(sizes, -1)], -1),
+                    "out": lambda v: v.flip(1),
+                    "conv": lambda v: v.unflatten(1, (2, -1)).flip(1).flatten(1, 2)}
+            p.copy_(swap.get(name, lambda v: v.unflatten(0, (2, -1)).flip(0).flatten())(kinds[name]))
+        # the taps of a backward direction are stored present first, those of a forward one past first
+        stack.conv.copy_(stack.conv + stack.conv.flip(2))
+        mirror.conv.copy_(stack.conv.unflatten(1, (2, -1)).flip(1).flatten(1, 2))
+    x = torch.randn(3, 50, 8)
+    assert torch.allclose(stack(x), mirror(x.flip(1)).flip(1), atol=1e-5)
+
+
+def test_a_layer_equals_the_mamba2_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers, an oracle here, is not installed")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+    config = transformers.Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, state_size=8, expand=2,
+                                       n_groups=1, chunk_size=16, num_hidden_layers=1, use_bias=False)
+    theirs = Mamba2Mixer(config, 0).eval()
+    ours = v3.Mamba2(16, layers=1, state=8, headdim=8, bidirectional=False)
+    with torch.no_grad():
+        theirs.dt_bias.sub_(3)                           # slow decays, where the bound on them does not show
+        gate, rest, dt = theirs.in_proj.weight.split([32, 48, 4])
+        ours.project.copy_(torch.cat([rest, gate, dt]).T[None])
+        ours.conv.copy_(theirs.conv1d.weight.squeeze(1)[None])
+        for mine, value in ((ours.conv_bias, theirs.conv1d.bias), (ours.dt_bias, theirs.dt_bias),
+                            (ours.a_log, theirs.A_log), (ours.skip, theirs.D),
+                            (ours.out, theirs.out_proj.weight.T)):
+            mine.copy_(value.view(mine.shape))
+        x = v3.norm(torch.randn(2, 45, 16))
+        assert torch.allclose(ours(x) - x, theirs(x), rtol=1e-3, atol=1e-4)
+
+
+# ---- the graph ----
+
+def test_the_adjacency_is_sparse_symmetric_and_bounded():
+    net = tiny(channels=19, neighbours=3)
+    adjacency = net.graph(torch.randn(2, 19, 16, 8) * 100)
+    assert adjacency.shape == (2, 4, 19, 19)
+    assert torch.equal(adjacency, adjacency.transpose(-1, -2))
+    assert (adjacency.diagonal(dim1=-2, dim2=-1) == 0).all() and 0 <= adjacency.min() and adjacency.max() < 1
+    edges = (adjacency > 0).flatten(-2).sum(-1) // 2
+    assert (edges <= 3 * 19).all() and (edges >= 3 * 19 / 2).all()
+    assert ((adjacency > 0).sum(-1) >= 3).all()
+
+
+def test_equal_edges_leave_a_sparse_graph_too():
+    kept = v3.sparse_adjacency(torch.ones(19, 19) - torch.eye(19), 3)
+    assert (kept > 0).sum() <= 2 * 3 * 19
+
+
+def test_similarities_are_cosines_at_any_amplitude():
+    net = tiny(channels=5)
+    for amplitude in (0, 1e-6, 1, 1e6):
+        similar = net.graph.similarity(torch.randn(1, 5, 8, 8) * amplitude)
+        assert similar.isfinite().all() and similar.abs().max() <= 1 + 1e-5
+
+
+def test_the_encoding_solves_the_laplacian_with_a_fixed_sign_and_no_gradient():
+    weights = torch.rand(7, 19, 19).requires_grad_()
+    hop = v3.normalised(v3.sparse_adjacency(weights + weights.transpose(-1, -2), 3))
+    vectors = v3.laplacian_encoding(hop, 16)
+    assert vectors.shape == (7, 19, 16) and not vectors.requires_grad
+    assert torch.allclose(vectors.transpose(-1, -2) @ vectors, torch.eye(16), atol=1e-4)
+    image = vectors - hop @ vectors
+    values = (vectors * image).sum(-2, keepdim=True)
+    assert torch.allclose(image, vectors * values, atol=1e-4) and (values.diff(dim=-1) >= -1e-4).all()
+    assert (vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)) > 0).all()
+    assert torch.equal(v3.laplacian_encoding(hop[..., :3, :3], 16)[..., 3:], torch.zeros(7, 3, 13))
+
+
+def test_the_graph_operator_never_amplifies():
+    hop = v3.normalised(v3.sparse_adjacency(torch.rand(50, 19, 19).triu(1), 3))
+    assert torch.linalg.matrix_norm(hop, 2).max() <= 1 + 1e-5
+
+
+def test_the_encoding_costs_under_a_twentieth_of_a_training_step():
+    net, x = v3.V3(19), torch.randn(1, 19, 15360)
+
+    def clock(work):
+        work()
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    hop = v3.normalised(torch.rand(1, 60, 19, 19))
+    encoding = min(clock(lambda: v3.laplacian_encoding(hop, 16)) for _ in range(3))
+    assert encoding < 0.05 * clock(lambda: net(x).square().mean().backward())
+
+
+# ---- parameters and checkpoints ----
+
+@pytest.mark.parametrize("channels,config",
+                         [(19, {}), (18, {}), (19, v3.SMALL), (18, v3.SMALL), (5, v3.SMALL)])
+def test_every_parameter_receives_a_gradient(channels, config):
+    net = v3.V3(channels, **config)
+    net(torch.randn(2, channels, 4096)).square().mean().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0 and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("channels", [19, 18])
+def test_weights_and_moments_make_a_checkpoint_of_195_mb(channels):
+    net = v3.V3(channels)
+    assert 193e6 < 12 * sum(p.numel() for p in net.parameters()) < 194.7e6
+    assert len(list(net.parameters())) <= 60
+
+
+def test_the_state_holds_the_parameters_alone_and_loads_strictly_after_any_forward():
+    net = tiny()
+    for batch, samples in ((1, 700), (3, 2048)):
+        net(torch.randn(batch, 4, samples))
+    state = net.state_dict()
+    assert set(state) == {name for name, _ in net.named_parameters()}
+    fresh = tiny()
+    fresh.load_state_dict(state, strict=True)
+    x = torch.randn(2, 4, 1000)
+    assert torch.equal(fresh.eval()(x), net.eval()(x))
+
+
+def test_only_matrices_have_two_axes_so_that_weight_decay_spares_every_vector():
+    for name, p in v3.V3(19).named_parameters():
+        vector = any(word in name for word in ("bias", "a_log", "skip", "logit"))
+        assert vector == (p.ndim == 1), name
+
+
+def test_an_untrained_model_gives_the_prior():
+    probability = torch.sigmoid(v3.V3(19).eval()(torch.randn(2, 19, 4096))).mean()
+    assert 0.03 < probability < 0.08
+
+
+# ---- inputs ----
+
+@pytest.mark.parametrize("channels", [2, 3, 18, 23])
+@pytest.mark.parametrize("samples", [1, 255, 256, 1000])
+def test_any_number_of_channels_and_samples_gives_one_logit_per_sample(channels, samples):
+    assert tiny(channels)(torch.randn(2, channels, samples)).shape == (2, samples)
+
+
+def test_wrong_input_and_settings_are_refused_in_one_line():
+    for wrong in (lambda: tiny()(torch.randn(1, 5, 256)), lambda: tiny()(torch.randn(4, 256)),
+                  lambda: tiny(1), lambda: tiny(tcn_widht=3), lambda: tiny(tcn_kernel=4), lambda: tiny(node_headdim=7),
+                  lambda: tiny(hop=50), lambda: tiny(edge_heads=3)):
+        with pytest.raises(ValueError) as refusal:
+            wrong()
+        assert "\n" not in str(refusal.value)
+
+
+def awkward():
+    normal = torch.randn(2, 19, 2048)
+    flat, spike, same = normal.clone(), normal.clone(), normal[:, :1].expand(2, 19, 2048)
+    flat[:, 3:9] = 0
+    spike[:, 2, 1000] = 1e5
+    return {"1000 sigma": 1000 * normal, "flat channels": flat, "all zeros": torch.zeros_like(normal),
+            "all channels alike": same, "one spike": spike, "tiny": 1e-20 * normal, "huge": 1e6 * normal}
+
+
+@pytest.mark.parametrize("kind", list(awkward()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_awkward_input_gives_finite_logits_and_gradients(kind, dtype):
+    net, x = v3.V3(19, **v3.SMALL), awkward()[kind]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = net(x)
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+    F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits)).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_the_logits_little(dtype):
+    net, x = v3.V3(19).eval(), torch.randn(1, 19, 4096)
+    with torch.no_grad():
+        exact = net(x)
+        with torch.autocast("cpu", dtype):
+            assert (net(x) - exact).abs().max() < 0.1
+
+
+def test_a_nan_channel_shows_in_the_logits():
+    x = torch.randn(2, 4, 1024)
+    x[0, 1] = math.nan
+    logits = tiny().eval()(x)
+    assert logits[0].isnan().all() and logits[1].isfinite().all()
+
+
+# ---- training ----
+
+def bursts(batch, channels, samples, generator):
+    """Noise with a 4 Hz rhythm of random place and length, and the labels."""
+    x = torch.randn(batch, channels, samples, generator=generator)
+    start = torch.randint(0, samples // 2, (batch, 1), generator=generator)
+    time = torch.arange(samples)
+    y = ((time >= start) & (time < start + samples // 3)).float()
+    return x + 2 * torch.sin(2 * math.pi * 4 * time / 256) * y[:, None], y
+
+
+def train(steps, batch=4, channels=4, samples=1024):
+    net, generator = tiny(channels), torch.Generator().manual_seed(1)
+    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=5e-3), []
+    for _ in range(steps):
+        x, y = bursts(batch, channels, samples, generator)
+        loss = F.binary_cross_entropy_with_logits(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        assert loss.isfinite() and norm.isfinite()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_200_training_steps_are_finite_and_learn():
+    losses = train(200)
+    assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
+
+
+@pytest.mark.slow
+def test_2000_training_steps_are_finite():
+    losses = train(2000)
+    assert sum(losses[-100:]) / 100 < 0.1
+
+
+def same_twice(device):
+    def once():
+        torch.manual_seed(3)
+        net = v3.V3(19, **v3.SMALL).to(device)
+        logits = net(torch.randn(2, 19, 2048, device=device))
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad for p in net.parameters())]
+    torch.use_deterministic_algorithms(True)
+    try:
+        return all(torch.equal(a, b) for a, b in zip(once(), once()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_forward_and_backward_are_bit_identical_from_run_to_run():
+    assert same_twice("cpu")
+
+
+def test_the_whole_model_is_one_graph_to_torch_compile():
+    net, x = tiny(), torch.randn(2, 4, 1024)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled.eval()(x), net.eval()(x), atol=1e-6)
+
+
+@cuda
+def test_forward_and_backward_are_bit_identical_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert same_twice("cuda")
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_gives_the_logits_of_the_cpu(dtype):
+    net, x = v3.V3(19).eval(), torch.randn(2, 19, 15360)
+    with torch.no_grad():
+        expected = net(x)
+        with torch.autocast("cuda", dtype):
+            found = net.cuda()(x.cuda())
+    assert (found.cpu() - expected).abs().max() < 0.1
