@@ -183,10 +183,8 @@ def check_gaps(path, header, records):
         if header.plus == "EDF+D":
             raise DataError("discontinuous (EDF+D) without the annotation signal that says where")
         return
-    edge = int(sum(header.signals["count"][:places[0]]))
-    stamps = np.ascontiguousarray(records[:, edge:edge + header.signals["count"][places[0]]])
     onsets = []
-    for i, row in enumerate(stamps):
+    for i, row in enumerate(np.ascontiguousarray(_block(header, records, places[0]))):
         found = re.match(rb"([+-]\d+(?:\.\d*)?)(?:\x15[\d.]*)?\x14", row.tobytes())
         if not found:
             raise DataError(f"record {i + 1} of an EDF+ file has no onset: gaps cannot be ruled out")
@@ -220,8 +218,8 @@ def second_opinion(path, header, used):
                 raise DataError(f"signal {i + 1}: two readers disagree, {ours} and {theirs}")
 
 
-def calibration(header, i, blank_unit):
-    """(gain in uV per digital unit, offset in uV) of signal i."""
+def calibration(header, records, i, blank_unit):
+    """(gain in uV per digital unit, offset in uV) of signal i; refuses samples outside its digital range."""
     s, name = header.signals, header.signals["label"][i]
     pmin, pmax = (number(s[k][i], f"{k} of {name}", header.notes) for k in ("pmin", "pmax"))
     dmin, dmax = (whole(s[k][i], f"{k} of {name}") for k in ("dmin", "dmax"))
@@ -236,10 +234,13 @@ def calibration(header, i, blank_unit):
     unit = s["unit"][i] or blank_unit
     if not unit:
         raise DataError(f"{name} has no unit: say which with --blank-unit uV")
-    if unit.upper() == "MV" and unit[0] == "M" or _unit(unit) not in MICROVOLTS:
+    if unit[:2] in ("MV", "Mv") or _unit(unit) not in MICROVOLTS:
         raise DataError(f"{name} is in {unit!r}, not in uV, mV, nV or V")
-    gain = (pmax - pmin) / (dmax - dmin) * Fraction(MICROVOLTS[_unit(unit)])
-    return float(gain), float(pmin * Fraction(MICROVOLTS[_unit(unit)]) - dmin * gain)
+    block = _block(header, records, i)
+    if block.min() < dmin - 1 or block.max() > dmax + 1:                    # then the gain may be wrong too
+        raise DataError(f"{name} holds {block.min()} to {block.max()}, its header says {dmin} to {dmax}")
+    gain = float((pmax - pmin) / (dmax - dmin)) * MICROVOLTS[_unit(unit)]
+    return gain, float(pmin) * MICROVOLTS[_unit(unit)] - dmin * gain
 
 
 def _unit(text):
@@ -281,14 +282,14 @@ def derivations(header, montage):
         if key and key[1] not in CHANNELS["referential"]:
             key = key[:1]
         if key and key in places:
-            twins.append((key, places[key], {i: 1}))
+            twins.append((key, places[key], i))
         elif key:
-            places[key] = {i: 1}
-    single = {key[0]: row for key, row in places.items() if len(key) == 1}
+            places[key] = i
+    single = {key[0]: {i: 1} for key, i in places.items() if len(key) == 1}
     if montage == "bipolar" and len(places) - len(single) >= len(BIPOLAR):
-        rows = [places.get(tuple(name.split("-"))) for name in BIPOLAR]
-        if all(rows):
-            return rows, twins
+        pairs = [tuple(name.split("-")) for name in BIPOLAR]
+        if all(pair in places for pair in pairs):
+            return [{places[pair]: 1} for pair in pairs], twins
     missing = [name for name in CHANNELS["referential"] if name not in single]
     if set(missing) - {"Fz", "Pz"}:
         raise DataError(_missing(header, montage, missing, places, single))
@@ -369,7 +370,7 @@ def fir(notch):
 
 def prepare_row(row, rate, notch):
     """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 / rate) samples."""
-    row -= np.float32(np.median(row[::max(1, len(row) // 100_000)]))
+    row -= np.float32(np.median(sparse(row)))
     ratio = (FS / rate).limit_denominator(20_000)
     if abs(ratio / (FS / rate) - 1) * len(row) > 1:
         raise DataError(f"sampling rate {float(rate)} Hz cannot be resampled to {FS} Hz without drift")
@@ -379,6 +380,11 @@ def prepare_row(row, rate, notch):
     edge = min(len(taps) // 2, len(row) - 1)
     padded = np.pad(row, edge, mode="reflect", reflect_type="odd") if edge else row
     return dsp.oaconvolve(padded, taps, mode="same")[edge:edge + len(row)].astype(np.float32, copy=False)
+
+
+def sparse(row):
+    """About 30,000 samples spread over the row: enough for a median."""
+    return row[::len(row) // 30_000 | 1]
 
 
 def quantise(row, step):
@@ -412,43 +418,32 @@ def prepare_edf(path, settings):
     records = np.memmap(path, "<i2", "r", header.offset, (header.records, sum(header.signals["count"])))
     check_gaps(path, header, records)
     second_opinion(path, header, used)
-    gains = {i: calibration(header, i, settings.blank_unit) for i in used}
+    gains = {i: calibration(header, records, i, settings.blank_unit) for i in used}
     _check_twins(header, records, twins)
-    for i in used:
-        _check_range(header, records, i)
     samples = math.ceil(header.records * header.signals["count"][used[0]] * (FS / rate).limit_denominator(20_000))
     eeg, scale, spread = np.empty((len(rows), samples), np.int16), np.empty(len(rows), np.float32), []
     for c, row in enumerate(rows):
-        x = sum(np.float32(w * gains[i][0]) * _digital(header, records, i) for i, w in row.items())
+        x = sum(np.float32(w * gains[i][0]) * _block(header, records, i).reshape(-1).astype(np.float32)
+                for i, w in row.items())
         x += np.float32(sum(w * gains[i][1] for i, w in row.items()))
         x = prepare_row(x, rate, NOTCH[settings.notch])
         step = max(abs(w * gains[i][0]) for i, w in row.items() if w)
         eeg[c], scale[c] = quantise(x, step)
-        spread.append(1.4826 * float(np.median(abs(x[::7]))))
+        spread.append(1.4826 * float(np.median(abs(sparse(x)))))
     return Prepared(eeg, scale, _norm(header, spread, CHANNELS[settings.montage]), header, float(rate))
 
 
-def _digital(header, records, i):
+def _block(header, records, i):
+    """Samples of signal i as they lie in the file: (records, samples per record)."""
     edge = sum(header.signals["count"][:i])
-    return records[:, edge:edge + header.signals["count"][i]].reshape(-1).astype(np.float32)
-
-
-def _check_range(header, records, i):
-    """Samples outside the declared digital range: the range, and so perhaps the gain, is wrong."""
-    edge, name = sum(header.signals["count"][:i]), header.signals["label"][i]
-    block = records[:, edge:edge + header.signals["count"][i]]
-    low, high = int(header.signals["dmin"][i]), int(header.signals["dmax"][i])
-    if block.min() < low - 1 or block.max() > high + 1:
-        raise DataError(f"{name} holds {block.min()} to {block.max()}, its header says {low} to {high}")
+    return records[:, edge:edge + header.signals["count"][i]]
 
 
 def _check_twins(header, records, twins):
     """A label that stands twice: identical signals are harmless, CHB-MIT's second T8-P8 is known, others are refused."""
     for key, first, second in twins:
-        (a, _), (b, _) = *first.items(), *second.items()
-        name = header.signals["label"][b]
-        if header.signals["count"][a] == header.signals["count"][b] and np.array_equal(
-                _digital(header, records, a), _digital(header, records, b)):
+        name = header.signals["label"][second]
+        if np.array_equal(_block(header, records, first), _block(header, records, second)):
             continue
         if key != ("T4", "T6"):
             raise DataError(f"{name} stands twice with different signals")
@@ -689,15 +684,15 @@ LAYOUTS = ("auto", *NAMES)
 
 def identify(path, root, layout="auto"):
     """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are taken as they come,
-    with the annotation beside them (x_events.tsv, x.csv_bi, x.csv) and the patient named by the folder or, directly in
-    `root`, by what stands before the first underscore."""
+    with the annotation beside them (x_events.tsv, x.csv_bi, x.csv) and the patient named by the folder in `root` or,
+    directly there, by what stands before the first underscore."""
     relative = path.relative_to(root)
     kind = layout if layout != "auto" else next((k for k, form in NAMES.items() if form.match(path.stem)), "")
     found = NAMES[kind].match(path.stem) if kind else None
     if found:
         patient = found[1].lower() if kind in ("tuh", "chbmit") else found[1]
     else:
-        patient = path.stem.split("_")[0] if len(relative.parts) == 1 else relative.parts[-2]
+        patient = path.stem.split("_")[0] if len(relative.parts) == 1 else relative.parts[0]
     parts = (*relative.parts[:-1], root.name, root.parent.name) if kind == "tuh" else ()
     split = next((part for part in parts if part in ("train", "dev", "eval")), "")
     return Source(path, relative.with_suffix("").as_posix(), kind, patient, split, annotation(path, kind))
@@ -772,14 +767,15 @@ class Report:
 
 
 def find_edf(src):
-    """(EDF files below src, root); symbolic links are followed, each folder once."""
+    """(EDF files below src, root, [(folder, why it cannot be listed)]); links are followed, each folder once."""
     src = Path(src)
     if src.is_file() or src.is_symlink() and not src.is_dir():
-        return [src], src.parent
+        return [src], src.parent, []
     if not src.is_dir():
         raise DataError(f"{src}: no such file or folder")
-    found, seen = [], set()
-    for folder, folders, files in os.walk(src, followlinks=True, onerror=_unreadable):
+    found, seen, closed = [], set(), []
+    for folder, folders, files in os.walk(src, followlinks=True,
+                                          onerror=lambda e: closed.append((str(e.filename), e.strerror))):
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()
@@ -787,13 +783,9 @@ def find_edf(src):
         seen.add((here.st_dev, here.st_ino))
         folders.sort()
         found += [Path(folder, name) for name in files if name.lower().endswith(".edf")]
-    if not found:
+    if not found and not closed:
         raise DataError(f"{src}: no EDF file in it")
-    return sorted(found), src
-
-
-def _unreadable(error):
-    raise DataError(f"{error.filename}: {error.strerror}")
+    return sorted(found), src, closed
 
 
 def state_of(source):
@@ -822,7 +814,8 @@ def prepare_source(source, settings):
         events = finish(labels, header.seconds) if labels else np.empty((0, 2))
         return prepare_edf(source.path, settings), labels, events
     except OSError as error:
-        raise DataError(error.strerror or str(error)) from None
+        what = Path(error.filename).name + ": " if error.filename else ""
+        raise DataError(what + (error.strerror or str(error))) from None
 
 
 def import_one(source, out, settings):
@@ -883,11 +876,13 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     settings = Settings(montage, str(notch), blank_unit)
     if montage not in CHANNELS or settings.notch not in NOTCH or layout not in LAYOUTS:
         raise DataError(f"montage {montage}, notch {notch} or layout {layout} is unknown")
-    files, root = find_edf(src)
+    if workers < 0:
+        raise DataError(f"{workers} workers")
+    files, root, closed = find_edf(src)
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
+        lock = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
     except OSError as error:
         raise DataError(f"{out}: {error.strerror}") from None
     try:
@@ -895,6 +890,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         for stale in out.rglob("*.h5.*.part"):          # left by a killed import
             stale.unlink()
         report = _import_all(files, root, out, layout, settings, workers, say)
+        report.refused += closed
     except BlockingIOError:
         raise DataError(f"{out}: another import is writing here") from None
     finally:
@@ -918,7 +914,7 @@ def _import_all(files, root, out, layout, settings, workers, say):
         sources.append(source)
     sizes, paths = {s.name: _size(s.path) for s in sources}, {s.name: str(s.path) for s in sources}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or max(1, min(cores, len(sources), sum(sizes.values()) // 200_000_000))      # a worker takes 0.3 s to start
+    workers = workers or max(1, min(cores, len(sources), sum(sizes.values()) // 200_000_000))      # a worker takes a second to start
     progress = Progress(len(sources), sum(sizes.values()), say)
     for outcome, name, reason, seconds, labelled in _outcomes(sources, out, settings, workers):
         progress.step(sizes[name], name, seconds)
@@ -1087,7 +1083,10 @@ class Recording:
 
 
 # Every map holds a file descriptor: all recordings stay mapped where `ulimit -n` allows, else the last used half of it.
-@functools.lru_cache(max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 32_000)))
+OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+@functools.lru_cache(32_000 if OPEN_FILES < 0 else min(32_000, OPEN_FILES // 2))
 def mapped(path, offset, shape, state):
     """Read-only view of a recording's samples in the page cache."""
     try:
@@ -1325,8 +1324,8 @@ class Loader:
     batch once more."""
 
     def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4):
-        import torch                    # here: import workers and the command line start in a third of a second
-        self.torch, self.device = torch, torch.device(device)
+        import torch                    # in this class alone: import workers and commands start in a third of the time
+        self.device = torch.device(device)
         self.windows, self.seed, self.augment, self.buffers = windows, seed, augment, buffers
         self.waited = 0.0
         self.scale = np.stack([r.scale for r in windows.recordings])
@@ -1365,7 +1364,8 @@ class Loader:
         ring, self._ring = self._ring, []
         if ring and len(ring[0]["eeg"]) >= size:
             return ring
-        torch, pin = self.torch, self.device.type == "cuda"
+        import torch
+        pin = self.device.type == "cuda"
         channels, length = self.scale.shape[1], self.windows.length
         shapes = {"eeg": ((size, channels, length), torch.int16), "y": ((size, length), torch.uint8),
                   "real": ((size,), torch.int64), "scale": ((size, channels), torch.float32), "norm": ((size,), torch.float32),
@@ -1403,7 +1403,7 @@ class Loader:
             host["flip"][i] = rng.random() < 0.5
 
     def _to_device(self, slot, count, epoch):
-        torch = self.torch
+        import torch
         t = {key: value[:count].to(self.device, non_blocking=True) for key, value in slot.items()}
         x = normalise(t["eeg"], t["scale"], t["norm"])
         if self.augment:
@@ -1415,7 +1415,8 @@ class Loader:
         """A CUDA event after the copies that are under way; None on the CPU, where they are done."""
         if self.device.type != "cuda":
             return None
-        event = self.torch.cuda.Event()
+        import torch
+        event = torch.cuda.Event()
         event.record()
         return event
 
