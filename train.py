@@ -274,11 +274,31 @@ class Signals:
         self.number = number
         for watched in self.WATCHED:
             signal.signal(watched, signal.SIG_DFL)
-        os.write(2, f"\n{signal.Signals(number).name}: saving at the next step; once more to exit at once\n".encode())
+        with contextlib.suppress(OSError):                                  # after SIGHUP the terminal may be gone
+            os.write(2, f"\n{signal.Signals(number).name}: saving at the next step; once more to exit at once\n".encode())
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class Console:
+    """A standard stream that outlives its terminal: after tmux kill-session every write fails, and there is still a
+    checkpoint to save."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 # ---- records ----
@@ -287,8 +307,8 @@ class Record:
     """metrics.jsonl, saves.jsonl and TensorBoard of one run directory. metrics.jsonl is the truth: a resume cuts it back to
     the resumed step and writes TensorBoard anew from it, so no step stands twice in either."""
 
-    def __init__(self, directory, step=0, complete=True):
-        self.directory, self.path = directory, directory / "metrics.jsonl"
+    def __init__(self, directory, step=0, complete=True, say=print):
+        self.directory, self.path, self.say, self.pending = directory, directory / "metrics.jsonl", say, []
         kept, dropped = [], []
         for row in self._rows():
             past = row["step"] < step or (row["step"] == step and (complete or row["kind"] == "train"))
@@ -299,7 +319,7 @@ class Record:
         temp = self.path.with_suffix(".tmp")
         temp.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temp, self.path)
-        self.file = open(self.path, "a", buffering=1)
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         board = directory / "tensorboard"
         for old in board.glob("events.out.tfevents.*"):
             old.unlink()
@@ -314,8 +334,26 @@ class Record:
 
     def write(self, **row):
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self._chart(row)
+        self.pending.append(json.dumps(row) + "\n")
+        self.flush()
+        try:
+            self._chart(row)
+        except OSError as error:
+            self.say(f"tensorboard: {error.strerror}: the next start draws it anew from metrics.jsonl")
+
+    def flush(self):
+        """Rows to the file, whole lines or nothing: a full disk keeps them here until there is room."""
+        size = os.fstat(self.file).st_size
+        try:
+            for line in self.pending[:]:
+                data = line.encode()
+                while data:
+                    data = data[os.write(self.file, data):]
+                size += len(line.encode())
+                self.pending.remove(line)
+        except OSError as error:
+            os.ftruncate(self.file, size)
+            self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
 
     def _chart(self, row):
         for key, value in row.items():
@@ -323,18 +361,29 @@ class Record:
                 self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"], walltime=row["time"])
 
     def event(self, kind, path, facts, seconds=0.0):
-        with open(self.directory / "saves.jsonl", "a") as file:
-            row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"], "batch": facts["batch"],
-                   "step": facts["global_step"], "seconds": seconds, "time": time.time()}
-            file.write(json.dumps(row) + "\n")
+        row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"], "batch": facts["batch"],
+               "step": facts["global_step"], "seconds": seconds, "time": time.time()}
+        try:
+            with open(self.directory / "saves.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.say(f"saves.jsonl: {error.strerror}: this {kind} is not listed")
 
     def sync(self):
         """On the disk before the checkpoint that counts on it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.flush()
+        try:
+            os.fsync(self.file)
+        except OSError as error:
+            self.say(f"metrics.jsonl: {error.strerror}: its last rows may be lost")
 
     def close(self):
-        self.file.close(), self.board.close()
+        self.flush()
+        os.close(self.file)
+        try:
+            self.board.close()
+        except OSError as error:
+            self.say(f"tensorboard: {error.strerror}")
 
 
 # ---- the run ----
@@ -841,10 +890,12 @@ def _run(trainer, resume, fresh, on_saved):
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
         return 1
     finally:
-        if trainer.saver:
-            trainer.saver.close()
-        if trainer.record:
-            trainer.record.close()
+        try:
+            if trainer.saver:
+                trainer.saver.close()
+        finally:
+            if trainer.record:
+                trainer.record.close()
 
 
 def start(trainer, directory, state):
@@ -852,7 +903,7 @@ def start(trainer, directory, state):
     step, complete = (state["global_step"], state.get("kind") == "epoch") if state else (0, True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(trainer.config, sort_keys=False))
-    trainer.record = Record(directory, step, complete)
+    trainer.record = Record(directory, step, complete, trainer.say)
     if state:
         trainer.record.event("resume", trainer.saver.resumed, state)
 
@@ -864,6 +915,7 @@ def main(argv=None):
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     args = parser.parse_args(argv)
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     try:
         if args.fresh and args.resume != "false":
             raise Refused("--fresh and --resume exclude each other")

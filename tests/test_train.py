@@ -1,11 +1,14 @@
 """The trainer: configuration, exit codes, and runs that end bit-identical wherever they were cut."""
 import contextlib
+import fcntl
 import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -255,6 +258,76 @@ def test_one_loss_that_is_not_finite_skips_optimizer_and_schedule_together_and_i
     assert [r["skipped"] for r in rows(tmp_path) if r["kind"] == "train"][1] == 1
 
 
+def test_a_terminal_that_dies_like_a_killed_tmux_session_loses_at_most_the_step_in_progress(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__epochs=500)
+    pid, master = os.forkpty()
+    if pid == 0:
+        os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    seen, end = b"", time.monotonic() + 60
+    while b"loss=" not in seen:                                             # the progress bar after a first step
+        seen += os.read(master, 4096)
+        assert time.monotonic() < end, seen[-2000:]
+    os.close(master)                                                        # SIGHUP, and every write fails from here on
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert state["global_step"] >= 1 and state["kind"] == "mid_epoch"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 24 MB: room for about ten checkpoints of the small model."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(place):
+    with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+
+def test_a_full_disk_costs_two_saves_and_nothing_else_when_room_is_made(corpus, reference, small_disk, capsys, monkeypatch):
+    original, failed = checkpoint.Checkpointer.check, []
+
+    def check(self):                        # the disk fills after the second step and is emptied after two failed saves
+        before = self._failures
+        original(self)
+        failed.append(self._failures)
+        if self.counter == 2 and not failed[-1]:
+            fill(small_disk)
+        if self._failures == 2 > before:
+            (small_disk / "filler").unlink()
+        if self._failures:
+            self._due_at = 0
+    monkeypatch.setattr(checkpoint.Checkpointer, "check", check)
+    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2)) == 0
+    assert max(failed) == 2 and "save failed (2 in a row): No space left on device" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert_same_run(small_disk, reference)
+
+
+def test_a_disk_that_stays_full_stops_the_run_after_three_saves_with_every_earlier_file_good(corpus, small_disk, capsys, monkeypatch):
+    original = checkpoint.Checkpointer.check
+
+    def check(self):
+        if self.counter == 2:
+            fill(small_disk)
+        original(self)
+        if self._failures:
+            self._due_at = 0
+    monkeypatch.setattr(checkpoint.Checkpointer, "check", check)
+    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2)) == 1
+    assert "then --resume" in capsys.readouterr().out
+    for path in (small_disk / "t/checkpoints").glob("*.pt"):
+        assert checkpoint.verify(path)
+    assert not list((small_disk / "t/checkpoints").glob(".*.pt.*"))
+
+
 # ---- starting ----
 
 def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
@@ -384,3 +457,11 @@ def test_on_a_gpu_a_cut_run_ends_bit_identical_with_deterministic_algorithms(cor
         train.run(loaded(corpus, tmp_path / "cut", **on_gpu))
     assert train.run(loaded(corpus, tmp_path / "cut", **on_gpu), "true") == 0
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_uncompiled_and_says_so(corpus, tmp_path, capsys):
+    with cut_at(2):
+        assert train.run(loaded(corpus, tmp_path, training__compile=True, training__epochs=1)) == 143
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1), "true") == 0
+    assert "compile True -> False: same data order and state" in capsys.readouterr().out
