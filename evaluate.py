@@ -495,7 +495,7 @@ def _derivations(recording, begin, end):
 def _traces(axis, recording, begin, end, truth, found):
     eeg, names = _derivations(recording, begin, end)
     swing = np.median(np.percentile(np.abs(eeg - np.median(eeg, 1, keepdims=True)), 98, axis=1))
-    spacing = next((s for s in SENSITIVITIES if s >= 1.1 * swing), SENSITIVITIES[-1])
+    spacing = next((s for s in SENSITIVITIES if s >= 1.5 * swing), SENSITIVITIES[-1])
     gaps = np.repeat(np.arange(len(CHAINS)), [len(chain.split()) - 1 for chain in CHAINS])
     height = -(np.arange(len(names)) + 0.6 * gaps)                          # room between the chains
     seconds = begin + np.arange(eeg.shape[1]) / FS
@@ -602,7 +602,7 @@ def stored_settings(state):
 
 
 def open_data(path, state, scratch):
-    """(recordings, [(file, why)] refused): an imported folder as it is; EDF files prepared alike, into `scratch`."""
+    """(recordings, [(file, why)] refused) of an imported folder, or of EDF files prepared alike into `scratch`."""
     path, refused = Path(path), []
     if not path.exists():
         raise Refused(f"data {path} does not exist")
@@ -611,7 +611,7 @@ def open_data(path, state, scratch):
             raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
         refused = data.import_corpus(path, scratch, montage=state["montage"]).refused
         if not next(scratch.rglob("*.h5"), None):
-            raise Refused("no recording can be used: " + "; ".join(f"{file}: {why}" for file, why in refused[:3]))
+            raise Refused("no recording is usable: " + "; ".join(f"{file}: {why}" for file, why in refused[:3]))
         path = scratch
     recordings = data.open_corpus(path)
     for r in recordings:
@@ -664,7 +664,7 @@ def evaluate(model, recordings, out, device, c, plot=False):
     return records, table
 
 
-def report(records, table, c, source, args):
+def report(records, table, c, source, args, trained_on=""):
     """Content of scores.json: metrics at the top level, null with the reason if not computable."""
     summary, labelled = summarise(records, c), [s for s in records if s["labelled"]]
     metrics = {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
@@ -676,7 +676,12 @@ def report(records, table, c, source, args):
         "labelled_recordings": len(labelled), "labelled_hours": sum(s["seconds"] for s in labelled) / 3600,
         "patients": len({s["patient"] for s in records}), "seizures": sum(s["seizures"] for s in labelled),
         "checkpoint": str(args.checkpoint), "data": str(args.data), "split": args.split or "all",
+        "includes_training": args.split == "train" or args.split is None and same_folder(args.data, trained_on),
         "settings": c, "per_recording": table}
+
+
+def same_folder(a, b):
+    return bool(b) and Path(a).resolve() == Path(b).resolve()
 
 
 def show(result, out):
@@ -687,6 +692,8 @@ def show(result, out):
     for name in METRICS if result["labelled_recordings"] else ():
         value, why = result[name], result["not_computed"].get(name)
         print(f"  {name:<22} " + (f"-  ({why})" if value is None else f"{value:.4f}"))
+    if result["includes_training"]:
+        print("these recordings include those of the training: --split dev or --split eval leaves them out")
     for file, why in result["refused"]:
         print(f"not scored: {file}: {why}")
     print(f"events and scores.json in {out}")
@@ -732,7 +739,8 @@ def main(argv=None):
     except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
-    result = report(records, table, c, source, args) | {"refused": refused}
+    trained_on = state["config"].get("data", {}).get("path", "")
+    result = report(records, table, c, source, args, trained_on) | {"refused": refused}
     (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     show(result, args.out)
     return 0

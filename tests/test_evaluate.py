@@ -590,6 +590,16 @@ def test_the_dev_split_is_the_one_training_validated_on(corpus, tmp_path):
     dev = data.split_patients(data.open_corpus(corpus / "imported"), [], 0.5, 0)[1]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert [row["recording"] for row in scores["per_recording"]] == [r.name for r in dev]
+    assert not scores["includes_training"]
+
+
+def test_scores_that_include_the_training_recordings_say_so(corpus, tmp_path, capsys):
+    state = checkpoint.load(corpus / "best.pt")
+    state["config"]["data"]["path"] = str(corpus / "imported")
+    checkpoint.atomic_save(state, tmp_path / "best.pt")
+    assert here("--checkpoint", tmp_path / "best.pt", "--data", corpus / "imported")[0] == 0
+    assert json.loads((tmp_path / "evaluation" / "scores.json").read_text())["includes_training"]
+    assert "--split dev" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
