@@ -1,13 +1,14 @@
 """The same training on Modal, where the machine may vanish at any second.
 
-    modal run modal_app.py --action smoke                   a cheap GPU for some minutes, on synthetic recordings
+    modal run modal_app.py --action smoke --fresh true      a cheap GPU, some minutes, synthetic recordings
     modal run --detach modal_app.py --action train --config configs/modal/train.yaml --resume true
     modal run modal_app.py --action ls                      every run on the results Volume, and what it cost
     modal run --detach modal_app.py --action evaluate --config configs/modal/train.yaml
 
---detach lets a run outlive this terminal; --resume and --fresh mean what they mean to train.py. A preempted or killed
-container starts again with the same arguments and resumes. Before the platform's limit of 24 h a run saves and moves to a
-fresh container by itself. What an attempt must know of the earlier ones stands in the run directory:
+--detach lets a run outlive this terminal; --resume and --fresh mean what they mean to train.py. A preempted
+or killed container starts again with the same arguments and resumes. Before the platform's limit of 24 h a
+run saves and moves to a fresh container by itself. What an attempt must know of the earlier ones stands in
+the run directory:
 
     launch.json          the launch that owns the run
     attempts/NNN.json    one container each: where it began, when it last saved, how it left
@@ -25,37 +26,38 @@ from typing import Literal
 
 import modal
 
-GPU, CPU, MEMORY = "A100-80GB", 8, 32       # cores, GiB; a list such as ["A100-80GB", "H100"] finds room sooner
+GPU, CPU, MEMORY = "A100-80GB", 8, 32       # cores, GiB; ["A100-80GB", "H100"] finds room sooner
 SMOKE_GPU = "L4"                            # for smoke and evaluate
 TIMEOUT, SMOKE_TIMEOUT = 24, 1              # hours per attempt; 24 is the platform's longest
 MARGIN = 0.25                               # hours before it at which the run saves and hands over
 RETRIES = 10                                # the platform's most: 11 attempts of 24 h before a hand is needed
 RESULTS, DATA = "/results", "/data"         # where the Volumes are mounted
-GRACE = 35                                  # seconds in which a preempted container may still commit: 30, then SIGKILL
-STUCK = 3                                   # attempts without progress before a run stops costing money
+GRACE = 35                                  # seconds in which a preempted container may still commit
+STUCK = 3                                   # attempts without progress end a run
 COMMIT_FAILURES = 5                         # in a row; what is not committed dies with its container
-DOLLARS = {"A100-80GB": 2.50, "L4": 0.80, "core": 0.047, "GiB": 0.008}      # an hour; a fixed region multiplies them
-DOLLARS_AS_OF = "October 2026"              # modal.com/pricing
+DOLLARS = {"A100-80GB": 2.50, "L4": 0.80, "core": 0.047, "GiB": 0.008}      # an hour
+DOLLARS_AS_OF = "October 2026"              # modal.com/pricing; a fixed region multiplies them
 
 HERE = Path(__file__).parent
-LEFT = {0: "finished", 75: "handed over", 129: "preempted", 130: "preempted", 138: "cancelled", 143: "preempted"}
+LEFT = {0: "finished", 2: "refused", 75: "handed over", 138: "cancelled",       # train.py's exit codes
+        129: "preempted", 130: "preempted", 143: "preempted"}
 
 
 def requirements():
-    """Packages of the image. Read on the launching side only: the container has no such file, and modal of its own."""
+    """Packages of the image. Read on the launching side: a container has no such file, and its own modal."""
     if not modal.is_local():
         return []
-    lines = [line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines()]
-    return [line for line in lines if line and not line.startswith(("modal", "pytest"))]
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    return [line.split("#")[0].strip() for line in lines if not line.startswith(("modal", "pytest"))]
 
 
 image = (modal.Image.debian_slim(python_version="3.11")
          .uv_pip_install(*requirements())
-         .env({"PYTHONUNBUFFERED": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}))     # no locks on the read-only data Volume
+         .env({"PYTHONUNBUFFERED": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}))     # the data is read-only
 for module in ("train", "checkpoint", "model", "data", "evaluate"):
     image = image.add_local_file(HERE / f"{module}.py", f"/root/{module}.py")
 
-# Version 2 has hard links and commits while files are open; version 1 would do, with full copies for last.pt and best.pt.
+# Version 2 has hard links and commits while files are open; version 1 works too, with best.pt as a copy.
 results = modal.Volume.from_name("holdfast-results", create_if_missing=True, version=2)
 recordings = modal.Volume.from_name("holdfast-data", create_if_missing=True)
 app = modal.App("holdfast", image=image)
@@ -99,15 +101,18 @@ def ls():
 def attempt(config, launch, resume, fresh, timeout, dollars):
     """Train, and leave in the way that makes Modal do the right thing next. Returns {"status", "why"}.
 
-    Finished, refused and stuck are results: nothing is tried again. KeyboardInterrupt: the call is rescheduled and no retry
-    used. InputCancellation: the call is over anyway. Any other exception costs one retry, the hand-over among them."""
+    Finished, refused and stuck are results: nothing is tried again. KeyboardInterrupt: the call is scheduled
+    anew and no retry used. InputCancellation: the call is over anyway. Any other exception costs one retry,
+    the hand-over among them."""
     import train as trainer
-    config["training"]["time_limit_hours"] = min(config["training"]["time_limit_hours"] or timeout, timeout - MARGIN)
+    limit = config["training"]["time_limit_hours"] or timeout
+    config["training"]["time_limit_hours"] = min(limit, timeout - MARGIN)
     reload()                                            # before anything on the Volume is opened
     run = run_directory(config)
     wait_for_predecessor(run)
     try:
-        verdict = decided(run, config, launch, resume) or work(trainer, run, config, launch, resume, fresh, dollars)
+        verdict = decided(run, config, launch, resume) or \
+            work(trainer, run, config, launch, resume, fresh, dollars)
     except trainer.Refused as refusal:
         verdict = result("refused", str(refusal))
     print(f"{run.name}: {verdict['status']} {verdict['why']}")
@@ -116,14 +121,14 @@ def attempt(config, launch, resume, fresh, timeout, dollars):
 
 def work(trainer, run, config, launch, resume, fresh, dollars):
     if get(run / "launch.json").get("launch") == launch:
-        resume = "true"                                 # resume=false is part of the input and comes again with it
+        resume = "true"                                 # resume=false is part of the input and comes again
     elif fresh == "true":
         trainer.move_aside(run, print)
     elif resume == "false" and trainer.holds_checkpoints(run / "checkpoints"):
-        raise trainer.Refused(f"{run} holds checkpoints: --resume true continues them, --fresh true moves them aside")
-    record = {"launch": launch, "call": modal.current_function_call_id(), "task": os.environ.get("MODAL_TASK_ID", "local"),
-              "progress": progress(run), "epochs": config["training"]["epochs"], "dollars": dollars,
-              "began": time.time(), "seen": time.time(), "left": ""}
+        raise trainer.Refused(f"{run} holds checkpoints: --resume true goes on, --fresh true starts over")
+    record = {"launch": launch, "call": modal.current_function_call_id(), "left": "", "began": time.time(),
+              "task": os.environ.get("MODAL_TASK_ID", "local"), "progress": progress(run),
+              "epochs": config["training"]["epochs"], "dollars": dollars}
     publish = Publisher(run, len(attempts(run)) + 1, record)
     publish("the start")
     print(f"attempt {publish.number} in {record['task']}: from step {record['progress'][0]}")
@@ -135,7 +140,7 @@ def work(trainer, run, config, launch, resume, fresh, dollars):
     except trainer.Refused:
         way = "refused"
         raise
-    finally:                                            # a container that just dies leaves its record without a way
+    finally:                                            # a container that just dies has not "left"
         record["left"] = way
         if way == "finished":
             put(run / "done.json", {"launch": launch, "config": config})
@@ -144,6 +149,7 @@ def work(trainer, run, config, launch, resume, fresh, dollars):
 
 
 def leave(way):
+    """What the platform has to be told."""
     if way == "preempted":
         raise KeyboardInterrupt
     if way == "cancelled":
@@ -152,7 +158,7 @@ def leave(way):
         raise RuntimeError("time limit of this attempt reached, saved: the next one goes on")
     if way == "failed":
         raise RuntimeError("training stopped: its last lines say why")
-    return result("finished")
+    return result(way)
 
 
 def result(status, why=""):
@@ -191,7 +197,7 @@ def reload():
 
 
 class Publisher:
-    """Commits the Volume with the record of this attempt: at its start, after every durable save, at its end."""
+    """Commits the Volume with the record of this attempt: at its start, after each save, at its end."""
 
     def __init__(self, run, number, record):
         self.run, self.number, self.record, self.failures = run, number, record, 0
@@ -206,12 +212,12 @@ class Publisher:
         put(self.run / "launch.json", {"launch": self.record["launch"], "call": self.record["call"]})
         put(self.run / "attempts" / f"{self.number:03d}.json", self.record)
         try:
-            if not modal.is_local() and self.record["left"] != "preempted":     # then the commit at container exit is next
+            if not modal.is_local() and self.record["left"] != "preempted":     # the exit commit comes next
                 results.commit()
         except Exception as error:
-            if "open files" not in str(error):          # version 1 says so after a commit: only its reload was refused
+            if "open files" not in str(error):      # version 1, after the commit: a reload was refused
                 self.failures += 1
-                print(f"commit of {what} failed ({self.failures} in a row): {error}; the next one tries again")
+                print(f"commit of {what} failed ({self.failures} in a row): {error}; the next tries again")
                 if self.failures >= COMMIT_FAILURES:
                     raise
                 return
@@ -220,13 +226,13 @@ class Publisher:
 
 
 def wait_for_predecessor(run):
-    """A preempted container may still save and commit after this one began: give it its grace, unless it said that it left."""
+    """A preempted container may save and commit after this one began: wait, unless it has left."""
     for pause in (0, GRACE / 3, GRACE / 3, GRACE / 3):
         last = attempts(run)[-1:]
         if not last or last[0]["left"]:
             return
         if not pause:
-            print(f"the attempt in {last[0]['task']} did not say that it left: up to {GRACE} s for what it may still commit")
+            print(f"{last[0]['task']} did not say that it left: up to {GRACE} s for what it may still commit")
         time.sleep(pause)
         reload()
 
@@ -239,13 +245,15 @@ def decided(run, config, launch, resume):
     if before and before[-1]["launch"] != launch and still_running(before[-1]["call"]):
         return result("refused", f"call {before[-1]['call']} works in {run}: stop its app first")
     tried = [a["progress"] for a in before if a["launch"] == launch and a["left"] != "preempted"][-STUCK:]
-    if len(tried) == STUCK and all(p == progress(run) for p in tried):
-        return result("stuck", f"no progress in {STUCK} attempts: their last lines say why; a new launch tries again")
+    if len(tried) == STUCK and tried == [progress(run)] * STUCK:
+        return result("stuck", f"no progress in {STUCK} attempts: their logs say why; a new launch may try")
     return None
 
 
 def still_running(call):
     """Whether another launch's call may still write. One that failed, expired or is unknown does not."""
+    if call == modal.current_function_call_id():
+        return False
     try:
         modal.FunctionCall.from_id(call).get(timeout=0)
     except TimeoutError:
@@ -259,7 +267,7 @@ def progress(run):
     """[global step, epoch ended, recordings validated since] of the furthest checkpoint that loads."""
     import checkpoint
     for candidate in checkpoint.candidates(run / "checkpoints"):
-        with contextlib.suppress(checkpoint.CorruptCheckpoint, OSError):        # train.py's resume names them
+        with contextlib.suppress(checkpoint.CorruptCheckpoint, OSError):        # the resume will name them
             state = checkpoint.load(candidate.path)
             return [state["global_step"], state.get("kind") == "epoch", len(state.get("validation") or ())]
     return [0, False, 0]
@@ -269,11 +277,12 @@ def progress(run):
 
 def hourly(gpu):
     """Dollars an hour for a container with this GPU, or the first of a list."""
-    return DOLLARS[gpu if isinstance(gpu, str) else gpu[0]] + CPU * DOLLARS["core"] + MEMORY * DOLLARS["GiB"]
+    gpu = gpu if isinstance(gpu, str) else gpu[0]
+    return DOLLARS[gpu] + CPU * DOLLARS["core"] + MEMORY * DOLLARS["GiB"]
 
 
 def bill(run):
-    """One line: hours and dollars so far, from the attempts; of the whole run, from the speed in metrics.jsonl."""
+    """One line: hours and dollars so far, and of the whole run by the speed in metrics.jsonl."""
     tried = attempts(run)
     hours = [(a["seen"] - a["began"]) / 3600 for a in tried]
     dollars = sum(h * a["dollars"] for h, a in zip(hours, tried))
@@ -287,20 +296,21 @@ def bill(run):
 
 
 def speed(run):
-    """(epochs trained, seconds per epoch with its validation), from medians, so that pauses between attempts drop out; or zeros."""
+    """(epochs trained, seconds per epoch with validation) by medians, which skip pauses; or zeros."""
     path, rows = run / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):           # the last line may be half written
             rows.append(json.loads(line))
-    pairs = [(a, b, b["time"] - a["time"]) for a, b in zip(rows, rows[1:])]
-    steps = [s / (b["step"] - a["step"]) for a, b, s in pairs if b["kind"] == "train" and b["step"] > a["step"]]
-    validations = [s for a, b, s in pairs if b["kind"] == "validation"]
-    batches = max((r.get("batches", r["batch"] if validations else 0) for r in rows if r["kind"] == "train"), default=0)
+    pairs = [(b["kind"], b["time"] - a["time"], b["step"] - a["step"]) for a, b in zip(rows, rows[1:])]
+    steps = [seconds / done for kind, seconds, done in pairs if kind == "train" and done > 0]
+    validations = [seconds for kind, seconds, _ in pairs if kind == "validation"] or [0.0]
+    known = [row.get("batches") or row["batch"] * any(validations) for row in rows if row["kind"] == "train"]
+    batches = max(known, default=0)
     if not steps or not batches:
         return 0.0, 0.0
     last = rows[-1]
     epoch = last["epoch"] if last["kind"] == "validation" else last["epoch"] - 1 + last["batch"] / batches
-    return epoch, batches * statistics.median(steps) + (statistics.median(validations) if validations else 0.0)
+    return epoch, batches * statistics.median(steps) + statistics.median(validations)
 
 
 # ---- the launching side ----
@@ -310,11 +320,12 @@ def main(action: Literal["train", "evaluate", "smoke", "ls"], config: str = "",
          resume: Literal["true", "false"] = "false", fresh: Literal["true", "false"] = "false"):
     if action == "ls":
         return close(ls.remote())
-    settings = checked(config or f"configs/modal/{'smoke' if action == 'smoke' else 'train'}.yaml")
+    name = "smoke.yaml" if action == "smoke" else "train.yaml"
+    settings = checked(config or HERE / "configs" / "modal" / name)
     if fresh == resume == "true":
         refuse("--fresh true and --resume true exclude each other")
     arguments = (settings,) if action == "evaluate" else (settings, uuid.uuid4().hex[:12], resume, fresh)
-    call = {"train": train, "evaluate": evaluate, "smoke": smoke}[action].spawn(*arguments)     # outlives this process
+    call = {"train": train, "evaluate": evaluate, "smoke": smoke}[action].spawn(*arguments)
     guide(call, settings["experiment"]["name"], GPU if action == "train" else SMOKE_GPU)
     try:
         close(call.get())
@@ -332,7 +343,7 @@ def checked(path):
         refuse(refusal)
     folder, place = config["experiment"]["results"], config["data"]["path"]
     if folder != RESULTS:
-        refuse(f"config {path}: experiment.results must be {RESULTS}, the Volume; {folder!r} dies with the container")
+        refuse(f"config {path}: experiment.results must be {RESULTS}, the Volume, not {folder!r}")
     if not config["data"]["synth_hours"]:
         inside = os.path.relpath(place or "/", DATA)
         if inside.startswith(".."):
@@ -353,8 +364,9 @@ def refuse(reason):
 
 def guide(call, name, gpu):
     dollars = hourly(gpu)
-    print(f"call {call.object_id} in app {app.app_id}: {gpu}, {CPU} cores, {MEMORY} GiB, about ${dollars:.2f} an hour or "
-          f"${24 * dollars:.0f} a day (prices of {DOLLARS_AS_OF}); the log says what the whole run will cost\n"
+    print(f"call {call.object_id} in app {app.app_id} on {gpu}, {CPU} cores, {MEMORY} GiB\n"
+          f"    cost:   about ${dollars:.2f} an hour, ${24 * dollars:.0f} a day (prices of {DOLLARS_AS_OF}); "
+          f"the log says what the whole run will cost\n"
           f"    follow: modal app logs {app.app_id} -f\n"
           f"    stop:   modal app stop {app.app_id}\n"
           f"    list:   modal run modal_app.py --action ls\n"

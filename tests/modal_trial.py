@@ -1,11 +1,12 @@
-"""modal_app.py against the offline stand-in ../shared/modal: the real `modal run` and the real container entrypoint.
+"""modal_app.py against the offline stand-in ../shared/modal: real `modal run`, real container entrypoint.
 
-    python tests/modal_trial.py                all cases, about four minutes
+    python tests/modal_trial.py                     all cases, about six minutes
     python tests/modal_trial.py preempted stuck
 
-Each case copies modal_app.py and checkpoint.py beside a toy trainer with train.py's interface (a step is 20 numbers and a
-nap), launches it, and interrupts it in one way. A case passes when what stands on the results Volume in the end is
-bit-identical to a run that was never interrupted. Modal itself is not involved: see the README for what that leaves open.
+Each case copies modal_app.py and checkpoint.py beside a toy trainer with train.py's interface (a step is 20
+numbers and a nap; the last case has train.py itself), launches it, and interrupts it in one way. A case
+passes when what stands on the results Volume in the end is bit-identical to a run that was never
+interrupted. Modal itself is not involved: see the README for what that leaves open.
 """
 import asyncio
 import contextlib
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,9 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = ROOT.parent / "shared" / "modal" / "fake_modal.py"
 EPOCHS, BATCHES = 3, 20
-CONFIG = {"experiment": {"name": "toy", "results": "/results", "seed": 1}, "data": {"path": "/tmp/none", "synth_hours": 1.0},
+CONFIG = {"experiment": {"name": "toy", "results": "/results", "seed": 1},
+          "data": {"path": "/tmp/none", "synth_hours": 1.0},
           "training": {"epochs": EPOCHS, "time_limit_hours": 0.0, "mid_epoch_minutes": 0.005},
-          "toy": {"batches": BATCHES, "seconds": 0.1, "crash_at": 0}}
+          "toy": {"batches": BATCHES, "seconds": 0.1, "crash_at": 0, "drain": 0.0}}
 
 TOY = '''
 import json, os, signal, sys, time
@@ -51,9 +54,11 @@ def move_aside(run, say):
 
 def run(config, resume="false", fresh=False, on_saved=None):
     toy, settings, caught, began = config["toy"], config["training"], [], time.monotonic()
-    before = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in numbers}
     try:
-        return fit(config, toy, settings, resume, on_saved, caught, began + 3600 * settings["time_limit_hours"])
+        deadline = began + 3600 * settings["time_limit_hours"]
+        return fit(config, toy, settings, resume, on_saved, caught, deadline)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -64,14 +69,15 @@ def fit(config, toy, settings, resume, on_saved, caught, deadline):
     model = torch.nn.Linear(20, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     say = lambda line: print(line, flush=True)
-    with checkpoint.Checkpointer(directory / "checkpoints", settings["mid_epoch_minutes"], on_saved=on_saved, say=say) as saver:
+    with checkpoint.Checkpointer(directory / "checkpoints", settings["mid_epoch_minutes"], on_saved=on_saved,
+                                 say=say) as saver:
         state = saver.resume() if resume == "true" else None
         step, (epoch, batch) = 0, saver.position
         if state:
             model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
             step, (epoch, batch) = state["global_step"], saver.position
-        pack = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "batch": batch,
-                        "global_step": step, "validation": {}, "config": config}
+        pack = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
+                        "batch": batch, "global_step": step, "validation": {}, "config": config}
         rows = open(directory / "metrics.jsonl", "a", buffering=1)
         for epoch in range(epoch, settings["epochs"] + 1):
             while batch < toy["batches"]:
@@ -83,15 +89,17 @@ def fit(config, toy, settings, resume, on_saved, caught, deadline):
                 time.sleep(toy["seconds"])
                 batch, step = batch + 1, step + 1
                 print(f"toy step {step}", flush=True)
-                rows.write(json.dumps({"kind": "train", "epoch": epoch, "batch": batch, "batches": toy["batches"], "step": step,
-                                       "time": time.time()}) + chr(10))
+                rows.write(json.dumps({"kind": "train", "epoch": epoch, "batch": batch, "step": step,
+                                       "batches": toy["batches"], "time": time.time()}) + chr(10))
                 late = time.monotonic() > deadline
+                if caught:
+                    time.sleep(toy["drain"])
                 if caught or late or saver.due():
                     saver.save_mid(pack())
                 if caught or late:
                     saver.wait()
                     return 128 + caught[0] if caught else 75
-            saver.save_epoch(pack(), metric=-loss.item())
+            saver.save_epoch(pack(), metric=step)
             batch = 0
     return 0
 '''
@@ -114,15 +122,20 @@ class Trial:
     def __init__(self, folder):
         self.folder, self.project = Path(folder), Path(folder, "project")
         self.project.mkdir(parents=True)
-        text = (ROOT / "modal_app.py").read_text()
-        assert "GRACE = 35 " in text
-        (self.project / "modal_app.py").write_text(text.replace("GRACE = 35 ", "GRACE = 6 "))
+        self.grace(3)
         for name in ("checkpoint.py", "requirements.txt"):
             shutil.copy(ROOT / name, self.project)
+        self.run = "toy"
         for name in ("model.py", "data.py"):
             (self.project / name).write_text("")
-        (self.project / "evaluate.py").write_text("def main(argv):\n    print('evaluate', *argv)\n    return 0\n")
+        (self.project / "evaluate.py").write_text("def main(argv):\n    return print('evaluate', *argv)")
         (self.project / "train.py").write_text(TOY)
+
+    def grace(self, seconds):
+        """Shorten how long an attempt waits for a predecessor that did not say that it left."""
+        text = (ROOT / "modal_app.py").read_text()
+        assert "GRACE = 35 " in text
+        (self.project / "modal_app.py").write_text(text.replace("GRACE = 35 ", f"GRACE = {seconds} "))
 
     def config(self, **changes):
         """Write config.yaml with `section={key: value}` changes; JSON is YAML."""
@@ -131,19 +144,33 @@ class Trial:
 
     @contextlib.asynccontextmanager
     async def modal(self, **options):
-        """The stand-in with this trial's Volumes; `fake.launch(...)` is `modal run`, returning (exit code, output)."""
-        options = {"background_commit_every": None, "grace": 8.0, "jail": os.geteuid() == 0, "verbose": False} | options
+        """The stand-in with this trial's Volumes; `fake.launch()` is `modal run`: (exit code, output)."""
+        usual = {"background_commit_every": None, "grace": 8.0, "jail": os.geteuid() == 0, "verbose": False}
+        options = usual | options
         async with stand_in().FakeModal(self.folder / "state", **options) as fake:
             async def launch(*arguments, action="train", resume="false"):
-                code, out = await fake.modal("run", "--detach", "modal_app.py", "--action", action, "--config", "config.yaml",
-                                             "--resume", resume, *arguments, cwd=self.project)
-                self.out = out
-                return code, out
+                options = ("--action", action, "--config", "config.yaml", "--resume", resume, *arguments)
+                line = ("run", "--detach", "modal_app.py", *options)
+                code, self.out = await fake.modal(*line, cwd=self.project, wait=300)
+                return code, self.out
             fake.launch = launch
             yield fake
 
+    def real(self, epochs):
+        """The real modules in place of the toy, and the smoke configuration on less data."""
+        for name in ("train.py", "model.py", "data.py", "evaluate.py"):
+            shutil.copy(ROOT / name, self.project)
+        text = (ROOT / "configs" / "modal" / "smoke.yaml").read_text()
+        smaller = {"synth_hours": 0.3, "window_seconds": 10.0, "batch_size": 4, "epochs": epochs,
+                   "device": "cpu", "precision": "fp32"}
+        for key, value in smaller.items():
+            text, found = re.subn(rf"^  {key}: \S+", f"  {key}: {value}", text, flags=re.M)
+            assert found == 1, key
+        (self.project / "config.yaml").write_text(text)
+        self.run = "smoke"
+
     def committed(self):
-        return self.folder / "state" / "volumes" / "holdfast-results" / "committed" / "toy"
+        return self.folder / "state" / "volumes" / "holdfast-results" / "committed" / self.run
 
     def weights(self):
         """The model in last.pt on the Volume, all of its files verified first."""
@@ -188,6 +215,13 @@ def only_input(fake):
     return next(iter(fake.inputs.values()))
 
 
+async def interrupt(fake, text, number=0):
+    """SIGINT to container `number` once its log holds `text`."""
+    while not (len(fake.tasks) > number and text in list(fake.tasks.values())[number].log()):
+        await asyncio.sleep(0.05)
+    list(fake.tasks.values())[number].signal(signal.SIGINT)
+
+
 # ---- the cases ----
 
 async def finished(trial):
@@ -199,12 +233,13 @@ async def finished(trial):
         expect_whole(trial, fake)
         function = fake.function("train")
         gpu = function.resources.gpu_config
-        assert (gpu.gpu_type, gpu.count, function.timeout_secs, function.retry_policy.retries) == ("A100-80GB", 1, 86400, 10)
-        assert (function.resources.milli_cpu, function.resources.memory_mb) == (8000, 32768) and function.single_use_containers
+        assert (gpu.gpu_type, gpu.count, function.timeout_secs) == ("A100-80GB", 1, 86400)
+        assert function.retry_policy.retries == 10 and function.single_use_containers
+        assert (function.resources.milli_cpu, function.resources.memory_mb) == (8000, 32768)
         mounts = {m.mount_path: (fake.volumes[m.volume_id].name, m.read_only) for m in function.volume_mounts}
         assert mounts == {"/results": ("holdfast-results", False), "/data": ("holdfast-data", True)}
-        files = {"/root/" + n for n in ("modal_app.py", "train.py", "checkpoint.py", "model.py", "data.py", "evaluate.py")}
-        assert set(fake.uploaded(function)) >= files and "/root/requirements.txt" not in fake.uploaded(function)
+        files = {f"/root/{n}.py" for n in ("modal_app", "train", "checkpoint", "model", "data", "evaluate")}
+        assert set(fake.uploaded(function)) == files
         layers = " ".join(fake.dockerfile(function.image_id))
         assert "torch==2.13.0" in layers and "pytest" not in layers, layers
         code, out = await fake.launch(resume="true")
@@ -213,28 +248,31 @@ async def finished(trial):
 
 
 async def preempted(trial):
-    """Two preemptions of a launch with resume=false: its replays resume, no step is lost or repeated, no retry is used."""
-    trial.config()
-    async with trial.modal(preempt_after=[6.0, 6.0]) as fake:
+    """Two SIGINTs in a launch with resume=false: its replays resume, no step is lost, no retry is used."""
+    trial.config(toy={"seconds": 0.05})
+    async with trial.modal() as fake:
+        signals = [asyncio.create_task(interrupt(fake, f"toy step {n}\n", i)) for i, n in enumerate((10, 40))]
         code, out = await fake.launch()
-        assert code == 0, out
+        assert code == 0 and all(task.done() for task in signals), out
         expect_whole(trial, fake)
-        assert len(only_input(fake).attempts) >= 2 and only_input(fake).user_retries == 0
-        assert [a["left"] for a in trial.attempts()][-1] == "finished"
-        assert "preempted" in [a["left"] for a in trial.attempts()]
+        assert only_input(fake).user_retries == 0
+        assert [a["left"] for a in trial.attempts()] == ["preempted", "preempted", "finished"]
 
 
 async def overlap(trial):
-    """The next container starts while the preempted one still saves: it waits, and takes what that one commits."""
-    trial.config(toy={"seconds": 1.0})
-    async with trial.modal(preempt_after=[12.0], overlap=True, background_commit_every=1.0) as fake:
+    """The next container starts while the preempted one still saves: it waits for what that one commits."""
+    trial.grace(12)
+    trial.config(toy={"seconds": 0.2, "drain": 5.0}, training={"mid_epoch_minutes": 5.0})
+    async with trial.modal(preempt_after=[8.0], overlap=True, background_commit_every=1.0, grace=20) as fake:
         code, out = await fake.launch()
         assert code == 0, out
         expect_whole(trial, fake)
+        waited = [task.log() for task in fake.tasks.values()][1]
+        assert "did not say that it left" in waited and "from step 0" not in waited, waited
 
 
 async def killed(trial):
-    """SIGKILL without warning, commits of half-written files included: only steps since the last snapshot are repeated."""
+    """SIGKILL without warning, torn background commits: only steps since the last snapshot are repeated."""
     trial.config(training={"mid_epoch_minutes": 0.01})
     async with trial.modal(kill_after=[6.0, 8.0], background_commit_every=0.3, open_files="torn") as fake:
         code, out = await fake.launch()
@@ -245,7 +283,7 @@ async def killed(trial):
 
 async def handed_over(trial):
     """The soft deadline: saved, one retry per container, nothing repeated."""
-    trial.config(training={"time_limit_hours": 3 / 3600})
+    trial.config(training={"time_limit_hours": 4 / 3600})
     async with trial.modal() as fake:
         code, out = await fake.launch()
         assert code == 0, out
@@ -254,13 +292,13 @@ async def handed_over(trial):
 
 
 async def timed_out(trial):
-    """The platform's own timeout, whose late commits are dropped: the retry goes on from the last snapshot before it."""
-    trial.config()
-    async with trial.modal(timeout=7.0) as fake:
+    """The platform's own timeout, late commits dropped: the retry goes on from the last snapshot before."""
+    trial.config(toy={"seconds": 0.4})
+    async with trial.modal(timeout=16.0, grace=18.0) as fake:       # a container is told every 15 s
         code, out = await fake.launch()
         assert code == 0, out
-        expect_whole(trial, fake, redone=60)
-        assert only_input(fake).user_retries > 0
+        expect_whole(trial, fake, redone=5 * only_input(fake).user_retries)
+        assert "canceled input" in next(iter(fake.tasks.values())).log()
 
 
 async def stuck(trial):
@@ -274,12 +312,12 @@ async def stuck(trial):
 
 
 async def refused(trial):
-    """resume=false on a run that holds checkpoints is refused without a retry; fresh moves it aside, also when replayed."""
+    """resume=false on a run that holds checkpoints is refused, not retried; fresh moves it aside, once."""
     trial.config(toy={"seconds": 0.01})
     async with trial.modal() as fake:
         assert (await fake.launch())[0] == 0
         code, out = await fake.launch()
-        assert code == 2 and "--resume true continues" in out, out
+        assert code == 2 and "--resume true" in out, out
         assert len(fake.tasks) == 2
     trial.config()
     async with trial.modal(preempt_after=[6.0]) as fake:
@@ -291,7 +329,7 @@ async def refused(trial):
 
 
 async def commits_fail(trial):
-    """Commits that fail are said and survived; five in a row stop the attempt, and the retry has what the exit commit saved."""
+    """Commits that fail are said and survived; five in a row end the attempt, and the retry goes on."""
     trial.config()
     original, failing = stand_in().FakeModal.VolumeCommit, []
 
@@ -313,13 +351,13 @@ async def commits_fail(trial):
 
 
 async def two_launches(trial):
-    """A second launch of a run that another call still works on is refused; killing the client leaves the run alone."""
+    """A second launch of a run that a call works on is refused; the death of the client does not matter."""
     trial.config(toy={"seconds": 0.2})
     async with trial.modal() as fake:
-        first = await fake.cli(sys.executable, "-m", "modal", "run", "--detach", "modal_app.py", "--action", "train",
-                               "--config", "config.yaml", cwd=trial.project, stdout=asyncio.subprocess.DEVNULL,
-                               stderr=asyncio.subprocess.DEVNULL)
-        while not (fake.tasks and "toy step 3" in next(iter(fake.tasks.values())).log()):
+        line = "-m modal run --detach modal_app.py --action train --config config.yaml".split()
+        quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
+        first = await fake.cli(sys.executable, *line, cwd=trial.project, **quiet)
+        while not (fake.tasks and "toy step 3\n" in next(iter(fake.tasks.values())).log()):
             await asyncio.sleep(0.1)
         first.kill()
         code, out = await fake.launch(resume="true")
@@ -329,7 +367,7 @@ async def two_launches(trial):
 
 
 async def other_actions(trial):
-    """ls prints the table of checkpoints and the bill; evaluate scores best.pt; a bad config stops before any container."""
+    """ls prints checkpoints and the bill; evaluate takes best.pt; a bad config starts no container."""
     trial.config(toy={"seconds": 0.01})
     async with trial.modal() as fake:
         assert (await fake.launch())[0] == 0
@@ -347,7 +385,27 @@ async def other_actions(trial):
         assert len(fake.tasks) == containers
 
 
-CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail, two_launches, other_actions]
+async def real_training(trial):
+    """train.py itself, interrupted by SIGINT: every row once, and the weights of a run left alone."""
+    trial.real(epochs=2)
+    ends = []
+    for text in ("never said", "committed mid_epoch"):
+        async with trial.modal(grace=30.0) as fake:
+            interruption = asyncio.create_task(interrupt(fake, text))
+            code, out = await fake.launch("--fresh", "true", action="smoke")
+            interruption.cancel()
+            assert code == 0, out
+            ends.append(trial.weights())
+            lines = (trial.committed() / "metrics.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            steps = [row["step"] for row in rows if row["kind"] == "train"]
+            assert steps == sorted(set(steps)), steps
+    assert [a["left"] for a in trial.attempts()] == ["preempted", "finished"]
+    assert ends[0][0] == ends[1][0] and all(ends[0][1][k].equal(ends[1][1][k]) for k in ends[0][1])
+
+
+CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail,
+         two_launches, other_actions, real_training]
 
 
 def run_case(case, folder):
