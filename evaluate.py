@@ -602,7 +602,7 @@ def stored_settings(state):
 
 
 def open_data(path, state, scratch):
-    """(recordings, [(file, why)] refused) of an imported folder, or of EDF files prepared alike into `scratch`."""
+    """(recordings, [(file, why)] refused) of an imported folder, or of EDF files prepared into `scratch`."""
     path, refused = Path(path), []
     if not path.exists():
         raise Refused(f"data {path} does not exist")
@@ -611,7 +611,7 @@ def open_data(path, state, scratch):
             raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
         refused = data.import_corpus(path, scratch, montage=state["montage"]).refused
         if not next(scratch.rglob("*.h5"), None):
-            raise Refused("no recording is usable: " + "; ".join(f"{file}: {why}" for file, why in refused[:3]))
+            raise Refused("no usable recording: " + "; ".join(f"{file}: {why}" for file, why in refused[:3]))
         path = scratch
     recordings = data.open_corpus(path)
     for r in recordings:
@@ -676,7 +676,7 @@ def report(records, table, c, source, args, trained_on=""):
         "labelled_recordings": len(labelled), "labelled_hours": sum(s["seconds"] for s in labelled) / 3600,
         "patients": len({s["patient"] for s in records}), "seizures": sum(s["seizures"] for s in labelled),
         "checkpoint": str(args.checkpoint), "data": str(args.data), "split": args.split or "all",
-        "includes_training": args.split == "train" or args.split is None and same_folder(args.data, trained_on),
+        "includes_training": args.split == "train" or not args.split and same_folder(args.data, trained_on),
         "settings": c, "per_recording": table}
 
 

@@ -1,4 +1,5 @@
-"""evaluate.py: stitching, post-processing against a plain loop, scores against timescoring and exact formulas, files."""
+"""evaluate.py: stitching, post-processing against a plain loop, scores against timescoring and exact
+formulas, files."""
 import contextlib
 import io
 import json
@@ -32,7 +33,7 @@ class Track:
         self.samples, self.fs = round(seconds * FS), FS
         self.seconds, self.events = self.samples / FS, np.array(events, float).reshape(-1, 2)
         self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
-        self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples)).astype(np.int16)
+        self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples), np.int16)
 
     def read(self, start, n):
         piece = self.eeg[:, start:start + n]
@@ -40,11 +41,13 @@ class Track:
 
     def labels(self, start, n):
         seconds = (start + np.arange(n)) / FS
-        return sum(((seconds >= a) & (seconds < b) for a, b in self.events), np.zeros(n, bool)).astype(np.uint8)
+        inside = [(seconds >= a) & (seconds < b) for a, b in self.events]
+        return np.any([np.zeros(n, bool), *inside], 0).astype(np.uint8)
 
 
 class Pointwise(torch.nn.Module):
-    """Looks at one sample at a time, so that windows cannot change its output; keeps the sizes of its inputs."""
+    """Looks at one sample at a time, so that windows cannot change its output; keeps the sizes of its
+    inputs."""
 
     def __init__(self):
         super().__init__()
@@ -70,11 +73,10 @@ def summary_of(pairs, **config):
 
 # ---- names and settings ----
 
-@pytest.mark.parametrize("wrong, right", [("sensitivity_at_10.0fa", "sensitivity_at_10fa"), ("event_F1", "event_f1"),
-                                          ("AUROC", "auroc"), ("sensitivity_at_2_5fa", "sensitivity_at_2.5fa")])
+@pytest.mark.parametrize("wrong, right", [
+    ("sensitivity_at_10.0fa", "sensitivity_at_10fa"), ("event_F1", "event_f1"), ("aurocs", "auroc"),
+    ("sensitivity_at_2_5fa", "sensitivity_at_2.5fa")])
 def test_an_unknown_metric_is_refused_with_the_nearest_name(wrong, right):
-    if wrong == "AUROC":
-        wrong = "aurocs"
     with pytest.raises(ValueError, match=f"nearest is {right}$"):
         evaluate.check_metric(wrong)
 
@@ -95,9 +97,10 @@ def test_a_metric_that_the_dev_set_cannot_give_is_refused_by_name():
         evaluate.check_metric("auroc", [Track("a", 60, [(0, 60)])])
 
 
-@pytest.mark.parametrize("config, text", [({"treshold": 1}, "evaluation.threshold"), ({"threshold": 1.5}, "between 0 and 1"),
-                                          ({"overlap_seconds": 60.0}, "overlap_seconds"), ({"batch_size": 0}, "batch_size"),
-                                          ({"merge_gap_seconds": -1.0}, "negative")])
+@pytest.mark.parametrize("config, text", [
+    ({"treshold": 1}, "evaluation.threshold"), ({"threshold": 1.5}, "between 0 and 1"),
+    ({"overlap_seconds": 60.0}, "overlap_seconds"), ({"batch_size": 0}, "batch_size"),
+    ({"merge_gap_seconds": -1.0}, "negative")])
 def test_bad_settings_are_refused_in_one_line(config, text):
     with pytest.raises(ValueError, match=text):
         evaluate.settings(config)
@@ -109,7 +112,8 @@ def test_bad_settings_are_refused_in_one_line(config, text):
 @pytest.mark.parametrize("overlap", [0.0, 2.5, 9.0])
 def test_windows_are_stitched_to_the_output_of_the_whole_recording(seconds, overlap):
     track, model = Track("a", seconds), Pointwise().eval()
-    got = evaluate.predict(model, track, "cpu", {"window_seconds": 10.0, "overlap_seconds": overlap, "batch_size": 3})
+    config = {"window_seconds": 10.0, "overlap_seconds": overlap, "batch_size": 3}
+    got = evaluate.predict(model, track, "cpu", config)
     want = torch.sigmoid(torch.from_numpy(track.eeg * track.scale[:, None] / track.norm).mean(0)).numpy()
     assert got.dtype == np.float32 and got.shape == (track.samples,)
     np.testing.assert_allclose(got, want, atol=2e-6)
@@ -148,8 +152,10 @@ def test_poll_is_asked_before_every_call_and_can_stop_the_prediction():
 
 def test_half_precision_stays_close_to_full_precision():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 5, padding=2), torch.nn.Conv1d(4, 1, 1), torch.nn.Flatten(1))
-    full, half = (evaluate.predict(model, Track("a", 30), "cpu", {"window_seconds": 10.0}, p) for p in ("fp32", "bf16"))
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 5, padding=2), torch.nn.Conv1d(4, 1, 1),
+                                torch.nn.Flatten(1))
+    full, half = (evaluate.predict(model, Track("a", 30), "cpu", {"window_seconds": 10.0}, precision)
+                  for precision in ("fp32", "bf16"))
     assert half.dtype == np.float32 and 0 < np.abs(full - half).max() < 0.05
 
 
@@ -195,7 +201,8 @@ def test_vectorised_postprocessing_equals_the_sample_by_sample_loop(seed):
     p = (1 / (1 + np.exp(-3 * z / z.std()))).astype(np.float32)
     loose = {"onset_seconds": rng.choice([0, 0.1, 0.5]), "offset_seconds": rng.choice([0, 0.1, 1.0]),
              "opening_seconds": rng.choice([0, 0.3]), "closing_seconds": rng.choice([0, 0.4]),
-             "min_duration_seconds": rng.choice([0, 0.7]), "max_duration_seconds": 1.9, "merge_gap_seconds": rng.choice([0, 0.6])}
+             "min_duration_seconds": rng.choice([0, 0.7]), "max_duration_seconds": 1.9,
+             "merge_gap_seconds": rng.choice([0, 0.6])}
     found = 0
     for config in ({}, {k: float(v) for k, v in loose.items()}):
         for threshold in (0.05, 0.3, 0.5, 0.86, 1.0):
@@ -209,7 +216,8 @@ def test_opening_and_closing_equal_binary_morphology():
     rng = np.random.default_rng(3)
     mask = gaussian_filter1d(rng.normal(size=20 * FS), 6) > 0.02
     off = dict.fromkeys(("onset_seconds", "offset_seconds", "min_duration_seconds", "merge_gap_seconds"), 0.0)
-    got = evaluate.postprocess(mask.astype(np.float32), 0.5, off | {"opening_seconds": 11 / FS, "closing_seconds": 31 / FS})
+    config = off | {"opening_seconds": 11 / FS, "closing_seconds": 31 / FS}
+    got = evaluate.postprocess(mask.astype(np.float32), 0.5, config)
     padded = np.pad(binary_opening(np.pad(mask, 50), np.ones(11)), 50)
     want = binary_closing(padded, np.ones(31))[100:-100]
     assert 3 < len(got) and np.array_equal(evaluate._runs(want), got)
@@ -235,7 +243,8 @@ def test_constant_tracks_give_nothing_or_one_event(value):
 
 def noisy(track, rng, strength=6.0):
     coarse = gaussian_filter1d(rng.normal(size=track.samples // 8), 25) * 14
-    coarse += strength * gaussian_filter1d(track.labels(0, track.samples)[:8 * len(coarse):8].astype(float), FS // 4) - 4
+    label = track.labels(0, track.samples)[:8 * len(coarse):8].astype(float)
+    coarse += strength * gaussian_filter1d(label, FS // 4) - 4
     z = np.interp(np.arange(track.samples), 8 * np.arange(len(coarse)), coarse)
     return (1 / (1 + np.exp(-z))).astype(np.float32)
 
@@ -253,7 +262,8 @@ def test_a_record_is_small_and_loads_without_running_code():
 
 def test_an_unlabelled_recording_is_left_out_of_every_score():
     labelled, other = Track("a", 600, [(100, 160)]), Track("b", 600, labelled=False)
-    scores = [evaluate.score(t, probability_of(t, [(100, 150), (400, 450)]), FIXED) for t in (labelled, other)]
+    p = probability_of(labelled, [(100, 150), (400, 450)])
+    scores = [evaluate.score(t, p, FIXED) for t in (labelled, other)]
     assert evaluate.summarise(scores, FIXED) == evaluate.summarise(scores[:1], FIXED)
     assert "counts" not in scores[1]
     alone = evaluate.summarise(scores[1:], FIXED)
@@ -323,9 +333,9 @@ def test_calibration_error_of_a_known_track():
 # ---- event scores ----
 
 @pytest.mark.parametrize("detections, tp, fp", [
-    ([(500, 530)], 1, 0), ([(471, 475)], 1, 0), ([(465, 469.9)], 0, 1), ([(615, 619)], 1, 0), ([(620.2, 630)], 0, 1),
-    ([(500, 510), (540, 550), (639, 650)], 1, 0), ([(100, 110), (195, 205)], 0, 1), ([(100, 110), (200, 210)], 0, 2),
-    ([(700, 1301)], 0, 3)])
+    ([(500, 530)], 1, 0), ([(471, 475)], 1, 0), ([(465, 469.9)], 0, 1), ([(615, 619)], 1, 0),
+    ([(620.2, 630)], 0, 1), ([(500, 510), (540, 550), (639, 650)], 1, 0), ([(100, 110), (195, 205)], 0, 1),
+    ([(100, 110), (200, 210)], 0, 2), ([(700, 1301)], 0, 3)])
 def test_szcore_rules_for_tolerance_merging_and_cutting(detections, tp, fp):
     counts, (references, _) = evaluate._count(np.array([[500.0, 560.0]]), np.array(detections, float), 2000.0)
     assert (counts[0], counts[1], references) == (tp, fp, 1)
@@ -346,7 +356,8 @@ def test_event_scores_are_summed_over_a_patient_and_averaged_over_patients():
             mask = np.zeros(18000, bool)
             for begin, end in found:
                 mask[begin * 10:end * 10] = True
-            s = EventScoring(Annotation([tuple(e) for e in track.events.tolist()], 10, 18000), Annotation(mask, 10))
+            truth = Annotation([tuple(e) for e in track.events.tolist()], 10, 18000)
+            s = EventScoring(truth, Annotation(mask, 10))
             tp, fp, true = tp + s.tp, fp + s.fp, true + s.refTrue
         f1.append(2 * tp / (tp + fp + true))
         alarms.append(fp / (3600 / 86400))
@@ -361,7 +372,8 @@ def test_sensitivity_at_a_false_alarm_rate_is_the_best_that_keeps_to_it():
     for begin, height in ((5000, 0.8), (9000, 0.4), (12000, 0.8), (14000, 0.4), (16000, 0.4)):
         p = np.maximum(p, probability_of(track, [(begin, begin + 60)], height))
     summary = evaluate.summarise([evaluate.score(track, p, FIXED)], FIXED)
-    assert [summary[f"sensitivity_at_{x}fa"] for x in ("10", "5", "2.5", "1")] == pytest.approx([2 / 3, 2 / 3, 1 / 3, 1 / 3])
+    got = [summary[f"sensitivity_at_{x}fa"] for x in ("10", "5", "2.5", "1")]
+    assert got == pytest.approx([2 / 3, 2 / 3, 1 / 3, 1 / 3])
 
 
 # ---- sets that lack something ----
@@ -382,7 +394,8 @@ def test_a_set_without_background_gives_all_but_the_ranking_scores():
 
 
 def test_a_patient_without_detections_counts_with_f1_zero_and_no_precision():
-    good, silent = (Track("a", 900, [(100, 160)], "p1"), [(100, 160)]), (Track("b", 900, [(100, 160)], "p2"), [])
+    good = Track("a", 900, [(100, 160)], "p1"), [(100, 160)]
+    silent = Track("b", 900, [(100, 160)], "p2"), []
     healthy = (Track("c", 900, (), "p3"), [])
     summary = summary_of([good, silent, healthy])
     assert summary["event_f1"] == summary["event_sensitivity"] == 0.5 and summary["event_precision"] == 1
@@ -401,7 +414,8 @@ def test_a_probability_that_is_not_finite_makes_every_metric_nan():
 
 def test_recordings_shorter_than_a_second_are_scored():
     for seconds in (0.02, 0.3, 0.9):
-        summary = summary_of([(Track("a", seconds, [(0, seconds)]), [(0, seconds)]), (Track("b", 600, [(9, 99)]), [(9, 99)])])
+        summary = summary_of([(Track("a", seconds, [(0, seconds)]), [(0, seconds)]),
+                              (Track("b", 600, [(9, 99)]), [(9, 99)])])
         assert math.isfinite(summary["event_f1"])
 
 
@@ -409,10 +423,12 @@ def test_recordings_shorter_than_a_second_are_scored():
 
 def test_the_tuned_threshold_has_the_best_f1_and_lies_in_the_middle_of_equals():
     track = Track("a", 3600, [(1000, 1060)])
-    p = np.maximum(probability_of(track, [(1000, 1060)], 0.9), probability_of(track, [(2000, 2060), (3000, 3060)], 0.3))
+    p = np.maximum(probability_of(track, [(1000, 1060)], 0.9),
+                   probability_of(track, [(2000, 2060), (3000, 3060)], 0.3))
     summary = evaluate.summarise([evaluate.score(track, p, {})], {})
     assert summary["event_f1"] == 1 and 0.5 < summary["threshold"] < 0.8
-    fixed = evaluate.summarise([evaluate.score(track, p, {"threshold": 0.1})], {"threshold": 0.1, "tune": False})
+    c = {"threshold": 0.1, "tune": False}
+    fixed = evaluate.summarise([evaluate.score(track, p, c)], c)
     assert fixed["threshold"] == 0.1 and fixed["event_f1"] == 0.5
 
 
@@ -446,7 +462,7 @@ def test_events_files_hold_one_row_per_event_or_one_of_background(tmp_path):
 
 
 def test_the_szcore_tools_read_the_events_files(tmp_path):
-    annotations = pytest.importorskip("epilepsy2bids.annotations", reason="the SzCORE reader epilepsy2bids is not installed")
+    annotations = pytest.importorskip("epilepsy2bids.annotations", reason="epilepsy2bids is not installed")
     track = Track("a", 600)
     p = probability_of(track, [(100, 150)])
     evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, 600.0)
@@ -463,7 +479,8 @@ def png_size(path):
 
 
 @pytest.mark.parametrize("montage", ["referential", "bipolar"])
-@pytest.mark.parametrize("truth, detections", [((), []), ([(30, 50)], [(35, 55)]), ([(5, 9), (200, 290)], [(100, 120), (295, 300)])])
+@pytest.mark.parametrize("truth, detections", [((), []), ([(30, 50)], [(35, 55)]),
+                                               ([(5, 9), (200, 290)], [(100, 120), (295, 300)])])
 def test_a_picture_is_drawn_for_any_mix_of_events(tmp_path, montage, truth, detections):
     track = Track("sub/a", 300, truth, labelled=bool(truth), channels=len(data.CHANNELS[montage]))
     track.montage, track.channels = montage, data.CHANNELS[montage]
@@ -486,13 +503,15 @@ def test_both_montages_draw_the_same_double_banana():
 
 def test_curves_are_drawn_from_what_is_there(tmp_path):
     rows = [{"kind": "train", "epoch": 1, "step": s, "loss": 1 / s, "lr": 1e-3} for s in range(1, 9)]
-    rows += [{"kind": "validation", "epoch": e, "step": 4 * e, "loss": 0.5, "event_f1": f, "auroc": 0.6, "best": bool(f)}
-             for e, f in ((1, None), (2, 0.5))]
+    rows += [{"kind": "validation", "epoch": e, "step": 4 * e, "loss": 0.5, "event_f1": f, "auroc": 0.6,
+              "best": bool(f)} for e, f in ((1, None), (2, 0.5))]
     for text in ("", "".join(json.dumps(r) + "\n" for r in rows)):
         (tmp_path / "metrics.jsonl").write_text(text)
-        assert evaluate.curves(tmp_path) == tmp_path / "curves.png" and png_size(tmp_path / "curves.png") == (1210, 880)
+        assert evaluate.curves(tmp_path) == tmp_path / "curves.png"
+        assert png_size(tmp_path / "curves.png") == (1210, 880)
     plain = (tmp_path / "curves.png").read_bytes()
-    saves = [{"kind": k, "file": "last.pt", "epoch": 1, "batch": 0, "step": s} for k, s in (("save", 4), ("resume", 6))]
+    saves = [{"kind": kind, "file": "last.pt", "epoch": 1, "batch": 0, "step": step}
+             for kind, step in (("save", 4), ("resume", 6))]
     (tmp_path / "saves.jsonl").write_text("".join(json.dumps(r) + "\n" for r in saves))
     (tmp_path / "config.yaml").write_text("training:\n  best_metric: auroc\n")
     evaluate.curves(tmp_path)
@@ -503,15 +522,17 @@ def test_curves_are_drawn_from_what_is_there(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """EDF files, the same imported, and a checkpoint of an untrained model whose threshold training tuned to 0.07."""
+    """EDF files, the same imported, and a checkpoint of an untrained model whose threshold training tuned to
+    0.07."""
     folder = tmp_path_factory.mktemp("corpus")
     data.synth(folder / "edf", hours=0.1, patients=2, seed=1)
     data.import_corpus(folder / "edf", folder / "imported")
     torch.manual_seed(0)
-    config = {"model": v3.SMALL, "experiment": {"seed": 0}, "data": {"dev_patients": [], "dev_fraction": 0.5, "path": ""},
+    config = {"model": v3.SMALL, "experiment": {"seed": 0},
+              "data": {"dev_patients": [], "dev_fraction": 0.5, "path": ""},
               "evaluation": {**evaluate.DEFAULTS, "window_seconds": 20.0}}
     state = {"model": v3.V3(19, **v3.SMALL).state_dict(), "config": config, "montage": "referential",
-             "channels": list(data.CHANNELS["referential"]), "optimizer": {}, "scores": {"threshold": 0.07, "event_f1": 0.5}}
+             "channels": list(data.CHANNELS["referential"]), "optimizer": {}, "scores": {"threshold": 0.07}}
     checkpoint.atomic_save(state, folder / "best.pt")
     return folder
 
@@ -524,7 +545,8 @@ def here(*arguments):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, ROOT / "evaluate.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(corpus, tmp_path):
@@ -534,7 +556,8 @@ def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(co
     recordings = data.open_corpus(corpus / "imported")
     assert scores["threshold"] == 0.07 and scores["threshold_source"].startswith("tuned on the dev set")
     assert scores["scorer"]["name"] == "timescoring" and scores["scorer"]["version"] == "0.0.7"
-    assert scores["recordings"] == len(recordings) and scores["seizures"] == sum(len(r.events) for r in recordings)
+    assert scores["recordings"] == len(recordings)
+    assert scores["seizures"] == sum(len(r.events) for r in recordings)
     assert scores["hours"] == pytest.approx(sum(r.seconds for r in recordings) / 3600)
     assert all(isinstance(scores[m], float) for m in METRICS)
     assert len(list(tmp_path.rglob("*_events.tsv"))) == len(list(tmp_path.rglob("*.png"))) == len(recordings)
@@ -558,7 +581,8 @@ def test_a_file_that_cannot_be_read_is_named_beside_the_scores_of_the_others(cor
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.edf").write_bytes(source.read_bytes())
     (tmp_path / "in" / "torn.edf").write_bytes(source.read_bytes()[:200])
-    assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "in", "--out", tmp_path / "out")[0] == 0
+    code, _ = here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert [r["recording"] for r in scores["per_recording"]] == ["good"]
     assert len(scores["refused"]) == 1 and "torn.edf" in scores["refused"][0][0]
@@ -585,8 +609,8 @@ def test_the_config_threshold_is_used_and_named_where_none_was_tuned(corpus, tmp
 
 
 def test_the_dev_split_is_the_one_training_validated_on(corpus, tmp_path):
-    code, _ = here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--split", "dev", "--out", tmp_path)
-    assert code == 0
+    assert here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--split", "dev",
+                "--out", tmp_path)[0] == 0
     dev = data.split_patients(data.open_corpus(corpus / "imported"), [], 0.5, 0)[1]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert [row["recording"] for row in scores["per_recording"]] == [r.name for r in dev]
@@ -610,15 +634,17 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     state = checkpoint.load(corpus / "best.pt")
     state["config"]["model"] = {**state["config"]["model"], "node_width": 32}
     checkpoint.atomic_save(state, tmp_path / "misfit.pt")
-    bipolar = {**checkpoint.load(corpus / "best.pt"), "montage": "bipolar", "channels": list(data.CHANNELS["bipolar"])}
+    bipolar = checkpoint.load(corpus / "best.pt") | {"montage": "bipolar"}
+    bipolar["channels"] = list(data.CHANNELS["bipolar"])
     bipolar["model"] = v3.V3(18, **v3.SMALL).state_dict()
     checkpoint.atomic_save(bipolar, tmp_path / "bipolar.pt")
     good, imported = corpus / "best.pt", corpus / "imported"
-    for weights, source, text in ((tmp_path / "no.pt", imported, "no.pt"), (tmp_path / "damaged.pt", imported, "damaged.pt"),
-                                  (tmp_path / "other.pt", imported, "lacks model"), (tmp_path / "misfit.pt", imported, "model.py"),
-                                  (tmp_path / "bipolar.pt", imported, "import with --montage bipolar"),
-                                  (good, tmp_path / "nowhere", "nowhere"), (good, tmp_path / "empty", "neither"),
-                                  (good, tmp_path / "bad.edf", "bad.edf")):
+    for weights, source, text in (
+            (tmp_path / "no.pt", imported, "no.pt"), (tmp_path / "damaged.pt", imported, "damaged.pt"),
+            (tmp_path / "other.pt", imported, "lacks model"), (tmp_path / "misfit.pt", imported, "model.py"),
+            (tmp_path / "bipolar.pt", imported, "import with --montage bipolar"),
+            (good, tmp_path / "nowhere", "nowhere"), (good, tmp_path / "empty", "neither"),
+            (good, tmp_path / "bad.edf", "bad.edf")):
         code, lines = here("--checkpoint", weights, "--data", source, "--out", tmp_path / "out")
         assert code == 2 and len(lines) == 1 and text in lines[0], lines
     code, lines = here("--checkpoint", good, "--data", imported, "--out", tmp_path / "bad.edf" / "x")
