@@ -109,7 +109,7 @@ def test_image_has_every_requirement_but_modal_and_pytest():
 
 
 def test_functions_are_defined_with_the_gpu_volumes_timeout_and_retries_of_the_constants():
-    if not hasattr(modal_app.train, "info"):
+    if not callable(getattr(modal_app.train, "info", None)):
         pytest.skip("this modal cannot tell its definitions offline (1.6 can); the trial asks the stand-in")
     train, smoke, ls = (getattr(modal_app, name).info() for name in ("train", "smoke", "ls"))
     assert train.gpus == [("A100-80GB", 1)] and smoke.gpus == [("L4", 1)] and not ls.gpus
