@@ -1049,6 +1049,7 @@ class Recording:
     def seconds(self):
         return self.samples / self.fs
 
+    @functools.cached_property
     def spans(self):
         """Events in samples: int64 (N, 2)."""
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
@@ -1077,7 +1078,7 @@ class Recording:
     def labels(self, start, n):
         """uint8 (n,): 1 inside a seizure."""
         out = np.zeros(n, np.uint8)
-        for begin, end in self.spans() - start:
+        for begin, end in (self.spans - start).tolist():
             out[max(0, begin):max(0, end)] = 1
         return out
 
@@ -1277,7 +1278,7 @@ class Windows:
 
     def _kinds(self, recording, starts):
         ends, inside = np.minimum(starts + self.length, recording.samples), np.zeros(len(starts), np.int64)
-        for begin, end in recording.spans():
+        for begin, end in recording.spans:
             inside += np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None)
         return (inside > 0).astype(np.uint8) + (inside == ends - starts)
 
@@ -1313,9 +1314,10 @@ class Windows:
         return order[(epoch * count + np.arange(count)) % max(1, len(order))]
 
 
-def normalise(eeg, scale, norm):
+def normalise(eeg, scale, norm, out=None):
     """int16 tensor (..., C, T), uV per unit (..., C), typical amplitude in uV (...) -> float32 (..., C, T), about 1 in size."""
-    return eeg * (scale / norm.unsqueeze(-1)).unsqueeze(-1)
+    factor = (scale / norm.unsqueeze(-1)).unsqueeze(-1)
+    return eeg * factor if out is None else out.copy_(eeg).mul_(factor)
 
 
 class Loader:
@@ -1330,8 +1332,8 @@ class Loader:
         self.waited = 0.0
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
-        self.mirror = torch.from_numpy(mirror(windows.recordings[0].channels)).to(self.device)
-        self._ring = []
+        self.mirror = mirror(windows.recordings[0].channels)
+        self._ring, self._outputs, self._idle = [], [], [np.empty(0)]
 
     def batches(self, lists_of_ids, epoch):
         """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each list of window ids, in
@@ -1350,9 +1352,9 @@ class Loader:
                 self.waited += time.perf_counter() - began
                 if isinstance(slot, BaseException):
                     raise slot
-                batch = self._to_device(slot, len(ids), epoch) if len(ids) else None
+                batch = [self._to_device(slot, len(ids)) if len(ids) else None]
                 free.put((slot, self._copied()))
-                yield batch
+                yield batch.pop()       # keeps no reference: its memory is used again once the consumer lets go of it
         finally:
             stop.set()
             free.put((None, None))
@@ -1368,8 +1370,7 @@ class Loader:
         pin = self.device.type == "cuda"
         channels, length = self.scale.shape[1], self.windows.length
         shapes = {"eeg": ((size, channels, length), torch.int16), "y": ((size, length), torch.uint8),
-                  "real": ((size,), torch.int64), "scale": ((size, channels), torch.float32), "norm": ((size,), torch.float32),
-                  "flip": ((size,), torch.bool)}
+                  "real": ((size,), torch.int64), "scale": ((size, channels), torch.float32), "norm": ((size,), torch.float32)}
         return [{key: torch.zeros(shape, dtype=kind, pin_memory=pin) for key, (shape, kind) in shapes.items()}
                 for _ in range(self.buffers)]
 
@@ -1396,20 +1397,34 @@ class Loader:
         recording = self.windows.recordings[which]
         host["real"][i] = recording.read_into(start, host["eeg"][i])
         host["y"][i] = recording.labels(start, self.windows.length)
-        host["scale"][i], host["norm"][i], host["flip"][i] = self.scale[which], self.norm[which], False
-        if self.augment:
+        host["scale"][i], host["norm"][i] = self.scale[which], self.norm[which]
+        if self.augment:                # a gain of about +-20 % and, for one in two, left and right changed over
             rng = np.random.default_rng([self.seed, epoch, window, 3])
             host["scale"][i] *= np.float32(np.exp(rng.normal(0, 0.2)))
-            host["flip"][i] = rng.random() < 0.5
+            if rng.random() < 0.5:
+                host["eeg"][i], host["scale"][i] = host["eeg"][i][self.mirror], host["scale"][i][self.mirror]
 
-    def _to_device(self, slot, count, epoch):
+    def _to_device(self, slot, count):
         import torch
         t = {key: value[:count].to(self.device, non_blocking=True) for key, value in slot.items()}
-        x = normalise(t["eeg"], t["scale"], t["norm"])
-        if self.augment:
-            x = torch.where(t["flip"][:, None, None], x[:, self.mirror], x)
-        mask = torch.arange(self.windows.length, device=self.device) < t["real"][:, None]
-        return x, t["y"].float(), mask.float()
+        x = normalise(t["eeg"], t["scale"], t["norm"], self._output(t["eeg"].shape))
+        y, place = t["y"].float(), torch.arange(self.windows.length, device=self.device)
+        return x, y, torch.lt(place, t["real"][:, None], out=torch.empty_like(y))
+
+    def _output(self, shape):
+        """On the CPU, memory for a batch that nobody holds any more: mapping 9 MB anew costs ten times the scaling. A NumPy
+        array counts every tensor and view made of it, also those that autograd keeps."""
+        import torch
+        if self.device.type != "cpu":
+            return None
+        size = int(np.prod(shape))
+        for k in range(len(self._outputs)):
+            if self._outputs[k].size >= size and sys.getrefcount(self._outputs[k]) == sys.getrefcount(self._idle[0]):
+                break
+        else:
+            k = len(self._outputs)
+            self._outputs.append(np.empty(size, np.float32))
+        return torch.from_numpy(self._outputs[k])[:size].view(shape)
 
     def _copied(self):
         """A CUDA event after the copies that are under way; None on the CPU, where they are done."""
