@@ -418,6 +418,7 @@ def main(names):
         print(f"skipped: no stand-in for Modal at {STAND_IN}")
         return 0
     sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))        # no container may outlive the trial
     failed = 0
     for case in [c for c in CASES if not names or c.__name__ in names]:
         began = time.monotonic()
