@@ -125,52 +125,53 @@ class _Pickler(pickle.Pickler):
         return None
 
 
-def _freeze(state):
-    """A copy of the state's containers with a slot for every tensor; returns (tree, slots, tensors).
+class _Frozen:
+    """A copy of the state's containers (`tree`) with a slot for every tensor, and the tensors in order of their slots.
 
     Views keep only the elements they show, tied tensors stay tied, NumPy scalars become Python numbers. Raises TypeError,
     naming the key, for anything `weights_only=True` would refuse: a file that cannot be loaded must never be written."""
-    slots, tensors, seen = [], [], {}
 
-    def tensor(value):
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise TypeError(f": only dense tensors can be saved, not {value.layout} on {value.device}")
-        place = value.data_ptr()
-        twin = seen.get(place)
-        if twin and value.numel() and _same_view(value, tensors[int(twin.key)]):
-            return twin
-        slot = seen[place] = _Slot(len(slots), value)
-        slots.append(slot)
-        tensors.append(value.detach())
-        return slot
+    def __init__(self, state):
+        self.slots, self.tensors, self.seen = [], [], {}
+        self.tree = self._inside("state", state)
 
-    def inside(key, value):
+    def _inside(self, key, value):
         try:
-            return walk(value)
+            return self._walk(value)
         except TypeError as error:          # the path to the culprit grows on the way out: nothing is paid for it before
             raise TypeError(f"[{key!r}]{error}") from None
 
-    def walk(value):
+    def _walk(self, value):
         kind = type(value)
         if kind in _PLAIN:
             return value
         if isinstance(value, torch.Tensor):
-            return tensor(value)
+            return self._slot(value)
         if isinstance(value, dict):
             copy = OrderedDict() if isinstance(value, OrderedDict) else {}
             for key, item in value.items():
-                copy[key if type(key) in _PLAIN else walk(key)] = inside(key, item)
+                copy[key if type(key) in _PLAIN else self._walk(key)] = self._inside(key, item)
             if isinstance(value, OrderedDict):
-                vars(copy).update(walk(vars(value)))                        # a state_dict's _metadata: module versions
+                vars(copy).update(self._walk(vars(value)))                  # a state_dict's _metadata: module versions
             return copy
         if kind in (list, tuple, set):
-            return kind(inside(i, item) for i, item in enumerate(value))
+            return kind(self._inside(i, item) for i, item in enumerate(value))
         if kind.__module__ == "numpy":
-            return walk(value.item() if value.ndim == 0 else torch.as_tensor(value))
+            return self._walk(value.item() if value.ndim == 0 else torch.as_tensor(value))
         raise TypeError(f" is a {kind.__module__}.{kind.__qualname__}: weights_only loading would refuse it; "
                         f"store plain numbers, strings, lists, dicts or tensors")
 
-    return inside("state", state), slots, tensors
+    def _slot(self, value):
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise TypeError(f": only dense tensors can be saved, not {value.layout} on {value.device}")
+        place = value.data_ptr()
+        twin = self.seen.get(place)
+        if twin and value.numel() and _same_view(value, self.tensors[int(twin.key)]):
+            return twin
+        slot = self.seen[place] = _Slot(len(self.slots), value)
+        self.slots.append(slot)
+        self.tensors.append(value.detach())
+        return slot
 
 
 def _same_view(a, b):
@@ -213,7 +214,8 @@ class _Image:
         self.buffer, self.layout, self.staging, self.copied = None, None, None, None
 
     def fill(self, state):
-        self.tree, self.slots, tensors = _freeze(state)
+        frozen = _Frozen(state)
+        self.tree, self.slots, tensors = frozen.tree, frozen.slots, frozen.tensors
         layout = [(s.dtype, s.shape, t.device) for s, t in zip(self.slots, tensors)]
         if layout != self.layout:
             self._place(layout, tensors)
