@@ -357,7 +357,7 @@ class Record:
 
     def _chart(self, row):
         for key, value in row.items():
-            if isinstance(value, (int, float)) and key not in ("step", "epoch", "batch", "time"):
+            if isinstance(value, (int, float)) and key not in ("step", "epoch", "batch", "batches", "time"):
                 self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"], walltime=row["time"])
 
     def event(self, kind, path, facts, seconds=0.0):
@@ -638,7 +638,7 @@ class Trainer:
 
     def log(self, seconds):
         steps = max(1.0, self.running["steps"])
-        row = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "loss": self.running["loss"] / steps,
+        row = {"epoch": self.epoch, "batch": self.batch, "batches": self.batches, "step": self.step, "loss": self.running["loss"] / steps,
                "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.running["norm"] / steps, "skipped": self.skipped}
         self.running = dict.fromkeys(self.running, 0.0)
         if not self.group.main:

@@ -460,7 +460,8 @@ def test_on_a_gpu_a_cut_run_ends_bit_identical_with_deterministic_algorithms(cor
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_uncompiled_and_says_so(corpus, tmp_path, capsys):
+def test_a_compiled_run_resumes_uncompiled_and_says_so(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))       # a killed compiler leaves a torn cache
     with cut_at(2):
         assert train.run(loaded(corpus, tmp_path, training__compile=True, training__epochs=1)) == 143
     assert train.run(loaded(corpus, tmp_path, training__epochs=1), "true") == 0
