@@ -1,21 +1,26 @@
-"""EEG recordings for seizure detection: EDF in, one HDF5 file per recording out, training windows at the speed of memory.
+"""EEG recordings for seizure detection: EDF in, one HDF5 file per recording out, training windows at the
+speed of memory.
 
-    python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit] [--montage referential|bipolar]
+    python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit]
+                                   [--montage referential|bipolar] [--notch both|50|60|0] [--skip-bad]
     python data.py synth OUT [--hours H] [--patients N] [--seed S]
     python data.py info OUT
 
-SRC is a corpus, any folder of EDF files, or one EDF; without annotations a recording is imported as unlabelled. The import is
-resumable: a finished recording is kept while its source files and the settings of the preparation are the same. What cannot be
-read rightly is refused with one line and the rest goes on: exit 1 when anything was refused (--skip-bad: 0), 2 for bad usage.
+SRC is a corpus, any folder of EDF files, or one EDF; without annotations a recording is imported as
+unlabelled. The import is resumable: a finished recording is kept while its source files and the settings of
+the preparation are the same. What cannot be read rightly is refused with one line and the rest goes on:
+exit 1 when anything was refused (--skip-bad: 0), 2 for bad usage.
 
-Preparation, once per recording and never per window: microvolts; the montage; median taken off; polyphase resampling to 256 Hz;
-one zero-phase FIR filter (Hamming window, 13 s support at most): 0.5 to 120 Hz and, by default, without 49-51, 59-61, 99-101 and
-119-121 Hz, the mains of both worlds, so that a recording of unknown origin is prepared like those of the training; int16 with
-a scale per channel whose rounding error stays below one step of the amplifier. Zero phase keeps annotated times true; a causal
-filter would delay the onset by up to a second at 0.5 Hz. Filtering reaches 6.6 s ahead: results are those of offline reading.
+Preparation, once per recording and never per window: microvolts; the montage; median taken off; polyphase
+resampling to 256 Hz; one zero-phase FIR filter (Hamming window, 13 s support at most): 0.5 to 120 Hz and,
+by default, without 49-51, 59-61, 99-101 and 119-121 Hz, the mains of both worlds, so that a recording of
+unknown origin is prepared like those of the training; int16 with a scale per channel whose rounding error
+stays below one step of the amplifier. Zero phase keeps annotated times true; a causal filter would delay
+the onset by up to a second at 0.5 Hz. Filtering reaches 6.6 s ahead: results are those of offline reading.
 
-The EDF reader is our own: mne, edfio and pyedflib each misread or refuse some of what real corpora hold (gaps, truncation,
-units, dates with colons). Where pyedflib opens a file too, its idea of labels, rates and ranges must agree with ours.
+The EDF reader is our own: mne, edfio and pyedflib each misread or refuse some of what real corpora hold
+(gaps, truncation, units, dates with colons). Where pyedflib opens a file too, its idea of labels, rates and
+ranges must agree with ours.
 """
 import argparse
 import csv
@@ -35,6 +40,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -54,9 +60,11 @@ CHANNELS = {                            # in SzCORE's order (Dan et al. 2024, do
 BAND = (0.5, 120.0)                     # Hz
 NOTCH = {"both": (50, 60), "50": (50,), "60": (60,), "0": ()}
 MICROVOLTS = {"uv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
-PLAUSIBLE = (0.1, 1000.0)               # uV, typical amplitude of scalp EEG; outside it the unit in the header is wrong
+# uV, typical amplitude of scalp EEG; outside it the unit in the header is wrong
+PLAUSIBLE = (0.1, 1000.0)
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
-SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())     # TUSZ annotation codes
+# TUSZ annotation codes
+SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 INDEX, REPORT = "index.json", "import.json"
 
@@ -69,7 +77,8 @@ class DataError(ValueError):
 
 @dataclass
 class Header:
-    """What an EDF header says, checked against the file's size. `signals` maps each field to one value per signal."""
+    """What an EDF header says, checked against the file's size. `signals` maps each field to one value per
+    signal."""
     signals: dict
     records: int
     duration: Fraction                  # of one record, s
@@ -110,7 +119,8 @@ def whole(text, what):
 
 
 def read_header(path):
-    """Header of an EDF or EDF+ file (Kemp & Olivan 2003). DataError where it contradicts itself or the file's size."""
+    """Header of an EDF or EDF+ file (Kemp & Olivan 2003). DataError where it contradicts itself or the
+    file's size."""
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         fixed = f.read(256)
@@ -125,14 +135,16 @@ def read_header(path):
     for name, width in FIELDS:
         signals[name] = [text[at + i * width:at + (i + 1) * width].strip(" \0") for i in range(count)]
         at += width * count
-    signals["count"] = [whole(n, f"samples per record of {c}") for n, c in zip(signals["count"], signals["label"])]
+    signals["count"] = [whole(n, f"samples per record of {name}")
+                        for n, name in zip(signals["count"], signals["label"])]
     if min(signals["count"]) < 1:
         raise DataError(f"signal {signals['label'][np.argmin(signals['count'])]!r} has no samples")
     fixed = fixed.decode("latin-1")
     duration = number(fixed[244:252], "record duration", notes)
     plus = fixed[192:197] if fixed[192:197] in ("EDF+C", "EDF+D") else ""
     if duration <= 0:
-        raise DataError(f"record duration is {fixed[244:252].strip()} s" + ": annotations without EEG" * bool(plus))
+        raise DataError(f"record duration is {fixed[244:252].strip()} s"
+                        + ": annotations without EEG" * bool(plus))
     header = Header(signals, whole(fixed[236:244], "number of records"), duration, fixed[176:184].strip(),
                     256 * (count + 1), plus, notes)
     _check_size(header, fixed, size)
@@ -154,13 +166,14 @@ def _foreign(fixed, size):
 
 
 def _check_size(header, fixed, size):
-    """The header's counts against the bytes that are there; fills in a record count of -1 (recording was not closed)."""
+    """The header's counts against the bytes that are there; fills in a record count of -1 (recording was
+    not closed)."""
     record = 2 * sum(header.signals["count"])
     body = size - header.offset
     if whole(fixed[184:192], "number of header bytes") != header.offset:
         if body != header.records * record:
-            raise DataError(f"the header says it has {fixed[184:192].strip()} bytes, {header.offset} are right for its "
-                            "signals, and neither fits the file's size")
+            raise DataError(f"the header says it has {fixed[184:192].strip()} bytes, {header.offset} are "
+                            "right for its signals, and neither fits the file's size")
         header.notes.append(f"header length {fixed[184:192].strip()} read as {header.offset}")
     if header.records == -1 and body >= record:
         header.records = body // record
@@ -169,7 +182,8 @@ def _check_size(header, fixed, size):
     if header.records < 1:
         raise DataError(f"no data: the header says {header.records} records")
     if body < header.records * record:
-        raise DataError(f"truncated: the header says {header.records} records, the file holds {body / record:.1f}")
+        raise DataError(f"truncated: the header says {header.records} records, "
+                        f"the file holds {body / record:.1f}")
     if body >= (header.records + 1) * record:
         raise DataError(f"the header says {header.records} records, the file holds {body // record}")
     if body > header.records * record:
@@ -177,7 +191,8 @@ def _check_size(header, fixed, size):
 
 
 def check_gaps(path, header, records):
-    """Refuse a file whose records are not contiguous in time: EDF+ keeps each record's onset in its annotation signal."""
+    """Refuse a file whose records are not contiguous in time: EDF+ keeps each record's onset in its
+    annotation signal."""
     places = [i for i, label in enumerate(header.signals["label"]) if label == "EDF Annotations"]
     if not header.plus or not places:
         if header.plus == "EDF+D":
@@ -205,8 +220,8 @@ def second_opinion(path, header, used):
         reader = pyedflib.EdfReader(str(path), pyedflib.DO_NOT_READ_ANNOTATIONS)
     except OSError as error:
         reason = " ".join(str(error).replace(str(path), "").split()).strip(": ")
-        reason = reason.replace("the file is not EDF(+) or BDF(+) compliant", "").strip(" ,()") or "not compliant"
-        header.notes.append(f"pyedflib refuses it: {reason.split(', it might')[0]}")
+        reason = reason.replace("the file is not EDF(+) or BDF(+) compliant", "").strip(" ,()")
+        header.notes.append(f"pyedflib refuses it: {reason.split(', it might')[0] or 'not compliant'}")
         return
     with reader:
         kept = [i for i, label in enumerate(header.signals["label"]) if label != "EDF Annotations"]
@@ -224,7 +239,7 @@ def calibration(header, records, i, blank_unit):
     pmin, pmax = (number(s[k][i], f"{k} of {name}", header.notes) for k in ("pmin", "pmax"))
     dmin, dmax = (whole(s[k][i], f"{k} of {name}") for k in ("dmin", "dmax"))
     if dmin >= dmax:
-        raise DataError(f"{name}: digital minimum {dmin} is not below its maximum {dmax}: the sign cannot be known")
+        raise DataError(f"{name}: digital minimum {dmin} is not below maximum {dmax}: the sign is unknown")
     if dmin < -32768 or dmax > 32767:
         raise DataError(f"{name}: digital range {dmin} to {dmax} does not fit 16 bits")
     if pmin == pmax:
@@ -262,7 +277,8 @@ def electrode(text):
 
 
 def channel(label):
-    """An EDF label as (electrode, reference), (electrode, electrode) for a derivation, or None for anything else."""
+    """An EDF label as (electrode, reference), (electrode, electrode) for a derivation, or None for anything
+    else."""
     text = re.sub(r"\s+", "", re.sub(r"^EEG[ _]*", "", label.upper().strip())).rstrip(".")
     found = REFERENCE.search(text)
     name = electrode(text[:found.start()] if found else text)
@@ -273,9 +289,11 @@ def channel(label):
 
 
 def derivations(header, montage):
-    """Rows of the montage, each as {signal: weight}, all of them linear in the file's signals; and candidate twins.
+    """Rows of the montage, each as {signal: weight}, all of them linear in the file's signals; and
+    candidate twins.
 
-    Fz and Pz, and only these (3.4 % of TUSZ has neither), are interpolated from the others by a spherical spline."""
+    Fz and Pz, and only these (3.4 % of TUSZ has neither), are interpolated from the others by a spherical
+    spline."""
     places, twins = {}, []
     for i, label in enumerate(header.signals["label"]):
         key = channel(label)
@@ -295,7 +313,8 @@ def derivations(header, montage):
         raise DataError(_missing(header, montage, missing, places, single))
     references = {channel(header.signals["label"][i])[1] for row in single.values() for i in row}
     if len(references) > 1:
-        raise DataError(f"electrodes with different references: {', '.join(sorted(r or 'none' for r in references))}")
+        names = ", ".join(sorted(r or "none" for r in references))
+        raise DataError(f"electrodes with different references: {names}")
     for name in missing:
         header.notes.append(f"{name} is missing, interpolated from the other electrodes")
     weights = spline(tuple(single), tuple(missing))
@@ -309,18 +328,22 @@ def derivations(header, montage):
 def _missing(header, montage, missing, places, single):
     if montage == "referential" and len(places) - len(single) >= 8 and not single:
         return "bipolar channels only: import it with --montage bipolar"
-    lacking = [n for n in BIPOLAR if tuple(n.split("-")) not in places] if len(places) - len(single) >= 8 else missing
+    if len(places) - len(single) >= 8:
+        missing = [name for name in BIPOLAR if tuple(name.split("-")) not in places]
     some = ", ".join(header.signals["label"][:8])
-    return f"channels missing: {', '.join(lacking)} (the file has {len(header.signals['label'])}: {some}, ...)"
+    count = len(header.signals["label"])
+    return f"channels missing: {', '.join(missing)} (the file has {count}: {some}, ...)"
 
 
 def _difference(a, b):
     return {i: a.get(i, 0) - b.get(i, 0) for i in a | b}
 
 
-ANGLES = {"Fp1": (-92, -72), "F3": (-60, -51), "C3": (-46, 0), "P3": (-60, 51), "O1": (-92, 72), "F7": (-92, -36),
-          "T3": (-92, 0), "T5": (-92, 36), "Fz": (46, 90), "Cz": (0, 0), "Pz": (46, -90), "Fp2": (92, 72), "F4": (60, 51),
-          "C4": (46, 0), "P4": (60, -51), "O2": (92, -72), "F8": (92, 36), "T4": (92, 0), "T6": (92, -36)}
+ANGLES = {                              # degrees from the vertex, and around it
+    "Fp1": (-92, -72), "F3": (-60, -51), "C3": (-46, 0), "P3": (-60, 51), "O1": (-92, 72), "F7": (-92, -36),
+    "T3": (-92, 0), "T5": (-92, 36), "Fz": (46, 90), "Cz": (0, 0), "Pz": (46, -90), "Fp2": (92, 72),
+    "F4": (60, 51), "C4": (46, 0), "P4": (60, -51), "O2": (92, -72), "F8": (92, 36), "T4": (92, 0),
+    "T6": (92, -36)}
 
 
 def positions(names):
@@ -331,7 +354,8 @@ def positions(names):
 
 @functools.lru_cache(64)
 def spline(known, wanted):
-    """Weights (wanted, known) of the spherical spline of Perrin et al. 1989 (order 4, 50 terms, smoothing 1e-5)."""
+    """Weights (wanted, known) of the spherical spline of Perrin et al. 1989 (order 4, 50 terms, smoothing
+    1e-5)."""
     if not wanted:
         return np.zeros((0, len(known)))
     n = np.arange(1, 51)
@@ -348,7 +372,8 @@ def spline(known, wanted):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the prepared samples depend on besides the file; `hash` stands in every recording as `prepared`."""
+    """What the prepared samples depend on besides the file; `hash` stands in every recording as
+    `prepared`."""
     montage: str = "referential"
     notch: str = "both"                 # Hz: 50, 60, both or 0
     blank_unit: str = ""                # unit to assume where the header has none
@@ -369,7 +394,8 @@ def fir(notch):
 
 
 def prepare_row(row, rate, notch):
-    """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 / rate) samples."""
+    """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 / rate)
+    samples."""
     row -= np.float32(np.median(sparse(row)))
     ratio = (FS / rate).limit_denominator(20_000)
     if abs(ratio / (FS / rate) - 1) * len(row) > 1:
@@ -388,8 +414,8 @@ def sparse(row):
 
 
 def quantise(row, step):
-    """float32 uV -> (int16, uV per unit); half a unit never exceeds the amplifier's `step`, at the cost of clipping spikes
-    that the filter made taller than the amplifier's own range."""
+    """float32 uV -> (int16, uV per unit); half a unit never exceeds the amplifier's `step`, at the cost of
+    clipping spikes that the filter made taller than the amplifier's own range."""
     scale = np.float32(min(max(float(abs(row).max()), step) / 32767, 2 * step))
     return np.clip(np.rint(row / scale), -32767, 32767).astype(np.int16), scale
 
@@ -411,7 +437,8 @@ def prepare_edf(path, settings):
     used = sorted({i for row in rows for i in row})
     rates = {header.rate(i) for i in used}
     if len(rates) > 1:
-        raise DataError(f"EEG channels at different rates: {', '.join(f'{float(r):g}' for r in sorted(rates))} Hz")
+        found = ", ".join(f"{float(r):g}" for r in sorted(rates))
+        raise DataError(f"EEG channels at different rates: {found} Hz")
     rate = rates.pop()
     if rate < MIN_RATE:
         raise DataError(f"EEG at {float(rate):g} Hz: at least {MIN_RATE} Hz is needed")
@@ -420,7 +447,8 @@ def prepare_edf(path, settings):
     second_opinion(path, header, used)
     gains = {i: calibration(header, records, i, settings.blank_unit) for i in used}
     _check_twins(header, records, twins)
-    samples = math.ceil(header.records * header.signals["count"][used[0]] * (FS / rate).limit_denominator(20_000))
+    samples = math.ceil(header.records * header.signals["count"][used[0]]
+                        * (FS / rate).limit_denominator(20_000))
     eeg, scale, spread = np.empty((len(rows), samples), np.int16), np.empty(len(rows), np.float32), []
     for c, row in enumerate(rows):
         x = sum(np.float32(w * gains[i][0]) * _block(header, records, i).reshape(-1).astype(np.float32)
@@ -440,7 +468,8 @@ def _block(header, records, i):
 
 
 def _check_twins(header, records, twins):
-    """A label that stands twice: identical signals are harmless, CHB-MIT's second T8-P8 is known, others are refused."""
+    """A label that stands twice: identical signals are harmless, CHB-MIT's second T8-P8 is known, others
+    are refused."""
     for key, first, second in twins:
         name = header.signals["label"][second]
         if np.array_equal(_block(header, records, first), _block(header, records, second)):
@@ -451,7 +480,8 @@ def _check_twins(header, records, twins):
 
 
 def _norm(header, spread, names):
-    """The recording's typical amplitude in uV: the median over channels, flat ones apart, of 1.4826 median |x|."""
+    """The recording's typical amplitude in uV: the median over channels, flat ones apart, of 1.4826 median
+    |x|."""
     flat = [name for name, value in zip(names, spread) if value == 0]
     if len(flat) > len(names) // 2:
         raise DataError(f"{len(flat)} of {len(names)} channels are flat")
@@ -459,7 +489,7 @@ def _norm(header, spread, names):
         header.notes.append(f"flat: {', '.join(flat)}")
     norm = float(np.median([value for value in spread if value > 0]))
     if not PLAUSIBLE[0] <= norm <= PLAUSIBLE[1]:
-        raise DataError(f"typical amplitude {norm:.3g} uV is not scalp EEG: the unit or range in the header is wrong")
+        raise DataError(f"typical amplitude {norm:.3g} uV is not scalp EEG: the unit or range is wrong")
     return norm
 
 
@@ -467,8 +497,8 @@ def _norm(header, spread, names):
 
 @dataclass
 class Labels:
-    """Seizures of one recording as (onset, end) in s; `seconds` is the recording's length by the annotation, if it says so,
-    and `slack` how far that may be from the signal's."""
+    """Seizures of one recording as (onset, end) in s; `seconds` is the recording's length by the
+    annotation, if it says so, and `slack` how far that may be from the signal's."""
     events: list = field(default_factory=list)
     seconds: float | None = None
     slack: float = 2.0
@@ -476,11 +506,14 @@ class Labels:
 
 
 def finish(labels, seconds):
-    """Labels -> sorted, disjoint events float64 (N, 2) inside a recording of `seconds`; refuses what contradicts it.
+    """Labels -> sorted, disjoint events float64 (N, 2) inside a recording of `seconds`; refuses what
+    contradicts it.
 
-    An event that begins inside and ends beyond the end is cut there, and noted; one wholly beyond is refused."""
+    An event that begins inside and ends beyond the end is cut there, and noted; one wholly beyond is
+    refused."""
     if labels.seconds is not None and abs(labels.seconds - seconds) > labels.slack:
-        raise DataError(f"the annotation is of {labels.seconds:g} s, the signal has {seconds:g} s: not the same recording")
+        raise DataError(f"the annotation is of {labels.seconds:g} s, the signal has {seconds:g} s: "
+                        "not the same recording")
     spans = []
     for onset, end in sorted(labels.events):
         if onset < 0 or end <= onset:
@@ -488,7 +521,8 @@ def finish(labels, seconds):
         if onset >= seconds:
             raise DataError(f"event from {onset:g} s to {end:g} s lies beyond the recording's {seconds:g} s")
         if end > seconds + 0.02:
-            labels.notes.append(f"event from {onset:g} s to {end:g} s cut at the recording's end, {seconds:g} s")
+            labels.notes.append(f"event from {onset:g} s to {end:g} s "
+                                f"cut at the recording's end, {seconds:g} s")
         if spans and onset <= spans[-1][1]:
             spans[-1][1] = max(spans[-1][1], min(end, seconds))
         else:
@@ -522,11 +556,12 @@ def table(text, name, delimiter, columns):
 
 
 def parse_events_tsv(text, name="events.tsv"):
-    """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance test) are not."""
+    """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance test) are
+    not."""
     labels, tests = Labels(), []
     rows = table(text, name, "\t", ("onset", "duration", "eventType"))
     if not rows:
-        raise DataError(f"{name} has no row: a recording without seizure has one bckg row over all of it (SzCORE)")
+        raise DataError(f"{name} has no row: SzCORE marks a recording without seizure by one bckg row")
     for row in rows:
         kind = row["eventType"]
         length = row.get("recordingDuration", "n/a")
@@ -603,10 +638,11 @@ def summary_labels(blocks, name="summary"):
                      re.findall(rf"^Seizure(?: *\d+)? {side} Time:\s*(\S+) sec", block, re.M)]
                     for side in ("Start", "End"))
     if not count or not int(count[1]) == len(starts) == len(ends):
-        raise DataError(f"{what}: {count[1] if count else 'no'} seizures announced, {len(starts)} begin, {len(ends)} end")
+        raise DataError(f"{what}: {count[1] if count else 'no'} seizures announced, "
+                        f"{len(starts)} begin, {len(ends)} end")
     labels = Labels(list(zip(starts, ends)))
     span = [re.search(rf"^File {side} Time:\s*(\S+)", block, re.M) for side in ("Start", "End")]
-    if all(span):                       # clock times, seen to be off by 10 s and more: only a gross difference counts
+    if all(span):                       # clock times, off by 10 s and more: only a gross difference counts
         begin, end = (clock(s[1], what) for s in span)
         labels.seconds = float((end - begin) % 86400)
         labels.slack = max(60.0, labels.seconds / 2)
@@ -618,7 +654,8 @@ SIENA = re.compile(r"\s*(File name|Registration start time|Registration end time
 
 
 def parse_siena(text, name="Seizures-list"):
-    """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end", "start", "end": text}]}."""
+    """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end", "start", "end":
+    text}]}."""
     files, state = {}, {}
     for found in filter(None, map(SIENA.match, text.split("\n"))):
         key = found[1].lower().removeprefix("seizure ").removesuffix(" time")
@@ -651,7 +688,8 @@ def siena_times(entry, what):
 def parse_seizeit(text, name="a1.tsv"):
     """SeizeIT1 annotation: onset, end (s), type, comment. A seizure whose end is None cannot be labelled."""
     labels = Labels()
-    for row in csv.reader([line for line in text.split("\n") if line.strip() and not line.startswith("#")], delimiter="\t"):
+    for row in csv.reader([line for line in text.split("\n") if line.strip() and not line.startswith("#")],
+                          delimiter="\t"):
         if len(row) < 3:
             raise DataError(f"{name}: incomplete row {' '.join(row)!r}")
         if row[1].strip() == "None":
@@ -683,9 +721,9 @@ LAYOUTS = ("auto", *NAMES)
 
 
 def identify(path, root, layout="auto"):
-    """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are taken as they come,
-    with the annotation beside them (x_events.tsv, x.csv_bi, x.csv) and the patient named by the folder in `root` or,
-    directly there, by what stands before the first underscore."""
+    """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are taken as
+    they come, with the annotation beside them (x_events.tsv, x.csv_bi, x.csv) and the patient named by the
+    folder in `root` or, directly there, by what stands before the first underscore."""
     relative = path.relative_to(root)
     kind = layout if layout != "auto" else next((k for k, form in NAMES.items() if form.match(path.stem)), "")
     found = NAMES[kind].match(path.stem) if kind else None
@@ -701,7 +739,8 @@ def identify(path, root, layout="auto"):
 def annotation(path, layout):
     """The annotation file that belongs to an EDF, or None."""
     stem = path.stem.removesuffix("_eeg")
-    beside = [path.with_name(stem + "_events.tsv"), path.with_suffix(".csv_bi"), path.with_name(stem + ".csv_bi"),
+    beside = [path.with_name(stem + "_events.tsv"), path.with_suffix(".csv_bi"),
+              path.with_name(stem + ".csv_bi"),
               path.with_suffix(".csv")]
     names = {"tuh": beside[1:], "bids": beside[:1], "": beside,
              "chbmit": [path.with_name(f"{re.split('[a-z]?_', path.stem)[0]}-summary.txt"),
@@ -729,8 +768,8 @@ def read_labels(source, header):
 
 
 def siena_labels(files, source, header):
-    """Seizures of one Siena recording, from the wall clock. The list spells some names wrongly (O for 0, no number):
-    a lone name left over is taken for the lone recording left over, and noted."""
+    """Seizures of one Siena recording, from the wall clock. The list spells some names wrongly (O for 0, no
+    number): a lone name left over is taken for the lone recording left over, and noted."""
     def plain(name):
         return name.upper().replace("O", "0").removesuffix(".EDF").rstrip("-")
     listed = {plain(name): times for name, times in files.items()}
@@ -767,7 +806,8 @@ class Report:
 
 
 def find_edf(src):
-    """(EDF files below src, root, [(folder, why it cannot be listed)]); links are followed, each folder once."""
+    """(EDF files below src, root, [(folder, why it cannot be listed)]); links are followed, each folder
+    once."""
     src = Path(src)
     if src.is_file() or src.is_symlink() and not src.is_dir():
         return [src], src.parent, []
@@ -794,12 +834,14 @@ def state_of(source):
 
 
 def finished(target, source, settings):
-    """Whether `target` was made from these very files with these settings: (labelled, repaired), else None."""
+    """Whether `target` was made from these very files with these settings: (labelled, repaired), else
+    None."""
     try:
         with h5py.File(target, "r") as f:
-            same = f.attrs["prepared"] == settings.hash and json.loads(f.attrs["source_state"]) == state_of(source) \
-                and f.attrs["patient"] == source.patient and f.attrs["split"] == source.split
-            return (bool(f.attrs["labelled"]), f.attrs["repaired"]) if same else None
+            a = f.attrs
+            made = [a["prepared"], a["patient"], a["split"], json.loads(a["source_state"])]
+            same = made == [settings.hash, source.patient, source.split, state_of(source)]
+            return (bool(a["labelled"]), a["repaired"]) if same else None
     except (OSError, KeyError, ValueError):
         return None
 
@@ -819,7 +861,8 @@ def prepare_source(source, settings):
 
 
 def import_one(source, out, settings):
-    """Import one recording: (outcome, name, reason, seconds, labelled) with outcome kept, read, repaired or refused."""
+    """Import one recording: (outcome, name, reason, seconds, labelled) with outcome kept, read, repaired or
+    refused."""
     target = Path(out, source.name + ".h5")
     try:
         done = finished(target, source, settings)
@@ -834,12 +877,16 @@ def import_one(source, out, settings):
     if source.annotation and not labels:
         notes.append(f"unlabelled: {source.annotation.name} does not name it")
     attributes = {
-        "scale": prepared.scale, "fs": FS, "channels": list(CHANNELS[settings.montage]), "montage": settings.montage,
-        "patient": source.patient, "split": source.split, "labelled": labels is not None, "norm": prepared.norm,
+        "scale": prepared.scale, "fs": FS, "channels": list(CHANNELS[settings.montage]),
+        "montage": settings.montage,
+        "patient": source.patient, "split": source.split, "labelled": labels is not None,
+        "norm": prepared.norm,
         "source": str(source.path), "source_state": json.dumps(state), "source_fs": prepared.rate,
-        "layout": source.layout, "format": FORMAT, "prepared": settings.hash, "repaired": "; ".join(dict.fromkeys(notes))}
+        "layout": source.layout, "format": FORMAT, "prepared": settings.hash,
+        "repaired": "; ".join(dict.fromkeys(notes))}
     write_recording(target, prepared.eeg, events, attributes)
-    return ("repaired" if notes else "read"), source.name, attributes["repaired"], prepared.header.seconds, labels is not None
+    outcome = "repaired" if notes else "read"
+    return outcome, source.name, attributes["repaired"], prepared.header.seconds, labels is not None
 
 
 def write_recording(target, eeg, events, attributes):
@@ -852,9 +899,10 @@ def write_recording(target, eeg, events, attributes):
             f.create_dataset("events", data=events)
             f.attrs.update(attributes)
         durable_replace(temp, target)
-    except BaseException:
+    except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
+        raise OSError(f"{target}: {error}") from None
+    finally:
         temp.unlink(missing_ok=True)
-        raise
 
 
 def durable_replace(temp, target):
@@ -869,10 +917,13 @@ def durable_replace(temp, target):
             os.close(handle)
 
 
-def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="", workers=0, say=print):
-    """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished. Returns the Report.
+def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="", workers=0,
+                  say=print):
+    """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished. Returns
+    the Report.
 
-    DataError for a missing folder or one that another import is writing; refused files are in the report, not raised."""
+    DataError for a missing folder or one that another import is writing; refused files are in the report,
+    not raised."""
     settings = Settings(montage, str(notch), blank_unit)
     if montage not in CHANNELS or settings.notch not in NOTCH or layout not in LAYOUTS:
         raise DataError(f"montage {montage}, notch {notch} or layout {layout} is unknown")
@@ -914,7 +965,8 @@ def _import_all(files, root, out, layout, settings, workers, say):
         sources.append(source)
     sizes, paths = {s.name: _size(s.path) for s in sources}, {s.name: str(s.path) for s in sources}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or max(1, min(cores, len(sources), sum(sizes.values()) // 200_000_000))      # a worker takes a second to start
+    # a worker takes a second to start
+    workers = workers or max(1, min(cores, len(sources), sum(sizes.values()) // 200_000_000))
     progress = Progress(len(sources), sum(sizes.values()), say)
     for outcome, name, reason, seconds, labelled in _outcomes(sources, out, settings, workers):
         progress.step(sizes[name], name, seconds)
@@ -1001,7 +1053,8 @@ def _table(report, say):
         for path, why in report.refused:
             say(f"  {path}: {why}")
     say(f"{len(report.read)} read, {len(report.repaired)} repaired, {report.kept} already there, "
-        f"{len(report.refused)} refused, {report.unlabelled} without annotations; {report.seconds / 3600:.2f} h of EEG imported")
+        f"{len(report.refused)} refused, {report.unlabelled} without annotations; "
+        f"{report.seconds / 3600:.2f} h of EEG imported")
 
 
 def read_report(out):
@@ -1025,7 +1078,8 @@ def write_json(path, content):
 
 @dataclass
 class Recording:
-    """One imported recording. Holds no open file: the samples are mapped when they are first read, in each process."""
+    """One imported recording. Holds no open file: the samples are mapped when they are first read, in each
+    process."""
     path: str
     name: str                           # below the corpus folder, without .h5
     patient: str
@@ -1043,7 +1097,8 @@ class Recording:
     source_fs: float = 0.0
     offset: int = 0                     # of the samples in the file, bytes
     state: tuple = ()                   # size and mtime_ns of the file when the corpus was opened
-    memory: np.ndarray | None = field(default=None, repr=False)     # the samples themselves, of a recording without a file
+    # the samples themselves, of a recording without a file
+    memory: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def seconds(self):
@@ -1083,7 +1138,8 @@ class Recording:
         return out
 
 
-# Every map holds a file descriptor: all recordings stay mapped where `ulimit -n` allows, else the last used half of it.
+# Every map holds a file descriptor: all recordings stay mapped where `ulimit -n` allows, else the last used
+# half of it.
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
@@ -1105,17 +1161,19 @@ def load_recording(path):
         with h5py.File(path, "r") as f:
             a, eeg = dict(f.attrs), f["eeg"]
             if int(a["format"]) != FORMAT:
-                raise DataError(f"{path} has format {a['format']}, this version reads {FORMAT}: import it again")
+                raise DataError(f"{path} has format {a['format']}, not {FORMAT}: import it again")
             entry = {key: str(a[key]) for key in ("patient", "split", "montage", "prepared", "repaired")}
-            entry |= {"channels": [str(c) for c in a["channels"]], "fs": int(a["fs"]), "labelled": bool(a["labelled"]),
+            entry |= {"channels": [str(c) for c in a["channels"]], "fs": int(a["fs"]),
+                      "labelled": bool(a["labelled"]),
                       "scale": [float(s) for s in a["scale"]], "norm": float(a["norm"]),
-                      "source_fs": float(a["source_fs"]), "samples": eeg.shape[1], "offset": eeg.id.get_offset(),
+                      "source_fs": float(a["source_fs"]), "samples": eeg.shape[1],
+                      "offset": eeg.id.get_offset(),
                       "events": f["events"][()].astype(float).tolist()}
             good = eeg.dtype == np.int16 and eeg.shape[0] == len(entry["channels"]) == len(entry["scale"])
     except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not a whole recording of data.py import ({error}): import it again") from None
+        raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
     if not good or entry["offset"] is None or os.path.getsize(path) < entry["offset"] + 2 * eeg_size(entry):
         raise DataError(f"{path}: its samples are not whole, contiguous int16: import it again")
     values = np.array([*entry["scale"], entry["norm"]])
@@ -1129,8 +1187,9 @@ def eeg_size(entry):
 
 
 def open_corpus(path):
-    """All recordings below an imported folder, sorted by name. What was read of unchanged files (size and mtime) comes from
-    an index beside them. DataError for damaged or foreign files, or recordings that were prepared differently."""
+    """All recordings below an imported folder, sorted by name. What was read of unchanged files (size and
+    mtime) comes from an index beside them. DataError for damaged or foreign files, or recordings that were
+    prepared differently."""
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder; python data.py import SRC {path}")
@@ -1142,11 +1201,13 @@ def open_corpus(path):
         fresh[name] = known if known and known[0] == state else [state, load_recording(file)]
         recordings.append(_recording(file, name, *fresh[name]))
     if not recordings:
-        raise DataError(f"{path} holds no recording" + "".join(f"; {f}: {why}" for f, why in read_report(root)[:3]))
+        raise DataError(f"{path} holds no recording"
+                        + "".join(f"; {f}: {why}" for f, why in read_report(root)[:3]))
     for kind in ("montage", "channels", "prepared"):
         found = {getattr(r, kind): r.name for r in recordings}
         if len(found) > 1:
-            raise DataError(f"{path}: {kind} differs between {' and '.join(list(found.values())[:2])}: import all of it again")
+            names = " and ".join(list(found.values())[:2])
+            raise DataError(f"{path}: {kind} differs between {names}: import all of it again")
     if fresh != index:
         try:
             write_json(root / INDEX, {"format": FORMAT, "recordings": fresh})
@@ -1181,14 +1242,16 @@ def _recording(path, name, state, entry):
 
 
 def prepare(path, montage="referential", **settings):
-    """One EDF as an unlabelled Recording in memory, prepared exactly as an import would. DataError names file and reason."""
+    """One EDF as an unlabelled Recording in memory, prepared exactly as an import would. DataError names
+    file and reason."""
     source = Source(Path(path), Path(path).stem, "", Path(path).stem.split("_")[0], "", None)
     settings = Settings(montage, **settings)
     try:
         p, _, events = prepare_source(source, settings)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    return Recording(str(path), source.name, source.patient, "", montage, CHANNELS[montage], FS, p.eeg.shape[1], p.scale,
+    return Recording(str(path), source.name, source.patient, "", montage, CHANNELS[montage], FS,
+                     p.eeg.shape[1], p.scale,
                      p.norm, False, events, settings.hash, "; ".join(p.header.notes), p.rate, memory=p.eeg)
 
 
@@ -1196,7 +1259,8 @@ def fingerprint(recordings):
     """Hash over what must not change within a run: names, lengths, preparation, events, montage."""
     digest = hashlib.sha256()
     for r in sorted(recordings, key=lambda r: r.name):
-        digest.update(json.dumps([r.name, r.samples, r.prepared, r.montage, r.labelled, r.events.tolist()]).encode())
+        digest.update(json.dumps([r.name, r.samples, r.prepared, r.montage, r.labelled,
+                                  r.events.tolist()]).encode())
     return digest.hexdigest()
 
 
@@ -1207,14 +1271,14 @@ def person(patient):
 def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
     """(train, dev), no person in both, unlabelled recordings and a corpus's own eval split in neither.
 
-    dev is `dev_patients` where given, else the corpus's own train and dev, else a draw of `dev_fraction` of the patients,
-    with seizures on both sides where two patients have any. chb21 is chb01."""
+    dev is `dev_patients` where given, else the corpus's own train and dev, else a draw of `dev_fraction` of
+    the patients, with seizures on both sides where two patients have any. chb21 is chb01."""
     usable = [r for r in recordings if r.labelled and r.split != "eval"]
     people = sorted({person(r.patient) for r in usable})
     wanted = {person(p) for p in dev_patients}
     if wanted - set(people):
-        raise DataError(f"dev patients {', '.join(sorted(wanted - set(people)))} are not among the labelled patients: "
-                        f"{', '.join(people[:20])}")
+        raise DataError(f"dev patients {', '.join(sorted(wanted - set(people)))} are not among the labelled "
+                        f"patients: {', '.join(people[:20])}")
     if wanted:
         dev = wanted
     elif {"train", "dev"} <= {r.split for r in usable}:
@@ -1228,8 +1292,8 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
     train = [r for r in usable if person(r.patient) not in dev]
     dev = [r for r in usable if person(r.patient) in dev]
     if not train or not dev:
-        raise DataError(f"{len(people)} labelled patients, {len(train)} recordings for training and {len(dev)} for validation: "
-                        "both are needed, of different patients")
+        raise DataError(f"{len(people)} labelled patients, {len(train)} recordings for training, "
+                        f"{len(dev)} for validation: both are needed, of different patients")
     return train, dev
 
 
@@ -1250,14 +1314,15 @@ def _draw(usable, people, fraction, seed):
 # ---- windows ----
 
 class Windows:
-    """(recording, start) pairs over `recordings`, never stored: arrays recording int32, start int64 (samples) and kind uint8
-    (0 background, 1 partly seizure, 2 wholly seizure). A recording shorter than a window gives one, padded; a last window
-    covers the tail."""
+    """(recording, start) pairs over `recordings`, never stored: arrays recording int32, start int64
+    (samples) and kind uint8 (0 background, 1 partly seizure, 2 wholly seizure). A recording shorter than a
+    window gives one, padded; a last window covers the tail."""
 
     def __init__(self, recordings, seconds=60.0, stride=10.0):
         unlabelled = [r.name for r in recordings if not r.labelled]
         if unlabelled or not recordings:
-            raise DataError(f"windows need labelled recordings{': ' + unlabelled[0] if unlabelled else ', there are none'}")
+            what = f"{unlabelled[0]} is not" if unlabelled else "there are none"
+            raise DataError(f"windows need labelled recordings: {what}")
         self.recordings = list(recordings)
         self.length, step = round(seconds * FS), round(stride * FS)
         if self.length < 1 or step < 1:
@@ -1285,18 +1350,20 @@ class Windows:
     def epoch(self, seed, epoch, full=0.3, background=2.5):
         """Window ids (int64) of one epoch in training order: a pure function of (seed, epoch).
 
-        All partial windows, and per partial window `full` wholly seizure and `background` windows (the proportions of
-        SeizureTransformer, Wu et al. 2025). Those two are walked through in a fixed random order that goes on from epoch to
-        epoch, so that each of them comes up in time. background=None: every window once."""
+        All partial windows, and per partial window `full` wholly seizure and `background` windows (the
+        proportions of SeizureTransformer, Wu et al. 2025). Those two are walked through in a fixed random
+        order that goes on from epoch to epoch, so that each of them comes up in time. background=None:
+        every window once."""
         if background is None:
             ids = np.arange(len(self))
         else:
             partial = np.flatnonzero(self.kind == 1)
             if not len(partial):
-                raise DataError(f"none of {len(self)} windows contains a seizure's onset or end: balanced sampling needs some; "
-                                "use training recordings with seizures, or data.balanced: false")
-            ids = np.concatenate([partial, self._walk(2, "full_per_partial", full, len(partial), seed, epoch),
-                                  self._walk(0, "background_per_partial", background, len(partial), seed, epoch)])
+                raise DataError(f"none of {len(self)} windows contains a seizure's onset or end: balanced "
+                                "sampling needs some; train on such recordings, or set data.balanced: false")
+            full = self._walk(2, "full_per_partial", full, len(partial), seed, epoch)
+            background = self._walk(0, "background_per_partial", background, len(partial), seed, epoch)
+            ids = np.concatenate([partial, full, background])
         return np.random.default_rng([seed, epoch, 1]).permutation(ids)
 
     def _walk(self, kind, key, ratio, partial, seed, epoch):
@@ -1310,23 +1377,26 @@ class Windows:
         order = self._walks[seed, kind]
         if count and not len(order):
             what = ("lies wholly inside a seizure", "contains no seizure")[kind == 0]
-            raise DataError(f"no window {what}, {count} are asked for: set data.{key}: 0, or other data.window_seconds")
+            raise DataError(f"no window {what}, {count} are asked for: "
+                            f"set data.{key}: 0, or other data.window_seconds")
         return order[(epoch * count + np.arange(count)) % max(1, len(order))]
 
 
 def normalise(eeg, scale, norm, out=None):
-    """int16 tensor (..., C, T), uV per unit (..., C), typical amplitude in uV (...) -> float32 (..., C, T), about 1 in size."""
+    """int16 tensor (..., C, T), uV per unit (..., C), typical amplitude in uV (...) -> float32 (..., C, T),
+    about 1 in size."""
     factor = (scale / norm.unsqueeze(-1)).unsqueeze(-1)
     return eeg * factor if out is None else out.copy_(eeg).mul_(factor)
 
 
 class Loader:
-    """Batches of a Windows object, copied by a background thread into a ring of int16 buffers (pinned for CUDA) and scaled
-    on the device. `waited`: seconds that the consumer has waited for them. Needs no worker processes: they would copy every
-    batch once more."""
+    """Batches of a Windows object, copied by a background thread into a ring of int16 buffers (pinned for
+    CUDA) and scaled on the device. `waited`: seconds that the consumer has waited for them. Needs no worker
+    processes: they would copy every batch once more."""
 
     def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4):
-        import torch                    # in this class alone: import workers and commands start in a third of the time
+        # in this class alone: import workers and commands start in a third of the time
+        import torch
         self.device = torch.device(device)
         self.windows, self.seed, self.augment, self.buffers = windows, seed, augment, buffers
         self.waited = 0.0
@@ -1336,8 +1406,9 @@ class Loader:
         self._ring, self._outputs, self._idle = [], [], [np.empty(0)]
 
     def batches(self, lists_of_ids, epoch):
-        """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each list of window ids, in
-        order; None for an empty list. mask is 0 on padding. Closing the iterator early ends its thread."""
+        """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each list of
+        window ids, in order; None for an empty list. mask is 0 on padding. Closing the iterator early ends
+        its thread."""
         lists = [np.asarray(ids, np.int64) for ids in lists_of_ids]
         slots = self._slots(max(map(len, lists), default=0))
         free, full, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
@@ -1354,7 +1425,8 @@ class Loader:
                     raise slot
                 batch = [self._to_device(slot, len(ids)) if len(ids) else None]
                 free.put((slot, self._copied()))
-                yield batch.pop()       # keeps no reference: its memory is used again once the consumer lets go of it
+                # keeps no reference: its memory is used again once the consumer lets go of it
+                yield batch.pop()
         finally:
             stop.set()
             free.put((None, None))
@@ -1370,7 +1442,8 @@ class Loader:
         pin = self.device.type == "cuda"
         channels, length = self.scale.shape[1], self.windows.length
         shapes = {"eeg": ((size, channels, length), torch.int16), "y": ((size, length), torch.uint8),
-                  "real": ((size,), torch.int64), "scale": ((size, channels), torch.float32), "norm": ((size,), torch.float32)}
+                  "real": ((size,), torch.int64), "scale": ((size, channels), torch.float32),
+                  "norm": ((size,), torch.float32)}
         return [{key: torch.zeros(shape, dtype=kind, pin_memory=pin) for key, (shape, kind) in shapes.items()}
                 for _ in range(self.buffers)]
 
@@ -1398,7 +1471,7 @@ class Loader:
         host["real"][i] = recording.read_into(start, host["eeg"][i])
         host["y"][i] = recording.labels(start, self.windows.length)
         host["scale"][i], host["norm"][i] = self.scale[which], self.norm[which]
-        if self.augment:                # a gain of about +-20 % and, for one in two, left and right changed over
+        if self.augment:                # a gain of about +-20 % and, for one in two, left and right changed
             rng = np.random.default_rng([self.seed, epoch, window, 3])
             host["scale"][i] *= np.float32(np.exp(rng.normal(0, 0.2)))
             if rng.random() < 0.5:
@@ -1412,14 +1485,15 @@ class Loader:
         return x, y, torch.lt(place, t["real"][:, None], out=torch.empty_like(y))
 
     def _output(self, shape):
-        """On the CPU, memory for a batch that nobody holds any more: mapping 9 MB anew costs ten times the scaling. A NumPy
-        array counts every tensor and view made of it, also those that autograd keeps."""
+        """On the CPU, memory for a batch that nobody holds any more: mapping 9 MB anew costs ten times the
+        scaling. A NumPy array counts every tensor and view made of it, also those that autograd keeps."""
         import torch
         if self.device.type != "cpu":
             return None
         size = int(np.prod(shape))
         for k in range(len(self._outputs)):
-            if self._outputs[k].size >= size and sys.getrefcount(self._outputs[k]) == sys.getrefcount(self._idle[0]):
+            idle = sys.getrefcount(self._outputs[k]) == sys.getrefcount(self._idle[0])
+            if idle and self._outputs[k].size >= size:
                 break
         else:
             k = len(self._outputs)
@@ -1447,10 +1521,12 @@ def mirror(channels):
 # ---- synthetic recordings ----
 
 def synth(out, hours=1.0, patients=8, seed=0):
-    """Write `hours` of synthetic EEG of `patients` as EDF and events.tsv in BIDS / SzCORE layout, 19 channels, 256 Hz, uV.
+    """Write `hours` of synthetic EEG of `patients` as EDF and events.tsv in BIDS / SzCORE layout, 19
+    channels, 256 Hz, uV.
 
-    Background of 1/f noise, alpha with closed eyes, blinks, muscle, electrode pops, slow rhythms and mains; seizures that
-    evolve in frequency, amplitude and spread, no larger than the recording's own artefacts. A pure function of the seed."""
+    Background of 1/f noise, alpha with closed eyes, blinks, muscle, electrode pops, slow rhythms and mains;
+    seizures that evolve in frequency, amplitude and spread, no larger than the recording's own artefacts. A
+    pure function of the seed."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: synthetic recordings need a new folder")
@@ -1460,8 +1536,10 @@ def synth(out, hours=1.0, patients=8, seed=0):
         rng = np.random.default_rng([seed, p])
         traits = _traits(rng)
         for run, seconds in enumerate(_lengths(rng, hours * 3600 / patients)):
-            eeg, events = synth_recording(np.random.default_rng([seed, p, run]), traits, seconds, longest=run == 0)
-            stem = Path(out, f"sub-{p + 1:03d}", "ses-01", "eeg", f"sub-{p + 1:03d}_ses-01_task-szMonitoring_run-{run:02d}")
+            eeg, events = synth_recording(np.random.default_rng([seed, p, run]), traits, seconds,
+                                          longest=run == 0)
+            stem = Path(out, f"sub-{p + 1:03d}", "ses-01", "eeg",
+                        f"sub-{p + 1:03d}_ses-01_task-szMonitoring_run-{run:02d}")
             write_edf(f"{stem}_eeg.edf", eeg)
             write_events_tsv(f"{stem}_events.tsv", events, seconds)
 
@@ -1477,18 +1555,21 @@ def _traits(rng):
     """What stays the same within a patient."""
     return {"alpha": rng.uniform(8.5, 11.5), "alpha_size": rng.uniform(8, 25), "slope": rng.uniform(0.8, 1.2),
             "size": rng.uniform(12, 28), "mains": rng.choice([50.0, 60.0]), "mains_size": rng.uniform(0.5, 4),
-            "generalised": rng.random() < 0.4, "focus": rng.choice(["F7", "F8", "T3", "T4", "T5", "T6", "F3", "F4", "C3", "C4"]),
+            "generalised": rng.random() < 0.4,
+            "focus": rng.choice(["F7", "F8", "T3", "T4", "T5", "T6", "F3", "F4", "C3", "C4"]),
             "fast": rng.uniform(6, 9), "slow": rng.uniform(2.2, 3.5), "sharp": rng.uniform(0.3, 0.7)}
 
 
 def write_edf(path, eeg):
-    """float (C, T) uV of whole seconds at 256 Hz -> EDF, referential channels, +-3276.7 uV in steps of 0.1."""
+    """float (C, T) uV of whole seconds at 256 Hz -> EDF, referential channels, +-3276.7 uV in steps of
+    0.1."""
     import pyedflib
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     channels = CHANNELS["referential"]
     with pyedflib.EdfWriter(str(path), len(channels), pyedflib.FILETYPE_EDF) as writer:
         for i, name in enumerate(channels):
-            writer.setSignalHeader(i, {"label": name, "dimension": "uV", "sample_frequency": FS, "physical_min": -3276.7,
+            writer.setSignalHeader(i, {"label": name, "dimension": "uV", "sample_frequency": FS,
+                                       "physical_min": -3276.7,
                                        "physical_max": 3276.7, "digital_min": -32767, "digital_max": 32767,
                                        "transducer": "", "prefilter": ""})
         writer.setStartdatetime(datetime.datetime(2000, 1, 1))
@@ -1498,7 +1579,8 @@ def write_edf(path, eeg):
 def write_events_tsv(path, events, seconds):
     rows = [(onset, end - onset, "sz", "1.00") for onset, end in events] or [(0.0, seconds, "bckg", "n/a")]
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
-    lines += [f"{a:.2f}\t{d:.2f}\t{kind}\t{c}\tn/a\t2000-01-01 00:00:00\t{seconds:.2f}" for a, d, kind, c in rows]
+    lines += [f"{onset:.2f}\t{length:.2f}\t{kind}\t{confidence}\tn/a\t2000-01-01 00:00:00\t{seconds:.2f}"
+              for onset, length, kind, confidence in rows]
     Path(path).write_text("\n".join(lines) + "\n")
 
 
@@ -1518,7 +1600,8 @@ def _background(rng, traits, n):
     places = positions(CHANNELS["referential"])
     noise = pink(rng, (19, n), traits["slope"])
     nearby = np.exp(4 * (places @ places.T - 1))
-    eeg = (nearby / np.linalg.norm(nearby, axis=1, keepdims=True)).astype(np.float32) @ noise * np.float32(traits["size"])
+    nearby *= traits["size"] / np.linalg.norm(nearby, axis=1, keepdims=True)
+    eeg = nearby.astype(np.float32) @ noise
     back = np.clip(-places[:, 1], 0, None) ** 1.5
     eyes = np.interp(np.arange(n) / FS, *_switches(rng, n / FS, 8.0)).astype(np.float32)
     alpha = rhythm(rng, n, traits["alpha"], 0.6) * eyes * np.float32(traits["alpha_size"])
@@ -1530,8 +1613,8 @@ def _background(rng, traits, n):
 
 
 def pink(rng, shape, slope):
-    """Noise with an amplitude spectrum of f**-slope above 0.5 Hz, unit deviation, float32; made in pieces of 64 s and
-    cross-faded, which costs no more for a long recording."""
+    """Noise with an amplitude spectrum of f**-slope above 0.5 Hz, unit deviation, float32; made in pieces
+    of 64 s and cross-faded, which costs no more for a long recording."""
     piece, n = 1 << 14, shape[-1]
     ramp = np.sqrt(np.linspace(0, 1, piece // 4, dtype=np.float32))
     f = np.fft.rfftfreq(piece, 1 / FS)
@@ -1557,16 +1640,22 @@ def _switches(rng, seconds, mean):
     """Times and values of a state that goes between 0.1 and 1 every `mean` s or so, over half a second."""
     times = np.cumsum(rng.exponential(mean, int(seconds / mean) + 8) + 1)
     values = np.tile([0.1, 1.0], len(times))[rng.integers(2):][:len(times)]
-    return np.repeat(times, 2) + np.tile([0, 0.5], len(times)), np.repeat(values, 2)[np.r_[0, 0:2 * len(times) - 1]]
+    before = np.r_[values[0], values[:-1]]
+    return np.repeat(times, 2) + np.tile([0, 0.5], len(times)), np.stack([before, values], 1).ravel()
+
+
+ARTEFACTS = (                            # kind, per minute, shortest and longest in s
+    ("blink", 6, 0.2, 0.5), ("muscle", 0.5, 5, 40), ("chewing", 0.25, 5, 40), ("pop", 0.4, 1, 6),
+    ("slow", 0.35, 5, 40), ("sway", 0.25, 5, 40))
 
 
 def _artefacts(rng, traits, eeg, size):
-    """What imitates a seizure in amplitude, in line length or in rhythm, but does not evolve. Rates per minute."""
+    """What imitates a seizure in amplitude, in line length or in rhythm, but does not evolve."""
     n, places, names = eeg.shape[1], positions(CHANNELS["referential"]), CHANNELS["referential"]
     front = np.clip(places[:, 1], 0, None) ** 4
-    for kind, rate in (("blink", 6), ("muscle", 0.5), ("chewing", 0.25), ("pop", 0.4), ("slow", 0.35), ("sway", 0.25)):
+    for kind, rate, shortest, longest in ARTEFACTS:
         for _ in range(rng.poisson(rate * n / FS / 60)):
-            length = round(FS * {"blink": rng.uniform(0.2, 0.5), "pop": rng.uniform(1, 6)}.get(kind, rng.uniform(5, 40)))
+            length = round(FS * rng.uniform(shortest, longest))
             at = int(rng.integers(0, max(1, n - length)))
             length = min(length, n - at)
             t, bump = np.arange(length) / FS, np.hanning(length)
@@ -1580,32 +1669,36 @@ def _artefacts(rng, traits, eeg, size):
                 wave = bump ** 0.3 * rng.uniform(0.8, 2.5) * np.diff(rng.standard_normal(length + 1)) \
                     * np.clip(np.sin(2 * np.pi * rng.uniform(1, 2.2) * t), 0, None)
             elif kind == "pop":
-                where, wave = np.eye(19)[rng.integers(19)], rng.choice([-1, 1]) * rng.uniform(5, 20) * np.exp(-t / 0.4)
-            elif kind == "slow":                        # drowsy theta or delta: rhythmic, but noise and steady in frequency
+                where = np.eye(19)[rng.integers(19)]
+                wave = rng.choice([-1, 1]) * rng.uniform(5, 20) * np.exp(-t / 0.4)
+            elif kind == "slow":                        # drowsiness: rhythmic, but steady in frequency
                 where = np.exp(rng.uniform(0.5, 2) * (places @ places[rng.integers(19)] - 1))
                 wave = bump ** 0.3 * rng.uniform(1, 2.5) * rhythm(rng, length, rng.uniform(1.5, 7), 0.5)
             else:                                       # movement
-                wave = bump * rng.uniform(2, 6) * np.sin(2 * np.pi * rng.uniform(0.3, 1) * t + rng.uniform(0, 6))
+                turn = 2 * np.pi * rng.uniform(0.3, 1) * t + rng.uniform(0, 6)
+                wave = bump * rng.uniform(2, 6) * np.sin(turn)
             eeg[:, at:at + length] += (where[:, None] * wave * size).astype(np.float32)
 
 
 def _event_times(rng, seconds, longest):
-    """Seizures of 15 to 110 s, about one per 5 min, not overlapping; the patient's longest recording gets one of 75 s or
-    more where it is long enough, so that small sets hold windows of every kind."""
+    """Seizures of 15 to 110 s, about one per 5 min, not overlapping; the patient's longest recording gets
+    one of 75 s or more where it is long enough, so that small sets hold windows of every kind."""
     wanted = [min(rng.uniform(75, 110), seconds * 0.7)] if longest else []
     wanted += [float(d) for d in rng.uniform(15, 90, rng.poisson(seconds / 400))]
     events = []
     for duration in wanted:
         for _ in range(20):
             onset = rng.uniform(0, max(1e-6, seconds - duration))
-            if duration <= 0.7 * seconds and all(onset > e + 20 or onset + duration < s - 20 for s, e in events):
+            apart = all(onset > end + 20 or onset + duration < begin - 20 for begin, end in events)
+            if duration <= 0.7 * seconds and apart:
                 events.append((round(onset, 2), round(onset + duration, 2)))
                 break
     return np.array(sorted(events), np.float64).reshape(-1, 2)
 
 
 def _seizure(rng, traits, eeg, size, begin, end):
-    """One rhythmic discharge: its frequency falls, it grows and wanes, it spreads from its focus, it keeps its harmonics."""
+    """One rhythmic discharge: its frequency falls, it grows and wanes, it spreads from its focus, it keeps
+    its harmonics."""
     n, places = end - begin, positions(CHANNELS["referential"])
     u = np.linspace(0, 1, n)
     fast, slow = traits["fast"] * rng.uniform(0.9, 1.1), traits["slow"] * rng.uniform(0.9, 1.1)
@@ -1638,11 +1731,13 @@ def info(path, say=print):
         f"prepared {recordings[0].prepared}")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
-        say(f"  {split or 'no split':8} {len(part)} recordings, {len({person(r.patient) for r in part})} patients, "
+        say(f"  {split or 'no split':8} {len(part)} recordings, "
+            f"{len({person(r.patient) for r in part})} patients, "
             f"{sum(r.seconds for r in part) / 3600:.2f} h, {sum(len(r.events) for r in part)} seizures, "
             f"{sum(float((r.events[:, 1] - r.events[:, 0]).sum()) for r in part) / 3600:.3f} h of them")
     rates = [f"{r.source_fs:g}" for r in recordings]
-    say("  source rates: " + ", ".join(f"{rate} Hz x {rates.count(rate)}" for rate in sorted(set(rates), key=float)))
+    say("  source rates: " + ", ".join(f"{rate} Hz x {rates.count(rate)}"
+                                       for rate in sorted(set(rates), key=float)))
     say(f"  shorter than 60 s: {sum(r.seconds < 60 for r in recordings)}, without annotations: "
         f"{len(recordings) - len(labelled)}, repaired: {sum(bool(r.repaired) for r in recordings)}")
     if labelled:
@@ -1657,15 +1752,17 @@ def info(path, say=print):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description="EDF to HDF5, synthetic EDF, and what an imported folder holds.")
+    parser = argparse.ArgumentParser(description="EDF to HDF5, synthetic EDF, what a folder holds.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("import", help="EDF files and their annotations to one HDF5 file per recording")
     p.add_argument("src", help="corpus folder, any folder of EDF files, or one EDF")
     p.add_argument("out")
     p.add_argument("--layout", choices=LAYOUTS, default="auto")
     p.add_argument("--montage", choices=sorted(CHANNELS, reverse=True), default="referential")
-    p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both", help="mains to take out, Hz")
-    p.add_argument("--blank-unit", choices=("uV", "mV", "V", "nV"), default="", help="unit where the EDF names none")
+    p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",
+                   help="mains to take out, Hz")
+    p.add_argument("--blank-unit", choices=("uV", "mV", "V", "nV"), default="",
+                   help="unit where the EDF names none")
     p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
     p.add_argument("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
@@ -1685,11 +1782,16 @@ def main():
         elif args.command == "info":
             info(args.out)
         else:
-            report = import_corpus(args.src, args.out, args.layout, args.montage, args.notch, args.blank_unit, args.workers)
+            report = import_corpus(args.src, args.out, args.layout, args.montage, args.notch,
+                                   args.blank_unit, args.workers)
             return int(bool(report.refused) and not args.skip_bad)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
+    except (OSError, BrokenProcessPool) as error:       # disk full, a worker out of memory
+        what = " ".join(str(error).split())
+        print(f"data.py: stopped: {what}; the same command goes on from here", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,8 +2,9 @@
 
     python bench/loader.py [--hours 2] [--batch 8] [--seconds 1.0]
 
-Windows of 19 channels x 60 s at random places of 2 h of int16 EEG, warm cache, one thread. The floor is os.preadv of the same 19
-rows of a window into the same ring. Then: opening a corpus of 6,500 recordings, and how long a training-like loop waits.
+Windows of 19 channels x 60 s at random places of 2 h of int16 EEG, warm cache, one thread. The floor is
+os.preadv of the same 19 rows of a window into the same ring. Then: opening a corpus of 6,500 recordings,
+and how long a training-like loop waits.
 """
 import argparse
 import json
@@ -36,13 +37,15 @@ def corpus(folder, hours):
 
 def store(path, eeg, events=((100.0, 190.0),)):
     data.write_recording(path, eeg, np.array(events), {
-        "scale": np.full(19, 0.1, np.float32), "fs": data.FS, "channels": list(CHANNELS), "montage": "referential",
+        "scale": np.full(19, 0.1, np.float32), "fs": data.FS, "channels": list(CHANNELS),
+        "montage": "referential",
         "patient": path.stem, "split": "", "labelled": True, "norm": 20.0, "source": "", "source_state": "[]",
         "source_fs": 256.0, "layout": "", "format": data.FORMAT, "prepared": "bench", "repaired": ""})
 
 
 def rate(step, windows, seconds):
-    """Windows per second of step(batch of windows), best of three passes of `seconds`, after one to warm up."""
+    """Windows per second of step(batch of windows), best of three passes of `seconds`, after one to warm
+    up."""
     best = 0.0
     for k in range(4):
         done, began = 0, time.perf_counter()
@@ -123,8 +126,10 @@ def default_loader(w):
 
 
 def compressed(w, folder):
-    """One npz of overlapping float32 windows, of which each access unpacks all: the form of a published pipeline."""
-    eeg = np.stack([w.recordings[0].read(int(s), LENGTH) for s in w.start[w.recording == 0]]).astype(np.float32)
+    """One npz of overlapping float32 windows, of which each access unpacks all: the form of a published
+    pipeline."""
+    eeg = np.stack([w.recordings[0].read(int(s), LENGTH)
+                    for s in w.start[w.recording == 0]]).astype(np.float32)
     np.savez_compressed(folder / "w.npz", windows=eeg)
 
     def step(ids):
@@ -152,7 +157,8 @@ def waiting(w, step, count=60):
     began = first = time.perf_counter()
     for k, _ in enumerate(loader.batches([ids[i * BATCH:(i + 1) * BATCH] for i in range(count)], 1)):
         if k == 0:
-            loader.waited, first = 0.0, time.perf_counter()     # filling the ring for the first time is not the loop
+            # filling the ring for the first time is not the loop
+            loader.waited, first = 0.0, time.perf_counter()
         time.sleep(step)
     return loader.waited, time.perf_counter() - first, first - began
 
@@ -183,10 +189,12 @@ def main():
         copy = BATCH / dict(rows)["float32 on the CPU"]
         for step in (2 * copy, 0.1):
             waited, total, _ = waiting(w, step)
-            print(f"steps of {step * 1e3:6.1f} ms (a batch takes {copy * 1e3:.1f} ms): waited {waited * 1e3:.1f} ms of {total:.2f} s")
+            print(f"steps of {step * 1e3:6.1f} ms (a batch takes {copy * 1e3:.1f} ms): "
+                  f"waited {waited * 1e3:.1f} ms of {total:.2f} s")
         first, later = opening(folder / "many")
-        print(f"6,500 recordings: opened in {first:.2f} s without an index, {later:.2f} s with it   target 2 s")
-        print(json.dumps({name: round(value / base, 5) for name, value in rows} | {"open_s": round(later, 3)}))
+        print(f"6,500 recordings: opened in {first:.2f} s, with an index in {later:.2f} s   target 2 s")
+        print(json.dumps({name: round(value / base, 5) for name,
+                          value in rows} | {"open_s": round(later, 3)}))
 
 
 def sum_rate(step, ids, seconds):
