@@ -36,7 +36,7 @@ TRAINING = {"epochs": 4, "batch_size": 8, "learning_rate": 2e-3, "warmup_ratio":
 
 def synthetic(work, seed):
     """Folders of train+dev and of unseen patients."""
-    for name, hours, patients, s in (("corpus", 4.0, 32, seed), ("unseen", 3.0, 12, seed + 1000)):
+    for name, hours, patients, s in (("corpus", 6.0, 48, seed), ("unseen", 3.0, 12, seed + 1000)):
         data.synth(work / f"{name}_edf", hours=hours, patients=patients, seed=s)
         data.import_corpus(work / f"{name}_edf", work / name)
     return work / "corpus", work / "unseen", {}
@@ -99,9 +99,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=TRAINING["epochs"])
     parser.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
-    parser.add_argument("--window", type=float, default=30.0, help="seconds")
+    parser.add_argument("--window", type=float, help="seconds; default 30, for the 10 s clips of --real 10")
     parser.add_argument("--work", help="keep everything in this new folder")
     args = parser.parse_args()
+    args.window = args.window or (10.0 if args.real else 30.0)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(args.work or scratch)
         work.mkdir(exist_ok=True)
