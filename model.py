@@ -158,8 +158,9 @@ def ssd(x, dt, a, b, c, reverse=False, state=None, chunk=None):
         last = (whole[..., None] - middle).exp()[..., None, :] @ own
         state = state * whole.exp()[..., None, None] + last.view(state.shape)
     start = start.transpose(1, 2).reshape(n, -1, heads * headdim, states)
-    y = ((c @ b.transpose(-1, -2)) * seen) @ u + c @ start.transpose(-1, -2)
-    y = y.unflatten(-1, (heads, headdim)) * level.exp()[..., None]
+    inside = ((c @ b.transpose(-1, -2)) * seen) @ u
+    y = torch.baddbmm(inside.flatten(0, 1), c.flatten(0, 1), start.transpose(-1, -2).flatten(0, 1))
+    y = y.view(*level.shape, headdim) * level.exp()[..., None]
     return y.reshape(n, -1, heads, headdim)[:, :steps], state
 
 
@@ -220,7 +221,8 @@ class Mamba2(nn.Module):
             u = u.unflatten(-1, (self.heads, self.headdim))
             with torch.autocast(x.device.type, enabled=False):
                 y, scan = ssd(u, dt[..., heads], a[..., heads], b, c, reverse=i == 1, state=scan)
-                y = torch.addcmul(y, u, skip[heads, None]).flatten(-2) * gate[..., inner]
+                direct = skip[heads, None].expand(-1, self.headdim).flatten()
+                y = torch.addcmul(y.flatten(-2), u.flatten(-2), direct) * gate[..., inner]
                 power = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / self.inner
                 result = result + (y @ out[i]) * torch.rsqrt(power + 1e-5)      # RMS norm, after the matrix
         return result, (seen[:, seen.shape[1] - CONV + 1:], scan)

@@ -123,7 +123,7 @@ def test_the_backward_direction_is_the_forward_one_in_reversed_time():
 
 
 def test_a_layer_equals_the_mamba2_of_transformers():
-    transformers = pytest.importorskip("transformers", reason="transformers, an oracle here, is not installed")
+    transformers = pytest.importorskip("transformers", reason="the oracle transformers is not installed")
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
     config = transformers.Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, state_size=8, expand=2,
                                        n_groups=1, chunk_size=16, num_hidden_layers=1, use_bias=False)
@@ -249,7 +249,8 @@ def test_any_number_of_channels_and_samples_gives_one_logit_per_sample(channels,
 
 def test_wrong_input_and_settings_are_refused_in_one_line():
     for wrong in (lambda: tiny()(torch.randn(1, 5, 256)), lambda: tiny()(torch.randn(4, 256)),
-                  lambda: tiny(1), lambda: tiny(tcn_widht=3), lambda: tiny(tcn_kernel=4), lambda: tiny(node_headdim=7),
+                  lambda: tiny(1), lambda: tiny(tcn_widht=3), lambda: tiny(tcn_kernel=4),
+                  lambda: tiny(node_headdim=7),
                   lambda: tiny(hop=50), lambda: tiny(edge_heads=3)):
         with pytest.raises(ValueError) as refusal:
             wrong()
