@@ -520,6 +520,9 @@ class Trainer:
         self.skipped, self.nonfinite = state["skipped"], state["nonfinite"]
         self.stopping, self.summary = dict(state["stopping"]), dict(state["scores"])
         self.windows_done, self.scores = (state["sampler"]["windows"], dict(state["validation"])) if self.batch else (0, {})
+        if self.scores and state["config"]["evaluation"] != self.config["evaluation"]:
+            self.say(f"resume: evaluation settings changed: the {len(self.scores)} recordings validated so far are scored anew")
+            self.scores = {}
         if self.stopping["metric"] != self.settings["best_metric"]:
             self.say(f"resume: best_metric was {self.stopping['metric']}: best starts anew with {self.settings['best_metric']}")
             self.stopping = {"metric": self.settings["best_metric"], "value": None, "epoch": 0, "waited": 0}
@@ -638,8 +641,9 @@ class Trainer:
 
     def log(self, seconds):
         steps = max(1.0, self.running["steps"])
-        row = {"epoch": self.epoch, "batch": self.batch, "batches": self.batches, "step": self.step, "loss": self.running["loss"] / steps,
-               "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.running["norm"] / steps, "skipped": self.skipped}
+        row = {"epoch": self.epoch, "batch": self.batch, "batches": self.batches, "step": self.step,
+               "loss": self.running["loss"] / steps, "lr": self.optimizer.param_groups[0]["lr"],
+               "grad_norm": self.running["norm"] / steps, "skipped": self.skipped}
         self.running = dict.fromkeys(self.running, 0.0)
         if not self.group.main:
             return
