@@ -1306,8 +1306,9 @@ def _draw(usable, people, fraction, seed):
         if len(group) > 1 and not dev:
             count = min(max(1, count), len(group) - 1)
         dev |= {group[i] for i in rng.permutation(len(group))[:count]}
-    if not dev:
-        dev = {people[i] for i in rng.permutation(len(people))[:len(people) > 1]}
+    if not dev:                         # a lone patient with seizures is for training
+        rest = [p for p in people if p not in ill] or people
+        dev = {rest[rng.integers(len(rest))]} if len(people) > 1 else set()
     return dev
 
 
@@ -1536,17 +1537,25 @@ def synth(out, hours=1.0, patients=8, seed=0):
         rng = np.random.default_rng([seed, p])
         traits = _traits(rng)
         for run, seconds in enumerate(_lengths(rng, hours * 3600 / patients)):
-            eeg, events = synth_recording(np.random.default_rng([seed, p, run]), traits, seconds,
-                                          longest=run == 0)
+            wanted = _wanted(run == 0, hours * 3600 / patients, p)
+            eeg, events = synth_recording(np.random.default_rng([seed, p, run]), traits, seconds, *wanted)
             stem = Path(out, f"sub-{p + 1:03d}", "ses-01", "eeg",
                         f"sub-{p + 1:03d}_ses-01_task-szMonitoring_run-{run:02d}")
             write_edf(f"{stem}_eeg.edf", eeg)
             write_events_tsv(f"{stem}_events.tsv", events, seconds)
 
 
+def _wanted(first, total, patient):
+    """(whether a recording gets a long seizure, how many others per hour). Each patient's longest one does,
+    so that small sets hold windows of every kind; where a patient has less than 4 min, every second one has
+    no seizure."""
+    quiet = total < 240 and patient % 2 == 1
+    return first and not quiet, 0 if quiet else 9
+
+
 def _lengths(rng, total):
     """Whole seconds of a patient's recordings, unequal, the longest first, about one per 10 min."""
-    count = int(np.clip(round(total / 600), 1 + (total >= 120), 12))
+    count = int(np.clip(round(total / 600), 1 + (total >= 240), 12))
     share = rng.uniform(0.5, 1.5, count)
     return sorted((max(10, round(s)) for s in total * share / share.sum()), reverse=True)
 
@@ -1584,12 +1593,12 @@ def write_events_tsv(path, events, seconds):
     Path(path).write_text("\n".join(lines) + "\n")
 
 
-def synth_recording(rng, traits, seconds, longest=False):
-    """(float32 (19, T) uV, events float64 (N, 2)) of one synthetic recording."""
+def synth_recording(rng, traits, seconds, long=True, rate=9):
+    """(float32 (19, T) uV, events float64 (N, 2)) of one synthetic recording; `rate` in seizures per hour."""
     eeg = _background(rng, traits, seconds * FS)
     size = float(np.median(abs(eeg))) * 1.4826
     _artefacts(rng, traits, eeg, size)
-    events = _event_times(rng, seconds, longest)
+    events = _event_times(rng, seconds, long, rate)
     for onset, end in events:
         _seizure(rng, traits, eeg, size, round(onset * FS), round(end * FS))
     return eeg, events
@@ -1680,11 +1689,11 @@ def _artefacts(rng, traits, eeg, size):
             eeg[:, at:at + length] += (where[:, None] * wave * size).astype(np.float32)
 
 
-def _event_times(rng, seconds, longest):
-    """Seizures of 15 to 110 s, about one per 5 min, not overlapping; the patient's longest recording gets
-    one of 75 s or more where it is long enough, so that small sets hold windows of every kind."""
-    wanted = [min(rng.uniform(75, 110), seconds * 0.7)] if longest else []
-    wanted += [float(d) for d in rng.uniform(15, 90, rng.poisson(seconds / 400))]
+def _event_times(rng, seconds, long, rate):
+    """Seizures of 15 to 90 s, `rate` per hour, and a `long` one of 75 to 110 s, none overlapping, none
+    longer than 0.7 of the recording."""
+    wanted = [min(rng.uniform(75, 110), seconds * 0.7)] if long else []
+    wanted += [float(d) for d in rng.uniform(15, 90, rng.poisson(seconds * rate / 3600))]
     events = []
     for duration in wanted:
         for _ in range(20):
