@@ -209,20 +209,22 @@ class Mamba2(nn.Module):
         d, past, scan = self.directions, *state
         if d == 1 and scan is None:
             past, scan = x.new_zeros(n, CONV - 1, width), x.new_zeros(n, self.heads, self.headdim, self.state)
-        x_mixed, x_gate, x_dt = project.split([d * self.mixed, d * self.inner, d * self.heads], -1)
+        *x_mixed, x_gate, x_dt = project.split([self.mixed] * d + [d * self.inner, d * self.heads], -1)
         seen = F.pad(x, (0, 0, CONV - 1, CONV - 1)) if d == 2 else torch.cat([past, x], 1)
-        mixed = self._short_conv(seen @ x_mixed, conv, conv_bias)
         gate, dt = F.silu((x @ x_gate).float()), F.softplus((x @ x_dt).float() + dt_bias)
-        a, result = -MAX_DECAY * torch.tanh(dt * decay / MAX_DECAY), 0
-        for i in range(d):
-            inner, heads = (slice(i * size, (i + 1) * size) for size in (self.inner, self.heads))
-            window = mixed[:, i * (CONV - 1):, i * self.mixed:(i + 1) * self.mixed][:, :steps]
-            u, b, c = window.split([self.inner, self.state, self.state], -1)
-            u = u.unflatten(-1, (self.heads, self.headdim))
+        a = -MAX_DECAY * torch.tanh(dt * decay / MAX_DECAY)
+        gate, dt, a, conv, conv_bias, skip = (
+            v.chunk(d, axis) for v, axis in ((gate, 2), (dt, 2), (a, 2), (conv, 0), (conv_bias, 0), (skip, 0)))
+        result = 0
+        for i in range(d):                             # forward sees CONV - 1 steps back, backward as many ahead
+            rows = seen[:, i * (CONV - 1):][:, :steps + CONV - 1]
+            mixed = self._short_conv(rows @ x_mixed[i], conv[i], conv_bias[i])
+            u, b, c = mixed.split([self.inner, self.state, self.state], -1)
             with torch.autocast(x.device.type, enabled=False):
-                y, scan = ssd(u, dt[..., heads], a[..., heads], b, c, reverse=i == 1, state=scan)
-                direct = skip[heads, None].expand(-1, self.headdim).flatten()
-                y = torch.addcmul(y.flatten(-2), u.flatten(-2), direct) * gate[..., inner]
+                heads = u.unflatten(-1, (self.heads, self.headdim))
+                y, scan = ssd(heads, dt[i], a[i], b, c, reverse=i == 1, state=scan)
+                direct = skip[i][:, None].expand(-1, self.headdim).flatten()
+                y = torch.addcmul(y.flatten(-2), u, direct) * gate[i]
                 power = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / self.inner
                 result = result + (y @ out[i]) * torch.rsqrt(power + 1e-5)      # RMS norm, after the matrix
         return result, (seen[:, seen.shape[1] - CONV + 1:], scan)
