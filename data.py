@@ -252,7 +252,8 @@ def calibration(header, records, i, blank_unit):
     if unit[:2] in ("MV", "Mv") or _unit(unit) not in MICROVOLTS:
         raise DataError(f"{name} is in {unit!r}, not in uV, mV, nV or V")
     block = _block(header, records, i)
-    if block.min() < dmin - 1 or block.max() > dmax + 1:                    # then the gain may be wrong too
+    narrow = dmin > -32767 or dmax < 32766              # else nothing can be outside
+    if narrow and (block.min() < dmin - 1 or block.max() > dmax + 1):       # then the gain may be wrong too
         raise DataError(f"{name} holds {block.min()} to {block.max()}, its header says {dmin} to {dmax}")
     gain = float((pmax - pmin) / (dmax - dmin)) * MICROVOLTS[_unit(unit)]
     return gain, float(pmin) * MICROVOLTS[_unit(unit)] - dmin * gain
@@ -451,10 +452,10 @@ def prepare_edf(path, settings):
                         * (FS / rate).limit_denominator(20_000))
     eeg, scale, spread = np.empty((len(rows), samples), np.int16), np.empty(len(rows), np.float32), []
     for c, row in enumerate(rows):
-        x = sum(np.float32(w * gains[i][0]) * _block(header, records, i).reshape(-1).astype(np.float32)
-                for i, w in row.items())
-        x += np.float32(sum(w * gains[i][1] for i, w in row.items()))
-        x = prepare_row(x, rate, NOTCH[settings.notch])
+        x = np.float32(sum(w * gains[i][1] for i, w in row.items()))
+        for i, w in row.items():
+            x = x + np.float32(w * gains[i][0]) * _block(header, records, i).astype(np.float32)
+        x = prepare_row(x.reshape(-1), rate, NOTCH[settings.notch])
         step = max(abs(w * gains[i][0]) for i, w in row.items() if w)
         eeg[c], scale[c] = quantise(x, step)
         spread.append(1.4826 * float(np.median(abs(sparse(x)))))
@@ -1481,25 +1482,30 @@ class Loader:
     def _to_device(self, slot, count):
         import torch
         t = {key: value[:count].to(self.device, non_blocking=True) for key, value in slot.items()}
-        x = normalise(t["eeg"], t["scale"], t["norm"], self._output(t["eeg"].shape))
-        y, place = t["y"].float(), torch.arange(self.windows.length, device=self.device)
-        return x, y, torch.lt(place, t["real"][:, None], out=torch.empty_like(y))
+        x, y, mask = self._output(count)
+        normalise(t["eeg"], t["scale"], t["norm"], x)
+        place = torch.arange(self.windows.length, device=self.device)
+        return x, y.copy_(t["y"]), torch.lt(place, t["real"][:, None], out=mask)
 
-    def _output(self, shape):
-        """On the CPU, memory for a batch that nobody holds any more: mapping 9 MB anew costs ten times the
-        scaling. A NumPy array counts every tensor and view made of it, also those that autograd keeps."""
+    def _output(self, count):
+        """Memory for x, y and mask. On the CPU that of a batch which nobody holds any more: mapping 10 MB
+        anew costs ten times the scaling. A NumPy array counts every tensor and view made of it, those that
+        autograd keeps too."""
         import torch
+        channels, length = self.scale.shape[1], self.windows.length
+        size = count * (channels + 2) * length
         if self.device.type != "cpu":
-            return None
-        size = int(np.prod(shape))
-        for k in range(len(self._outputs)):
-            idle = sys.getrefcount(self._outputs[k]) == sys.getrefcount(self._idle[0])
-            if idle and self._outputs[k].size >= size:
-                break
+            flat = torch.empty(size, device=self.device)
         else:
-            k = len(self._outputs)
-            self._outputs.append(np.empty(size, np.float32))
-        return torch.from_numpy(self._outputs[k])[:size].view(shape)
+            unused = sys.getrefcount(self._idle[0])
+            k = next((k for k in range(len(self._outputs)) if self._outputs[k].size >= size
+                      and sys.getrefcount(self._outputs[k]) == unused), None)
+            if k is None:
+                k = len(self._outputs)
+                self._outputs.append(np.empty(size, np.float32))
+            flat = torch.from_numpy(self._outputs[k])[:size]
+        x, y, mask = flat.split([count * channels * length, count * length, count * length])
+        return x.view(count, channels, length), y.view(count, length), mask.view(count, length)
 
     def _copied(self):
         """A CUDA event after the copies that are under way; None on the CPU, where they are done."""
