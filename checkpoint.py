@@ -430,8 +430,12 @@ def _checked(path, map_location):
             _check_bytes(file)
             file.seek(0)
             return torch.load(file, map_location=map_location, weights_only=True)
-        except (MemoryError, OSError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError):
             raise
+        except OSError as error:
+            if error.errno != errno.EINVAL:                                 # EINVAL: damage made us seek to nowhere
+                raise
+            raise CorruptCheckpoint(f"{path}: misplaced records") from None
         except CorruptCheckpoint as damage:
             raise CorruptCheckpoint(f"{path}: {damage}") from None
         except pickle.UnpicklingError as refusal:
@@ -449,7 +453,7 @@ def _check_bytes(file):
     end, comment = _end_record(file, size)
     if not comment:
         return _check_foreign(file)
-    stored, note = comment[len(MAGIC):len(MAGIC) + 64], comment[len(MAGIC) + 74:]
+    stored, note = comment[len(MAGIC):len(MAGIC) + 64], _note(comment)
     digest, at = hashlib.sha256(), 0
     buffer = bytearray(1 << 20)
     for name, length, crc, offset in _records(file, end, size):
@@ -496,6 +500,14 @@ def _end_record(file, size):
     return (size - len(tail) + at, *fields[4:7]), comment
 
 
+def _note(comment):
+    """The JSON of our comment, checked by its own CRC-32 so that it can be believed before the file is read."""
+    note = comment[len(MAGIC) + 74:]
+    if comment[len(MAGIC) + 64:len(MAGIC) + 74] != b" %08x " % zlib.crc32(note):
+        raise CorruptCheckpoint("its progress record is damaged")
+    return note
+
+
 def _records(file, end, size):
     """[(name, size, crc, header offset)] of the central directory, in file order."""
     end_at, count, length, offset = end
@@ -535,12 +547,10 @@ def peek(path):
         size = os.fstat(file.fileno()).st_size
         try:
             comment = _end_record(file, size)[1] if size else b""
+            note = comment and _note(comment)
         except CorruptCheckpoint as damage:
             raise CorruptCheckpoint(f"{path}: {damage}") from None
-        note = comment[len(MAGIC) + 74:]
-        if comment and comment[len(MAGIC) + 64:len(MAGIC) + 74] != b" %08x " % zlib.crc32(note):
-            raise CorruptCheckpoint(f"{path}: its progress record is damaged")
-    state = json.loads(note) if comment else _checked(path, "meta")
+    state = json.loads(note) if note else _checked(path, "meta")
     if not isinstance(state, dict):
         raise CorruptCheckpoint(f"{path}: holds a {type(state).__name__}, not a checkpoint dict")
     facts = {k: state.get(k, 0) for k in PROGRESS}
