@@ -214,9 +214,9 @@ class Mamba2(nn.Module):
         gate, dt = F.silu((x @ x_gate).float()), F.softplus((x @ x_dt).float() + dt_bias)
         a = -MAX_DECAY * torch.tanh(dt * decay / MAX_DECAY)
         gate, dt, a, conv, conv_bias, skip = (
-            v.chunk(d, axis) for v, axis in ((gate, 2), (dt, 2), (a, 2), (conv, 0), (conv_bias, 0), (skip, 0)))
+            v.chunk(d, -1 if v.ndim == 3 else 0) for v in (gate, dt, a, conv, conv_bias, skip))
         result = 0
-        for i in range(d):                             # forward sees CONV - 1 steps back, backward as many ahead
+        for i in range(d):                         # forward sees CONV - 1 steps back, backward as many ahead
             rows = seen[:, i * (CONV - 1):][:, :steps + CONV - 1]
             mixed = self._short_conv(rows @ x_mixed[i], conv[i], conv_bias[i])
             u, b, c = mixed.split([self.inner, self.state, self.state], -1)

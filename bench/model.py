@@ -28,8 +28,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as v3
 
-CORE = {"layers": 6, "width": 64, "state": 16, "headdim": 8, "streams": 19, "steps": 960,
-        "chunk": 16}       # chunk of transformers: the fastest of 16, 32, 64 and its default 256
+CORE = {"layers": 6, "width": 64, "state": 16, "headdim": 8, "streams": 19, "steps": 960}
+CHUNKS = (16, 64)         # chunk_size of transformers: its fastest of 16, 32, 64 and 256, and a larger one
 SAMPLES = 15360
 
 
@@ -51,13 +51,13 @@ def arguments():
 class TransformersCore(torch.nn.Module):
     """The same stack from the mixers of transformers: per layer one mixer for each direction, summed."""
 
-    def __init__(self):
+    def __init__(self, chunk):
         super().__init__()
         from transformers import Mamba2Config
         from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
         config = Mamba2Config(hidden_size=CORE["width"], state_size=CORE["state"], head_dim=CORE["headdim"],
                               num_heads=2 * CORE["width"] // CORE["headdim"], expand=2, n_groups=1,
-                              num_hidden_layers=1, use_bias=False, chunk_size=CORE["chunk"])
+                              num_hidden_layers=1, use_bias=False, chunk_size=chunk)
         self.mixers = torch.nn.ModuleList(Mamba2Mixer(config, 0) for _ in range(2 * CORE["layers"]))
 
     def forward(self, x):
@@ -79,7 +79,7 @@ def build(name, args):
     torch.manual_seed(0)
     kind, who = name.split(":")
     if kind == "core":
-        net = TransformersCore() if who == "transformers" else v3.Mamba2(
+        net = TransformersCore(int(who.split()[-1])) if "transformers" in who else v3.Mamba2(
             CORE["width"], CORE["layers"], CORE["state"], CORE["headdim"])
         x = torch.randn(CORE["streams"], CORE["steps"], CORE["width"])
     else:
@@ -227,10 +227,10 @@ def main():
     table("Detectors, 60 s windows a second", found, args.batch, "detector:SeizureTransformer")
     cores = ["core:ours"]
     if importlib.util.find_spec("transformers"):
-        cores.insert(0, "core:transformers")
+        cores = [f"core:transformers, chunk {chunk}" for chunk in CHUNKS] + cores
     else:
         print("transformers left out: the package is not installed")
-    table("Sequence core, windows a second", race(cores, args), 1, "core:transformers")
+    table("Sequence core, windows a second", race(cores, args), 1, cores[0])
     parts(args)
     net, x = build("detector:V3", argparse.Namespace(**{**vars(args), "batch": 1}))
     flop, peak = matmul_flop(net, x), matmul_peak(args)
