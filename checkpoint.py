@@ -439,8 +439,9 @@ def _checked(path, map_location):
         except CorruptCheckpoint as damage:
             raise CorruptCheckpoint(f"{path}: {damage}") from None
         except pickle.UnpicklingError as refusal:
-            reason = str(refusal).strip().split("\n")[0]
-            raise CorruptCheckpoint(f"{path}: weights_only loading refuses it: {reason}") from None
+            code = re.search(r"GLOBAL (\S+)", str(refusal))
+            what = f"it would run {code[1]}" if code else str(refusal).strip().split("\n")[0]
+            raise CorruptCheckpoint(f"{path}: weights_only loading refuses it: {what}") from None
         except Exception as damage:         # a damaged zip makes torch raise EOFError, RuntimeError, KeyError, struct.error ...
             raise CorruptCheckpoint(f"{path}: unreadable: {type(damage).__name__}: {damage}".split("\n")[0]) from damage
 
@@ -764,8 +765,9 @@ class Checkpointer:
         try:
             self._refuse_nonfinite()
             sweep_temps(self.directory)
-            if not self.links:      # copies need room: drop the oldest snapshot first, four newer durable ones remain
-                self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - 1) if self.mid_keep else 0)
+            if not self.links:      # copies need room: the oldest snapshots go first, newer durable ones remain
+                room = 2 if len(names) > 1 else 1
+                self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - room) if self.mid_keep else 0)
             body, tail = self._image.finish()
             first = self.directory / names[0]
             _write(first, body, tail)

@@ -1,0 +1,421 @@
+"""Policy of checkpoint.py: choosing, rotating, best, timers, faults, links, locks, the command line."""
+import errno
+import math
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import crash
+from conftest import ROOT
+from test_crash import docstring_loop, recover, saver, sound, state, temps
+
+
+def quiet(line):
+    pass
+
+
+def names(directory):
+    return sorted(p.name for p in Path(directory).glob("*.pt"))
+
+
+# ---- what is in a file ----
+
+def test_every_kind_of_plain_value_and_tensor_comes_back_as_it_was(tmp_path):
+    tied = torch.randn(7)
+    saved = {"tied": [tied, tied], "slice": torch.arange(1000)[10:20], "turned": torch.randn(3, 4).t(), "none": None,
+             "empty": torch.zeros(0, 3), "scalar": torch.tensor(5), "bf16": torch.randn(4).bfloat16(), "flag": torch.tensor([True]),
+             "complex": torch.randn(3, dtype=torch.complex64), "uint16": torch.tensor([1, 65535], dtype=torch.uint16),
+             "float8": torch.randn(4).to(torch.float8_e4m3fn), "tuple": (1, 2.5, "x", b"y"), "set": {1, 2}, 3: "int key",
+             "numpy": np.float64(0.5), "array": np.arange(3), "big": 2**80, "nan": math.nan, "size": torch.Size([2])}
+    checkpoint.atomic_save(saved, tmp_path / "x.pt")
+    for got in (checkpoint.load(tmp_path / "x.pt"), torch.load(tmp_path / "x.pt", weights_only=True),
+                torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)):
+        for key in ("slice", "turned", "empty", "scalar", "bf16", "flag", "complex"):
+            assert got[key].dtype == saved[key].dtype and torch.equal(got[key], saved[key]), key
+        assert got["uint16"].tolist() == [1, 65535] and torch.equal(got["float8"].float(), saved["float8"].float())
+        assert got["tied"][0].data_ptr() == got["tied"][1].data_ptr()
+        assert (got["tuple"], got["set"], got[3], got["numpy"], got["big"]) == ((1, 2.5, "x", b"y"), {1, 2}, "int key", 0.5, 2**80)
+        assert type(got["numpy"]) is float and got["array"].tolist() == [0, 1, 2] and math.isnan(got["nan"])
+    assert (tmp_path / "x.pt").stat().st_size < 20_000, "a slice must not drag its whole storage along"
+
+
+def test_metadata_of_a_state_dict_is_kept(tmp_path):
+    model = torch.nn.BatchNorm1d(3)
+    checkpoint.atomic_save({"model": model.state_dict()}, tmp_path / "x.pt")
+    assert checkpoint.load(tmp_path / "x.pt")["model"]._metadata == model.state_dict()._metadata
+
+
+@pytest.mark.parametrize("value, message", [(Path("x"), "PosixPath"), (torch.eye(3).to_sparse(), "only dense tensors"),
+                                            (lambda: 0, "function")])
+def test_what_could_not_be_loaded_again_is_refused_by_its_key_and_nothing_is_written(tmp_path, value, message):
+    checkpoint.atomic_save(state(1), tmp_path / "last.pt")
+    with pytest.raises(TypeError, match=message) as refusal:
+        checkpoint.atomic_save({"a": {"b": [0, value]}}, tmp_path / "last.pt")
+    assert "['a']['b'][1]" in str(refusal.value) and sound(checkpoint.load(tmp_path / "last.pt")) == 1
+
+
+def test_any_zip_tool_and_plain_torch_open_a_checkpoint(tmp_path):
+    checkpoint.atomic_save(state(1), tmp_path / "x.pt")
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
+    if shutil.which("unzip"):
+        assert subprocess.run(["unzip", "-tqq", str(tmp_path / "x.pt")]).returncode == 0
+
+
+def test_headers_of_records_beyond_four_gigabytes_are_read_by_zip_tools(tmp_path):
+    size, path = 5 * 2**30, tmp_path / "big.pt"
+    header = checkpoint._local(b"archive/data/0", size, 0, 0)
+    small = checkpoint._local(b"archive/version", 2, 0, len(header) + size)
+    with open(path, "wb") as file:          # sparse: five gigabytes of nothing
+        file.write(header)
+        file.seek(len(header) + size)
+        file.write(small + b"3\n")
+        records = [(b"archive/data/0", size, 0, 0), (b"archive/version", 2, 0, len(header) + size)]
+        file.write(checkpoint._directory(records, file.tell()) + b"\0\0")
+    with zipfile.ZipFile(path) as archive:
+        assert [(i.file_size, i.header_offset) for i in archive.infolist()] == [(size, 0), (2, len(header) + size)]
+    with open(path, "rb") as file:
+        end, _ = checkpoint._end_record(file, path.stat().st_size)
+        assert checkpoint._records(file, end, path.stat().st_size) == records
+
+
+def test_the_file_holds_the_values_of_the_moment_of_the_call(tmp_path):
+    live = state(1)
+    live["optimizer"]["groups"] = [{"lr": 1.0}]
+    with saver(tmp_path, background=True) as s:
+        for step in (1, 2):
+            live["model"]["weight"].copy_(state(step)["model"]["weight"])
+            live["model"]["half"].fill_(step), live["optimizer"]["state"][0]["exp_avg"].copy_(2 * live["model"]["weight"])
+            live |= {"global_step": step, "batch": step}
+            live["optimizer"]["lr"] = 0.1 * step
+            s.save_mid(live)
+            live["model"]["weight"].zero_(), live["optimizer"]["state"][0]["exp_avg"].fill_(-1)
+            live["optimizer"]["groups"][0]["lr"], live["optimizer"]["lr"] = -1, -1
+    for step in (1, 2):
+        got = checkpoint.load(tmp_path / f"mid_epoch_001_{step:06d}.pt")
+        assert sound(got) == step and got["optimizer"]["groups"][0]["lr"] == (1.0 if step == 1 else -1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_snapshot_of_gpu_tensors_holds_the_values_of_the_call(tmp_path):
+    weight = torch.arange(10_000_000, device="cuda", dtype=torch.float32)
+    with saver(tmp_path, background=True) as s:
+        for step in (1, 2, 3):
+            s.save_mid({"model": {"w": weight}, "epoch": 1, "batch": step, "global_step": step})
+            weight.add_(1)
+    for step in (2, 3):
+        got = checkpoint.load(tmp_path / f"mid_epoch_001_{step:06d}.pt")["model"]["w"]
+        assert torch.equal(got, torch.arange(10_000_000, dtype=torch.float32) + step - 1)
+
+
+# ---- the choice ----
+
+def put(directory, name, **progress):
+    Path(directory).mkdir(exist_ok=True)
+    checkpoint.atomic_save({"epoch": 1, "batch": 0, "global_step": 0, "save_counter": 0, **progress}, Path(directory, name))
+    os.utime(Path(directory, name), (random.random() * 1e9,) * 2)           # dates must never matter
+
+
+@pytest.mark.parametrize("files, chosen", [
+    ({"mid_epoch_003_000010.pt": (3, 10, 210, 9), "last.pt": (2, 100, 200, 8)}, "mid_epoch_003_000010.pt"),
+    ({"mid_epoch_002_000090.pt": (2, 90, 190, 7), "last.pt": (2, 100, 200, 8)}, "last.pt"),
+    ({"mid_epoch_999_000010.pt": (999, 10, 9, 1), "mid_epoch_1000_000001.pt": (1000, 1, 10, 2)}, "mid_epoch_1000_000001.pt"),
+    ({"mid_epoch_001_999999.pt": (1, 999999, 9, 1), "mid_epoch_001_1000000.pt": (1, 1000000, 10, 2)}, "mid_epoch_001_1000000.pt"),
+    ({"mid_epoch_005_000500.pt": (5, 500, 900, 20), "mid_epoch_003_000001.pt": (3, 1, 201, 21)}, "mid_epoch_003_000001.pt"),
+    ({"mid_epoch_003_000050.pt": (3, 50, 250, 14), "last.pt": (2, 100, 200, 11)}, "mid_epoch_003_000050.pt"),
+    ({"mid_epoch_002_000100.pt": (2, 100, 200, 5), "last.pt": (2, 100, 200, 5)}, "mid_epoch_002_000100.pt"),
+    ({"checkpoint_epoch_004.pt": (4, 100, 400, 9)}, "checkpoint_epoch_004.pt"),
+    ({"best.pt": (4, 100, 400, 9)}, None)],
+    ids=["mid after last", "stale mid", "1000 epochs", "a million batches", "rolled-back line", "late writer", "tie", "epoch file",
+         "best alone"])
+def test_the_resume_takes_the_latest_save_by_what_is_stored_inside(tmp_path, files, chosen):
+    for name, (epoch, batch, step, counter) in files.items():
+        put(tmp_path, name, epoch=epoch, batch=batch, global_step=step, save_counter=counter)
+    found = checkpoint.find_resume(tmp_path)
+    assert (found.name if found else None) == chosen
+
+
+def test_damaged_and_odd_files_are_named_and_skipped(tmp_path, capsys):
+    for step in (1, 2, 3):
+        put(tmp_path, f"mid_epoch_001_{step:06d}.pt", batch=step, global_step=step, save_counter=step)
+    (tmp_path / "mid_epoch_001_000003.pt").write_bytes((tmp_path / "mid_epoch_001_000003.pt").read_bytes()[:-1])
+    (tmp_path / "last.pt").mkdir()
+    (tmp_path / "checkpoint_epoch_009.pt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "mid_epoch_001_000009.pt").write_bytes(b"")
+    put(tmp_path, "mid_epoch_001_000010.pt", batch=-4, save_counter=99)
+    assert checkpoint.find_resume(tmp_path).name == "mid_epoch_001_000002.pt"
+    out = capsys.readouterr().out
+    for name in ("mid_epoch_001_000003.pt", "last.pt", "checkpoint_epoch_009.pt", "mid_epoch_001_000009.pt", "mid_epoch_001_000010.pt"):
+        assert f"skipped {name}" in out
+    assert "passed mid_epoch_001_000001.pt" in out and checkpoint.find_resume(tmp_path / "absent") is None
+
+
+def test_choosing_among_ten_files_costs_a_small_part_of_reading_them(tmp_path):
+    for step in range(10):
+        checkpoint.atomic_save({**state(step), "x": torch.randn(2_000_000)}, tmp_path / f"mid_epoch_001_{step:06d}.pt")
+    start = time.perf_counter()
+    for path in tmp_path.glob("*.pt"):
+        checkpoint.verify(path)
+    reading, start = time.perf_counter() - start, time.perf_counter()
+    assert len(checkpoint.candidates(tmp_path)) == 10
+    assert (time.perf_counter() - start) < reading / 3
+
+
+def test_saves_after_a_rollback_outrank_the_abandoned_line(tmp_path):
+    with saver(tmp_path, mid_epoch_keep=0) as s:
+        for step in (1, 2, 3, 4):
+            s.save_mid(state(step))
+    with saver(tmp_path, mid_epoch_keep=0) as s:
+        s.resume(tmp_path / "mid_epoch_001_000002.pt")
+        s.save_mid(state(3, batch=33))
+    assert checkpoint.find_resume(tmp_path).name == "mid_epoch_001_000033.pt"
+
+
+# ---- rotation ----
+
+def test_rotation_keeps_the_newest_saves_whatever_their_dates_names_and_neighbours(tmp_path):
+    for step in range(1, 9):
+        put(tmp_path, f"mid_epoch_001_{9 - step:06d}.pt", batch=9 - step, global_step=step, save_counter=step, run="mine")
+    put(tmp_path, "mid_epoch_007_000001.pt", save_counter=2, run="another")
+    (tmp_path / "mid_epoch_001_000077.pt").write_bytes(b"cannot be parsed")
+    resumed = tmp_path / "mid_epoch_001_000008.pt"
+    gone = checkpoint.rotate(tmp_path, "mid_epoch_*.pt", 3, protect=[resumed])
+    assert names(tmp_path) == ["mid_epoch_001_000001.pt", "mid_epoch_001_000002.pt", "mid_epoch_001_000008.pt",
+                               "mid_epoch_001_000077.pt", "mid_epoch_007_000001.pt"] and len(gone) == 5
+    assert checkpoint.rotate(tmp_path, "mid_epoch_*.pt", 0) == []
+    with pytest.raises(ValueError, match="0 .all. or more"):
+        checkpoint.rotate(tmp_path, "mid_epoch_*.pt", -1)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_a_hundred_epochs_with_the_defaults_never_hold_two_gigabytes_of_v3(tmp_path, links, monkeypatch):
+    if not links:
+        def refuse(*arguments, **options):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        monkeypatch.setattr(os, "link", refuse)
+    small, most = {"model": {"w": torch.zeros(50_000)}, "global_step": 0}, [0]
+
+    def measure(number, name, arguments):
+        inodes = {p.stat().st_ino: p.stat().st_size for p in tmp_path.iterdir() if p.is_file()}
+        most[0] = max(most[0], sum(inodes.values()))
+    with crash.Watched(tmp_path, measure), checkpoint.Checkpointer(tmp_path, background=False, say=quiet) as s:
+        for epoch in range(1, 101):
+            for batch in range(1, 4 + 4 * (epoch % 3 == 0)):
+                s.save_mid(small | {"epoch": epoch, "batch": batch})
+            s.save_epoch(small | {"epoch": epoch, "batch": 9}, metric=math.sin(epoch * epoch))
+    one = (tmp_path / "last.pt").stat().st_size
+    print(f"most at any instant: {most[0] / one:.2f} files = {most[0] / one * 0.1945:.3f} GB of V3, links {links}")
+    assert most[0] / one * 194.5e6 < 2.0e9
+    assert len(list(tmp_path.glob("mid_epoch_*"))) == (5 if links else 3) and len(list(tmp_path.glob("checkpoint_epoch_*"))) == 3
+    assert (os.stat(tmp_path / "last.pt").st_ino == os.stat(tmp_path / "checkpoint_epoch_100.pt").st_ino) == links
+
+
+# ---- best ----
+
+def test_best_moves_only_on_strict_improvement_and_survives_resume(tmp_path):
+    def end(s, epoch, metric):
+        return s.save_epoch(state(epoch, epoch=epoch), metric=metric, name="f1")
+    with saver(tmp_path) as s:
+        assert not end(s, 1, math.nan) and end(s, 2, np.float32(0.5)) and not end(s, 3, 0.5) and not end(s, 4, math.nan)
+    before = (tmp_path / "best.pt").read_bytes()
+    with saver(tmp_path) as s:
+        s.resume()
+        assert not end(s, 5, 0.3) and (tmp_path / "best.pt").read_bytes() == before
+        assert end(s, 6, 0.6)
+    assert checkpoint.load(tmp_path / "best.pt")["metric"] == {"name": "f1", "value": 0.6}
+    assert checkpoint.better(1.0, 2.0, "min") and not checkpoint.better(2.0, 2.0, "min") and checkpoint.better(-math.inf, math.nan)
+
+
+def test_a_damaged_best_is_said_and_replaced(tmp_path, capsys):
+    (tmp_path / "best.pt").write_bytes(b"damaged")
+    with saver(tmp_path, say=print) as s:
+        assert s.save_epoch(state(1, epoch=1), metric=0.1)
+    assert "best.pt cannot be compared" in capsys.readouterr().out and checkpoint.verify(tmp_path / "best.pt")
+
+
+def test_names_of_one_state_are_links_and_outlive_each_other(tmp_path):
+    with saver(tmp_path) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.1)
+    assert len({(tmp_path / n).stat().st_ino for n in ("last.pt", "best.pt", "checkpoint_epoch_001.pt")}) == 1
+    (tmp_path / "checkpoint_epoch_001.pt").unlink()
+    assert sound(checkpoint.load(tmp_path / "last.pt")) == 1
+
+
+# ---- timer and environment ----
+
+def test_snapshots_come_at_every_interval_the_first_within_two_minutes(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    with saver(tmp_path, mid_epoch_minutes=30) as s:
+        due = []
+        for step in range(1, 200):          # a step a minute
+            clock[0] += 60
+            if s.due():
+                due.append(step)
+                s.save_mid(state(step))
+    assert due == [2, 32, 62, 92, 122, 152, 182]
+
+
+def test_environment_overrides_and_bad_values_get_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("BGB_MID_EPOCH_MINUTES", "0.5"), monkeypatch.setenv("BGB_MID_EPOCH_KEEP", "2")
+    assert checkpoint.environment(30.0, 5) == (0.5, 2)
+    assert "BGB_MID_EPOCH_MINUTES=0.5 overrides 30.0" in capsys.readouterr().out
+    for name, value in (("BGB_MID_EPOCH_MINUTES", "soon"), ("BGB_MID_EPOCH_MINUTES", "nan"), ("BGB_MID_EPOCH_KEEP", "1.5")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"{name}='{value}' must be"):
+            checkpoint.environment(30.0, 5)
+        monkeypatch.setenv(name, "1")
+
+
+# ---- faults ----
+
+def test_three_failed_saves_in_a_row_stop_and_one_success_forgives(tmp_path, capsys):
+    home = tmp_path / "run"
+    with saver(home, say=print, background=True) as s:
+        s.save_mid(state(1))
+        s.wait()
+        os.rename(home, tmp_path / "gone")
+        for _ in range(2):
+            s.save_mid(state(2))
+            s.wait()
+        os.rename(tmp_path / "gone", home)
+        s.save_mid(state(3))
+        s.wait()
+        os.rename(home, tmp_path / "gone")
+        with pytest.raises(checkpoint.SaveFailed):
+            for step in (4, 5, 6):
+                s.save_mid(state(step))
+                s.wait()
+    assert "save failed (2 in a row): No such file or directory" in capsys.readouterr().out
+    assert recover(tmp_path / "gone") == 3
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path, capsys):
+    with saver(tmp_path, say=print) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.1)
+        broken = state(2, epoch=2)
+        broken["model"]["weight"][17] = math.nan
+        s.save_epoch(broken, metric=0.9)
+    assert "weights are not finite (weight)" in capsys.readouterr().out
+    assert sound(checkpoint.load(tmp_path / "best.pt")) == 1 and recover(tmp_path) == 1
+
+
+def test_a_file_size_limit_of_the_system_fails_the_save_and_spares_the_old_file(tmp_path):
+    def child():
+        checkpoint.atomic_save(state(1), tmp_path / "last.pt")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+        with pytest.raises(OSError) as error:
+            checkpoint.atomic_save(state(2), tmp_path / "last.pt")
+        assert error.value.errno == errno.EFBIG
+    assert crash.run_child(child) == "done"
+    assert sound(checkpoint.load(tmp_path / "last.pt")) == 1 and not temps(tmp_path)
+
+
+def test_an_error_of_the_hook_reaches_the_training_loop(tmp_path):
+    def hook(path):
+        raise ConnectionError("no volume")
+    s = saver(tmp_path, on_saved=hook, background=True)
+    s.save_mid(state(1))
+    with pytest.raises(RuntimeError, match="on_saved failed for mid_epoch_001_000001.pt: no volume"):
+        s.close()
+    assert recover(tmp_path) == 1
+
+
+def test_tmpdir_on_another_disk_is_never_used_and_modes_follow_the_umask(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    before = os.umask(0o027)
+    try:
+        checkpoint.atomic_save(state(1), tmp_path / "last.pt")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "last.pt").stat().st_mode & 0o777 == 0o640
+
+
+def test_memory_stays_flat_over_fifty_saves(tmp_path):
+    big = {"model": {"w": torch.zeros(4_000_000)}, "epoch": 1, "global_step": 0}
+
+    def rss():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    with saver(tmp_path, background=True) as s:
+        for batch in range(60):
+            s.save_mid(big | {"batch": batch})
+            if batch == 9:
+                before = rss()
+    assert rss() - before < 16e6
+
+
+# ---- one process, the command line, the copied file ----
+
+def test_a_second_process_is_refused_and_death_frees_the_directory(tmp_path):
+    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; " \
+             f"s = checkpoint.Checkpointer({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert "held" in holder.stdout.readline()
+    with pytest.raises(checkpoint.InUse, match=f"in use by process {holder.pid}"):
+        saver(tmp_path)
+    put(tmp_path, "mid_epoch_001_000001.pt"), put(tmp_path, "last.pt", save_counter=3)
+    checkpoint.main(["clean", str(tmp_path), "--yes"])
+    assert names(tmp_path) == ["last.pt", "mid_epoch_001_000001.pt"], "clean must leave a run in use alone"
+    holder.kill(), holder.wait()
+    saver(tmp_path).close()
+
+
+def test_the_command_line_lists_verifies_cleans_and_strips(tmp_path, capsys):
+    run = tmp_path / "results/v3/checkpoints"
+    run.mkdir(parents=True)
+    with saver(run) as s:
+        s.save_mid(state(1))
+        s.save_epoch(state(2, epoch=1), metric=0.25, name="auroc")
+    (run / ".last.pt.999999.0.tmp").write_bytes(b"left by the dead")
+    assert checkpoint.main(["ls", str(tmp_path / "results")]) == 0
+    out = capsys.readouterr().out
+    assert " -> last.pt" in out and "auroc 0.2500" in out and "4 names, 2 files on disk" in out and "the latest save" in out
+    assert checkpoint.main(["verify", str(run)]) == 0
+    (run / "mid_epoch_001_000009.pt").write_bytes(b"damage")
+    assert checkpoint.main(["verify", str(run / "mid_epoch_001_000009.pt")]) == 1
+    assert "mid_epoch_001_000009.pt: DAMAGED" in capsys.readouterr().out
+    assert checkpoint.main(["clean", str(run)]) == 0 and (run / "mid_epoch_001_000001.pt").exists()
+    assert checkpoint.main(["clean", str(run), "--yes"]) == 0
+    assert names(run) == ["best.pt", "checkpoint_epoch_001.pt", "last.pt"] and not temps(run)
+    assert checkpoint.main(["strip", str(run / "best.pt"), str(tmp_path / "weights.pt")]) == 0
+    assert set(checkpoint.load(tmp_path / "weights.pt")) >= {"model"} and "optimizer" not in checkpoint.load(tmp_path / "weights.pt")
+    assert checkpoint.main(["ls", str(tmp_path / "absent")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_docstring_runs_alone_in_an_empty_directory_killed_and_resumed(tmp_path):
+    results = {}
+    for name, kills in (("whole", 0), ("cut", 2)):
+        home = tmp_path / name
+        home.mkdir()
+        shutil.copy(ROOT / "checkpoint.py", home)
+        slow = docstring_loop().replace("loss.backward()", "loss.backward(), __import__('time').sleep(0.02)")
+        (home / "loop.py").write_text(slow)
+        for attempt in range(kills + 1):
+            process = subprocess.Popen([sys.executable, "loop.py"], cwd=home, stdout=subprocess.PIPE, text=True)
+            if attempt < kills:
+                for line in process.stdout:
+                    if f"saved mid_epoch_00{attempt + 2}_" in line:
+                        break
+                process.kill()
+            out = process.communicate()[0]
+        assert process.returncode == 0 and ("resume: chose mid_epoch" in out) == bool(kills)
+        results[name] = checkpoint.load(home / "checkpoints/last.pt")
+    assert results["cut"]["global_step"] == results["whole"]["global_step"] == 100
+    assert all(torch.equal(results["cut"]["model"][k], results["whole"]["model"][k]) for k in results["whole"]["model"])
+
+
+def test_it_imports_only_torch_and_the_standard_library():
+    imports = {line.split()[1].split(".")[0] for line in (ROOT / "checkpoint.py").read_text().splitlines()
+               if line.startswith(("import ", "from "))}
+    assert imports - sys.stdlib_module_names == {"torch"}
