@@ -223,7 +223,7 @@ def test_a_second_signal_exits_at_once(corpus, tmp_path):
 
 
 def test_the_time_limit_saves_exits_75_and_the_resumed_run_ends_the_same(corpus, reference, tmp_path, capsys):
-    limited = loaded(corpus, tmp_path, training__time_limit_hours=1.0 / 3600)
+    limited = loaded(corpus, tmp_path, training__time_limit_hours=0.2 / 3600)
     codes = [train.run(limited, "true" if attempt else "false") for attempt in range(2)]
     assert 75 in codes
     assert train.run(loaded(corpus, tmp_path), "true") == 0
