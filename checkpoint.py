@@ -318,8 +318,7 @@ def _write(path, body, tail):
     The aligned part bypasses the page cache where the file system allows: half the interference with the training loop, and
     checkpoints do not push the EEG out of the cache. Nothing failed is retried: after a failed fsync the kernel may call the
     lost pages clean (Rebello et al., ATC'20)."""
-    temp = path.parent / f".{path.name}.{os.getpid()}.{next(_serial)}.tmp"
-    fd = _create(temp)
+    temp, fd = _create(path)
     try:
         try:
             cut = len(body) // PAGE * PAGE
@@ -336,13 +335,23 @@ def _write(path, body, tail):
     _sync_directory(path.parent)
 
 
-def _create(temp):
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)         # the umask decides, unlike mkstemp's 0600
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)                      # freed by any death: sweep_temps asks for it
-    except OSError:
-        pass                                # no locks on this file system: sweep_temps goes by the process id there
-    return fd
+def _create(path):
+    """(temp beside `path`, its descriptor), locked: any death frees the lock, which sweep_temps of any process asks for."""
+    while True:
+        temp = path.parent / f".{path.name}.{os.getpid()}.{next(_serial)}.tmp"
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)     # the umask decides, unlike mkstemp's 0600
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return temp, fd
+        except BlockingIOError:
+            pass                            # a sweep came between open and lock and takes this file for dead: another one
+        except OSError:
+            return temp, fd                 # no locks on this file system: sweep_temps goes by the process id there
+        except BaseException:
+            os.close(fd), _unlink(temp)
+            raise
+        os.close(fd), _unlink(temp)
 
 
 def _write_direct(fd, data):
@@ -391,22 +400,27 @@ def _unlink(path):
 def sweep_temps(directory):
     """Remove the temp files of dead processes in `directory`; a live writer holds a lock on its own."""
     for temp in Path(directory).glob(".*.tmp"):
-        if TEMP.fullmatch(temp.name) and _dead(temp):
-            _unlink(temp)
+        if TEMP.fullmatch(temp.name):
+            _dead(temp, remove=True)
 
 
-def _dead(temp):
+def _dead(temp, remove=False):
+    """Whether no live process writes `temp`. Removed under the lock: its writer, about to lock it too, then sees it gone."""
     try:
         fd = os.open(temp, os.O_RDONLY)
     except OSError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        dead = True
     except BlockingIOError:
-        return False
+        dead = False
     except OSError:
-        return not Path("/proc", TEMP.fullmatch(temp.name)[1]).exists()
+        dead = not Path("/proc", TEMP.fullmatch(temp.name)[1]).exists()
+    try:
+        if dead and remove:
+            _unlink(temp)
+        return dead
     finally:
         os.close(fd)
 

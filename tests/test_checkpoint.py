@@ -419,3 +419,17 @@ def test_it_imports_only_torch_and_the_standard_library():
     imports = {line.split()[1].split(".")[0] for line in (ROOT / "checkpoint.py").read_text().splitlines()
                if line.startswith(("import ", "from "))}
     assert imports - sys.stdlib_module_names == {"torch"}
+
+
+def test_processes_that_save_side_by_side_in_one_directory_never_fail_each_other(tmp_path):
+    def writer(name):
+        for step in range(150):             # each save sweeps the temps of dead processes: never those of the others
+            checkpoint.atomic_save(state(step), tmp_path / name)
+    children = []
+    for name in ("a.pt", "b.pt", "c.pt"):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(crash.run_child(lambda: writer(name)) != "done")
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    assert names(tmp_path) == ["a.pt", "b.pt", "c.pt"] and not temps(tmp_path)
