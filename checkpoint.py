@@ -138,7 +138,7 @@ class _Frozen:
     def _inside(self, key, value):
         try:
             return self._walk(value)
-        except TypeError as error:          # the path to the culprit grows on the way out: nothing is paid for it before
+        except (TypeError, ValueError) as error:            # the path to the culprit grows on the way out, at no cost before
             raise TypeError(f"[{key!r}]{error}") from None
 
     def _walk(self, value):
@@ -157,7 +157,7 @@ class _Frozen:
         if kind in (list, tuple, set):
             return kind(self._inside(i, item) for i, item in enumerate(value))
         if kind.__module__ == "numpy":
-            return self._walk(value.item() if value.ndim == 0 else torch.as_tensor(value))
+            return self._walk(value.item() if value.ndim == 0 else torch.as_tensor(value.copy()))
         raise TypeError(f" is a {kind.__module__}.{kind.__qualname__}: weights_only loading would refuse it; "
                         f"store plain numbers, strings, lists, dicts or tensors")
 
@@ -175,7 +175,8 @@ class _Frozen:
 
 
 def _same_view(a, b):
-    return (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
+    facts = lambda t: (t.dtype, t.shape, t.stride(), t.device, t.is_conj(), t.is_neg())
+    return facts(a) == facts(b)
 
 
 def _local(name, size, crc, offset):
@@ -496,6 +497,8 @@ def _check_bytes(file):
 def _read(file, at, length):
     if length < 0:
         raise CorruptCheckpoint("overlapping or misplaced records")
+    if at + length > os.fstat(file.fileno()).st_size:       # before Python reserves memory for a damaged length
+        raise CorruptCheckpoint("truncated")
     file.seek(at)
     data = file.read(length)
     if len(data) != length:
@@ -572,7 +575,10 @@ def peek(path):
     for key, value in facts.items():
         if type(value) is not int or value < 0:
             raise CorruptCheckpoint(f"{path}: its {key} is {value!r}, not a count")
-    return facts | {"kind": state.get("kind"), "run": state.get("run"), "metric": state.get("metric"), "bytes": size}
+    metric = state.get("metric")
+    if not isinstance(metric, dict) or not isinstance(metric.get("value"), (int, float)) or "name" not in metric:
+        metric = None                       # a file of another program may call anything a metric
+    return facts | {"kind": state.get("kind"), "run": state.get("run"), "metric": metric, "bytes": size}
 
 
 # ---- choosing and rotating: by what is stored inside, never by mtime or by the order of names ----
@@ -642,14 +648,15 @@ def find_resume(checkpoints_directory, say=print):
 def rotate(directory, glob_pattern, keep, protect=()):
     """Delete all but the newest `keep` files (0 = all stay) that match; returns the deleted paths.
 
-    Newest by the stored save counter. Never deleted: the newest, anything in `protect` (it counts as kept), what cannot be
-    parsed, and files of another run than the newest one's."""
+    Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect` (they count as kept), what
+    cannot be parsed, and files of another run than the newest one's."""
     if keep < 0:
         raise ValueError(f"keep must be 0 (all) or more, not {keep}")
     found = [_Candidate(path) for path in Path(directory).glob(glob_pattern)]
     found = sorted((c for c in found if c.facts), key=lambda c: c.order, reverse=True)
     found = [c for c in found if c.facts["run"] == found[0].facts["run"]]
-    guarded = [c for c in found[:1] if keep] + [c for c in found[1:] if c.path in {Path(p) for p in protect}]
+    guard = {os.path.realpath(path) for path in (*protect, Path(directory, "best.pt"))}
+    guarded = found[:1] + [c for c in found[1:] if os.path.realpath(c.path) in guard]
     others = [c for c in found if c not in guarded]
     doomed = [c.path for c in others[max(0, keep - len(guarded)):]] if keep else []
     for path in doomed:
@@ -765,6 +772,9 @@ class Checkpointer:
         state = {**state, "kind": kind, "run": self.run, "save_counter": self.counter}
         try:
             self._image.fill(state)
+            for key in PROGRESS:
+                if type(self._image.tree.get(key, 0)) is not int:
+                    raise TypeError(f"[{key!r}] must be a whole number: no resume could take this file")
         finally:
             self._due_at = time.monotonic() + 60 * self.minutes
         self.blocked = time.monotonic() - began
@@ -803,9 +813,11 @@ class Checkpointer:
             raise RuntimeError(f"on_saved failed for {path.name}: {error}") from error
 
     def _refuse_nonfinite(self):
-        for key, slot in (self._image.tree.get("model") or {}).items():
+        model = self._image.tree.get("model")
+        for key, slot in model.items() if isinstance(model, dict) else ():
             if isinstance(slot, _Slot) and (slot.dtype.is_floating_point or slot.dtype.is_complex):
-                if not torch.isfinite(self._image.tensor(slot)).all():
+                values = self._image.tensor(slot)
+                if not torch.isfinite(values if slot.dtype.itemsize > 1 else values.float()).all():     # float8 cannot tell
                     raise OSError(errno.EDOM, f"weights are not finite ({key}): not written over good files")
 
     def _also(self, source, target, body, tail):
@@ -935,8 +947,10 @@ def _health(path):
     try:
         verify(path)
         return "ok"
-    except (CorruptCheckpoint, OSError) as damage:
+    except CorruptCheckpoint as damage:
         return f"DAMAGED: {_reason(damage)}"
+    except OSError as error:
+        return f"UNREADABLE: {_reason(error)}"
 
 
 def _in_use(directory):
@@ -985,22 +999,27 @@ def _removable(directory):
     chosen = find_resume(directory, lambda line: None)
     for c in candidates(directory) if chosen else []:
         health = "ok" if c.path == chosen else _health(c.path)
-        if health != "ok":
+        if health.startswith("DAMAGED"):    # what cannot be read here, or is no file, may be sound
             out.append((c.path, health))
-        elif c.path != chosen and c.path.name.startswith("mid_epoch"):
+        elif health == "ok" and c.path != chosen and c.path.name.startswith("mid_epoch"):
             out.append((c.path, f"older than {chosen.name}"))
     return out
 
 
 def _clean(directory, yes):
-    if busy := _in_use(directory):
-        return print(f"{directory}: left alone, it is {busy}")
-    doomed = _removable(directory)
-    for path, why in doomed:
-        print(f"{'removed' if yes else 'would remove'} {path}  {os.lstat(path).st_size / 1e6:.1f} MB  ({why})")
-        if yes:
-            _unlink(path)
-    print(f"{directory}: {sum(1 for _ in doomed)} files" + ("" if yes or not doomed else "; --yes removes them"))
+    try:
+        held = lock(directory)              # to the end: no run may begin between the look and the removal
+    except InUse as error:
+        return print(f"left alone: {error.strerror}")
+    try:
+        doomed = _removable(directory)
+        for path, why in doomed:
+            print(f"{'removed' if yes else 'would remove'} {path}  {os.lstat(path).st_size / 1e6:.1f} MB  ({why})")
+            if yes:
+                _unlink(path)
+        print(f"{directory}: {len(doomed)} files" + ("" if yes or not doomed else "; --yes removes them"))
+    finally:
+        os.close(held)
 
 
 def strip(source, target=None):

@@ -56,6 +56,36 @@ def test_metadata_of_a_state_dict_is_kept(tmp_path):
     assert checkpoint.load(tmp_path / "x.pt")["model"]._metadata == model.state_dict()._metadata
 
 
+def test_a_tensor_and_its_conjugate_are_two_tensors(tmp_path):
+    wave = torch.randn(5, dtype=torch.complex64)
+    checkpoint.atomic_save({"a": wave, "b": wave.conj(), "c": wave.conj().imag, "d": wave.imag}, tmp_path / "x.pt")
+    got = checkpoint.load(tmp_path / "x.pt")
+    assert torch.equal(got["a"], wave) and torch.equal(got["b"], wave.conj())
+    assert torch.equal(got["c"], -wave.imag) and torch.equal(got["d"], wave.imag)
+
+
+def test_numpy_arrays_of_any_stride_are_stored_and_of_foreign_byte_order_refused_by_key(tmp_path):
+    saved = {"back": np.arange(5)[::-1], "frozen": np.frombuffer(b"abcdefgh", dtype=np.int32), "flag": np.bool_(True),
+             "u16": np.array([1, 65535], dtype=np.uint16), "cut": np.arange(10.0)[::3], "zero": np.array(7)}
+    checkpoint.atomic_save(saved, tmp_path / "x.pt")
+    for key, value in checkpoint.load(tmp_path / "x.pt").items():
+        assert np.array_equal(np.asarray(value), saved[key]), key
+    with pytest.raises(TypeError, match=r"\['a'\].*byte order"):
+        checkpoint.atomic_save({"a": np.arange(3, dtype=">i4")}, tmp_path / "y.pt")
+    assert names(tmp_path) == ["x.pt"]
+
+
+def test_seventy_thousand_tensors_need_the_large_zip_end_record_and_come_back(tmp_path):
+    checkpoint.atomic_save({"w": list(torch.arange(70_000).unbind())}, tmp_path / "x.pt")
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
+    assert torch.equal(torch.stack(checkpoint.load(tmp_path / "x.pt")["w"]), torch.arange(70_000))
+    blob = bytearray((tmp_path / "x.pt").read_bytes())
+    blob[blob.rfind(b"PK\6\6") + 47] ^= 0x40                # a directory of 4 exabytes: refused, not allocated
+    (tmp_path / "x.pt").write_bytes(blob)
+    with pytest.raises(checkpoint.CorruptCheckpoint):
+        checkpoint.load(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("value, message", [(Path("x"), "PosixPath"), (torch.eye(3).to_sparse(), "only dense tensors"),
                                             (lambda: 0, "function")])
 def test_what_could_not_be_loaded_again_is_refused_by_its_key_and_nothing_is_written(tmp_path, value, message):
@@ -197,6 +227,17 @@ def test_rotation_keeps_the_newest_saves_whatever_their_dates_names_and_neighbou
         checkpoint.rotate(tmp_path, "mid_epoch_*.pt", -1)
 
 
+def test_rotation_spares_the_resumed_file_however_its_path_is_written_and_best_under_any_pattern(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    put(run, "best.pt", save_counter=1, run="r")
+    for step in range(2, 7):
+        put(run, f"mid_epoch_001_{step:06d}.pt", batch=step, save_counter=step, run="r")
+    (tmp_path / "alias").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    checkpoint.rotate("run", "*.pt", 2, protect=[run / "mid_epoch_001_000002.pt", "alias/mid_epoch_001_000003.pt"])
+    assert names(run) == ["best.pt", "mid_epoch_001_000002.pt", "mid_epoch_001_000003.pt", "mid_epoch_001_000006.pt"]
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 def test_a_hundred_epochs_with_the_defaults_never_hold_two_gigabytes_of_v3(tmp_path, links, monkeypatch):
     if not links:
@@ -241,6 +282,13 @@ def test_a_damaged_best_is_said_and_replaced(tmp_path, capsys):
     with saver(tmp_path, say=print) as s:
         assert s.save_epoch(state(1, epoch=1), metric=0.1)
     assert "best.pt cannot be compared" in capsys.readouterr().out and checkpoint.verify(tmp_path / "best.pt")
+
+
+def test_a_best_of_another_program_is_replaced_and_listed(tmp_path, capsys):
+    torch.save({"epoch": 1, "metric": 0.9}, tmp_path / "best.pt")
+    with saver(tmp_path) as s:
+        assert checkpoint.main(["ls", str(tmp_path)]) == 0 and s.save_epoch(state(1, epoch=1), metric=0.1)
+    assert "best.pt" in capsys.readouterr().out and checkpoint.peek(tmp_path / "best.pt")["metric"]["value"] == 0.1
 
 
 def test_names_of_one_state_are_links_and_outlive_each_other(tmp_path):
@@ -308,6 +356,25 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, capsys):
         s.save_epoch(broken, metric=0.9)
     assert "weights are not finite (weight)" in capsys.readouterr().out
     assert sound(checkpoint.load(tmp_path / "best.pt")) == 1 and recover(tmp_path) == 1
+
+
+def test_progress_that_no_resume_could_take_is_refused_at_the_save(tmp_path):
+    with saver(tmp_path) as s:
+        for wrong in ({"epoch": torch.tensor(1)}, {"global_step": 3.0}, {"batch": True}):
+            with pytest.raises(TypeError, match="must be a whole number"):
+                s.save_mid(state(1) | wrong)
+        s.save_mid(state(1) | {"epoch": np.int64(1)})
+        with pytest.raises(KeyError):
+            s.save_mid({"model": {}})
+    assert names(tmp_path) == ["mid_epoch_001_000001.pt"] and recover(tmp_path) == 1
+
+
+def test_weights_of_eight_bits_are_checked_too(tmp_path, capsys):
+    with saver(tmp_path, say=print) as s:
+        for step, value in ((1, 0.5), (2, math.nan)):
+            weight = torch.full((4,), value).to(torch.float8_e4m3fn)
+            s.save_mid({"model": {"w": weight}, "epoch": 1, "batch": step, "global_step": step})
+    assert names(tmp_path) == ["mid_epoch_001_000001.pt"] and "not finite (w)" in capsys.readouterr().out
 
 
 def test_a_file_size_limit_of_the_system_fails_the_save_and_spares_the_old_file(tmp_path):
@@ -391,6 +458,23 @@ def test_the_command_line_lists_verifies_cleans_and_strips(tmp_path, capsys):
     assert set(checkpoint.load(tmp_path / "weights.pt")) >= {"model"} and "optimizer" not in checkpoint.load(tmp_path / "weights.pt")
     assert checkpoint.main(["ls", str(tmp_path / "absent")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_clean_leaves_alone_what_it_cannot_read_and_no_run_can_begin_while_it_works(tmp_path, capsys, monkeypatch):
+    put(tmp_path, "last.pt", save_counter=5), put(tmp_path, "mid_epoch_001_000001.pt", save_counter=1)
+    (tmp_path / "mid_epoch_001_000002.pt").mkdir()
+    (tmp_path / "mid_epoch_001_000003.pt").symlink_to("nowhere")
+    real, began = checkpoint._unlink, []
+
+    def unlink(path):
+        with pytest.raises(checkpoint.InUse):
+            saver(tmp_path)
+        began.append(path.name)
+        real(path)
+    monkeypatch.setattr(checkpoint, "_unlink", unlink)
+    assert checkpoint.main(["clean", str(tmp_path), "--yes"]) == 0 and began == ["mid_epoch_001_000001.pt"]
+    assert checkpoint.main(["verify", str(tmp_path)]) == 1 and "UNREADABLE: Is a directory" in capsys.readouterr().out
+    assert (tmp_path / "mid_epoch_001_000002.pt").is_dir() and (tmp_path / "mid_epoch_001_000003.pt").is_symlink()
 
 
 def test_the_docstring_runs_alone_in_an_empty_directory_killed_and_resumed(tmp_path):
