@@ -125,6 +125,7 @@ def test_the_file_holds_the_values_of_the_moment_of_the_call(tmp_path):
     with saver(tmp_path, background=True) as s:
         for step in (1, 2):
             live["model"]["weight"].copy_(state(step)["model"]["weight"])
+            live["optimizer"]["state"][0]["step"].fill_(step)
             live["model"]["half"].fill_(step), live["optimizer"]["state"][0]["exp_avg"].copy_(2 * live["model"]["weight"])
             live |= {"global_step": step, "batch": step}
             live["optimizer"]["lr"] = 0.1 * step
