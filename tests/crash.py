@@ -1,75 +1,118 @@
 """Harness for crash tests: every file-system call of a save can be counted, killed at, failed, or recorded and replayed.
 
-    with Watched(directory, hook):          hook(number, name, arguments) runs before each call that touches `directory`
-    kill_sweep(setup, save, check)          SIGKILL before and in the middle of each call, in a forked child
-    crash_states(log)                       every directory that a power cut may leave behind, after Pillai et al., OSDI'14
+    with Watched(directory, hook):          hook(number, name, arguments) runs before each call of Python on `directory`
+    kill_sweep(directory, setup, save, check, run)  SIGKILL before and in the middle of each call, in a forked child
+    crash_states(log, root)                 every directory that a power cut may leave behind, after Pillai et al., OSDI'14
+    damages(blob, rng, flips)               bit flips, truncations, zeroed and swapped blocks of a file
+
+tracer.py does what Watched does with the system calls themselves, whoever makes them.
 """
 import contextlib
+import fcntl
 import itertools
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
-CALLS = ("open", "write", "fsync", "replace", "rename", "link", "unlink", "close")
+import torch
 
+import tracer
+
+CALLS = [(os, name) for name in ("open", "write", "fsync", "replace", "rename", "link", "unlink", "close", "lseek", "fstat")]
+CALLS += [(fcntl, "flock"), (fcntl, "fcntl")]
+BY_PATH = ("open", "replace", "rename", "link", "unlink")
+
+
+# ---- a state whose every value follows from its step ----
+
+def state(step, epoch=1, batch=None):
+    weight = torch.arange(3000, dtype=torch.float32) + step
+    return {"model": {"weight": weight, "half": torch.full((5,), step, dtype=torch.bfloat16)},
+            "optimizer": {"state": {0: {"exp_avg": weight * 2, "step": torch.tensor(float(step))}}, "lr": 0.1 * step},
+            "epoch": epoch, "batch": step if batch is None else batch, "global_step": step, "save_counter": step}
+
+
+def sound(loaded):
+    """The step of a loaded state; an assertion error when any value is not that of the step."""
+    step = loaded["global_step"]
+    expected = state(step)
+    assert torch.equal(loaded["model"]["weight"], expected["model"]["weight"])
+    assert torch.equal(loaded["model"]["half"], expected["model"]["half"])
+    assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], expected["optimizer"]["state"][0]["exp_avg"])
+    assert torch.equal(loaded["optimizer"]["state"][0]["step"], expected["optimizer"]["state"][0]["step"])
+    assert loaded["optimizer"]["lr"] == expected["optimizer"]["lr"]
+    return step
+
+
+# ---- calls of Python ----
 
 class Watched:
-    """Wraps the functions of `os` that change `directory`; `log` is what a disk would see, data included."""
+    """Wraps the functions that change `directory`; `log` is what a disk would see, data included."""
 
     def __init__(self, directory, hook=lambda number, name, arguments: None):
         self.directory, self.hook, self.count, self.log, self.files = str(directory), hook, 0, [], {}
-        self.inodes = itertools.count()
+        self.inodes = {}
 
     def __enter__(self):
-        self.real = {name: getattr(os, name) for name in CALLS}
-        for name in CALLS:
-            setattr(os, name, self._wrap(name))
+        self.real = {(module, name): getattr(module, name) for module, name in CALLS}
+        for module, name in CALLS:
+            setattr(module, name, self._wrap(name, self.real[module, name]))
         return self
 
     def __exit__(self, *exception):
-        for name, function in self.real.items():
-            setattr(os, name, function)
+        for (module, name), function in self.real.items():
+            setattr(module, name, function)
 
-    def _ours(self, name, arguments):
-        if name in ("write", "fsync", "close"):
-            return arguments[0] in self.files
-        return str(arguments[0]).startswith(self.directory)
+    def returned(self, step):
+        self.log.append(("returned", step))
 
-    def _wrap(self, name):
-        real = self.real[name]
-
+    def _wrap(self, name, real):
         def call(*arguments, **options):
-            if not self._ours(name, arguments):
+            first = arguments[0]
+            if not (str(first).startswith(self.directory) if name in BY_PATH else first in self.files):
                 return real(*arguments, **options)
             self.count += 1
-            half = self.hook(self.count, name, arguments)
-            if half == "half":
-                real(arguments[0], memoryview(arguments[1])[:len(arguments[1]) // 2 // 4096 * 4096 or 1])
+            order = self.hook(self.count, name, arguments)
+            if order == "half":
+                real(first, memoryview(arguments[1])[:len(arguments[1]) // 2 // 4096 * 4096 or 1])
                 os.kill(os.getpid(), signal.SIGKILL)
-            if isinstance(half, BaseException):
-                if name == "close":
-                    real(*arguments)
-                raise half
+            if isinstance(order, BaseException):
+                if name == "close":         # Linux frees the descriptor whatever close returns
+                    real(*arguments), self.files.pop(first)
+                raise order
+            existed = name == "open" and os.path.lexists(first)
             result = real(*arguments, **options)
-            self._record(name, arguments, result)
+            if name == "open":
+                self._opened(str(first), arguments[1], result, existed)
+            else:
+                self._record(name, arguments, result)
             return result
         return call
 
+    def _opened(self, path, flags, fd, existed):
+        if os.path.isdir(path):
+            self.files[fd] = path
+            return
+        number = os.stat(path).st_ino
+        if not existed:                     # a number may be one of a file that is gone
+            self.inodes[number] = len(self.log)
+            self.log.append(("create", path, len(self.log)))
+        elif flags & os.O_TRUNC:
+            self.log.append(("truncate", self.inodes[number], 0))
+        self.files[fd] = self.inodes.get(number, -1)
+
     def _record(self, name, arguments, result):
-        if name == "open":
-            directory = os.path.isdir(arguments[0])
-            self.files[result] = "directory" if directory else next(self.inodes)
-            if not directory and arguments[1] & os.O_CREAT:
-                self.log.append(("create", os.path.basename(arguments[0]), self.files[result], bool(arguments[1] & os.O_TRUNC)))
-        elif name == "write":
-            self.log.append(("write", self.files[arguments[0]], bytes(memoryview(arguments[1])[:result])))
+        if name == "write":
+            at = self.real[os, "lseek"](arguments[0], 0, os.SEEK_CUR) - result
+            self.log.append(("write", self.files[arguments[0]], at, bytes(memoryview(arguments[1])[:result])))
         elif name == "fsync":
             self.log.append(("fsync", self.files[arguments[0]]))
         elif name == "close":
             self.files.pop(arguments[0])
-        else:
-            self.log.append((name, *(os.path.basename(a) for a in arguments[:2])))
+        elif name in BY_PATH:
+            self.log.append(({"replace": "rename"}.get(name, name), *(str(path) for path in arguments[:2])))
 
 
 def run_child(action):
@@ -85,109 +128,185 @@ def run_child(action):
     return "killed" if os.WIFSIGNALED(status) else "done" if status == 0 else os.WEXITSTATUS(status)
 
 
-def kill_sweep(directory, setup, save, check):
+# ---- kills ----
+
+def wrapped(action, directory, at, half):
+    """Kill `action` at its `at`-th call of Python on `directory`. Returns (outcome, whether that call may be cut in half)."""
+    def hook(number, name, arguments):
+        if number == at and not half:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "half" if number == at and name == "write" and len(arguments[1]) > 1 else None
+
+    def child():
+        with Watched(directory, hook):
+            action()
+    return run_child(child), True
+
+
+def traced(action, directory, at, half):
+    """Kill `action` at its `at`-th system call on `directory`."""
+    trace = tracer.Trace(action, [directory], at, half)
+    return trace.outcome, trace.writing
+
+
+def kill_sweep(directory, setup, save, check, run=wrapped):
     """SIGKILL at call 1, 2, ... of save(directory) until a child survives; check(directory) after each. Returns kill points."""
     points = 0
     for at in itertools.count(1):
-        for mode in ("before", "half"):
+        for half in (False, True):
             shutil.rmtree(directory, ignore_errors=True)
             Path(directory).mkdir(parents=True)
             setup(directory)
-
-            def hook(number, name, arguments):
-                if number == at and mode == "before":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return "half" if number == at and name == "write" and len(arguments[1]) > 1 else None
-
-            def child():
-                with Watched(directory, hook):
-                    save(directory)
-            outcome = run_child(child)
-            if outcome == "done" and mode == "before":
+            outcome, writing = run(lambda: save(directory), directory, at, half)
+            if outcome == "done" and not half:
                 return points
             if outcome == "killed":
                 points += 1
                 check(directory)
             elif outcome != "done":
-                raise AssertionError(f"the save itself failed at call {at} ({mode}): exit {outcome}")
+                raise AssertionError(f"the save itself failed at call {at}: exit {outcome}")
+            if not writing:
+                break
 
 
-def crash_states(log):
-    """(files, saved) for each state that a power cut may leave: name -> bytes, and the last save that had returned.
+# ---- power cuts ----
 
-    Data that no fsync covered may be all there, missing, half there or zeros; directory changes since the last fsync of the
-    directory may be lost from any point on, or one of them alone."""
+def crash_states(log, root):
+    """(files, saved) for each state that a power cut may leave: relative name -> bytes, and the last save that had returned.
+
+    Data that no fsync covered may be all there, missing, half there or zeros, for each file on its own; changes of a
+    directory since its last fsync may be lost from any point on, or one of them alone."""
     seen = set()
     for cut in range(len(log) + 1):
-        now, saved = _replay(log[:cut])
-        inodes, durable, pending = now
-        dirty = [i for i, (data, safe) in inodes.items() if data != safe]
-        choices = [pending[:k] for k in range(len(pending) + 1)] + [pending[:k] + pending[k + 1:] for k in range(len(pending))]
-        for changes in choices:
-            names = dict(durable)
-            for change in changes:
-                _apply(names, change)
-            for damage in ("all", "old", "half", "zeros") if dirty else ("all",):
-                files = {name: _data(*inodes[i], damage) for name, i in names.items()}
-                mark = (saved, tuple(sorted((n, hash(d)) for n, d in files.items())))
-                if mark not in seen:
-                    seen.add(mark)
-                    yield files, saved
+        disk = _Disk(root)
+        for operation in log[:cut]:
+            disk.apply(*operation)
+        for files in disk.states():
+            mark = (disk.saved, tuple(sorted((name, hash(data)) for name, data in files.items())))
+            if mark not in seen:
+                seen.add(mark)
+                yield files, disk.saved
 
 
-def _data(data, safe, damage):
-    if data == safe or damage == "all":
-        return data
-    return {"old": safe or b"", "half": data[:len(data) // 2], "zeros": bytes(len(data))}[damage]
+class _Disk:
+    """What of a log a disk holds for certain, and what it may hold."""
 
+    def __init__(self, root):
+        self.root, self.saved = os.path.realpath(root), None
+        self.inodes, self.names, self.durable, self.pending = {}, {}, {}, []
 
-def _replay(log):
-    inodes, names, durable, pending, saved = {}, {}, {}, [], None
-    for kind, *rest in log:
+    def apply(self, kind, first, *rest):
         if kind == "returned":
-            saved = rest[0]
+            self.saved = first
         elif kind == "write":
-            data, safe = inodes[rest[0]]
-            inodes[rest[0]] = data + rest[1], safe
-        elif kind == "fsync" and rest[0] != "directory":
-            inodes[rest[0]] = inodes[rest[0]][0], inodes[rest[0]][0]
+            (data, safe), (at, new) = self.inodes.get(first, (b"", b"")), rest
+            self.inodes[first] = data[:at].ljust(at, b"\0") + new + data[at + len(new):], safe
+        elif kind == "truncate":
+            data, safe = self.inodes.get(first, (b"", b""))
+            self.inodes[first] = data[:rest[0]].ljust(rest[0], b"\0"), safe
+        elif kind == "fsync" and isinstance(first, int):
+            self.inodes[first] = (self.inodes[first][0],) * 2
         elif kind == "fsync":
-            durable, pending = dict(names), []
+            for change in [c for c in self.pending if first in _parents(c)]:
+                _change(self.durable, *change)
+                self.pending.remove(change)
         else:
             if kind == "create":
-                inodes[rest[1]] = b"", None
-            change = (kind, *rest)
-            _apply(names, change)
-            pending.append(change)
-    return (inodes, durable, pending), saved
+                self.inodes[rest[0]] = b"", b""
+            _change(self.names, kind, first, *rest)
+            self.pending.append((kind, first, *rest))
+
+    def states(self):
+        kept = [self.pending[:k] for k in range(len(self.pending) + 1)]
+        kept += [self.pending[:k] + self.pending[k + 1:] for k in range(len(self.pending) - 1)]
+        for changes in kept:
+            names = dict(self.durable)
+            for change in changes:
+                _change(names, *change)
+            dirty = sorted({i for i in names.values() if i is not None and self.inodes[i][0] != self.inodes[i][1]})
+            for fates in self._fates(dirty):
+                yield {os.path.relpath(name, self.root): _data(*self.inodes[i], fates.get(i, "all"))
+                       for name, i in names.items() if i is not None and self._reachable(name, names)}
+
+    def _fates(self, dirty):
+        kinds = ("all", "old", "half", "zeros")
+        if len(dirty) > 3:                  # all alike, or one alone: enough, and not 4^n
+            return [dict.fromkeys(dirty, k) for k in kinds] + [{i: k} for i in dirty for k in kinds[1:]]
+        return [dict(zip(dirty, choice)) for choice in itertools.product(kinds, repeat=len(dirty))]
+
+    def _reachable(self, name, names):
+        folder = os.path.dirname(name)
+        return folder == self.root or (folder.startswith(self.root + "/") and folder in names and self._reachable(folder, names))
 
 
-def _apply(names, change):
-    kind, first, *rest = change
+def _parents(change):
+    return {os.path.dirname(path) for path in change[1:] if isinstance(path, str)}
+
+
+def _change(names, kind, first, *rest):
     if kind == "create":
         names[first] = rest[0]
+    elif kind == "mkdir":
+        names[first] = None
     elif kind == "unlink":
         names.pop(first, None)
     elif first in names:
-        names[rest[0]] = names[first] if kind == "link" else names.pop(first)
+        names[rest[0]] = names[first]
+        if kind == "rename":
+            del names[first]
+            for inside in [name for name in names if name.startswith(first + "/")]:
+                names[rest[0] + inside[len(first):]] = names.pop(inside)
 
 
-def power_loss(log, directory, recover):
-    """Materialise every crash state and recover(directory) it. Returns (states, recoveries that raised or lost a save)."""
+def _data(data, safe, fate):
+    return {"all": data, "old": safe, "half": data[:len(data) // 2], "zeros": bytes(len(data))}[fate]
+
+
+def power_loss(log, root, directory, recover, most=None):
+    """Materialise every crash state (evenly chosen `most` of them) and recover(directory) it.
+
+    Returns (states, recoveries that raised, found nothing, or found less than a save that had returned)."""
+    every = 1
+    if most:
+        every = max(1, -(-sum(1 for _ in crash_states(log, root)) // most))
     states = lost = 0
-    for files, saved in crash_states(log):
+    for files, saved in itertools.islice(crash_states(log, root), 0, None, every):
         shutil.rmtree(directory, ignore_errors=True)
         Path(directory).mkdir(parents=True)
         for name, data in files.items():
+            Path(directory, name).parent.mkdir(parents=True, exist_ok=True)
             Path(directory, name).write_bytes(data)
         states += 1
         try:
             found = recover(directory)
-            lost += saved is not None and (found is None or found < saved)
-        except Exception as error:          # counted, and shown by the caller: a recovery must never raise
+            lost += found is not None and found < 0 or saved is not None and (found is None or found < saved)
+        except Exception as error:          # a recovery must never raise: counted, and shown
             lost += 1
             print(f"recovery raised {type(error).__name__}: {error}")
     return states, lost
+
+
+# ---- damage ----
+
+def damages(blob, rng, flips, step=1):
+    """(what, bytes): random bit flips, every structural byte, truncations, zeroed and swapped blocks."""
+    headers = {m.start() + i for m in re.finditer(rb"PK[\1-\7][\2-\10]", blob) for i in range(46)}
+    tail = range(blob.rfind(b"PK\1\2"), len(blob))
+    for at in [*rng.choices(range(len(blob)), k=flips), *sorted(headers)[::step], *tail[::step]]:
+        if at < len(blob):
+            damaged = bytearray(blob)
+            damaged[at] ^= 1 << rng.randrange(8)
+            yield f"bit flip at {at}", damaged
+    for length in [0, 1, 4, 22, *rng.choices(range(len(blob)), k=60 // step), len(blob) - 1]:
+        yield f"truncated to {length}", blob[:length]
+    for block in (512, 4096):
+        for at in range(0, len(blob), block):
+            if any(blob[at:at + block]):
+                yield f"{block} zeros at {at}", blob[:at] + bytes(len(blob[at:at + block])) + blob[at + block:]
+    for at in range(0, len(blob) - 8192, 4096):
+        if blob[at:at + 4096] != blob[at + 4096:at + 8192]:
+            yield f"blocks swapped at {at}", blob[:at] + blob[at + 4096:at + 8192] + blob[at:at + 4096] + blob[at + 8192:]
+    yield "bytes appended", blob + b"\0" * 100
 
 
 # ---- savers to compare: each writes the bytes `data` as PATH ----
