@@ -4,6 +4,7 @@
     kill_sweep(directory, setup, save, check, run)  SIGKILL before and in the middle of each call, in a forked child
     crash_states(log, root)                 every directory that a power cut may leave behind, after Pillai et al., OSDI'14
     damages(blob, rng, flips)               bit flips, truncations, zeroed and swapped blocks of a file
+    soak(directory, kills)                  random kills of a small training, resumed to its end
 
 tracer.py does what Watched does with the system calls themselves, whoever makes them.
 """
@@ -11,13 +12,16 @@ import contextlib
 import fcntl
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import torch
 
+import checkpoint
 import tracer
 
 CALLS = [(os, name) for name in ("open", "write", "fsync", "replace", "rename", "link", "unlink", "close", "lseek", "fstat")]
@@ -115,8 +119,8 @@ class Watched:
             self.log.append(({"replace": "rename"}.get(name, name), *(str(path) for path in arguments[:2])))
 
 
-def run_child(action):
-    """`action` in a forked child; returns "done", "killed" or the exit code."""
+def run_child(action, after=None):
+    """`action` in a forked child, killed `after` so many seconds; returns "done", "killed" or the exit code."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -124,6 +128,9 @@ def run_child(action):
             action()
             code = 0
         os._exit(code)
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)        # a child that has ended is not reaped yet: its number is still its own
     status = os.waitpid(pid, 0)[1]
     return "killed" if os.WIFSIGNALED(status) else "done" if status == 0 else os.WEXITSTATUS(status)
 
@@ -291,7 +298,7 @@ def power_loss(log, root, directory, recover, most=None):
 def damages(blob, rng, flips, step=1):
     """(what, bytes): random bit flips, every structural byte, truncations, zeroed and swapped blocks."""
     headers = {m.start() + i for m in re.finditer(rb"PK[\1-\7][\2-\10]", blob) for i in range(46)}
-    tail = range(blob.rfind(b"PK\1\2"), len(blob))
+    tail = range(blob.rfind(b"PK\1\2") % len(blob), len(blob))              # no zip: its last byte
     for at in [*rng.choices(range(len(blob)), k=flips), *sorted(headers)[::step], *tail[::step]]:
         if at < len(blob):
             damaged = bytearray(blob)
@@ -307,6 +314,55 @@ def damages(blob, rng, flips, step=1):
         if blob[at:at + 4096] != blob[at + 4096:at + 8192]:
             yield f"blocks swapped at {at}", blob[:at] + blob[at + 4096:at + 8192] + blob[at:at + 4096] + blob[at + 8192:]
     yield "bytes appended", blob + b"\0" * 100
+
+
+# ---- soak ----
+
+def docstring_loop():
+    """The training loop of checkpoint.py's docstring, as code."""
+    code = checkpoint.__doc__.split("kill it whenever you like:")[1].split("\n\nA checkpoint is")[0]
+    return "\n".join(line[4:] for line in code.splitlines())
+
+
+def run_loop(directory):
+    """That loop in this process, quietly, in `directory`."""
+    directory.mkdir(exist_ok=True)
+    os.chdir(directory)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    exec(compile(docstring_loop(), "docstring", "exec"), {})
+
+
+def soak(directory, kills, seed=0):
+    """Kill that loop at random times, resume it each time, begin anew when it ends. Returns (runs that ended, kills).
+
+    Raises AssertionError when a kill takes away what was saved, or an end differs from that of a run never killed."""
+    start, cut = time.monotonic(), directory / "cut"
+    assert run_child(lambda: run_loop(directory / "whole")) == "done"
+    length, rng, killed, ended, furthest = time.monotonic() - start, random.Random(seed), 0, 0, 0
+    whole = checkpoint.load(directory / "whole/checkpoints/last.pt")
+    while True:
+        outcome = run_child(lambda: run_loop(cut), after=rng.uniform(0, length / 4) if killed < kills else None)
+        killed += outcome == "killed"
+        path = checkpoint.find_resume(cut / "checkpoints", lambda line: None)
+        step = checkpoint.load(path)["global_step"] if path else 0
+        assert step >= furthest, f"a kill took step {furthest} away: {step} is left"
+        furthest = step
+        if outcome != "killed":
+            mine = checkpoint.load(cut / "checkpoints/last.pt")
+            assert outcome == "done" and same(mine["model"], whole["model"]) and same(mine["optimizer"], whole["optimizer"])
+            ended, furthest = ended + 1, 0
+            shutil.rmtree(cut)
+            if killed >= kills:
+                return ended, killed
+
+
+def same(a, b):
+    """Equal to the bit, containers included."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # ---- savers to compare: each writes the bytes `data` as PATH ----

@@ -18,7 +18,8 @@ import torch
 import checkpoint
 import crash
 from conftest import ROOT
-from test_crash import docstring_loop, recover, saver, sound, state, temps
+from crash import docstring_loop, sound, state
+from test_crash import recover, saver, temps
 
 
 def quiet(line):
