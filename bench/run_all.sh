@@ -13,7 +13,7 @@ for name in "${sections[@]}"; do
     echo
     echo "\`python bench/$name.py\`, $(date +%F), $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs) with $(nproc --all) cores, $(uname -sr), $(python -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}", end=""); print(f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU")')"
     echo
-    python "bench/$name.py" 2>&1 | grep -vE "Warning|^(epoch|saved|checkpoints|train|validation|model|resume|results)|^[0-9]+ read|^    |^ -> |tmp.*checkpoints"
+    python "bench/$name.py" 2>&1 | grep -vE "Warning|^(epoch|saved|checkpoints|train|validation|model|resume|results)|^[0-9]+ read|^    (file|resume|[a-z_0-9]+\.pt|[0-9]+ names)|^ -> |tmp.*checkpoints"
     echo
   } > "bench/results/$name.md"
 done
