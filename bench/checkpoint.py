@@ -1,16 +1,18 @@
-"""What a checkpoint of the real V3 costs a training loop: stall, slow-down of the steps beside it, time until durable.
+"""What a checkpoint of the real V3 costs a training loop, beside the ways people save one today.
 
-    python bench/checkpoint.py [--rounds 5]
+    pip install -r bench/requirements.txt && python bench/checkpoint.py
 
-A loop of matrix products (about 80 ms a step) saves the state of V3 + AdamW (194.5 MB). All systems take turns in one run, and
-figures are multiples of two floors measured in the same run: a preallocated memcpy of the state (copy floor), and a raw write +
-fsync + rename of the same bytes (durable floor). Systems that cannot be imported are left out, saying so.
+A loop of matrix products (about 80 ms a step) saves the state of V3 + AdamW (194.5 MB). All systems take turns in one run;
+figures are medians over the rounds, as multiples of floors measured in the same rounds: a memcpy of the state into kept
+memory (copy floor), a raw write + fsync + rename of the same bytes, direct or through the page cache, whichever is faster
+(durable floor), and a read of them from the page cache into kept memory (read floor). Systems that never fsync get one from
+the bench once they say that they are done, or "until durable" would never come. Peers that are not installed are left out.
 """
 import argparse
-import contextlib
+import ctypes
+import gc
 import logging
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -28,70 +30,108 @@ import torch.distributed.checkpoint as dcp                  # noqa: E402
 import checkpoint                                           # noqa: E402
 import model as v3                                          # noqa: E402
 
-
-def v3_state():
-    """Weights and AdamW moments of the configured V3 after one step with small gradients."""
-    network = v3.V3(19)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    for parameter in network.parameters():
-        parameter.grad = torch.randn_like(parameter) * 1e-3
-    optimizer.step()
-    return {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1, "batch": 1, "global_step": 1}
+TARGET = ("target for holdfast", "1.2", "7, then 4", "1.6, then 1.2", "yes", "1.0", "", "6")
 
 
-class Step:
-    """Matrix products of about 80 ms."""
+class Training:
+    """V3 and AdamW after one step with small gradients, and a step that stands for the rest of training."""
 
     def __init__(self):
-        self.a, self.b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-        start = time.perf_counter()
-        for _ in range(10):
-            self.a @ self.b
-        self.count = max(1, int(0.8 / (time.perf_counter() - start)))
+        torch.manual_seed(0)
+        self.network = v3.V3(19)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4)
+        for parameter in self.network.parameters():
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.a, self.b, self.c = (torch.randn(1024, 1024) for _ in range(3))
+        self.products = 1
+        alone = statistics.median(self.step() for _ in range(20))
+        self.products = max(1, round(0.08 / alone))
 
-    def __call__(self):
-        start = time.perf_counter()
-        for _ in range(self.count):
-            torch.mm(self.a, self.b)
-        return time.perf_counter() - start
+    def state(self, batch=1):
+        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "epoch": 1, "batch": batch, "global_step": batch}
 
+    def tensors(self):
+        moments = [t for entry in self.optimizer.state_dict()["state"].values() for t in entry.values()]
+        return [*self.network.state_dict().values(), *moments]
+
+    def step(self):
+        """Matrix products of about 80 ms; returns its seconds."""
+        began = time.perf_counter()
+        for _ in range(self.products):
+            torch.mm(self.a, self.b, out=self.c)
+        return time.perf_counter() - began
+
+
+# ---- systems: save(state, name) blocks as long as it blocks the loop, wait() until it says that it is done ----
 
 class TorchSave:
-    name, sync = "torch.save", False
+    name, durable = "torch.save", False
 
-    def __init__(self, place):
-        self.path = place / "last.pt"
+    def __init__(self, place, training):
+        self.place, self.training = place, training
 
-    def save(self, state):
-        temp = self.path.with_suffix(".tmp") if self.sync else self.path
-        with open(temp, "wb") as file:
-            torch.save(state, file)
-            if self.sync:
-                file.flush()
-                os.fsync(file.fileno())
-        if self.sync:
-            os.replace(temp, self.path)
+    def save(self, state, name="last.pt"):
+        torch.save(state, self.place / name)
 
     def wait(self):
         """Everything happened in save."""
 
+    def load(self, name="last.pt"):
+        return torch.load(self.place / name, weights_only=True)
+
+    def sync(self):
+        for path in [p for p in self.place.rglob("*")] + [self.place]:
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+    def end_of_epoch(self, state):
+        for name in ("checkpoint_epoch_001.pt", "last.pt", "best.pt"):
+            self.save(state, name)
+            self.wait()
+
+    def close(self):
+        """Nothing is held."""
+
+
+class NoSave(TorchSave):
+    name, durable = "no save at all", True
+
+    def save(self, state, name=None):
+        """What the loop loses without any save is the noise of this machine."""
+
 
 class TorchSaveSync(TorchSave):
-    name, sync = "torch.save + fsync + replace", True
+    name, durable = "torch.save + fsync + replace", True
+
+    def save(self, state, name="last.pt"):
+        temp = self.place / f"{name}.tmp"
+        with open(temp, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, self.place / name)
 
 
 class Dcp(TorchSave):
-    name = "torch.distributed.checkpoint save"
+    name, durable = "torch.distributed.checkpoint save", True       # of its files; not of the directory
 
-    def save(self, state):
-        dcp.save(state, checkpoint_id=str(self.path), no_dist=True)
+    def save(self, state, name="last.pt"):
+        dcp.save(state, checkpoint_id=str(self.place / name))
+
+    def load(self, name="last.pt"):
+        state = self.training.state()                               # read into the tensors of the live model
+        dcp.load(state, checkpoint_id=str(self.place / name))
 
 
 class DcpAsync(Dcp):
     name = "torch.distributed.checkpoint async_save"
 
-    def save(self, state):
-        self.future = dcp.async_save(state, checkpoint_id=str(self.path))
+    def save(self, state, name="last.pt"):
+        self.future = dcp.async_save(state, checkpoint_id=str(self.place / name))
 
     def wait(self):
         self.future.result()
@@ -100,158 +140,295 @@ class DcpAsync(Dcp):
 class Lightning(TorchSave):
     name = "Lightning"
 
-    def __init__(self, place):
-        super().__init__(place)
+    def __init__(self, place, training):
+        super().__init__(place, training)
         from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
         self.io = TorchCheckpointIO()
 
-    def save(self, state):
-        self.io.save_checkpoint(state, self.path)
+    def save(self, state, name="last.pt"):
+        self.io.save_checkpoint(state, self.place / name)
+
+    def load(self, name="last.pt"):
+        return self.io.load_checkpoint(self.place / name, map_location="cpu", weights_only=True)
 
 
 class LightningAsync(Lightning):
     name = "Lightning AsyncCheckpointIO"
 
-    def __init__(self, place):
-        super().__init__(place)
+    def __init__(self, place, training):
+        super().__init__(place, training)
         from lightning.pytorch.plugins.io import AsyncCheckpointIO
-        self.io = AsyncCheckpointIO(self.io)
-        self.done = threading.Event()
-        inner = self.io.checkpoint_io.save_checkpoint
+        inner, self.done = self.io.save_checkpoint, threading.Event()
 
-        def finished(*arguments, **options):
-            inner(*arguments, **options)
+        def save_checkpoint(*args, **kwargs):
+            inner(*args, **kwargs)
             self.done.set()
-        self.io.checkpoint_io.save_checkpoint = finished
+        self.io.save_checkpoint = save_checkpoint                   # AsyncCheckpointIO does not say when it is done
+        self.io = AsyncCheckpointIO(self.io)
 
-    def save(self, state):
+    def save(self, state, name="last.pt"):
         self.done.clear()
-        super().save(state)
+        super().save(state, name)
 
     def wait(self):
         self.done.wait()
+
+    def close(self):
+        self.io.teardown()
+
+
+class Accelerate(TorchSave):
+    name = "Accelerate save_state"
+
+    def __init__(self, place, training):
+        super().__init__(place, training)
+        from accelerate import Accelerator
+        self.accelerator = Accelerator(cpu=True)
+        self.accelerator.prepare(training.network, training.optimizer)
+
+    def save(self, state, name="last"):
+        self.accelerator.save_state(str(self.place / name))
+
+    def load(self, name="last"):
+        self.accelerator.load_state(str(self.place / name))
 
 
 class Safetensors(TorchSave):
     name = "safetensors save_file"
 
-    def __init__(self, place):
-        super().__init__(place)
-        from safetensors.torch import save_file
-        self.save_file = save_file
+    def __init__(self, place, training):
+        super().__init__(place, training)
+        import safetensors.torch
+        self.io = safetensors.torch
 
-    def save(self, state):
+    def save(self, state, name="last.pt"):
         flat = {f"model.{k}": v for k, v in state["model"].items()}
         for i, entry in state["optimizer"]["state"].items():
             flat |= {f"optimizer.{i}.{k}": v for k, v in entry.items()}
-        self.save_file(flat, self.path)
+        self.io.save_file(flat, self.place / name)
+
+    def load(self, name="last.pt"):
+        return {k: v.clone() for k, v in self.io.load_file(self.place / name).items()}      # it maps the file: now it is read
 
 
-class Ours:
-    name = "holdfast"
+class Ours(TorchSave):
+    name, durable = "holdfast", True
 
-    def __init__(self, place):
-        self.saver = checkpoint.Checkpointer(place / "ours", mid_epoch_keep=2, say=lambda line: None)
-        self.batch = 0
+    def __init__(self, place, training):
+        super().__init__(place, training)
+        self.saver = checkpoint.Checkpointer(place, mid_epoch_keep=2, say=lambda line: None)
 
     def save(self, state):
-        self.batch += 1
-        self.saver.save_mid({**state, "batch": self.batch})
+        self.saver.save_mid(state)
 
     def wait(self):
         self.saver.wait()
 
+    def end_of_epoch(self, state):
+        self.saver.save_epoch(state, metric=1.0)
+        self.wait()
 
-def measure(system, state, step, steps=8):
-    """(stall, slow-down of the next steps, time until durable) in seconds for one save."""
-    calm = statistics.median(step() for _ in range(5))
-    start, durable = time.perf_counter(), []
+    def close(self):
+        self.saver.close()
+
+
+class OursResume(Ours):
+    """A directory of ten snapshots, for the time to choose, verify and load."""
+
+    def __init__(self, place, training):
+        self.saver = checkpoint.Checkpointer(place, mid_epoch_keep=0, say=lambda line: None)
+        for batch in range(1, 11):
+            self.save(training.state(batch))
+        self.wait()
+
+    def load(self):
+        state = self.saver.resume()
+        assert state["batch"] == 10
+
+
+SYSTEMS = (TorchSave, TorchSaveSync, Dcp, DcpAsync, Lightning, LightningAsync, Accelerate, Safetensors, Ours)
+
+
+# ---- measurements ----
+
+class Floors:
+    """Copy, durable and read floor of `size` bytes, in seconds; its memory is kept and page-aligned."""
+
+    def __init__(self, size, place):
+        self.path, self.rows = place / "raw.bin", {"copy": [], "direct": [], "cached": [], "read": []}
+        size += -size % checkpoint.PAGE
+        self.source, self.target = (self._aligned(size) for _ in range(2))
+        self.bytes, self.kept = (memoryview(t.numpy()) for t in (self.source, self.target))
+
+    @staticmethod
+    def _aligned(size):
+        room = torch.ones(size + checkpoint.PAGE, dtype=torch.uint8)
+        return room[-room.data_ptr() % checkpoint.PAGE:][:size]
+
+    def timed(self, key, action, *args):
+        began = time.perf_counter()
+        action(*args)
+        self.rows[key].append(time.perf_counter() - began)
+
+    def copy(self):
+        self.timed("copy", self.target.copy_, self.source)
+
+    def disk(self):
+        self.timed("cached", self._write, 0)
+        self._read()
+        self.timed("read", self._read)
+        if hasattr(os, "O_DIRECT"):
+            try:
+                self.timed("direct", self._write, os.O_DIRECT)
+            except OSError:
+                return                              # tmpfs and some network file systems: the page cache is all there is
+
+    def _write(self, flags):
+        temp = self.path.with_suffix(".tmp")
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o666)
+        left = self.bytes
+        while left:
+            left = left[os.write(fd, left):]
+        os.fsync(fd)
+        os.close(fd)
+        os.replace(temp, self.path)
+
+    def _read(self):
+        with open(self.path, "rb", buffering=0) as file:
+            left = self.kept
+            while left:
+                left = left[file.readinto(left):]
+
+    def __getitem__(self, key):
+        if key == "durable":
+            return min(self[k] for k in ("direct", "cached") if self.rows[k])
+        return statistics.median(self.rows[key])
+
+
+def memory(field):
+    """VmRSS or VmHWM (its peak) of this process in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def first_save(system, training):
+    """Bytes of memory that the first save takes beyond the live state, at its peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)                # what earlier systems freed must not hide what this one takes
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")   # the peak starts anew
+    system.save(training.state())
+    system.wait()
+    system.sync()
+    return memory("VmHWM") - before
+
+
+def one_save(system, training, batch, steps=8):
+    """(stall, stall + slow-down of the steps until it is durable, time until durable), in seconds."""
+    calm = statistics.median(training.step() for _ in range(steps))
+    state, durable = training.state(batch), []
+
+    def finish():
+        system.wait()
+        if not system.durable:
+            system.sync()
+        durable.append(time.perf_counter() - began)
+    waiter = threading.Thread(target=finish)
+    began = time.perf_counter()
     system.save(state)
-    stall = time.perf_counter() - start
-    waiter = threading.Thread(target=lambda: (system.wait(), durable.append(time.perf_counter() - start)))
+    stall, lost, done = time.perf_counter() - began, 0.0, 0
     waiter.start()
-    slow = sum(max(0.0, step() - calm) for _ in range(steps))
+    while done < steps or waiter.is_alive():
+        lost += training.step() - calm
+        done += 1
     waiter.join()
-    return stall, slow, durable[0]
+    return stall, stall + lost, durable[0]
 
 
-def floors(state, place):
-    """(copy, durable, read) in seconds: preallocated memcpy; raw write, fsync, rename, fsync; read into kept memory."""
-    size = sum(t.nbytes for t in state["model"].values()) * 3
-    source, target = torch.ones(size // 4), torch.ones(size // 4)
-    start = time.perf_counter()
-    target.copy_(source)
-    copy = time.perf_counter() - start
-    data = memoryview(source.numpy()).cast("B")
-    start = time.perf_counter()
-    checkpoint._write(place / "raw.bin", data, b"")
-    durable = time.perf_counter() - start
-    with open(place / "raw.bin", "rb", buffering=0) as file:
-        file.readinto(memoryview(target.numpy()).cast("B"))
-        file.seek(0)
-        start = time.perf_counter()
-        file.readinto(memoryview(target.numpy()).cast("B"))
-    return copy, durable, time.perf_counter() - start
+def written(system, training):
+    """Bytes that this process sends to the disk for last + best + periodic at the end of an epoch."""
+    def count():
+        return int(next(x for x in Path("/proc/self/io").read_text().split("\n") if x.startswith("write_bytes")).split()[1])
+    system.sync()
+    before = count()
+    system.end_of_epoch(training.state())
+    system.sync()
+    return count() - before
 
 
-def resume_cost(state, place, read):
-    """Find, verify and load from a directory of ten, in read floors (files in the page cache, as the read floor)."""
-    with checkpoint.Checkpointer(place, mid_epoch_keep=0, background=False, say=lambda line: None) as saver:
-        for batch in range(10):
-            saver.save_mid({**state, "batch": batch})
-    newest = place / "mid_epoch_001_000009.pt"
-    newest.read_bytes(), checkpoint.load(newest)
-    start = time.perf_counter()
-    checkpoint._choose(place, checkpoint.load, lambda line: None)
-    chosen = time.perf_counter() - start
-    start = time.perf_counter()
-    torch.load(newest, weights_only=True)
-    return chosen / read, (time.perf_counter() - start) / read
+def load_seconds(system, rounds=3):
+    times = []
+    for _ in range(rounds + 1):                     # the first one fills the page cache
+        began = time.perf_counter()
+        system.load()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def systems_in(place, training):
+    for kind in SYSTEMS:
+        (place / kind.__name__).mkdir()
+        try:
+            yield kind(place / kind.__name__, training)
+        except ImportError as missing:
+            print(f"left out: {kind.name}: {missing}")
+
+
+def table(rows):
+    print("| system | stall / copy floor | stall + slow-down / copy floor | until durable / durable floor | fsync by itself "
+          "| bytes per epoch / state | extra memory / state | find + load / read floor |")
+    print("|" + "---|" * 8)
+    for row in rows:
+        print("| " + " | ".join(x if isinstance(x, str) else f"{x:.1f}" for x in row) + " |")
+
+
+def measure(place, training, rounds, deadline):
+    """Rows of the table, and the floors."""
+    size = sum(t.nbytes for t in training.tensors())
+    floors, systems = Floors(size, place), list(systems_in(place, training))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place.resolve()}/group", rank=0, world_size=1)
+    extra = {s: first_save(s, training) for s in systems}
+    nothing, number = NoSave(place, training), 0
+    saves = {s: [] for s in (*systems, nothing)}
+    while number < rounds and time.monotonic() < deadline:
+        floors.disk()
+        turn = number % len(systems)
+        for system in systems[turn:] + systems[:turn] + [nothing]:  # each round begins with another system
+            training.step()
+            floors.copy()
+            saves[system].append(one_save(system, training, number + 2))
+        number += 1
+    rows = []
+    for s in systems:
+        stall, lost, durable = (statistics.median(column) for column in zip(*saves[s]))
+        bytes_, memory_ = written(s, training), extra[s]
+        if isinstance(s, Ours):
+            s.close()
+            (place / "ten").mkdir()
+            s = OursResume(place / "ten", training)
+        rows.append((s.name, stall / floors["copy"], lost / floors["copy"], durable / floors["durable"],
+                     "yes" if s.durable else "no", bytes_ / size, memory_ / size, load_seconds(s) / floors["read"]))
+        s.close()
+    torch.distributed.destroy_process_group()
+    noise = statistics.median(lost for _, lost, _ in saves[nothing])
+    print(f"{number} rounds; copy floor {floors['copy'] * 1e3:.0f} ms, durable floor {floors['durable'] * 1e3:.0f} ms, "
+          f"read floor {floors['read'] * 1e3:.0f} ms, step {training.step() * 1e3:.0f} ms, {size / 1e6:.1f} MB of state; "
+          f"without any save the same loop loses {noise / floors['copy']:.1f} copy floors\n")
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=3.0, help="no new round after these")
+    parser.add_argument("--dir", type=Path, default=ROOT / "bench/results", help="on the disk to measure")
     args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    state, step = v3_state(), Step()
-    with tempfile.TemporaryDirectory(dir=".") as temp:
-        temp, systems = Path(temp), []
-        for kind in (TorchSave, TorchSaveSync, Dcp, DcpAsync, Lightning, LightningAsync, Safetensors, Ours):
-            (temp / kind.__name__).mkdir()
-            try:
-                systems.append(kind(temp / kind.__name__))
-            except ImportError as missing:
-                print(f"left out: {kind.name} ({missing})")
-        torch.distributed.init_process_group("gloo", init_method=f"file://{temp.resolve()}/group", rank=0, world_size=1)
-        base, rows = [], {system.name: [] for system in systems}
-        for number in range(args.rounds + 1):               # the first round warms up
-            base.append(floors(state, temp))
-            for system in systems:
-                rows[system.name].append(measure(system, state, step))
-        torch.distributed.destroy_process_group()
-        copy, durable, read = (statistics.median(column) for column in zip(*base[1:]))
-        print(f"copy floor {copy * 1e3:.1f} ms, durable floor {durable * 1e3:.0f} ms, read floor {read * 1e3:.0f} ms, step {step() * 1e3:.0f} ms\n")
-        print("| system | stall / copy floor | stall + slow-down / copy floor | until durable / durable floor |\n|---|---|---|---|")
-        for name, values in rows.items():
-            stall, slow, until = (statistics.median(column) for column in zip(*values[1:]))
-            print(f"| {name} | {stall / copy:.1f} | {(stall + slow) / copy:.1f} | {until / durable:.1f} |")
-        ours, plain = resume_cost(state, temp / "ten", read)
-        size = os.path.getsize(temp / "ten/mid_epoch_001_000009.pt")
-        print(f"\nfile of V3: {size / 1e6:.1f} MB; find + verify + load of ten: {ours:.1f} read floors; torch.load of one, unverified: {plain:.1f}")
-        with contextlib.suppress(AttributeError):
-            systems[-1].saver.close()
-        print(f"bytes written per epoch for last + best + periodic, in states: holdfast {written(state, temp / 'links'):.1f}, others 3.0")
-
-
-def written(state, place):
-    """Bytes on the disk after an epoch's end that is best, in files: one file with three names."""
-    with checkpoint.Checkpointer(place, background=False, say=lambda line: None) as saver:
-        saver.save_epoch(state, metric=1.0)
-    inodes = {p.stat().st_ino: p.stat().st_size for p in place.glob("*.pt")}
-    shutil.copy(place / "last.pt", place / "one")
-    return sum(inodes.values()) / (place / "one").stat().st_size
+    args.dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.dir) as place:
+        table([*measure(Path(place), Training(), args.rounds, deadline), TARGET])
 
 
 if __name__ == "__main__":
