@@ -332,7 +332,8 @@ def docstring_loop():
 
 
 def run_loop(directory):
-    """That loop in this process, quietly, in `directory`."""
+    """That loop in this process, quietly, in `directory`, saving after every step."""
+    os.environ["BGB_MID_EPOCH_MINUTES"] = "0"
     directory.mkdir(exist_ok=True)
     os.chdir(directory)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -609,6 +609,14 @@ def test_memory_stays_flat_over_fifty_saves(tmp_path):
 
 # ---- one process, the command line, the copied file ----
 
+def test_a_process_that_ends_without_closing_still_finishes_its_last_file(tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint, torch; " \
+             f"s = checkpoint.Checkpointer({str(tmp_path)!r}); " \
+             f"s.save_mid({{'w': torch.ones(5_000_000), 'epoch': 1, 'batch': 1}}); sys.exit(3)"
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 3
+    assert checkpoint.load(tmp_path / "mid_epoch_001_000001.pt")["w"].sum() == 5e6
+
+
 def test_a_second_process_is_refused_and_death_frees_the_directory(tmp_path):
     script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; " \
              f"s = checkpoint.Checkpointer({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
@@ -709,6 +717,7 @@ def test_a_tensor_of_more_than_four_gigabytes_comes_back(tmp_path):
         file.write(b"\1")
     with pytest.raises(checkpoint.CorruptCheckpoint, match="CRC-32"):
         checkpoint.verify(tmp_path / "x.pt")
+    (tmp_path / "x.pt").unlink()
 
 
 def test_it_imports_only_torch_and_the_standard_library():

@@ -246,6 +246,19 @@ def test_no_damage_anywhere_in_the_file_is_believed(tmp_path):
     assert tried > 1000
 
 
+def test_every_single_bit_and_every_length_of_a_small_file_is_checked(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.atomic_save({"epoch": 1, "m": torch.arange(3.0), "l": [1, 2.5, "x", None]}, path)
+    blob = path.read_bytes()
+    flipped = (blob[:at] + bytes([blob[at] ^ 1 << bit]) + blob[at + 1:] for at in range(len(blob)) for bit in range(8))
+    for tried, damaged in enumerate(itertools.chain(flipped, (blob[:length] for length in range(len(blob)))), 1):
+        path.write_bytes(damaged)
+        with pytest.raises(checkpoint.CorruptCheckpoint):
+            checkpoint.load(path)
+    print(f"bits and lengths: {tried}, believed: 0")
+    assert tried == 9 * len(blob)
+
+
 def test_a_damaged_file_of_plain_torch_save_never_loads_wrong_and_a_sound_one_loads(tmp_path):
     path, rng, wrong = tmp_path / "last.pt", random.Random(1), 0
     torch.save(state(7), path)

@@ -57,7 +57,8 @@ class Trace:
 
     def __init__(self, action, roots, at=None, half=False):
         self.roots, self.at, self.half = [os.path.realpath(root) for root in roots], at, half
-        self.points, self.log, self.inodes, self.pending, self.struck, self.writing = 0, [], {}, {}, False, False
+        self.points, self.log, self.inodes, self.pending = 0, [], {}, {}
+        self.halved = self.dead = self.writing = False
         pid = os.fork()
         if pid == 0:
             self._child(action)
@@ -103,6 +104,8 @@ class Trace:
             forward = stopped if stopped not in (signal.SIGTRAP | 0x80, signal.SIGTRAP, signal.SIGSTOP) else 0
 
     def _stop(self, pid, tid):
+        if self.dead:                       # other threads may stop once more on their way out
+            return
         registers = Registers()
         try:
             _ptrace(GETREGS, tid, 0, ctypes.addressof(registers))
@@ -156,13 +159,17 @@ class Trace:
             half = getattr(registers, size) // 2
             setattr(registers, size, half // 4096 * 4096 or half)           # direct writes go by the block
             _ptrace(SETREGS, tid, 0, ctypes.addressof(registers))
-            self.struck = True
+            self.halved = True
         else:
-            os.kill(pid, signal.SIGKILL)
+            self._kill(pid)
+
+    def _kill(self, pid):
+        self.dead = True
+        os.kill(pid, signal.SIGKILL)
 
     def _after(self, pid, tid, call, registers):
-        if self.struck:
-            os.kill(pid, signal.SIGKILL)
+        if self.halved:
+            return self._kill(pid)
         result = ctypes.c_long(registers.rax).value
         if result >= 0 or call[0] == "access":
             self._record(tid, *call, registers.orig_rax, result)
