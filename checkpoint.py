@@ -24,7 +24,7 @@ Copy this one file (it needs torch and nothing else of ours) and train like this
                 batch, step = batch + 1, step + 1
                 if saver.due():
                     saver.save_mid(pack())
-            saver.save_epoch(pack(), metric=-loss.item())
+            saver.save_epoch(pack(), metric=-model(x).square().mean().item())
             batch = 0
 
 A checkpoint is a plain .pt (a stored zip): `torch.load(path, weights_only=True)` and `unzip -t` open it. Every byte is

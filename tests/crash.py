@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -131,10 +132,13 @@ def run_child(action, after=None):
     pid = os.fork()
     if pid == 0:
         code = 1
-        with contextlib.suppress(BaseException):
+        try:
             action()
             code = 0
-        os._exit(code)
+        except Exception:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
     if after is not None:
         time.sleep(after)
         os.kill(pid, signal.SIGKILL)        # a child that has ended is not reaped yet: its number is still its own
@@ -331,19 +335,28 @@ def docstring_loop():
     return "\n".join(line[4:] for line in code.splitlines())
 
 
-def run_loop(directory):
-    """That loop in this process, quietly, in `directory`, saving after every step."""
+def warm():
+    """Have AdamW import what it imports at its first step here, not in every child."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()
+
+
+def run_loop(directory, dies_after=None):
+    """That loop in this process, quietly, in `directory`, saving after every step; killed once step `dies_after` is durable."""
     os.environ["BGB_MID_EPOCH_MINUTES"] = "0"
     directory.mkdir(exist_ok=True)
     os.chdir(directory)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    exec(compile(docstring_loop(), "docstring", "exec"), {})
+    def die(step):
+        step == dies_after and os.kill(os.getpid(), signal.SIGKILL)
+    code = docstring_loop().replace("saver.save_mid(pack())", "saver.save_mid(pack()), saver.wait(), die(step)")
+    exec(compile(code if dies_after else docstring_loop(), "docstring", "exec"), {"die": die})
 
 
 def soak(directory, kills, seed=0):
     """Kill that loop at random times, resume it each time, begin anew when it ends. Returns (runs that ended, kills).
 
     Raises AssertionError when a kill takes away what was saved, or an end differs from that of a run never killed."""
+    warm()
     start, cut = time.monotonic(), directory / "cut"
     assert run_child(lambda: run_loop(directory / "whole")) == "done"
     length, rng, killed, ended, furthest = time.monotonic() - start, random.Random(seed), 0, 0, 0

@@ -308,6 +308,17 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
     assert checkpoint.find_resume(tmp_path) is None and not Trap.place.exists()
 
 
+def test_the_loop_of_the_docstring_cut_at_the_last_batch_of_an_epoch_or_beside_it_ends_bit_identical(tmp_path):
+    crash.warm()
+    assert crash.run_child(lambda: crash.run_loop(tmp_path / "whole")) == "done"
+    for step in (1, 19, 20, 21, 40, 60, 99, 100):                          # epochs of 20 batches
+        assert crash.run_child(lambda: crash.run_loop(tmp_path / "cut", dies_after=step)) == "killed"
+    assert crash.run_child(lambda: crash.run_loop(tmp_path / "cut")) == "done"
+    for name in ("last.pt", "best.pt"):
+        mine, whole = (checkpoint.load(tmp_path / run / "checkpoints" / name) for run in ("cut", "whole"))
+        assert all(crash.same(mine[key], whole[key]) for key in ("model", "optimizer", "epoch", "batch", "global_step", "metric"))
+
+
 @pytest.mark.parametrize("kills", [15, pytest.param(150, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_ends_bit_identical(tmp_path, kills):
     ended, killed = crash.soak(tmp_path, kills)
