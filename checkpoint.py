@@ -723,7 +723,25 @@ class Checkpointer:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
             return None
         self.adopt(state, path)
+        if resume is True:
+            self._complete(path, state)
         return state
+
+    def _complete(self, path, state):
+        """Give an epoch's file the names that a kill kept from it: last.pt and, where its metric is better, best.pt."""
+        if state.get("kind") != "epoch":
+            return
+        last, metric, names = _Candidate(self.directory / "last.pt"), peek(path)["metric"], []
+        if last.facts is None or last.facts["save_counter"] < state["save_counter"]:
+            names.append("last.pt")
+        if metric and self._is_best(metric["value"], metric["name"]):
+            names.append("best.pt")
+        try:
+            for name in names:
+                self._also(path, self.directory / name, b"", b"" if self.links else path.read_bytes())
+                self.say(f"resume: {name} is {path.name} again: the process that wrote it died before naming it so")
+        except OSError as error:            # the state is loaded: the next epoch's end names its own files
+            self.say(f"resume: {path.name} could not be named {name}: {error.strerror}")
 
     def adopt(self, state, path=None):
         """Continue the run that `state` belongs to; saves from here on outrank every file in the directory."""

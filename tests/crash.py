@@ -360,7 +360,7 @@ def soak(directory, kills, seed=0):
     start, cut = time.monotonic(), directory / "cut"
     assert run_child(lambda: run_loop(directory / "whole")) == "done"
     length, rng, killed, ended, furthest = time.monotonic() - start, random.Random(seed), 0, 0, 0
-    whole = checkpoint.load(directory / "whole/checkpoints/last.pt")
+    ends = [checkpoint.load(directory / "whole/checkpoints" / name) for name in ("last.pt", "best.pt")]
     while True:
         outcome = run_child(lambda: run_loop(cut), after=rng.uniform(0, length / 4) if killed < kills else None)
         killed += outcome == "killed"
@@ -369,8 +369,11 @@ def soak(directory, kills, seed=0):
         assert step >= furthest, f"a kill took step {furthest} away: {step} is left"
         furthest = step
         if outcome != "killed":
-            mine = checkpoint.load(cut / "checkpoints/last.pt")
-            assert outcome == "done" and same(mine["model"], whole["model"]) and same(mine["optimizer"], whole["optimizer"])
+            assert outcome == "done", outcome
+            for name, whole in zip(("last.pt", "best.pt"), ends):
+                mine = checkpoint.load(cut / "checkpoints" / name)
+                for key in ("global_step", "model", "optimizer", "metric"):
+                    assert same(mine[key], whole[key]), f"{name} ended with another {key}"
             ended, furthest = ended + 1, 0
             shutil.rmtree(cut)
             if killed >= kills:

@@ -377,6 +377,25 @@ def test_best_moves_only_on_strict_improvement_and_survives_resume(tmp_path):
     assert checkpoint.better(1.0, 2.0, "min") and not checkpoint.better(2.0, 2.0, "min") and checkpoint.better(-math.inf, math.nan)
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+@pytest.mark.parametrize("metric, best", [(0.6, 2), (0.5, 1), (math.nan, 1)])
+def test_an_epoch_killed_before_it_was_named_last_and_best_gets_its_names_at_the_resume(tmp_path, links, metric, best, monkeypatch):
+    if not links:
+        def refuse(*arguments, **options):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        monkeypatch.setattr(os, "link", refuse)
+    with saver(tmp_path) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        named = {"kind": "epoch", "run": s.run, "save_counter": 2, "metric": {"name": "metric", "value": metric}}
+    checkpoint.atomic_save(state(2, epoch=2) | named, tmp_path / "checkpoint_epoch_002.pt")
+    with saver(tmp_path) as s:
+        assert s.resume()["global_step"] == 2 and s.position == (3, 0)
+    assert sound(checkpoint.load(tmp_path / "last.pt")) == 2 and sound(checkpoint.load(tmp_path / "best.pt")) == best
+    with saver(tmp_path) as s:              # going back to a file of one's choice renames nothing
+        s.resume(tmp_path / "checkpoint_epoch_001.pt")
+    assert sound(checkpoint.load(tmp_path / "last.pt")) == 2 and not temps(tmp_path)
+
+
 def test_a_damaged_best_is_said_and_replaced(tmp_path, capsys):
     (tmp_path / "best.pt").write_bytes(b"damaged")
     with saver(tmp_path, say=print) as s:
