@@ -201,7 +201,10 @@ class Group:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            # torchrun's static rendezvous keeps one store over its restarts: by the prefix nobody meets the addresses of the dead
+            store, rank, size = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         self.main = self.rank == 0
 
     def sum(self, values):
