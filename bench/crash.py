@@ -119,7 +119,7 @@ class Lightning(AtomicSave):
 
 class LightningElsewhere(Lightning):
     def __init__(self):
-        self.elsewhere = tempfile.mkdtemp(prefix="crash", dir="/dev/shm")
+        self.elsewhere = f"/dev/shm/crash{os.getpid()}"
         super().__init__()
 
 
