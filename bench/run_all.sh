@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Every measured claim, one after another on an otherwise idle machine; writes bench/RESULTS.md.
-#   bash bench/run_all.sh [SECTION ...]        sections: crash checkpoint loader model ddp learn soak
+#   bash bench/run_all.sh [SECTION ...]        sections: crash checkpoint resume loader model ddp learn soak
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p bench/results
 sections=("$@")
-[ $# -gt 0 ] || sections=(crash checkpoint loader model ddp learn soak)
+[ $# -gt 0 ] || sections=(crash checkpoint resume loader model ddp learn soak)
 for name in "${sections[@]}"; do
   echo "== bench/$name.py"
   {
