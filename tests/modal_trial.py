@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = ROOT.parent / "shared" / "modal" / "fake_modal.py"
 EPOCHS, BATCHES = 3, 20
@@ -32,6 +34,8 @@ CONFIG = {"experiment": {"name": "toy", "results": "/results", "seed": 1},
 TOY = '''
 import json, os, signal, sys, time
 from pathlib import Path
+
+import yaml
 import torch
 import checkpoint
 
@@ -160,13 +164,11 @@ class Trial:
         """The real modules in place of the toy, and the smoke configuration on less data."""
         for name in ("train.py", "model.py", "data.py", "evaluate.py"):
             shutil.copy(ROOT / name, self.project)
-        text = (ROOT / "configs" / "modal" / "smoke.yaml").read_text()
-        smaller = {"synth_hours": 0.3, "window_seconds": 10.0, "batch_size": 4, "epochs": epochs,
-                   "device": "cpu", "precision": "fp32"}
-        for key, value in smaller.items():
-            text, found = re.subn(rf"^  {key}: \S+", f"  {key}: {value}", text, flags=re.M)
-            assert found == 1, key
-        (self.project / "config.yaml").write_text(text)
+        config = yaml.safe_load((ROOT / "configs" / "modal" / "smoke.yaml").read_text())
+        config["data"].update(synth_hours=0.3, window_seconds=10.0)
+        config["evaluation"].update(window_seconds=10.0)
+        config["training"].update(batch_size=4, epochs=epochs, device="cpu", precision="fp32")
+        (self.project / "config.yaml").write_text(yaml.safe_dump(config))
         self.run = "smoke"
 
     def committed(self):
