@@ -59,7 +59,7 @@ import torch
 NAME = re.compile(r"mid_epoch_(\d+)_(\d+)\.pt|checkpoint_epoch_(\d+)\.pt|last\.pt")     # what a resume may take
 TEMP = re.compile(r"\..+\.(\d+)\.\d+\.tmp")         # .NAME.PID.SERIAL.tmp
 PROGRESS = ("epoch", "batch", "global_step", "save_counter")
-PAGE = 4096                     # alignment of O_DIRECT writes
+PAGE, CHUNK = 4096, 4 << 20     # alignment of O_DIRECT writes, and the least bytes of one
 MTBF_HOURS = 24.0               # assumed mean time between failures for the Young/Daly advice: one Modal time limit
 MAGIC = b"holdfast1 "           # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
 _serial = itertools.count()
@@ -267,37 +267,54 @@ class _Image:
             self.copied.synchronize()
         return self._views(self.buffer, [int(slot.key)])[0]
 
-    def finish(self):
-        """Pickle, headers and checksums around the tensors. Returns (tensor part, tail) as buffers; runs in the writer."""
+    def file(self):
+        """Yield the file from front to back as buffers, all but the last two whole pages; runs in the writer.
+
+        Pickle, headers and checksums come around the tensors here; the checksums keep ahead of the disk."""
         if self.copied is not None:
             self.copied.synchronize()
         memory = (ctypes.c_char * self.end).from_address(self.buffer.data_ptr())
         memory.owner = self.buffer          # the view below must outlive this image
         whole = memoryview(memory).cast("B")
-        records, digest = [], hashlib.sha256()
+        data = [whole[self.at[i][1]:self.at[i][1] + self.slots[i].nbytes] for i in self.order]
+        records, digest, done = [], hashlib.sha256(), 0
 
-        def record(name, data, at):
-            crc = zlib.crc32(data)
+        def header(name, data, crc, at):
             records.append((name, len(data), crc, at))
             return _local(name, len(data), crc, at)
 
-        for i in self.order:
-            start, data = self.at[i]
-            header = record(f"archive/data/{i}".encode(), whole[data:data + self.slots[i].nbytes], start)
-            whole[start:data] = header
-            digest.update(header)
+        for i, values, crc in zip(self.order, data, _ahead(zlib.crc32, data)):
+            start, end = self.at[i]
+            whole[start:end] = header(f"archive/data/{i}".encode(), values, crc, start)
+            digest.update(whole[start:end])
+            ready = (end + len(values)) // PAGE * PAGE
+            if ready - done >= CHUNK:
+                yield whole[done:ready]
+                done = ready
+        yield whole[done:self.end // PAGE * PAGE]
+        yield whole[self.end // PAGE * PAGE:]
         pickled = io.BytesIO()
         _Pickler(pickled, protocol=2).dump(self.tree)
         tail = io.BytesIO()
-        for name, data in ((b"data.pkl", pickled.getvalue()), (b"byteorder", sys.byteorder.encode()), (b"version", b"3\n")):
-            tail.write(record(b"archive/" + name, data, self.end + tail.tell()) + data)
+        for name, plain in ((b"data.pkl", pickled.getvalue()), (b"byteorder", sys.byteorder.encode()), (b"version", b"3\n")):
+            tail.write(header(b"archive/" + name, plain, zlib.crc32(plain), self.end + tail.tell()) + plain)
         tail.write(_directory(records, self.end + tail.tell()))
         known = {k: self.tree[k] for k in (*PROGRESS, "kind", "run", "metric") if k in self.tree}
         note = json.dumps(known, default=lambda tensor: None).encode()
         tail.write(struct.pack("<H", len(MAGIC) + 64 + 10 + len(note)))     # ends the zip end record: comment length
         digest.update(tail.getvalue() + note)
         tail.write(MAGIC + digest.hexdigest().encode() + b" %08x " % zlib.crc32(note) + note)
-        return whole, tail.getvalue()
+        yield tail.getvalue()
+
+
+def _ahead(function, items):
+    """map(function, items), computed in a thread of its own while the results before are used."""
+    with ThreadPoolExecutor(1, "checkpoint checksums") as pool:
+        try:
+            results = pool.map(function, items)
+        except RuntimeError:                # the interpreter is about to exit and starts no thread
+            results = map(function, items)
+        yield from results
 
 
 # ---- writing ----
@@ -308,24 +325,19 @@ def atomic_save(state, path):
     Raises OSError (with its errno) when it cannot be written, TypeError for what `weights_only` loading would refuse; the
     temp file is gone then and every earlier file, `path` included, is as it was."""
     path = Path(path)
-    body, tail = _Image().fill(state).finish()
+    image = _Image().fill(state)
     sweep_temps(path.parent)
-    _write(path, body, tail)
+    _write(path, image.file())
 
 
-def _write(path, body, tail):
+def _write(path, buffers):
     """temp in the same directory, write, fsync, replace, fsync of the directory (Pillai et al., OSDI'14: nothing less is safe).
 
-    The aligned part bypasses the page cache where the file system allows: half the interference with the training loop, and
-    checkpoints do not push the EEG out of the cache. Nothing failed is retried: after a failed fsync the kernel may call the
-    lost pages clean (Rebello et al., ATC'20)."""
+    Returns the bytes written. A failed fsync is not retried: the kernel may call the lost pages clean (Rebello et al., ATC'20)."""
     temp, fd = _create(path)
     try:
         try:
-            cut = len(body) // PAGE * PAGE
-            _write_direct(fd, body[:cut])
-            _write_all(fd, body[cut:])
-            _write_all(fd, tail)
+            size = _write_all(fd, buffers)
             os.fsync(fd)
             os.replace(temp, path)          # before close: closing gives up the lock that marks this temp as alive
         finally:
@@ -334,6 +346,7 @@ def _write(path, body, tail):
         _unlink(temp)
         raise
     _sync_directory(path.parent)
+    return size
 
 
 def _create(path):
@@ -355,28 +368,35 @@ def _create(path):
         os.close(fd), _unlink(temp)
 
 
-def _write_direct(fd, data):
+def _write_all(fd, buffers):
+    """Whole pages bypass the page cache where the file system allows, up to the first buffer that is none: half the
+    interference with the training loop, and checkpoints do not push the EEG out of the cache."""
+    direct, size = _set_direct(fd, True), 0
+    for left in map(memoryview, buffers):
+        size += len(left)
+        while left:
+            if direct and len(left) % PAGE:
+                direct = _set_direct(fd, False)
+            try:
+                left = left[os.write(fd, left):]
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                direct = _set_direct(fd, False)     # refused only at the write, as some file systems do
+    return size
+
+
+def _set_direct(fd, on):
+    """Whether writes to `fd` bypass the page cache from here on; tmpfs and some network file systems cannot."""
+    flag = getattr(os, "O_DIRECT", 0)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag if on else flags & ~flag)
+        return on and flag != 0
     except OSError:
-        return _write_all(fd, data)         # tmpfs and some network file systems have no direct writes
-    try:
-        _write_all(fd, data)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
+        if not on:                          # the next write would fail, and say less
             raise
-        os.lseek(fd, 0, os.SEEK_SET)        # refused only at the write, as some file systems do: again, buffered
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
-        _write_all(fd, data)
-    finally:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
-
-
-def _write_all(fd, data):
-    data = memoryview(data)
-    while data:
-        data = data[os.write(fd, data):]
+        return False
 
 
 def _sync_directory(directory):
@@ -443,8 +463,7 @@ def _checked(path, map_location):
     with open(path, "rb") as file:
         try:
             _check_bytes(file)
-            file.seek(0)
-            return torch.load(file, map_location=map_location, weights_only=True)
+            return _unpickle(file, map_location)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except OSError as error:
@@ -461,6 +480,18 @@ def _checked(path, map_location):
             raise CorruptCheckpoint(f"{path}: unreadable: {type(damage).__name__}: {damage}".split("\n")[0]) from damage
 
 
+def _unpickle(file, map_location):
+    """torch.load of an open file; tensors for the CPU are copied from a mapping of it, twice as fast as read."""
+    same = f"/proc/self/fd/{file.fileno()}"         # the file that was checked, whatever has its name by now
+    if str(map_location) == "cpu" and os.path.exists(same):
+        try:
+            return torch.load(same, map_location=lambda storage, location: storage.clone(), weights_only=True, mmap=True)
+        except RuntimeError:                # a file system that maps nothing; where the file is at fault, so says the next line
+            pass
+    file.seek(0)
+    return torch.load(file, map_location=map_location, weights_only=True)
+
+
 def _check_bytes(file):
     """Raise CorruptCheckpoint unless every byte is the one written (ours), or every zip record is sound (any other .pt)."""
     size = os.fstat(file.fileno()).st_size
@@ -470,8 +501,7 @@ def _check_bytes(file):
     if not comment:
         return _check_foreign(file)
     stored, note = comment[len(MAGIC):len(MAGIC) + 64], _note(comment)
-    digest, at = hashlib.sha256(), 0
-    buffer = bytearray(1 << 20)
+    digest, at, tensors = hashlib.sha256(), 0, []
     for name, length, crc, offset in _records(file, end, size):
         if not name.startswith(b"archive/data/"):
             continue
@@ -479,19 +509,25 @@ def _check_bytes(file):
         sizes = struct.unpack("<2H", _read(file, offset + 26, 4))
         digest.update(_read(file, offset + 30, sum(sizes)))
         at = offset + 30 + sum(sizes)
-        found = 0
-        for start in range(at, at + length, len(buffer)):
-            piece = memoryview(buffer)[:min(len(buffer), at + length - start)]
-            file.seek(start)
-            if file.readinto(piece) != len(piece):
-                raise CorruptCheckpoint("truncated")
-            found = zlib.crc32(piece, found)
-        if found != crc:
-            raise CorruptCheckpoint(f"tensor record {name.decode()} does not match its CRC-32")
+        tensors.append((name.decode(), at, length, crc))
         at += length
     digest.update(_read(file, at, size - len(comment) - at) + note)
     if digest.hexdigest().encode() != stored:
         raise CorruptCheckpoint("headers, structure or plain values do not match their SHA-256")
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda record: _check_tensor(file.fileno(), *record), tensors):
+            pass                            # raises what the first of them raised
+
+
+def _check_tensor(fd, name, at, length, crc):
+    found, buffer = 0, memoryview(bytearray(min(length, 1 << 20)))
+    for start in range(at, at + length, 1 << 20):
+        piece = buffer[:at + length - start]
+        if os.preadv(fd, [piece], start) != len(piece):
+            raise CorruptCheckpoint("truncated")
+        found = zlib.crc32(piece, found)
+    if found != crc:
+        raise CorruptCheckpoint(f"tensor record {name} does not match its CRC-32")
 
 
 def _read(file, at, length):
@@ -738,7 +774,7 @@ class Checkpointer:
             names.append("best.pt")
         try:
             for name in names:
-                self._also(path, self.directory / name, b"", b"" if self.links else path.read_bytes())
+                self._also(path, self.directory / name)
                 self.say(f"resume: {name} is {path.name} again: the process that wrote it died before naming it so")
         except OSError as error:            # the state is loaded: the next epoch's end names its own files
             self.say(f"resume: {path.name} could not be named {name}: {error.strerror}")
@@ -810,13 +846,12 @@ class Checkpointer:
             if not self.links:      # copies need room: the oldest snapshots go first, newer durable ones remain
                 room = 2 if len(names) > 1 else 1
                 self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - room) if self.mid_keep else 0)
-            body, tail = self._image.finish()
             first = self.directory / names[0]
-            _write(first, body, tail)
+            size = _write(first, self._image.file())
             for name in names[1:]:
-                self._also(first, self.directory / name, body, tail)
+                self._also(first, self.directory / name)
             self._failures = 0
-            self._report(names, blocked, time.monotonic() - began, len(body) + len(tail))
+            self._report(names, blocked, time.monotonic() - began, size)
             self._call_hook(first)
             self._rotate("mid_epoch_*.pt", self.mid_keep)
             self._rotate("checkpoint_epoch_*.pt", self.keep)
@@ -839,10 +874,12 @@ class Checkpointer:
                 if not torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))):
                     raise OSError(errno.EDOM, f"weights are not finite ({key}): not written over good files")
 
-    def _also(self, source, target, body, tail):
+    def _also(self, source, target):
         """`target` becomes another name of `source`: a hard link where possible, else a second durable file."""
         if not self.links:
-            return _write(target, body, tail)
+            with open(source, "rb") as file:
+                _write(target, iter(lambda: file.read(CHUNK), b""))
+            return
         temp = target.parent / f".{target.name}.{os.getpid()}.{next(_serial)}.tmp"
         try:
             os.link(source, temp)

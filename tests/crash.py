@@ -133,6 +133,7 @@ def run_child(action, after=None):
     if pid == 0:
         code = 1
         try:
+            torch.set_num_threads(1)        # OpenMP's threads do not live through a fork; waiting for them would never end
             action()
             code = 0
         except Exception:
