@@ -73,6 +73,7 @@ TAPS = 4                    # a stem filter sees TAPS * STRIDE samples, 250 ms
 CONV = 4                    # taps of Mamba-2's short convolution
 MAX_DECAY = 2.5             # largest log-decay per step: 8 % is left
 MAX_CHUNK = 24              # MAX_DECAY * MAX_CHUNK = 60: any two factors of a scan multiply inside fp32
+BLOCK = 300_000             # numbers of a Mamba-2 stack's input at a time on a CPU: 1.2 MB
 
 
 def norm(x):
@@ -188,7 +189,10 @@ class Mamba2(nn.Module):
         self.out = weight(layers, d, self.inner, width, fan_in=d * self.inner, gain=1 / math.sqrt(layers))
 
     def forward(self, x):
-        return self.stream(x)[0]
+        if x.device.type != "cpu":
+            return self.stream(x)[0]
+        rows = max(1, BLOCK // x[0].numel())       # few sequences at a time: what a layer writes, the next finds in cache
+        return torch.cat([self.stream(part)[0] for part in x.split(rows)])
 
     def stream(self, x, state=None):
         """(n, T, width) and the state of the call before (None: nothing came before) -> the same, and the
