@@ -871,7 +871,8 @@ class Checkpointer:
             if isinstance(slot, _Slot) and (slot.dtype.is_floating_point or slot.dtype.is_complex):
                 values = self._image.tensor(slot)           # a sum carries every inf and NaN along, in one pass
                 values = values if slot.dtype.itemsize > 1 else values.float()
-                if not torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))):
+                total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+                if not total.isfinite() and not values.isfinite().all():
                     raise OSError(errno.EDOM, f"weights are not finite ({key}): not written over good files")
 
     def _also(self, source, target):

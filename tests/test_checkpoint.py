@@ -526,6 +526,12 @@ def test_weights_of_eight_bits_are_checked_too(tmp_path, capsys):
     assert names(tmp_path) == ["mid_epoch_001_000001.pt"] and "not finite (w)" in capsys.readouterr().out
 
 
+def test_finite_weights_whose_sum_overflows_are_saved(tmp_path):
+    with saver(tmp_path) as s:
+        s.save_mid({"model": {"w": torch.full((8,), 3e38)}, "epoch": 1, "batch": 1, "global_step": 1})
+    assert names(tmp_path) == ["mid_epoch_001_000001.pt"]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of one megabyte."""
