@@ -3,7 +3,7 @@
     modal run modal_app.py --action smoke --fresh true      a cheap GPU, some minutes, synthetic recordings
     modal run --detach modal_app.py --action train --config configs/modal/train.yaml --resume true
     modal run modal_app.py --action ls                      every run on the results Volume, and what it cost
-    modal run --detach modal_app.py --action evaluate --config configs/modal/train.yaml
+    modal run --detach modal_app.py --action evaluate --config configs/modal/train.yaml --split eval
 
 --detach lets a run outlive this terminal; --resume and --fresh mean what they mean to train.py. A preempted
 or killed container starts again with the same arguments and resumes. Before the platform's limit of 24 h a
@@ -77,12 +77,13 @@ def smoke(config, launch, resume="false", fresh="false"):
 
 
 @app.function(gpu=SMOKE_GPU, timeout=TIMEOUT * 3600, **machine)
-def evaluate(config):
+def evaluate(config, split="all"):
     import evaluate as scorer
     reload()
     run = run_directory(config)
+    options = [] if split == "all" else ["--split", split]
     code = scorer.main(["--checkpoint", f"{run}/checkpoints/best.pt", "--data", config["data"]["path"],
-                        "--out", f"{run}/evaluation"])
+                        "--out", f"{run}/evaluation", *options])
     return result("refused", "evaluate.py said why") if code else result("finished", f"{run}/evaluation")
 
 
@@ -317,14 +318,17 @@ def speed(run):
 
 @app.local_entrypoint()
 def main(action: Literal["train", "evaluate", "smoke", "ls"], config: str = "",
-         resume: Literal["true", "false"] = "false", fresh: Literal["true", "false"] = "false"):
+         resume: Literal["true", "false"] = "false", fresh: Literal["true", "false"] = "false",
+         split: Literal["all", "train", "dev", "eval"] = "all"):
+    if split != "all" and action != "evaluate":
+        refuse(f"--split belongs to --action evaluate; what {action} takes is in its config")
     if action == "ls":
         return close(ls.remote())
     name = "smoke.yaml" if action == "smoke" else "train.yaml"
     settings = checked(config or HERE / "configs" / "modal" / name)
     if fresh == resume == "true":
         refuse("--fresh true and --resume true exclude each other")
-    arguments = (settings,) if action == "evaluate" else (settings, uuid.uuid4().hex[:12], resume, fresh)
+    arguments = (settings, split) if action == "evaluate" else (settings, uuid.uuid4().hex[:12], resume, fresh)
     call = {"train": train, "evaluate": evaluate, "smoke": smoke}[action].spawn(*arguments)
     guide(call, settings["experiment"]["name"], GPU if action == "train" else SMOKE_GPU)
     try:

@@ -375,8 +375,8 @@ async def other_actions(trial):
         assert (await fake.launch())[0] == 0
         code, out = await fake.modal("run", "modal_app.py", "--action", "ls", cwd=trial.project)
         assert code == 0 and "last.pt" in out and "about $" in out and "for the whole run" in out, out
-        code, out = await fake.launch(action="evaluate")
-        assert code == 0 and "--checkpoint /results/toy/checkpoints/best.pt" in out, out
+        code, out = await fake.launch("--split", "dev", action="evaluate")
+        assert code == 0 and "--checkpoint /results/toy/checkpoints/best.pt" in out and "--split dev" in out, out
         containers = len(fake.tasks)
         trial.config(data={"path": "/data/absent", "synth_hours": 0.0})
         code, out = await fake.launch()
