@@ -378,6 +378,8 @@ async def other_actions(trial):
         code, out = await fake.launch("--split", "dev", action="evaluate")
         assert code == 0 and "--checkpoint /results/toy/checkpoints/best.pt" in out and "--split dev" in out, out
         containers = len(fake.tasks)
+        code, out = await fake.launch("--split", "dev")
+        assert code == 2 and "--split belongs to --action evaluate" in out, out
         trial.config(data={"path": "/data/absent", "synth_hours": 0.0})
         code, out = await fake.launch()
         assert code == 2 and "modal volume put holdfast-data IMPORTED_FOLDER /absent" in out, out

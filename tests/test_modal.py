@@ -85,7 +85,7 @@ def test_help_names_every_option_and_its_choices():
     (["--action", "train", "--resume", "yes"], "'--resume': 'yes' is not one of 'true', 'false'."),
     (["--config", "x.yaml"], "Missing option '--action'."),
     (["--action", "train", "--epochs", "3"], "No such option"),
-    (["--action", "train", "--split", "dev"], "--split belongs to --action evaluate"),
+    (["--action", "evaluate", "--split", "test"], "'--split': 'test' is not one of 'all', 'train', 'dev', 'eval'."),
 ])
 def test_wrong_options_get_one_clear_line_before_anything_is_started(arguments, line):
     code, _, error = cli(*arguments)
