@@ -26,6 +26,7 @@ Copy this one file (it needs torch and nothing else of ours) and train like this
                     saver.save_mid(pack())
             saver.save_epoch(pack(), metric=-model(x).square().mean().item())
             batch = 0
+        saver.settle()              # the last save is durable, or this raises
 
 A checkpoint is a plain .pt (a stored zip): `torch.load(path, weights_only=True)` and `unzip -t` open it. Every byte is
 covered: tensors by their zip CRC-32, all the rest by a SHA-256 in the zip comment, next to the progress as JSON, so that
@@ -327,13 +328,14 @@ def atomic_save(state, path):
     path = Path(path)
     image = _Image().fill(state)
     sweep_temps(path.parent)
-    _write(path, image.file())
+    atomic_write(path, image.file())
 
 
-def _write(path, buffers):
-    """temp in the same directory, write, fsync, replace, fsync of the directory (Pillai et al., OSDI'14: nothing less is safe).
+def atomic_write(path, buffers):
+    """Write the bytes-like `buffers` to `path`, durably, all or nothing; returns their size. Raises OSError.
 
-    Returns the bytes written. A failed fsync is not retried: the kernel may call the lost pages clean (Rebello et al., ATC'20)."""
+    temp in the same directory, write, fsync, replace, fsync of the directory: nothing less is safe (Pillai et al., OSDI'14).
+    A failed fsync is not retried: the kernel may call the lost pages clean (Rebello et al., ATC'20)."""
     temp, fd = _create(path)
     try:
         try:
@@ -744,6 +746,7 @@ class Checkpointer:
         self.run, self.counter, self.position, self.resumed = uuid.uuid4().hex[:12], 0, (1, 0), None
         self.counter = max([c.facts["save_counter"] for c in candidates(directory) if c.facts], default=0)
         self._image, self._writing, self._error, self._failures, self._costs = _Image(), None, None, 0, []
+        self._names, self._unsaved = [], False          # of the image; whether its save failed
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")           # waiting: starting a thread per save costs 5 ms
         self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
 
@@ -823,6 +826,9 @@ class Checkpointer:
     def _start(self, state, kind, names):
         began = time.monotonic()
         self.wait()
+        if self._unsaved and "last.pt" in self._names:  # the end of an epoch, perhaps the best: once more before it goes
+            self._retry(self._failures)
+        self._unsaved = False
         self.counter += 1
         state = {**state, "kind": kind, "run": self.run, "save_counter": self.counter}
         try:
@@ -833,9 +839,17 @@ class Checkpointer:
         finally:
             self._due_at = time.monotonic() + 60 * self.minutes
         self.blocked = time.monotonic() - began
+        self._names = names
         self._writing = self._writer.submit(self._write, names, self.blocked)
         if not self.background:
             self.wait()
+
+    def _retry(self, failures=None):
+        """Write the image again whose save failed; `failures` in a row stand, whatever comes of it."""
+        self._writing = self._writer.submit(self._write, self._names, self.blocked)
+        self.wait()
+        if self._unsaved and failures is not None:
+            self._failures = failures
 
     def _write(self, names, blocked):
         """Writer thread: durable first, then the other names, then the hook, and only then rotation."""
@@ -847,10 +861,10 @@ class Checkpointer:
                 room = 2 if len(names) > 1 else 1
                 self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - room) if self.mid_keep else 0)
             first = self.directory / names[0]
-            size = _write(first, self._image.file())
+            size = atomic_write(first, self._image.file())
             for name in names[1:]:
                 self._also(first, self.directory / name)
-            self._failures = 0
+            self._failures, self._unsaved = 0, False
             self._report(names, blocked, time.monotonic() - began, size)
             self._call_hook(first)
             self._rotate("mid_epoch_*.pt", self.mid_keep)
@@ -879,7 +893,7 @@ class Checkpointer:
         """`target` becomes another name of `source`: a hard link where possible, else a second durable file."""
         if not self.links:
             with open(source, "rb") as file:
-                _write(target, iter(lambda: file.read(CHUNK), b""))
+                atomic_write(target, iter(lambda: file.read(CHUNK), b""))
             return
         temp = target.parent / f".{target.name}.{os.getpid()}.{next(_serial)}.tmp"
         try:
@@ -909,12 +923,13 @@ class Checkpointer:
             return
         if not isinstance(error, OSError):
             raise error
-        self._failures += 1
+        self._failures, self._unsaved = self._failures + 1, True
         self._due_at = min(self._due_at, time.monotonic() + 60)             # no need to wait for the whole interval
         room = f" ({self._image.end / 1e6:.0f} MB needed, {_free(self.directory) / 1e6:.0f} MB free)"
         line = f"save failed ({self._failures} in a row): {error.strerror or error}" + room * (error.errno == errno.ENOSPC)
         self.say(f"{line}; every earlier checkpoint is as it was")
         if self._failures >= 3:
+            self._unsaved = False
             raise SaveFailed(error.errno, f"three saves in a row failed, the last one: {error.strerror or error}")
 
     def wait(self):
@@ -924,10 +939,18 @@ class Checkpointer:
             self._writing = None
         self.check()
 
+    def settle(self):
+        """Until the newest save is durable: `wait`, and again where it failed. SaveFailed after the third failure in a row."""
+        self.wait()
+        while self._unsaved:
+            self._retry()
+
     def close(self):
-        """Wait for the writer and give the directory up."""
+        """Wait for the writer, once more where the newest save failed, and give the directory up."""
         try:
             self.wait()
+            if self._unsaved:
+                self._retry()
         finally:
             self._writer.shutdown()
             if self._lock is not None:

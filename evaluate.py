@@ -23,6 +23,7 @@ everything. A patient with neither seizures nor detections has no F1, and one wi
 left out of those means, as SzCORE does. A set with seizures and nothing detected has precision 0.
 """
 import argparse
+import contextlib
 import difflib
 import importlib.metadata
 import json
@@ -514,9 +515,11 @@ def _traces(axis, recording, begin, end, truth, found):
 
 
 def _rows(path):
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):     # a kill or a full disk may tear a row
+            rows.append(json.loads(line))
+    return rows
 
 
 def curves(run_directory):

@@ -312,6 +312,7 @@ class Record:
 
     def __init__(self, directory, step=0, complete=True, say=print):
         self.directory, self.path, self.say, self.pending = directory, directory / "metrics.jsonl", say, []
+        checkpoint.sweep_temps(directory)
         kept, dropped = [], []
         for row in self._rows():
             past = row["step"] < step or (row["step"] == step and (complete or row["kind"] == "train"))
@@ -319,9 +320,7 @@ class Record:
         with open(directory / "metrics.abandoned.jsonl", "a") if dropped else contextlib.nullcontext() as file:
             for row in dropped:             # done again from the resumed step on, or of a line that --resume FILE left
                 file.write(json.dumps(row) + "\n")
-        temp = self.path.with_suffix(".tmp")
-        temp.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temp, self.path)
+        checkpoint.atomic_write(self.path, ["".join(json.dumps(row) + "\n" for row in kept).encode()])
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         board = directory / "tensorboard"
         for old in board.glob("events.out.tfevents.*"):
@@ -331,9 +330,12 @@ class Record:
             self._chart(row)
 
     def _rows(self):
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):         # the last line of a killed process may be torn
-                yield json.loads(line)
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+            try:
+                row = json.loads(line)
+                yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
+            except (ValueError, TypeError, KeyError):               # a kill or a power cut may tear the last row
+                self.say(f"metrics.jsonl: dropped a row that cannot be read: {line[:60]!r}")
 
     def write(self, **row):
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -361,7 +363,7 @@ class Record:
     def _chart(self, row):
         for key, value in row.items():
             if isinstance(value, (int, float)) and key not in ("step", "epoch", "batch", "batches", "time"):
-                self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"], walltime=row["time"])
+                self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"], walltime=row.get("time"))
 
     def event(self, kind, path, facts, seconds=0.0):
         row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"], "batch": facts["batch"],
@@ -719,13 +721,18 @@ class Trainer:
         return False
 
     def fit(self):
-        while self.epoch <= self.settings["epochs"]:
-            self.train_epoch()
-            stop = self.end_epoch(self.validate())
-            self.epoch, self.batch, self.windows_done = self.epoch + 1, 0, 0
-            self.saved_at = (self.step, 0)
-            if stop:
-                break
+        """Train to the end. True where a signal or the time limit came before it."""
+        try:
+            while self.epoch <= self.settings["epochs"]:
+                self.train_epoch()
+                early = self.end_epoch(self.validate())
+                self.epoch, self.batch, self.windows_done = self.epoch + 1, 0, 0
+                self.saved_at = (self.step, 0)
+                if early:
+                    break
+            return False
+        except Stopped:
+            return True
 
 
 def autocast(precision, device):
@@ -788,9 +795,6 @@ def find_state(trainer, directory, resume, fresh, hook):
     """Main process: take the run directory and find the state to continue from (None: start at the beginning)."""
     config, s, say = trainer.config, trainer.settings, trainer.say
     checkpoints = directory / "checkpoints"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and resume == "false":
-        say("torchrun restarted this job: resuming")
-        resume, fresh = "true", False
     if resume == "false" and not fresh and holds_checkpoints(checkpoints):
         raise Refused(f"{checkpoints} already holds checkpoints: --resume continues that run, --fresh moves it aside")
     try:
@@ -863,32 +867,37 @@ def run(config, resume="false", fresh=False, on_saved=None):
 
 
 def _run(trainer, resume, fresh, on_saved):
-    config, group, say = trainer.config, trainer.group, trainer.say
+    config, group, say, stopped = trainer.config, trainer.group, trainer.say, False
     directory = Path(config["experiment"]["results"], config["experiment"]["name"])
     try:
-        state = group.from_main(lambda: find_state(trainer, directory, resume, fresh, on_saved))
-        if group.main:
-            start(trainer, directory, state)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and resume != "true":
+            say("torchrun restarted this job: resuming")
+            resume, fresh = "true", False
+        state, position = group.from_main(lambda: start(trainer, directory, resume, fresh, on_saved))
         if state:
-            position = group.from_main(lambda: trainer.saver.position)
             trainer.unpack(state, position)
             say(f"resumed: epoch {trainer.epoch}, {trainer.batch} batches trained in it, step {trainer.step}")
         del state
         if trainer.epoch > trainer.settings["epochs"] or (not trainer.batch and trainer.ended_early()):
             say("this run is finished: raise training.epochs or training.patience to go on")
         else:
-            trainer.fit()
+            if resume not in ("true", "false"):
+                trainer.save_mid()                          # from here on, whatever happens, a resume follows this line
+                trainer.saver.wait() if group.main else None
+            stopped = trainer.fit()
         if group.main:
-            trainer.saver.wait()
+            trainer.saver.settle()                          # a save that failed is tried again: "saved" must be true
+        if stopped:
+            number = trainer.signals.number
+            say(f"stopped by {signal.Signals(number).name}, saved" if number else "time limit reached, saved")
+            return 128 + number if number else 75
+        if group.main:
             checkpoint.list_run(directory / "checkpoints", say)
-            evaluate.curves(directory)
+            try:
+                evaluate.curves(directory)
+            except OSError as error:
+                say(f"curves.png: {error.strerror}")
         return 0
-    except Stopped:
-        if group.main:
-            trainer.saver.wait()
-        number = trainer.signals.number
-        say(f"stopped by {signal.Signals(number).name}, saved" if number else "time limit reached, saved")
-        return 128 + number if number else 75
     except Diverged:
         good = checkpoint.find_resume(directory / "checkpoints", quiet) if group.main else None
         say(f"{MAX_NONFINITE} losses in a row were not finite; the last good checkpoint is {good}; lower the learning rate")
@@ -905,14 +914,19 @@ def _run(trainer, resume, fresh, on_saved):
                 trainer.record.close()
 
 
-def start(trainer, directory, state):
-    """Main process: records cut back to the resumed step, the effective config beside them."""
+def start(trainer, directory, resume, fresh, hook):
+    """Main process: the state to continue from and its position, with the effective config beside the run's records and
+    these cut back to the resumed step."""
+    state = find_state(trainer, directory, resume, fresh, hook)
     step, complete = (state["global_step"], state.get("kind") == "epoch") if state else (0, True)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(trainer.config, sort_keys=False))
-    trainer.record = Record(directory, step, complete, trainer.say)
+    try:
+        checkpoint.atomic_write(directory / "config.yaml", [yaml.safe_dump(trainer.config, sort_keys=False).encode()])
+        trainer.record = Record(directory, step, complete, trainer.say)
+    except OSError as error:
+        raise Refused(f"{directory}: {error.strerror}") from None
     if state:
         trainer.record.event("resume", trainer.saver.resumed, state)
+    return state, trainer.saver.position
 
 
 def main(argv=None):

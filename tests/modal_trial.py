@@ -149,7 +149,7 @@ class Trial:
     @contextlib.asynccontextmanager
     async def modal(self, **options):
         """The stand-in with this trial's Volumes; `fake.launch()` is `modal run`: (exit code, output)."""
-        usual = {"background_commit_every": None, "grace": 8.0, "jail": os.geteuid() == 0, "verbose": False}
+        usual = {"background_commit_every": None, "grace": 8.0, "jail": os.geteuid() == 0 and shutil.which("chroot") is not None, "verbose": False}
         options = usual | options
         async with stand_in().FakeModal(self.folder / "state", **options) as fake:
             async def launch(*arguments, action="train", resume="false"):

@@ -561,6 +561,32 @@ def test_a_full_disk_says_what_is_needed_and_free_and_training_goes_on_when_room
     assert names(small_disk) == ["mid_epoch_001_000004.pt"]
 
 
+def test_the_end_of_an_epoch_that_found_the_disk_full_is_written_again_before_the_next_snapshot(small_disk, capsys):
+    with saver(small_disk, say=print) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.1)
+        s.wait()
+        (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
+        s.save_epoch(state(2, epoch=2), metric=0.9)
+        s.wait()
+        assert recover(small_disk) == 1
+        (small_disk / "filler").unlink()
+        s.save_mid(state(3, epoch=3))
+        s.settle()
+    assert sound(checkpoint.load(small_disk / "best.pt")) == sound(checkpoint.load(small_disk / "last.pt")) == 2
+    assert recover(small_disk) == 3 and capsys.readouterr().out.count("save failed") == 1
+
+
+def test_settle_says_when_the_last_save_cannot_be_made(small_disk):
+    with saver(small_disk) as s:
+        s.save_mid(state(1))
+        s.wait()
+        (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
+        s.save_mid(state(2))
+        with pytest.raises(checkpoint.SaveFailed, match="No space left on device"):
+            s.settle()
+    assert recover(small_disk) == 1
+
+
 def test_a_read_only_disk_refuses_saves_and_still_resumes_lists_and_verifies(small_disk, capsys):
     with saver(small_disk) as s:
         s.save_mid(state(1))

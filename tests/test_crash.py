@@ -306,7 +306,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
     torch.save({"epoch": 1, "trap": Trap()}, tmp_path / "last.pt")
     image = checkpoint._Image().fill({"epoch": 1})
     image.tree["trap"] = Trap()             # with every checksum right: the bytes are those that were written
-    checkpoint._write(tmp_path / "checkpoint_epoch_001.pt", image.file())
+    checkpoint.atomic_write(tmp_path / "checkpoint_epoch_001.pt", image.file())
     for path in tmp_path.glob("*.pt"):
         for read in (checkpoint.load, checkpoint.verify):
             with pytest.raises(checkpoint.CorruptCheckpoint, match="refuses it"):

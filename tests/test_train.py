@@ -328,6 +328,52 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves_with_every_earli
     assert not list((small_disk / "t/checkpoints").glob(".*.pt.*"))
 
 
+@pytest.mark.parametrize("ending", ["a signal", "the last epoch"])
+def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(corpus, small_disk, capsys, monkeypatch, ending):
+    original = checkpoint.Checkpointer._start
+
+    def start(self, state, kind, names):
+        if state["epoch"] == 2 and (ending == "a signal" or kind == "epoch"):
+            self.wait()
+            fill(small_disk)
+        original(self, state, kind, names)
+    monkeypatch.setattr(checkpoint.Checkpointer, "_start", start)
+    with cut_at(12) if ending == "a signal" else contextlib.nullcontext():
+        assert train.run(loaded(corpus, small_disk)) == 1
+    out = capsys.readouterr().out
+    assert "save failed (3 in a row)" in out and "free the disk or mend it, then --resume" in out
+    assert "stopped by" not in out and "names," not in out
+    assert last(small_disk)["epoch"] == 1
+
+
+def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(corpus, reference, small_disk, capsys):
+    config = loaded(corpus, small_disk)
+    with cut_at(3):
+        train.run(config)
+    files = [p for p in (small_disk / "t").rglob("*") if p.is_file() and p.name != ".lock"]
+    before = {p: p.read_bytes() for p in files}
+    fill(small_disk)
+    with pytest.raises(train.Refused, match="t: No space left on device"):
+        train.run(config, "true")
+    assert {p: p.read_bytes() for p in files} == before
+    (small_disk / "filler").unlink()
+    assert train.run(config, "true") == 0
+    assert_same_run(small_disk, reference)
+
+
+def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, reference, tmp_path, capsys):
+    with cut_at(3):
+        train.run(loaded(corpus, tmp_path))
+    whole = (tmp_path / "t/metrics.jsonl").read_bytes()
+    torn = b'{"kind": "tr\n17\n["step"]\n\xff\x00\x00\n{"kind": "train"}\n{"kind": "train", "step": null}\n'
+    (tmp_path / "t/metrics.jsonl").write_bytes(torn + whole + b'{"kind": "train", "epo')
+    with open(tmp_path / "t/saves.jsonl", "a") as file:
+        file.write('{"kind": "sa')
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert capsys.readouterr().out.count("metrics.jsonl: dropped a row that cannot be read") == 7
+    assert_same_run(tmp_path, reference)
+
+
 # ---- starting ----
 
 def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
@@ -348,6 +394,25 @@ def test_resume_from_a_file_becomes_the_line_that_later_resumes_follow(corpus, t
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert (state["epoch"], state["batch"]) == (2, 2)
     assert max(r["step"] for r in rows(tmp_path)) == state["global_step"]
+
+
+def test_a_line_chosen_by_file_holds_before_its_first_step_and_torchrun_goes_on_with_it(corpus, tmp_path, capsys, monkeypatch):
+    config, chosen = loaded(corpus, tmp_path, training__epochs=3), str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt")
+    assert train.run(config) == 0
+    monkeypatch.setattr(train.Trainer, "train_epoch", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+    if not (child := os.fork()):
+        torch.set_num_threads(1)            # the threads of the parent's pool are not here
+        train.run(config, chosen)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    monkeypatch.undo()
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert (state["epoch"], state["batch"]) == (2, 0)
+    with cut_at(2):
+        train.run(config, "true")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert train.run(config, chosen) == 0
+    assert "resumed: epoch 2, 2 batches trained in it" in capsys.readouterr().out
 
 
 def test_a_finished_run_says_so_and_trains_nothing(corpus, reference, capsys):
