@@ -106,15 +106,13 @@ def settings(config):
         near = difflib.get_close_matches(unknown[0], DEFAULTS, 1, 0.0)[0]
         raise ValueError(f"unknown key evaluation.{unknown[0]}; the nearest is evaluation.{near}")
     c = {**DEFAULTS, **config}
-    limits = {"threshold": (0, 1), "release": (0, 1), "batch_size": (1, math.inf),
-              "window_seconds": (1 / FS, math.inf), "max_duration_seconds": (1 / FS, math.inf),
-              "overlap_seconds": (0, c["window_seconds"] - 1 / FS)}
+    limits = {name: (0, 86400) for name in DEFAULTS if name.endswith("_seconds")}
+    limits |= {"threshold": (0, 1), "release": (0, 1), "batch_size": (1, math.inf),
+               "window_seconds": (1 / FS, 3600), "max_duration_seconds": (1 / FS, 86400),
+               "overlap_seconds": (0, c["window_seconds"] - 1 / FS)}
     for name, (low, high) in limits.items():
         if not low <= c[name] <= high:
             raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, not {c[name]}")
-    for name in DEFAULTS:
-        if name.endswith("_seconds") and not c[name] >= 0:
-            raise ValueError(f"evaluation.{name} must not be negative, but is {c[name]}")
     return c
 
 

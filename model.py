@@ -76,6 +76,22 @@ MAX_CHUNK = 24              # MAX_DECAY * MAX_CHUNK = 60: any two factors of a s
 BLOCK = 300_000             # numbers of a Mamba-2 stack's input at a time on a CPU: 1.2 MB
 
 
+def settings(config):
+    """DEFAULTS overridden by `config`, checked. Raises ValueError."""
+    unknown = sorted(set(config) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"model: unknown setting {unknown[0]!r}; known are {', '.join(DEFAULTS)}")
+    c = {**DEFAULTS, **config}
+    for name, default in DEFAULTS.items():
+        if type(default) is int and c[name] < 1:
+            raise ValueError(f"model: {name} must be at least 1, not {c[name]}")
+    if not 0 <= c["dropout"] < 1 or not 0 < c["prior"] < 1:
+        raise ValueError(f"model: dropout and prior must lie between 0 and 1, not be {c['dropout']} and {c['prior']}")
+    if c["hop"] % STRIDE:
+        raise ValueError(f"model: hop {c['hop']} must be a multiple of {STRIDE} samples")
+    return c
+
+
 def norm(x):
     """Layer normalisation without gain and bias, over the last axis, as fp32."""
     return F.layer_norm(x.float(), x.shape[-1:])
@@ -377,14 +393,9 @@ class V3(nn.Module):
 
     def __init__(self, channels=19, **config):
         super().__init__()
-        unknown = sorted(set(config) - set(DEFAULTS))
-        if unknown:
-            raise ValueError(f"model: unknown setting {unknown[0]!r}; known are {', '.join(DEFAULTS)}")
+        c = settings(config)
         if channels < 2:
             raise ValueError(f"model: {channels} channel, a graph needs at least 2")
-        c = {**DEFAULTS, **config}
-        if c["hop"] % STRIDE:
-            raise ValueError(f"model: hop {c['hop']} must be a multiple of {STRIDE} samples")
         self.channels, self.hop, self.graph_steps = channels, c["hop"], c["graph_steps"]
         stem, node, tcn, drop = c["stem_width"], c["node_width"], c["tcn_width"], c["dropout"]
         fine = self.fine = c["hop"] // STRIDE                          # stem steps per stream step

@@ -81,11 +81,16 @@ DEFAULTS = {
     "evaluation": evaluate.DEFAULTS,
 }
 CHOICES = {"training.precision": ("fp32", "bf16", "fp16"), "training.device": ("auto", "cpu", "cuda")}
-LOWEST = {"training.epochs": 1, "training.batch_size": 1, "training.accumulate": 1, "training.log_every": 1,
-          "training.learning_rate": 0, "training.grad_clip": 1e-12, "training.checkpoint_interval": 1,
-          "training.checkpoint_keep": 0, "training.mid_epoch_minutes": 0, "training.mid_epoch_keep": 0,
-          "training.time_limit_hours": 0, "training.patience": 0, "data.window_seconds": 0.1, "data.stride_seconds": 0.1,
-          "data.synth_hours": 0, "data.buffers": 1}
+LIMITS = {                              # of every number outside `model` and `evaluation`, which check their own
+    "experiment.seed": (0, 2**63 - 1), "data.synth_hours": (0, 10**4), "data.synth_patients": (2, 10**4),
+    "data.dev_fraction": (0, 1), "data.window_seconds": (0.1, 3600), "data.stride_seconds": (0.1, 3600),
+    "data.full_per_partial": (0, 1000), "data.background_per_partial": (0, 1000), "data.buffers": (1, 1000),
+    "training.epochs": (1, 10**6), "training.batch_size": (1, 10**6), "training.accumulate": (1, 10**6),
+    "training.learning_rate": (0, 1000), "training.weight_decay": (0, 1000), "training.warmup_ratio": (0, 1),
+    "training.grad_clip": (1e-12, 1e12), "training.focal_alpha": (0, 1), "training.focal_gamma": (0, 100),
+    "training.patience": (0, 10**6), "training.log_every": (1, 10**9), "training.checkpoint_interval": (1, 10**6),
+    "training.checkpoint_keep": (0, 10**6), "training.mid_epoch_minutes": (0, 10**6), "training.mid_epoch_keep": (0, 10**6),
+    "training.time_limit_hours": (0, 10**6)}
 FIXED = ("model", "experiment.seed", "data.window_seconds", "data.stride_seconds", "data.balanced",
          "data.full_per_partial", "data.background_per_partial", "data.augment", "data.dev_patients", "data.dev_fraction")
 MAX_NONFINITE = 50                      # steps in a row
@@ -158,10 +163,10 @@ def _typed(value, default, where):
 
 
 def _check(config):
-    for name, lowest in LOWEST.items():
+    for name, (lowest, highest) in LIMITS.items():
         value = _get(config, name)
-        if not lowest <= value < math.inf:
-            raise Refused(f"{name} must be at least {lowest}, not {value}")
+        if not lowest <= value <= highest:
+            raise Refused(f"{name} must be at least {lowest} and at most {highest:,}, not {value}")
     for name, choices in CHOICES.items():
         if _get(config, name) not in choices:
             raise Refused(f"{name} must be one of {', '.join(choices)}, not {_get(config, name)!r}")
@@ -171,6 +176,7 @@ def _check(config):
     try:
         evaluate.check_metric(config["training"]["best_metric"])
         evaluate.settings(config["evaluation"])
+        v3.settings(config["model"])
     except ValueError as error:
         raise Refused(str(error)) from None
 
@@ -466,7 +472,10 @@ class Trainer:
         s, device = self.settings, self.group.device
         rng = rng_state(torch.device("cpu"))
         torch.manual_seed(self.config["experiment"]["seed"])                # the same weights in every process
-        self.model = v3.V3(len(self.train[0].channels), **self.config["model"]).to(device)
+        try:
+            self.model = v3.V3(len(self.train[0].channels), **self.config["model"]).to(device)
+        except ValueError as error:
+            raise Refused(str(error)) from None
         set_rng_state(rng, torch.device("cpu"))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")

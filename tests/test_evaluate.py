@@ -100,7 +100,8 @@ def test_a_metric_that_the_dev_set_cannot_give_is_refused_by_name():
 @pytest.mark.parametrize("config, text", [
     ({"treshold": 1}, "evaluation.threshold"), ({"threshold": 1.5}, "between 0 and 1"),
     ({"overlap_seconds": 60.0}, "overlap_seconds"), ({"batch_size": 0}, "batch_size"),
-    ({"merge_gap_seconds": -1.0}, "negative")])
+    ({"merge_gap_seconds": -1.0}, "between 0 and 86400"),
+    ({"onset_seconds": math.nan}, "onset_seconds"), ({"window_seconds": math.inf}, "window_seconds")])
 def test_bad_settings_are_refused_in_one_line(config, text):
     with pytest.raises(ValueError, match=text):
         evaluate.settings(config)

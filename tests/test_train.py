@@ -449,6 +449,11 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     ("experiment.name=a/b", "plain folder name"),
     ("data.dev_patients=[nobody]", "nobody"),
     ("training.device=cuda", "sees no GPU"),
+    ("model.hop=63", "multiple of 16"),
+    ("model.tcn_blocks=0", "tcn_blocks must be at least 1"),
+    ("model.node_headdim=7", "headdim 7 must divide"),
+    ("model.dropout=1.5", "between 0 and 1"),
+    ("evaluation.window_seconds=.inf", "between 0.00390625 and 3600"),
 ])
 def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, message, capsys):
     if "cuda" in change and torch.cuda.is_available():
@@ -458,6 +463,16 @@ def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, me
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1, error
     assert not (tmp_path / "t").exists()
+
+
+def test_every_number_of_the_configuration_has_limits_and_nan_and_infinity_are_beyond_them(corpus, tmp_path):
+    path = loaded(corpus, tmp_path) and str(tmp_path / "config.yaml")
+    numbers = {key: value for key, value in train._flat(train.DEFAULTS) if type(value) in (int, float)}
+    assert {key for key in numbers if not key.startswith(("model.", "evaluation."))} == set(train.LIMITS)
+    for key, value in numbers.items():
+        for wrong in ("-1",) if type(value) is int else (".nan", ".inf", "-1"):
+            with pytest.raises(train.Refused, match=key.split(".")[-1]):
+                train.load_config(path, [f"{key}={wrong}"])
 
 
 def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path):
