@@ -1152,7 +1152,8 @@ def main(argv=None):
         print(damage, file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
-        print(f"checkpoint.py: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        print(f"checkpoint.py: {where}{getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
 
 

@@ -1539,6 +1539,8 @@ def synth(out, hours=1.0, patients=8, seed=0):
         raise DataError(f"{out} is not empty: synthetic recordings need a new folder")
     if not (hours > 0 and patients > 0):
         raise DataError(f"{hours} h of {patients} patients: both must be positive")
+    if seed < 0:
+        raise DataError(f"seed {seed}: must be 0 or more")
     for p in range(patients):
         rng = np.random.default_rng([seed, p])
         traits = _traits(rng)

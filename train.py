@@ -754,11 +754,18 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def expect_data(config):
+    """Refuse a configuration whose recordings are neither there nor to be made: the first thing that a newcomer lacks."""
+    c = config["data"]
+    if not c["path"]:
+        raise Refused("data.path is not set: the folder that data.py import wrote")
+    if not Path(c["path"]).is_dir() and not c["synth_hours"]:
+        raise Refused(f"data.path {c['path']} does not exist: python data.py import CORPUS_FOLDER {c['path']}")
+
+
 def open_recordings(config, say):
     """Recordings at data.path; synthetic ones are made there first where the config asks for them, and only then."""
     c, path = config["data"], Path(config["data"]["path"])
-    if not c["path"]:
-        raise Refused("data.path is not set: the folder that data.py import wrote")
     try:
         if c["synth_hours"] and not path.is_dir():
             source, temp = Path(f"{path}_edf"), Path(f"{path}_edf.part")
@@ -768,11 +775,11 @@ def open_recordings(config, say):
             say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, importing them to {path}")
             data.import_corpus(source, f"{path}.part")
             os.replace(f"{path}.part", path)
-        if not path.is_dir():
-            raise Refused(f"data.path {path} does not exist: python data.py import CORPUS_FOLDER {path}")
         return data.open_corpus(path)
     except data.DataError as error:
         raise Refused(f"{path}: {error}") from None
+    except OSError as error:
+        raise Refused(f"{error.filename or path}: {error.strerror}") from None
 
 
 def holds_checkpoints(directory):
@@ -855,6 +862,7 @@ def run(config, resume="false", fresh=False, on_saved=None):
     resume: "true", "false" or a checkpoint's path. on_saved(path) runs in the writer thread after each durable save."""
     began, group = time.monotonic(), None
     try:
+        expect_data(config)
         group = Group(config["training"]["device"])
         lines = threading.Lock()
 

@@ -480,6 +480,13 @@ def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == f"train.py: config {tmp_path / 'no.yaml'}: No such file or directory"
 
 
+def test_the_real_configuration_without_its_data_says_how_to_import_it(tmp_path):
+    done = subprocess.run([*PYTHON, "--config", str(ROOT / "configs/local/train.yaml"), "--resume"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert "python data.py import" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_environment_sets_the_timer_on_a_fresh_run_and_the_log_says_so(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("BGB_MID_EPOCH_MINUTES", "0")
     monkeypatch.setenv("BGB_MID_EPOCH_KEEP", "2")
