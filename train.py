@@ -922,6 +922,9 @@ def _run(trainer, resume, fresh, on_saved):
     except checkpoint.SaveFailed as error:
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
         return 1
+    except data.DataError as error:                         # a recording changed or vanished under the run
+        say(f"stopped: {error}; mend it, then --resume")
+        return 1
     finally:
         try:
             if trainer.saver:

@@ -361,6 +361,29 @@ def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(
     assert_same_run(small_disk, reference)
 
 
+def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_back_it_goes_on(corpus, reference, tmp_path, capsys,
+                                                                                               monkeypatch):
+    shutil.copytree(corpus, tmp_path / "h5")
+    dates = {path: path.stat() for path in (tmp_path / "h5").rglob("*.h5")}
+    original = train.Trainer.boundary
+
+    def boundary(self):
+        original(self)
+        if self.step == 2:
+            for path in dates:
+                os.utime(path, (1, 1))
+            data.mapped.cache_clear()
+    monkeypatch.setattr(train.Trainer, "boundary", boundary)
+    config = loaded(tmp_path / "h5", tmp_path, training__mid_epoch_minutes=0.0)
+    assert train.run(config) == 1
+    assert "was changed since the corpus was opened; mend it, then --resume" in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.undo()
+    for path, stat in dates.items():
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert train.run(config, "true") == 0
+    assert_same_run(tmp_path, reference)
+
+
 def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, reference, tmp_path, capsys):
     with cut_at(3):
         train.run(loaded(corpus, tmp_path))
