@@ -52,7 +52,7 @@ def main():
     with tempfile.TemporaryDirectory() as temp:
         temp = Path(temp)
         data.synth(temp / "edf", hours=0.5, patients=4, seed=3)
-        data.import_corpus(temp / "edf", temp / "h5")
+        data.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
         print("| processes | windows/s | of one process |\n|---|---|---|")
         first = None
         for n in counts:

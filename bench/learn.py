@@ -12,6 +12,7 @@ et al., EMBC 2001) is the mean absolute difference over a sliding window, relati
 recording; its window and threshold are those with the best event F1 on the training set.
 """
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -110,10 +111,11 @@ def main():
 
 
 def compare(work, args):
-    corpus, unseen, extra = real(work) if args.real else synthetic(work, args.seed)
-    config, began = configuration(work, corpus, extra, args), time.monotonic()
-    if code := train.run(config):
-        return code
+    with contextlib.redirect_stdout(sys.stderr):                        # the run's own lines are no result
+        corpus, unseen, extra = real(work) if args.real else synthetic(work, args.seed)
+        config, began = configuration(work, corpus, extra, args), time.monotonic()
+        if code := train.run(config):
+            return code
     minutes = (time.monotonic() - began) / 60
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, state = evaluate.load_model(work / "results/learn/checkpoints/best.pt", device)

@@ -319,7 +319,7 @@ def main():
         temp = Path(temp)
         with contextlib.redirect_stdout(io.StringIO()):
             data.synth(temp / "edf", hours=0.35, patients=4, seed=3)
-            data.import_corpus(temp / "edf", temp / "h5")
+            data.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
         count = len(windows(temp / "h5"))
         print(f"{count} windows an epoch, {-(-count // BATCH)} steps\n\n| trainer | killed at step | resumed from step | "
               "windows repeated | windows never seen | weights beside the run never stopped |\n" + "|---" * 6 + "|", flush=True)

@@ -1,26 +1,24 @@
 #!/usr/bin/env bash
-# Every measured claim, one after another on an otherwise idle machine; writes bench/RESULTS.md.
-#   bash bench/run_all.sh [SECTION ...]        sections: crash checkpoint resume loader model ddp learn soak
-set -uo pipefail
+# Every measured claim, one after another on an otherwise idle machine; writes bench/RESULTS.md. Stops at the first that fails.
+#   pip install -r bench/requirements.txt && SEIZURETRANSFORMER=FOLDER bash bench/run_all.sh [SECTION ...]
+# sections: crash checkpoint resume loader model ddp learn soak. FOLDER: see bench/model.py; without it that row is left out.
+set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p bench/results
 sections=("$@")
 [ $# -gt 0 ] || sections=(crash checkpoint resume loader model ddp learn soak)
+machine="$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs) with $(nproc --all) cores, $(uname -sr), $(python -c '
+import sys, torch
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {gpu}")')"
 for name in "${sections[@]}"; do
   echo "== bench/$name.py"
-  {
-    echo "## $name"
-    echo
-    echo "\`python bench/$name.py\`, $(date +%F), $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs) with $(nproc --all) cores, $(uname -sr), $(python -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}", end=""); print(f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU")')"
-    echo
-    python "bench/$name.py" 2>&1 | grep -vE "Warning|^(epoch|saved|checkpoints|train|validation|model|resume|results)|^[0-9]+ read|^    (file|resume|[a-z_0-9]+\.pt|[0-9]+ names)|^ -> |tmp.*checkpoints"
+  python "bench/$name.py" > "bench/results/$name.out" 2> "bench/results/$name.log" || { tail -5 "bench/results/$name.log"; exit 1; }
+  { printf '## %s\n\n`python bench/%s.py`, %s, %s\n\n' "$name" "$name" "$(date +%F)" "$machine"
+    cat "bench/results/$name.out"
     echo
   } > "bench/results/$name.md"
 done
-{
-  echo "# Measured"
-  echo
-  echo "Written by \`bash bench/run_all.sh\`. Ratios are within one run; absolute times on a shared machine are noise."
-  echo
+{ printf '# Measured\n\nWritten by `bash bench/run_all.sh`. Ratios are within one run; absolute times on a shared machine are noise.\n\n'
   cat bench/results/*.md
 } > bench/RESULTS.md

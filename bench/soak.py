@@ -69,7 +69,7 @@ def main():
     with tempfile.TemporaryDirectory() as temp:
         temp = Path(temp)
         data.synth(temp / "edf", hours=0.35, patients=4, seed=3)
-        data.import_corpus(temp / "edf", temp / "h5")
+        data.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
         reference = prepare(temp / "h5", temp / "reference", args.epochs)
         start = time.monotonic()
         assert launch(reference).wait() == 0, (reference / "log.txt").read_text()
