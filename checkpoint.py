@@ -60,7 +60,7 @@ import torch
 NAME = re.compile(r"mid_epoch_(\d+)_(\d+)\.pt|checkpoint_epoch_(\d+)\.pt|last\.pt")     # what a resume may take
 TEMP = re.compile(r"\..+\.(\d+)\.\d+\.tmp")         # .NAME.PID.SERIAL.tmp
 PROGRESS = ("epoch", "batch", "global_step", "save_counter")
-PAGE, CHUNK = 4096, 32 << 20    # alignment of O_DIRECT writes, and the least bytes of one: 4 MB each took 1.2 times as long
+PAGE, CHUNK = 4096, 32 << 20    # alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
 MTBF_HOURS = 24.0               # assumed mean time between failures for the Young/Daly advice: one Modal time limit
 MAGIC = b"holdfast1 "           # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
 _serial = itertools.count()
@@ -281,7 +281,6 @@ class _Image:
         memory.owner = self.buffer          # the view below must outlive this image
         whole = memoryview(memory).cast("B")
         data = [whole[self.at[i][1]:self.at[i][1] + self.slots[i].nbytes] for i in self.order]
-        records, digest, done = [], hashlib.sha256(), 0
         strict = self.tree.get(finite) if isinstance(self.tree.get(finite), dict) else {}
         strict = {int(slot.key): key for key, slot in strict.items() if isinstance(slot, _Slot)}
 
@@ -290,32 +289,34 @@ class _Image:
                 self._refuse_nonfinite(i, strict[i])
             return zlib.crc32(values)
 
-        def header(name, data, crc, at):
-            records.append((name, len(data), crc, at))
-            return _local(name, len(data), crc, at)
-
+        records, digest, done = [], hashlib.sha256(), 0
         for i, values, crc in zip(self.order, data, _ahead(checksum, self.order, data)):
             start, end = self.at[i]
-            whole[start:end] = header(f"archive/data/{i}".encode(), values, crc, start)
+            records.append((f"archive/data/{i}".encode(), len(values), crc, start))
+            whole[start:end] = _local(*records[-1])
             digest.update(whole[start:end])
             ready = (end + len(values)) // PAGE * PAGE
-            if ready - done >= CHUNK:
+            if ready - done >= min(CHUNK, max(CHUNK // 8, done)):           # small at first: the disk begins at once
                 yield whole[done:ready]
                 done = ready
         yield whole[done:self.end // PAGE * PAGE]
         yield whole[self.end // PAGE * PAGE:]
-        pickled = io.BytesIO()
+        yield self._tail(records, digest)
+
+    def _tail(self, records, digest):
+        """What follows the tensors: the pickle, the zip directory and our comment."""
+        pickled, tail = io.BytesIO(), io.BytesIO()
         _Pickler(pickled, protocol=2).dump(self.tree)
-        tail = io.BytesIO()
         for name, plain in ((b"data.pkl", pickled.getvalue()), (b"byteorder", sys.byteorder.encode()), (b"version", b"3\n")):
-            tail.write(header(b"archive/" + name, plain, zlib.crc32(plain), self.end + tail.tell()) + plain)
+            records.append((b"archive/" + name, len(plain), zlib.crc32(plain), self.end + tail.tell()))
+            tail.write(_local(*records[-1]) + plain)
         tail.write(_directory(records, self.end + tail.tell()))
         known = {k: self.tree[k] for k in (*PROGRESS, "kind", "run", "metric") if k in self.tree}
         note = json.dumps(known, default=lambda tensor: None).encode()
         tail.write(struct.pack("<H", len(MAGIC) + 64 + 10 + len(note)))     # ends the zip end record: comment length
         digest.update(tail.getvalue() + note)
         tail.write(MAGIC + digest.hexdigest().encode() + b" %08x " % zlib.crc32(note) + note)
-        yield tail.getvalue()
+        return tail.getvalue()
 
 
 def _ahead(function, *items):
