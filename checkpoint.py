@@ -733,15 +733,16 @@ class Checkpointer:
     mid_epoch_keep, checkpoint_keep   newest files kept of each kind (0 = all)
     checkpoint_interval epochs between checkpoint_epoch_EEE.pt
     mode                "max" or "min": which metric is better
-    on_saved            called with the path from the writer thread once a file is durable; its exception stops the run
+    on_saved            called with the path in the writer thread once a file is durable; its exception stops the run
+    before_save         called in the writer thread before a file is written: makes durable what the state counts on
     A failed save is said, retried at the next chance, and raises SaveFailed after the third in a row."""
 
     def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1, checkpoint_keep=3,
-                 mode="max", on_saved=None, background=True, say=print):
+                 mode="max", on_saved=None, before_save=None, background=True, say=print):
         self.directory = Path(directory)
         self.minutes, self.mid_keep = environment(mid_epoch_minutes, mid_epoch_keep, say)
         self.interval, self.keep, self.mode = checkpoint_interval, checkpoint_keep, mode
-        self.on_saved, self.background, self.say = on_saved, background, say
+        self.on_saved, self.before_save, self.background, self.say = on_saved, before_save, background, say
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory)
         sweep_temps(self.directory)
@@ -860,6 +861,8 @@ class Checkpointer:
         """Writer thread: durable first, then the other names, then the hook, and only then rotation."""
         began = time.monotonic()
         try:
+            if self.before_save:
+                self.before_save()
             sweep_temps(self.directory)
             if not self.links:      # copies need room: the oldest snapshots go first, newer durable ones remain
                 room = 2 if len(names) > 1 else 1

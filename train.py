@@ -381,8 +381,7 @@ class Record:
             self.say(f"saves.jsonl: {error.strerror}: this {kind} is not listed")
 
     def sync(self):
-        """On the disk before the checkpoint that counts on it."""
-        self.flush()
+        """On the disk before the checkpoint that counts on it; in the writer thread, an fsync takes its time."""
         try:
             os.fsync(self.file)
         except OSError as error:
@@ -571,7 +570,7 @@ class Trainer:
         if self.saved_at != mark:                                           # never twice for one state
             state = self.pack()
             if self.group.main:
-                self.record.sync()
+                self.record.flush()
                 self.saver.save_mid(state)
             self.saved_at = mark
 
@@ -715,7 +714,7 @@ class Trainer:
             self.record.write(kind="validation", epoch=self.epoch, step=self.step, best=improved, time=time.time(), **summary)
         state = self.pack()
         if self.group.main:
-            self.record.sync()
+            self.record.flush()
             self.saver.save_epoch(state, value, name)
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         self.say(f"epoch {self.epoch}/{self.settings['epochs']}: {name} {shown}"
@@ -822,7 +821,7 @@ def find_state(trainer, directory, resume, fresh, hook):
             move_aside(directory, say)
         make = lambda: checkpoint.Checkpointer(
             checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"], s["checkpoint_interval"], s["checkpoint_keep"],
-            evaluate.METRICS[s["best_metric"]], trainer.on_saved(hook), say=say)
+            evaluate.METRICS[s["best_metric"]], trainer.on_saved(hook), lambda: trainer.record.sync(), say=say)
         trainer.saver = make()
         if picked:
             trainer.saver.adopt(picked[1], picked[0])

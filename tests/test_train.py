@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -360,6 +361,17 @@ def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(
     (small_disk / "filler").unlink()
     assert train.run(config, "true") == 0
     assert_same_run(small_disk, reference)
+
+
+def test_every_fsync_of_the_training_loop_is_done_by_the_writer_thread(corpus, tmp_path, monkeypatch):
+    callers, fsync, fit = [], os.fsync, train.Trainer.fit
+
+    def watched(trainer):
+        monkeypatch.setattr(os, "fsync", lambda fd: (callers.append(threading.current_thread()), fsync(fd))[1])
+        return fit(trainer)
+    monkeypatch.setattr(train.Trainer, "fit", watched)
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    assert len(callers) > 3 and threading.main_thread() not in callers
 
 
 def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_back_it_goes_on(corpus, reference, tmp_path, capsys,
