@@ -23,7 +23,6 @@ The EDF reader is our own: mne, edfio and pyedflib each misread or refuse some o
 ranges must agree with ours.
 """
 import argparse
-import csv
 import datetime
 import fcntl
 import functools
@@ -62,6 +61,7 @@ NOTCH = {"both": (50, 60), "50": (50,), "60": (60,), "0": ()}
 MICROVOLTS = {"uv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
 # uV, typical amplitude of scalp EEG; outside it the unit in the header is wrong
 PLAUSIBLE = (0.1, 1000.0)
+WIDEST = 10 ** 7                        # uV, from the lowest to the highest value; amplifiers have less than 2 V
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
@@ -71,6 +71,10 @@ INDEX, REPORT = "index.json", "import.json"
 
 class DataError(ValueError):
     """Data that cannot be used. The message is one line: what, where, what to do."""
+
+
+class Occupied(DataError):
+    """The place of a recording holds one of another corpus, which stays."""
 
 
 # ---- EDF: header ----
@@ -97,7 +101,8 @@ class Header:
 
 FIELDS = (("label", 16), ("transducer", 80), ("unit", 8), ("pmin", 8), ("pmax", 8), ("dmin", 8), ("dmax", 8),
           ("prefilter", 80), ("count", 8), ("reserved", 32))
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$", re.A)
+# bounded: the exact value of 1e999999 takes a megabyte, that of more digits is refused by Python
+NUMBER = re.compile(r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})([eE][+-]?\d{1,2})?$", re.A)
 
 
 def number(text, what, notes=None):
@@ -107,7 +112,7 @@ def number(text, what, notes=None):
         notes.append(f"decimal comma in {what}: {plain}")
         plain = plain.replace(",", ".")
     if not NUMBER.match(plain):
-        raise DataError(f"{what} is {text.strip()!r}, not a number")
+        raise DataError(f"{what} is {text.strip()[:40]!r}, not a number")
     return Fraction(plain)
 
 
@@ -141,13 +146,13 @@ def read_header(path):
         raise DataError(f"signal {signals['label'][np.argmin(signals['count'])]!r} has no samples")
     fixed = fixed.decode("latin-1")
     duration = number(fixed[244:252], "record duration", notes)
-    plus = fixed[192:197] if fixed[192:197] in ("EDF+C", "EDF+D") else ""
+    plus = fixed[192:197].upper() if fixed[192:197].upper() in ("EDF+C", "EDF+D") else ""
     if duration <= 0:
         raise DataError(f"record duration is {fixed[244:252].strip()} s"
                         + ": annotations without EEG" * bool(plus))
     header = Header(signals, whole(fixed[236:244], "number of records"), duration, fixed[176:184].strip(),
                     256 * (count + 1), plus, notes)
-    _check_size(header, fixed, size)
+    _check_size(path, header, fixed, size)
     return header
 
 
@@ -165,7 +170,14 @@ def _foreign(fixed, size):
         raise DataError(f"not an EDF file: it begins with {fixed[:8]!r}")
 
 
-def _check_size(header, fixed, size):
+def _check_line_ends(path, extra):
+    """Refuse a file that was copied as text: every \\n became \\r\\n, also those that are samples."""
+    content = Path(path).read_bytes()
+    if content.count(b"\n") == content.count(b"\r\n") == extra:
+        raise DataError(f"copied as text: a byte was put before each of {extra} line feeds")
+
+
+def _check_size(path, header, fixed, size):
     """The header's counts against the bytes that are there; fills in a record count of -1 (recording was
     not closed)."""
     record = 2 * sum(header.signals["count"])
@@ -187,6 +199,7 @@ def _check_size(header, fixed, size):
     if body >= (header.records + 1) * record:
         raise DataError(f"the header says {header.records} records, the file holds {body // record}")
     if body > header.records * record:
+        _check_line_ends(path, body - header.records * record)
         header.notes.append(f"{body - header.records * record} bytes after the last record left out")
 
 
@@ -194,7 +207,7 @@ def check_gaps(path, header, records):
     """Refuse a file whose records are not contiguous in time: EDF+ keeps each record's onset in its
     annotation signal."""
     places = [i for i, label in enumerate(header.signals["label"]) if label == "EDF Annotations"]
-    if not header.plus or not places:
+    if not places:
         if header.plus == "EDF+D":
             raise DataError("discontinuous (EDF+D) without the annotation signal that says where")
         return
@@ -202,7 +215,7 @@ def check_gaps(path, header, records):
     for i, row in enumerate(np.ascontiguousarray(_block(header, records, places[0]))):
         found = re.match(rb"([+-]\d+(?:\.\d*)?)(?:\x15[\d.]*)?\x14", row.tobytes())
         if not found:
-            raise DataError(f"record {i + 1} of an EDF+ file has no onset: gaps cannot be ruled out")
+            raise DataError(f"record {i + 1} has no onset among its annotations: gaps cannot be ruled out")
         onsets.append(float(found[1]))
     late = np.array(onsets) - onsets[0] - np.arange(len(onsets)) * float(header.duration)
     gaps = np.flatnonzero(abs(late) > 0.01)                                 # s: two samples at 256 Hz
@@ -211,6 +224,15 @@ def check_gaps(path, header, records):
         raise DataError(f"gap of {late[gaps[0]]:.4g} s after {at:g} s: cut it into continuous files")
     if header.plus == "EDF+D":
         header.notes.append("marked discontinuous (EDF+D) but without a gap")
+
+
+def note_zeros(header, records):
+    """Note records that hold nothing but zeros in every signal: an amplifier's pause, or the hole that a broken
+    copy left."""
+    empty = np.flatnonzero(~records.any(1))
+    if len(empty):
+        header.notes.append(f"nothing but zeros in {len(empty)} records, the first at "
+                            f"{float(empty[0] * header.duration):g} s")
 
 
 def second_opinion(path, header, used):
@@ -251,6 +273,9 @@ def calibration(header, records, i, blank_unit):
         raise DataError(f"{name} has no unit: say which with --blank-unit uV")
     if unit[:2] in ("MV", "Mv") or _unit(unit) not in MICROVOLTS:
         raise DataError(f"{name} is in {unit!r}, not in uV, mV, nV or V")
+    span = abs(pmax - pmin) * Fraction(MICROVOLTS[_unit(unit)])
+    if span > WIDEST:
+        raise DataError(f"{name}: a range of {float(span):.3g} uV is not scalp EEG: the unit or range is wrong")
     block = _block(header, records, i)
     narrow = dmin > -32767 or dmax < 32766              # else nothing can be outside
     if narrow and (block.min() < dmin - 1 or block.max() > dmax + 1):       # then the gain may be wrong too
@@ -446,7 +471,11 @@ def prepare_edf(path, settings):
     records = np.memmap(path, "<i2", "r", header.offset, (header.records, sum(header.signals["count"])))
     check_gaps(path, header, records)
     second_opinion(path, header, used)
+    units = {_unit(header.signals["unit"][i] or settings.blank_unit) for i in used}
+    if len(units) > 1 and units <= set(MICROVOLTS):     # one that is off by 1000 hides among the others
+        raise DataError(f"EEG channels in different units: {', '.join(sorted(units))}")
     gains = {i: calibration(header, records, i, settings.blank_unit) for i in used}
+    note_zeros(header, records)
     _check_twins(header, records, twins)
     samples = math.ceil(header.records * header.signals["count"][used[0]]
                         * (FS / rate).limit_denominator(20_000))
@@ -545,14 +574,16 @@ def read_text(path):
 def table(text, name, delimiter, columns):
     """Rows of a delimited table as dicts; comment lines (#) are skipped, the header must hold `columns`."""
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
-    rows = list(csv.reader(lines, delimiter=delimiter))
+    rows = [line.split(delimiter) for line in lines]    # nobody quotes; a lone quote must not swallow rows
     header = [cell.strip() for cell in rows[0]] if rows else []
     missing = [column for column in columns if column not in header]
     if missing:
         raise DataError(f"{name}: no column {', '.join(missing)} (it has {', '.join(header) or 'none'})")
     short = [row for row in rows[1:] if len(row) < 1 + max(header.index(column) for column in columns)]
+    if len(rows[-1]) < len(header) and not text.endswith("\n"):
+        short.append(rows[-1])                          # the file was cut here: more rows may have followed
     if short:
-        raise DataError(f"{name}: incomplete row {delimiter.join(short[0])!r}")
+        raise DataError(f"{name}: incomplete row {delimiter.join(short[0])[:60]!r}")
     return [dict(zip(header, (cell.strip() for cell in row))) for row in rows[1:]]
 
 
@@ -567,7 +598,10 @@ def parse_events_tsv(text, name="events.tsv"):
         kind = row["eventType"]
         length = row.get("recordingDuration", "n/a")
         if length not in ("n/a", "", None):
-            labels.seconds = float(number(length, f"{name}: recordingDuration"))
+            seconds = float(number(length, f"{name}: recordingDuration"))
+            if labels.seconds not in (None, seconds):
+                raise DataError(f"{name}: recordingDuration is {labels.seconds:g} s and {seconds:g} s")
+            labels.seconds = seconds
         if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
             raise DataError(f"{name}: unknown eventType {kind!r}")
         onset = float(number(row["onset"], f"{name}: onset of {kind}"))
@@ -689,8 +723,10 @@ def siena_times(entry, what):
 def parse_seizeit(text, name="a1.tsv"):
     """SeizeIT1 annotation: onset, end (s), type, comment. A seizure whose end is None cannot be labelled."""
     labels = Labels()
-    for row in csv.reader([line for line in text.split("\n") if line.strip() and not line.startswith("#")],
-                          delimiter="\t"):
+    for line in text.split("\n"):
+        row = line.split("\t")
+        if not line.strip() or line.startswith("#"):
+            continue
         if len(row) < 3:
             raise DataError(f"{name}: incomplete row {' '.join(row)!r}")
         if row[1].strip() == "None":
@@ -835,16 +871,20 @@ def state_of(source):
 
 
 def finished(target, source, settings):
-    """Whether `target` was made from these very files with these settings: (labelled, repaired), else
-    None."""
+    """Whether `target` was made from these very files with these settings: (labelled, repaired), else None.
+    DataError where it holds another recording, as sub-01 of a second corpus would be."""
     try:
         with h5py.File(target, "r") as f:
             a = f.attrs
             made = [a["prepared"], a["patient"], a["split"], json.loads(a["source_state"])]
-            same = made == [settings.hash, source.patient, source.split, state_of(source)]
-            return (bool(a["labelled"]), a["repaired"]) if same else None
+            if made == [settings.hash, source.patient, source.split, state_of(source)]:
+                return bool(a["labelled"]), a["repaired"]
+            before = Path(a["source"])
     except (OSError, KeyError, ValueError):
         return None
+    if before.exists() and not before.samefile(source.path):
+        raise Occupied(f"its place holds {before}: give each corpus a folder of its own")
+    return None
 
 
 def prepare_source(source, settings):
@@ -872,7 +912,8 @@ def import_one(source, out, settings):
         prepared, labels, events = prepare_source(source, settings)
         state = state_of(source)
     except (DataError, OSError) as error:
-        target.unlink(missing_ok=True)                  # what an earlier state of the source gave
+        if not isinstance(error, Occupied):
+            target.unlink(missing_ok=True)              # what an earlier state of the source gave
         return "refused", source.name, str(error), 0.0, False
     notes = prepared.header.notes + (labels.notes if labels else [])
     if source.annotation and not labels:
@@ -1537,8 +1578,8 @@ def synth(out, hours=1.0, patients=8, seed=0):
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: synthetic recordings need a new folder")
-    if not (hours > 0 and patients > 0):
-        raise DataError(f"{hours} h of {patients} patients: both must be positive")
+    if not (0 < hours < math.inf and patients > 0):
+        raise DataError(f"{hours} h of {patients} patients: both must be positive and finite")
     if seed < 0:
         raise DataError(f"seed {seed}: must be 0 or more")
     for p in range(patients):
@@ -1806,8 +1847,8 @@ def main():
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool) as error:       # disk full, a worker out of memory
-        what = " ".join(str(error).split())
-        print(f"data.py: stopped: {what}; the same command goes on from here", file=sys.stderr)
+        goes_on = "; the same command goes on from here" * (args.command == "import")
+        print(f"data.py: stopped: {' '.join(str(error).split())}{goes_on}", file=sys.stderr)
         return 1
     return 0
 
