@@ -737,12 +737,15 @@ def main(argv=None):
             recordings, refused = open_data(args.data, state, Path(scratch))
             recordings = choose(recordings, args.split, state["config"])
             records, table = evaluate(model, recordings, args.out, device, c, args.plot)
+        trained_on = state["config"].get("data", {}).get("path", "")
+        result = report(records, table, c, source, args, trained_on) | {"refused": refused}
+        (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
-    trained_on = state["config"].get("data", {}).get("path", "")
-    result = report(records, table, c, source, args, trained_on) | {"refused": refused}
-    (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    except OSError as error:                                # disk full, no permission
+        print(f"evaluate.py: stopped: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     show(result, args.out)
     return 0
 
