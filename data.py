@@ -38,7 +38,7 @@ import stat
 import sys
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -48,6 +48,7 @@ import h5py
 import numpy as np
 from scipy import fft
 from scipy import signal as dsp
+from tqdm import tqdm
 
 FS = 256                                # Hz, of everything after the import
 FORMAT = 1                              # version of the HDF5 layout
@@ -902,19 +903,19 @@ def prepare_source(source, settings):
 
 
 def import_one(source, out, settings):
-    """Import one recording: (outcome, name, reason, seconds, labelled) with outcome kept, read, repaired or
+    """Import one recording: (source, outcome, reason, seconds, labelled) with outcome kept, read, repaired or
     refused."""
     target = Path(out, source.name + ".h5")
     try:
         done = finished(target, source, settings)
         if done:
-            return "kept", source.name, done[1], 0.0, done[0]
+            return source, "kept", done[1], 0.0, done[0]
         prepared, labels, events = prepare_source(source, settings)
         state = state_of(source)
     except (DataError, OSError) as error:
         if not isinstance(error, Occupied):
             target.unlink(missing_ok=True)              # what an earlier state of the source gave
-        return "refused", source.name, str(error), 0.0, False
+        return source, "refused", str(error), 0.0, False
     notes = prepared.header.notes + (labels.notes if labels else [])
     if source.annotation and not labels:
         notes.append(f"unlabelled: {source.annotation.name} does not name it")
@@ -928,7 +929,7 @@ def import_one(source, out, settings):
         "repaired": "; ".join(dict.fromkeys(notes))}
     write_recording(target, prepared.eeg, events, attributes)
     outcome = "repaired" if notes else "read"
-    return outcome, source.name, attributes["repaired"], prepared.header.seconds, labels is not None
+    return source, outcome, attributes["repaired"], prepared.header.seconds, labels is not None
 
 
 def write_recording(target, eeg, events, attributes):
@@ -982,7 +983,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for stale in out.rglob("*.h5.*.part"):          # left by a killed import
             stale.unlink()
-        report = _import_all(files, root, out, layout, settings, workers, say)
+        report = _import_all(files, root, out, layout, settings, workers)
         report.refused += closed
     except BlockingIOError:
         raise DataError(f"{out}: another import is writing here") from None
@@ -996,7 +997,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     return report
 
 
-def _import_all(files, root, out, layout, settings, workers, say):
+def _import_all(files, root, out, layout, settings, workers):
     report, sources, taken = Report(), [], {}
     for path in files:
         source = identify(path, root, layout)
@@ -1005,21 +1006,25 @@ def _import_all(files, root, out, layout, settings, workers, say):
             continue
         taken[source.name] = path.name
         sources.append(source)
-    sizes, paths = {s.name: _size(s.path) for s in sources}, {s.name: str(s.path) for s in sources}
+    size = sum(_size(source.path) for source in sources)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # a worker takes a second to start
-    workers = workers or max(1, min(cores, len(sources), sum(sizes.values()) // 200_000_000))
-    progress = Progress(len(sources), sum(sizes.values()), say)
-    for outcome, name, reason, seconds, labelled in _outcomes(sources, out, settings, workers):
-        progress.step(sizes[name], name, seconds)
-        if outcome == "kept":
-            report.kept += 1
-        else:
-            getattr(report, outcome).append(name if outcome == "read" else
-                                            (paths[name] if outcome == "refused" else name, reason))
-        report.unlabelled += outcome != "refused" and not labelled
-        report.seconds += seconds
-    progress.close()
+    workers = workers or max(1, min(cores, len(sources), size // 200_000_000))
+    calm = 0 if sys.stderr.isatty() else 10             # s before and between the lines of a log
+    with tqdm(total=size, unit="B", unit_scale=True, desc="import", delay=calm, mininterval=calm or 0.1) as bar:
+        for source, outcome, reason, seconds, labelled in _outcomes(sources, out, settings, workers):
+            bar.set_postfix_str(source.name[-40:], refresh=False)
+            bar.update(_size(source.path))
+            if outcome == "refused":
+                report.refused.append((str(source.path), reason))
+            elif outcome == "repaired":
+                report.repaired.append((source.name, reason))
+            elif outcome == "read":
+                report.read.append(source.name)
+            else:
+                report.kept += 1
+            report.unlabelled += outcome != "refused" and not labelled
+            report.seconds += seconds
     return report
 
 
@@ -1038,16 +1043,8 @@ def _outcomes(sources, out, settings, workers):
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
         try:
-            waiting, rest = set(), iter(sources)
-            while True:
-                for source in rest:
-                    waiting.add(pool.submit(import_one, source, out, settings))
-                    if len(waiting) >= 2 * workers:
-                        break
-                if not waiting:
-                    return
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+            jobs = [pool.submit(import_one, source, out, settings) for source in sources]
+            yield from (job.result() for job in as_completed(jobs))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -1056,35 +1053,6 @@ def _die_with_parent():
     """A worker ends when the import is killed, whatever it was waiting for."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-class Progress:
-    """A bar on a terminal, else a line every 10 s, with the time left."""
-
-    def __init__(self, files, size, say):
-        self.files, self.size, self.done, self.bytes, self.hours = files, size, 0, 0, 0.0
-        self.began = self.last = time.monotonic()
-        self._say, self.bar = say, None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=size, unit="B", unit_scale=True, desc="import")
-
-    def say(self, text):
-        self.bar.write(text) if self.bar is not None else self._say(text)
-
-    def step(self, size, name, seconds):
-        self.done, self.bytes, self.hours = self.done + 1, self.bytes + size, self.hours + seconds / 3600
-        if self.bar is not None:
-            self.bar.set_postfix_str(name[-40:], refresh=False)
-            self.bar.update(size)
-        elif time.monotonic() - self.last > 10:
-            self.last = time.monotonic()
-            left = (self.last - self.began) * (self.size - self.bytes) / max(1, self.bytes) / 60
-            self._say(f"{self.done}/{self.files} files, {self.hours:.1f} h of EEG, {left:.1f} min left")
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
 
 
 def _table(report, say):
@@ -1212,20 +1180,17 @@ def load_recording(path):
                       "offset": eeg.id.get_offset(),
                       "events": f["events"][()].astype(float).tolist()}
             good = eeg.dtype == np.int16 and eeg.shape[0] == len(entry["channels"]) == len(entry["scale"])
+            good = good and entry["offset"] and os.path.getsize(path) >= entry["offset"] + eeg.nbytes
     except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
-    if not good or entry["offset"] is None or os.path.getsize(path) < entry["offset"] + 2 * eeg_size(entry):
+    if not good:
         raise DataError(f"{path}: its samples are not whole, contiguous int16: import it again")
     values = np.array([*entry["scale"], entry["norm"]])
     if not (np.isfinite(values) & (values > 0)).all():
         raise DataError(f"{path}: scale or norm is not a positive number: import it again")
     return entry
-
-
-def eeg_size(entry):
-    return len(entry["channels"]) * entry["samples"]
 
 
 def open_corpus(path):
@@ -1591,7 +1556,7 @@ def synth(out, hours=1.0, patients=8, seed=0):
             stem = Path(out, f"sub-{p + 1:03d}", "ses-01", "eeg",
                         f"sub-{p + 1:03d}_ses-01_task-szMonitoring_run-{run:02d}")
             write_edf(f"{stem}_eeg.edf", eeg)
-            write_events_tsv(f"{stem}_events.tsv", events, seconds)
+            write_events_tsv(f"{stem}_events.tsv", events, seconds, start="2000-01-01 00:00:00")
 
 
 def _wanted(first, total, patient):
@@ -1634,11 +1599,14 @@ def write_edf(path, eeg):
         writer.writeSamples(list(np.clip(np.rint(eeg * 10), -32767, 32767).astype(np.int32)), digital=True)
 
 
-def write_events_tsv(path, events, seconds):
-    rows = [(onset, end - onset, "sz", "1.00") for onset, end in events] or [(0.0, seconds, "bckg", "n/a")]
+def write_events_tsv(path, events, seconds, confidence=None, start="n/a"):
+    """SzCORE events file: one `sz` row per (onset, end) in s, or one `bckg` row over all where there is none."""
+    confidence = confidence or [1.0] * len(events)
+    rows = [(onset, end - onset, "sz", f"{sure:.2f}") for (onset, end), sure in zip(events, confidence)]
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
-    lines += [f"{onset:.2f}\t{length:.2f}\t{kind}\t{confidence}\tn/a\t2000-01-01 00:00:00\t{seconds:.2f}"
-              for onset, length, kind, confidence in rows]
+    lines += [f"{onset:.2f}\t{length:.2f}\t{kind}\t{sure}\tn/a\t{start}\t{seconds:.2f}"
+              for onset, length, kind, sure in rows or [(0.0, seconds, "bckg", "n/a")]]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n")
 
 
