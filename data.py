@@ -34,6 +34,7 @@ import os
 import queue
 import re
 import resource
+import signal
 import stat
 import sys
 import threading
@@ -1043,7 +1044,10 @@ def _outcomes(sources, out, settings, workers):
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
         try:
+            # workers inherit the mask: Ctrl-C, which a terminal sends to all, is this process's to answer
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             jobs = [pool.submit(import_one, source, out, settings) for source in sources]
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield from (job.result() for job in as_completed(jobs))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -1214,7 +1218,8 @@ def open_corpus(path):
         found = {getattr(r, kind): r.name for r in recordings}
         if len(found) > 1:
             names = " and ".join(list(found.values())[:2])
-            raise DataError(f"{path}: {kind} differs between {names}: import all of it again")
+            raise DataError(f"{path}: {kind} differs between {names}: import all of it again, and delete what "
+                            "has no EDF any more")
     if fresh != index:
         try:
             write_json(root / INDEX, {"format": FORMAT, "recordings": fresh})
@@ -1814,10 +1819,11 @@ def main():
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, BrokenProcessPool) as error:       # disk full, a worker out of memory
+    except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:    # disk full, a worker out of memory
+        what = " ".join(str(error).split()) or "interrupted"
         goes_on = "; the same command goes on from here" * (args.command == "import")
-        print(f"data.py: stopped: {' '.join(str(error).split())}{goes_on}", file=sys.stderr)
-        return 1
+        print(f"data.py: stopped: {what}{goes_on}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

@@ -3,6 +3,7 @@ oracles are mne and pyedflib."""
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -740,6 +741,23 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path):
     assert subprocess.run(arguments, capture_output=True).returncode == 0
     assert len(data.open_corpus(tmp_path / "out")) == 6
     assert not list((tmp_path / "out").rglob("*.part"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
+    for i in range(16):
+        edf(tmp_path / "src" / f"{i}.edf", 120)
+    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
+                 "--workers", str(workers)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not any((tmp_path / "out").glob("*.h5")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == "data.py: stopped: interrupted; the same command goes on from here"
+    assert not list((tmp_path / "out").glob("*.part"))
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
 
 
 def test_two_imports_at_once_are_refused(tmp_path):
