@@ -1416,7 +1416,7 @@ class Loader:
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
         self.mirror = mirror(windows.recordings[0].channels)
-        self._ring, self._outputs, self._idle = [], [], [np.empty(0)]
+        self._ring, self._emptied, self._outputs, self._idle = [], None, [], [np.empty(0)]
 
     def batches(self, lists_of_ids, epoch):
         """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each list of
@@ -1426,7 +1426,7 @@ class Loader:
         slots = self._slots(max(map(len, lists), default=0))
         free, full, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         for slot in slots:
-            free.put((slot, None))
+            free.put((slot, self._emptied))
         thread = threading.Thread(target=self._fill, args=(lists, epoch, free, full, stop), daemon=True)
         thread.start()
         try:
@@ -1444,7 +1444,8 @@ class Loader:
             stop.set()
             free.put((None, None))
             thread.join()
-            self._ring = slots
+            # the next call fills this ring, but not before the GPU has copied the last batches out of it
+            self._ring, self._emptied = slots, self._copied()
 
     def _slots(self, size):
         """The ring: `buffers` sets of arrays for `size` windows, taken from the last call where they fit."""
