@@ -786,7 +786,8 @@ def annotation(path, layout):
                         *sorted(path.parent.glob("*-summary.txt"))],
              "siena": sorted(path.parent.glob("Seizures-list*.txt")),
              "seizeit": [path.with_name(path.stem + "_a1.tsv")]}
-    return next((p for p in names[layout] if p.is_file()), None)
+    # a dead link counts: labels that cannot be read are no reason to call a recording unlabelled
+    return next((p for p in names[layout] if os.path.lexists(p)), None)
 
 
 def read_labels(source, header):
@@ -867,6 +868,11 @@ def find_edf(src):
     return sorted(found), src, closed
 
 
+def shown(path):
+    """A path as text that can be printed on one line."""
+    return os.fsencode(path).decode(errors="replace").replace("\n", "\N{REPLACEMENT CHARACTER}")
+
+
 def state_of(source):
     """Sizes and times of the files a recording is made of: [[name, size, mtime_ns], ...]."""
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in (source.path, source.annotation) if p]
@@ -892,6 +898,8 @@ def finished(target, source, settings):
 def prepare_source(source, settings):
     """(Prepared, Labels or None, events) of one source; DataError with the reason when it is refused."""
     try:
+        if shown(source.path) != str(source.path):
+            raise DataError("its name holds a line break or is not UTF-8: rename it")
         if not stat.S_ISREG(source.path.stat().st_mode):
             raise DataError("not a regular file")
         header = read_header(source.path)
@@ -990,7 +998,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         raise DataError(f"{out}: another import is writing here") from None
     finally:
         os.close(lock)
-    seen = {str(path) for path in files}
+    seen = {shown(path) for path in files}
     write_json(out / REPORT, {"refused": [r for r in read_report(out) if r[0] not in seen] + report.refused})
     _table(report, say)
     if any(out.rglob("*.h5")):
@@ -1003,7 +1011,7 @@ def _import_all(files, root, out, layout, settings, workers):
     for path in files:
         source = identify(path, root, layout)
         if source.name in taken:
-            report.refused.append((str(path), f"same name as {taken[source.name]}"))
+            report.refused.append((shown(path), f"same name as {taken[source.name]}"))
             continue
         taken[source.name] = path.name
         sources.append(source)
@@ -1017,7 +1025,7 @@ def _import_all(files, root, out, layout, settings, workers):
             bar.set_postfix_str(source.name[-40:], refresh=False)
             bar.update(_size(source.path))
             if outcome == "refused":
-                report.refused.append((str(source.path), reason))
+                report.refused.append((shown(source.path), reason))
             elif outcome == "repaired":
                 report.repaired.append((source.name, reason))
             elif outcome == "read":

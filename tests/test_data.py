@@ -787,6 +787,17 @@ def test_strange_folders(tmp_path):
     assert why["gone.edf"] == "gone.edf: No such file or directory" and "regular" in why["pipe.edf"]
     assert len(why) == 3
     assert "same name as" in why["twice.edf"] + why.get("twice.EDF", "")
+    named = tmp_path / "named"
+    edf(named / "good.edf")
+    for name in (b"not \xff utf-8.edf", b"two\nlines.edf"):
+        shutil.copy(named / "good.edf", os.path.join(os.fsencode(named), name))
+    edf(named / "unlabelled.edf")
+    (named / "unlabelled_events.tsv").symlink_to(src / "nothing")       # labels that were not fetched
+    done = command("import", named, tmp_path / "out3")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "1 read" in done.stdout
+    assert done.stdout.count("its name holds a line break or is not UTF-8") == 2
+    assert "unlabelled_events.tsv: No such file" in done.stdout
+    assert "3 refused" in command("import", named, tmp_path / "out3").stdout
     if os.getuid():
         (src / "twice.EDF").chmod(0)
         assert "Permission" in str(data.import_corpus(src, tmp_path / "out2", say=lambda text: None).refused)
