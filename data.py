@@ -138,9 +138,10 @@ def read_header(path):
         raw = f.read(256 * count)
     if len(raw) < 256 * count:
         raise DataError(f"the header of {count} signals needs {256 * (count + 1)} bytes, the file has {size}")
-    text, notes, signals, at = raw.decode("latin-1"), [], {}, 0
+    # control characters become blanks: names go into messages of one line
+    text, notes, signals, at = re.sub(r"[\0-\x1f\x7f-\x9f]", " ", raw.decode("latin-1")), [], {}, 0
     for name, width in FIELDS:
-        signals[name] = [text[at + i * width:at + (i + 1) * width].strip(" \0") for i in range(count)]
+        signals[name] = [text[at + i * width:at + (i + 1) * width].strip() for i in range(count)]
         at += width * count
     signals["count"] = [whole(n, f"samples per record of {name}")
                         for n, name in zip(signals["count"], signals["label"])]

@@ -271,6 +271,7 @@ BROKEN = {
     "mixed references": (dict(label=["EEG %s-%s" % (n, "REF" if n < "P" else "LE") for n in NAMES]),
                          "different references"),
     "a label twice": (dict(label=["Fp1", *NAMES[:18]]), ""),
+    "a line break in a label": (dict(label={2: "C\n\r\x85X3"}), "C   X3"),
     "latin-1 in a label": (dict(label={2: "EEG \xdc3"}), "C3"),
     "EDF+D without onsets": (dict(reserved="EDF+D"), "discontinuous"),
     "one channel in millivolts": (dict(unit={3: "mV"}), "different units: mv, uv"),
