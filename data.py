@@ -23,7 +23,6 @@ The EDF reader is our own: mne, edfio and pyedflib each misread or refuse some o
 ranges must agree with ours.
 """
 import argparse
-import csv
 import datetime
 import fcntl
 import functools
@@ -35,11 +34,12 @@ import os
 import queue
 import re
 import resource
+import signal
 import stat
 import sys
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -49,6 +49,7 @@ import h5py
 import numpy as np
 from scipy import fft
 from scipy import signal as dsp
+from tqdm import tqdm
 
 FS = 256                                # Hz, of everything after the import
 FORMAT = 1                              # version of the HDF5 layout
@@ -62,6 +63,7 @@ NOTCH = {"both": (50, 60), "50": (50,), "60": (60,), "0": ()}
 MICROVOLTS = {"uv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
 # uV, typical amplitude of scalp EEG; outside it the unit in the header is wrong
 PLAUSIBLE = (0.1, 1000.0)
+WIDEST = 10 ** 7                        # uV, from the lowest to the highest value; amplifiers have less than 2 V
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
@@ -71,6 +73,10 @@ INDEX, REPORT = "index.json", "import.json"
 
 class DataError(ValueError):
     """Data that cannot be used. The message is one line: what, where, what to do."""
+
+
+class Occupied(DataError):
+    """The place of a recording holds one of another corpus, which stays."""
 
 
 # ---- EDF: header ----
@@ -97,7 +103,8 @@ class Header:
 
 FIELDS = (("label", 16), ("transducer", 80), ("unit", 8), ("pmin", 8), ("pmax", 8), ("dmin", 8), ("dmax", 8),
           ("prefilter", 80), ("count", 8), ("reserved", 32))
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$", re.A)
+# bounded: the exact value of 1e999999 takes a megabyte, that of more digits is refused by Python
+NUMBER = re.compile(r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})([eE][+-]?\d{1,2})?$", re.A)
 
 
 def number(text, what, notes=None):
@@ -107,7 +114,7 @@ def number(text, what, notes=None):
         notes.append(f"decimal comma in {what}: {plain}")
         plain = plain.replace(",", ".")
     if not NUMBER.match(plain):
-        raise DataError(f"{what} is {text.strip()!r}, not a number")
+        raise DataError(f"{what} is {text.strip()[:40]!r}, not a number")
     return Fraction(plain)
 
 
@@ -131,9 +138,10 @@ def read_header(path):
         raw = f.read(256 * count)
     if len(raw) < 256 * count:
         raise DataError(f"the header of {count} signals needs {256 * (count + 1)} bytes, the file has {size}")
-    text, notes, signals, at = raw.decode("latin-1"), [], {}, 0
+    # control characters become blanks: names go into messages of one line
+    text, notes, signals, at = re.sub(r"[\0-\x1f\x7f-\x9f]", " ", raw.decode("latin-1")), [], {}, 0
     for name, width in FIELDS:
-        signals[name] = [text[at + i * width:at + (i + 1) * width].strip(" \0") for i in range(count)]
+        signals[name] = [text[at + i * width:at + (i + 1) * width].strip() for i in range(count)]
         at += width * count
     signals["count"] = [whole(n, f"samples per record of {name}")
                         for n, name in zip(signals["count"], signals["label"])]
@@ -141,13 +149,13 @@ def read_header(path):
         raise DataError(f"signal {signals['label'][np.argmin(signals['count'])]!r} has no samples")
     fixed = fixed.decode("latin-1")
     duration = number(fixed[244:252], "record duration", notes)
-    plus = fixed[192:197] if fixed[192:197] in ("EDF+C", "EDF+D") else ""
+    plus = fixed[192:197].upper() if fixed[192:197].upper() in ("EDF+C", "EDF+D") else ""
     if duration <= 0:
         raise DataError(f"record duration is {fixed[244:252].strip()} s"
                         + ": annotations without EEG" * bool(plus))
     header = Header(signals, whole(fixed[236:244], "number of records"), duration, fixed[176:184].strip(),
                     256 * (count + 1), plus, notes)
-    _check_size(header, fixed, size)
+    _check_size(path, header, fixed, size)
     return header
 
 
@@ -165,7 +173,14 @@ def _foreign(fixed, size):
         raise DataError(f"not an EDF file: it begins with {fixed[:8]!r}")
 
 
-def _check_size(header, fixed, size):
+def _check_line_ends(path, extra):
+    """Refuse a file that was copied as text: every \\n became \\r\\n, also those that are samples."""
+    content = Path(path).read_bytes()
+    if content.count(b"\n") == content.count(b"\r\n") == extra:
+        raise DataError(f"copied as text: a byte was put before each of {extra} line feeds")
+
+
+def _check_size(path, header, fixed, size):
     """The header's counts against the bytes that are there; fills in a record count of -1 (recording was
     not closed)."""
     record = 2 * sum(header.signals["count"])
@@ -187,6 +202,7 @@ def _check_size(header, fixed, size):
     if body >= (header.records + 1) * record:
         raise DataError(f"the header says {header.records} records, the file holds {body // record}")
     if body > header.records * record:
+        _check_line_ends(path, body - header.records * record)
         header.notes.append(f"{body - header.records * record} bytes after the last record left out")
 
 
@@ -194,7 +210,7 @@ def check_gaps(path, header, records):
     """Refuse a file whose records are not contiguous in time: EDF+ keeps each record's onset in its
     annotation signal."""
     places = [i for i, label in enumerate(header.signals["label"]) if label == "EDF Annotations"]
-    if not header.plus or not places:
+    if not places:
         if header.plus == "EDF+D":
             raise DataError("discontinuous (EDF+D) without the annotation signal that says where")
         return
@@ -202,7 +218,7 @@ def check_gaps(path, header, records):
     for i, row in enumerate(np.ascontiguousarray(_block(header, records, places[0]))):
         found = re.match(rb"([+-]\d+(?:\.\d*)?)(?:\x15[\d.]*)?\x14", row.tobytes())
         if not found:
-            raise DataError(f"record {i + 1} of an EDF+ file has no onset: gaps cannot be ruled out")
+            raise DataError(f"record {i + 1} has no onset among its annotations: gaps cannot be ruled out")
         onsets.append(float(found[1]))
     late = np.array(onsets) - onsets[0] - np.arange(len(onsets)) * float(header.duration)
     gaps = np.flatnonzero(abs(late) > 0.01)                                 # s: two samples at 256 Hz
@@ -211,6 +227,15 @@ def check_gaps(path, header, records):
         raise DataError(f"gap of {late[gaps[0]]:.4g} s after {at:g} s: cut it into continuous files")
     if header.plus == "EDF+D":
         header.notes.append("marked discontinuous (EDF+D) but without a gap")
+
+
+def note_zeros(header, records):
+    """Note records that hold nothing but zeros in every signal: an amplifier's pause, or the hole that a broken
+    copy left."""
+    empty = np.flatnonzero(~records.any(1))
+    if len(empty):
+        header.notes.append(f"nothing but zeros in {len(empty)} records, the first at "
+                            f"{float(empty[0] * header.duration):g} s")
 
 
 def second_opinion(path, header, used):
@@ -251,6 +276,9 @@ def calibration(header, records, i, blank_unit):
         raise DataError(f"{name} has no unit: say which with --blank-unit uV")
     if unit[:2] in ("MV", "Mv") or _unit(unit) not in MICROVOLTS:
         raise DataError(f"{name} is in {unit!r}, not in uV, mV, nV or V")
+    span = abs(pmax - pmin) * Fraction(MICROVOLTS[_unit(unit)])
+    if span > WIDEST:
+        raise DataError(f"{name}: a range of {float(span):.3g} uV is not scalp EEG: the unit or range is wrong")
     block = _block(header, records, i)
     narrow = dmin > -32767 or dmax < 32766              # else nothing can be outside
     if narrow and (block.min() < dmin - 1 or block.max() > dmax + 1):       # then the gain may be wrong too
@@ -446,7 +474,11 @@ def prepare_edf(path, settings):
     records = np.memmap(path, "<i2", "r", header.offset, (header.records, sum(header.signals["count"])))
     check_gaps(path, header, records)
     second_opinion(path, header, used)
+    units = {_unit(header.signals["unit"][i] or settings.blank_unit) for i in used}
+    if len(units) > 1 and units <= set(MICROVOLTS):     # one that is off by 1000 hides among the others
+        raise DataError(f"EEG channels in different units: {', '.join(sorted(units))}")
     gains = {i: calibration(header, records, i, settings.blank_unit) for i in used}
+    note_zeros(header, records)
     _check_twins(header, records, twins)
     samples = math.ceil(header.records * header.signals["count"][used[0]]
                         * (FS / rate).limit_denominator(20_000))
@@ -545,14 +577,16 @@ def read_text(path):
 def table(text, name, delimiter, columns):
     """Rows of a delimited table as dicts; comment lines (#) are skipped, the header must hold `columns`."""
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
-    rows = list(csv.reader(lines, delimiter=delimiter))
+    rows = [line.split(delimiter) for line in lines]    # nobody quotes; a lone quote must not swallow rows
     header = [cell.strip() for cell in rows[0]] if rows else []
     missing = [column for column in columns if column not in header]
     if missing:
         raise DataError(f"{name}: no column {', '.join(missing)} (it has {', '.join(header) or 'none'})")
     short = [row for row in rows[1:] if len(row) < 1 + max(header.index(column) for column in columns)]
+    if len(rows[-1]) < len(header) and not text.endswith("\n"):
+        short.append(rows[-1])                          # the file was cut here: more rows may have followed
     if short:
-        raise DataError(f"{name}: incomplete row {delimiter.join(short[0])!r}")
+        raise DataError(f"{name}: incomplete row {delimiter.join(short[0])[:60]!r}")
     return [dict(zip(header, (cell.strip() for cell in row))) for row in rows[1:]]
 
 
@@ -567,7 +601,10 @@ def parse_events_tsv(text, name="events.tsv"):
         kind = row["eventType"]
         length = row.get("recordingDuration", "n/a")
         if length not in ("n/a", "", None):
-            labels.seconds = float(number(length, f"{name}: recordingDuration"))
+            seconds = float(number(length, f"{name}: recordingDuration"))
+            if labels.seconds not in (None, seconds):
+                raise DataError(f"{name}: recordingDuration is {labels.seconds:g} s and {seconds:g} s")
+            labels.seconds = seconds
         if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
             raise DataError(f"{name}: unknown eventType {kind!r}")
         onset = float(number(row["onset"], f"{name}: onset of {kind}"))
@@ -689,8 +726,10 @@ def siena_times(entry, what):
 def parse_seizeit(text, name="a1.tsv"):
     """SeizeIT1 annotation: onset, end (s), type, comment. A seizure whose end is None cannot be labelled."""
     labels = Labels()
-    for row in csv.reader([line for line in text.split("\n") if line.strip() and not line.startswith("#")],
-                          delimiter="\t"):
+    for line in text.split("\n"):
+        row = line.split("\t")
+        if not line.strip() or line.startswith("#"):
+            continue
         if len(row) < 3:
             raise DataError(f"{name}: incomplete row {' '.join(row)!r}")
         if row[1].strip() == "None":
@@ -748,7 +787,8 @@ def annotation(path, layout):
                         *sorted(path.parent.glob("*-summary.txt"))],
              "siena": sorted(path.parent.glob("Seizures-list*.txt")),
              "seizeit": [path.with_name(path.stem + "_a1.tsv")]}
-    return next((p for p in names[layout] if p.is_file()), None)
+    # a dead link counts: labels that cannot be read are no reason to call a recording unlabelled
+    return next((p for p in names[layout] if os.path.lexists(p)), None)
 
 
 def read_labels(source, header):
@@ -829,27 +869,38 @@ def find_edf(src):
     return sorted(found), src, closed
 
 
+def shown(path):
+    """A path as text that can be printed on one line."""
+    return os.fsencode(path).decode(errors="replace").replace("\n", "\N{REPLACEMENT CHARACTER}")
+
+
 def state_of(source):
     """Sizes and times of the files a recording is made of: [[name, size, mtime_ns], ...]."""
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in (source.path, source.annotation) if p]
 
 
 def finished(target, source, settings):
-    """Whether `target` was made from these very files with these settings: (labelled, repaired), else
-    None."""
+    """Whether `target` was made from these very files with these settings: (labelled, repaired), else None.
+    DataError where it holds another recording, as sub-01 of a second corpus would be."""
     try:
         with h5py.File(target, "r") as f:
             a = f.attrs
             made = [a["prepared"], a["patient"], a["split"], json.loads(a["source_state"])]
-            same = made == [settings.hash, source.patient, source.split, state_of(source)]
-            return (bool(a["labelled"]), a["repaired"]) if same else None
+            if made == [settings.hash, source.patient, source.split, state_of(source)]:
+                return bool(a["labelled"]), a["repaired"]
+            before = Path(a["source"])
     except (OSError, KeyError, ValueError):
         return None
+    if before.exists() and not before.samefile(source.path):
+        raise Occupied(f"its place holds {before}: give each corpus a folder of its own")
+    return None
 
 
 def prepare_source(source, settings):
     """(Prepared, Labels or None, events) of one source; DataError with the reason when it is refused."""
     try:
+        if shown(source.path) != str(source.path):
+            raise DataError("its name holds a line break or is not UTF-8: rename it")
         if not stat.S_ISREG(source.path.stat().st_mode):
             raise DataError("not a regular file")
         header = read_header(source.path)
@@ -862,18 +913,19 @@ def prepare_source(source, settings):
 
 
 def import_one(source, out, settings):
-    """Import one recording: (outcome, name, reason, seconds, labelled) with outcome kept, read, repaired or
+    """Import one recording: (source, outcome, reason, seconds, labelled) with outcome kept, read, repaired or
     refused."""
     target = Path(out, source.name + ".h5")
     try:
         done = finished(target, source, settings)
         if done:
-            return "kept", source.name, done[1], 0.0, done[0]
+            return source, "kept", done[1], 0.0, done[0]
         prepared, labels, events = prepare_source(source, settings)
         state = state_of(source)
     except (DataError, OSError) as error:
-        target.unlink(missing_ok=True)                  # what an earlier state of the source gave
-        return "refused", source.name, str(error), 0.0, False
+        if not isinstance(error, Occupied):
+            target.unlink(missing_ok=True)              # what an earlier state of the source gave
+        return source, "refused", str(error), 0.0, False
     notes = prepared.header.notes + (labels.notes if labels else [])
     if source.annotation and not labels:
         notes.append(f"unlabelled: {source.annotation.name} does not name it")
@@ -887,7 +939,7 @@ def import_one(source, out, settings):
         "repaired": "; ".join(dict.fromkeys(notes))}
     write_recording(target, prepared.eeg, events, attributes)
     outcome = "repaired" if notes else "read"
-    return outcome, source.name, attributes["repaired"], prepared.header.seconds, labels is not None
+    return source, outcome, attributes["repaired"], prepared.header.seconds, labels is not None
 
 
 def write_recording(target, eeg, events, attributes):
@@ -941,13 +993,13 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for stale in out.rglob("*.h5.*.part"):          # left by a killed import
             stale.unlink()
-        report = _import_all(files, root, out, layout, settings, workers, say)
+        report = _import_all(files, root, out, layout, settings, workers)
         report.refused += closed
     except BlockingIOError:
         raise DataError(f"{out}: another import is writing here") from None
     finally:
         os.close(lock)
-    seen = {str(path) for path in files}
+    seen = {shown(path) for path in files}
     write_json(out / REPORT, {"refused": [r for r in read_report(out) if r[0] not in seen] + report.refused})
     _table(report, say)
     if any(out.rglob("*.h5")):
@@ -955,30 +1007,34 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     return report
 
 
-def _import_all(files, root, out, layout, settings, workers, say):
+def _import_all(files, root, out, layout, settings, workers):
     report, sources, taken = Report(), [], {}
     for path in files:
         source = identify(path, root, layout)
         if source.name in taken:
-            report.refused.append((str(path), f"same name as {taken[source.name]}"))
+            report.refused.append((shown(path), f"same name as {taken[source.name]}"))
             continue
         taken[source.name] = path.name
         sources.append(source)
-    sizes, paths = {s.name: _size(s.path) for s in sources}, {s.name: str(s.path) for s in sources}
+    size = sum(_size(source.path) for source in sources)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # a worker takes a second to start
-    workers = workers or max(1, min(cores, len(sources), sum(sizes.values()) // 200_000_000))
-    progress = Progress(len(sources), sum(sizes.values()), say)
-    for outcome, name, reason, seconds, labelled in _outcomes(sources, out, settings, workers):
-        progress.step(sizes[name], name, seconds)
-        if outcome == "kept":
-            report.kept += 1
-        else:
-            getattr(report, outcome).append(name if outcome == "read" else
-                                            (paths[name] if outcome == "refused" else name, reason))
-        report.unlabelled += outcome != "refused" and not labelled
-        report.seconds += seconds
-    progress.close()
+    workers = workers or max(1, min(cores, len(sources), size // 200_000_000))
+    calm = 0 if sys.stderr.isatty() else 10             # s before and between the lines of a log
+    with tqdm(total=size, unit="B", unit_scale=True, desc="import", delay=calm, mininterval=calm or 0.1) as bar:
+        for source, outcome, reason, seconds, labelled in _outcomes(sources, out, settings, workers):
+            bar.set_postfix_str(source.name[-40:], refresh=False)
+            bar.update(_size(source.path))
+            if outcome == "refused":
+                report.refused.append((shown(source.path), reason))
+            elif outcome == "repaired":
+                report.repaired.append((source.name, reason))
+            elif outcome == "read":
+                report.read.append(source.name)
+            else:
+                report.kept += 1
+            report.unlabelled += outcome != "refused" and not labelled
+            report.seconds += seconds
     return report
 
 
@@ -997,16 +1053,11 @@ def _outcomes(sources, out, settings, workers):
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
         try:
-            waiting, rest = set(), iter(sources)
-            while True:
-                for source in rest:
-                    waiting.add(pool.submit(import_one, source, out, settings))
-                    if len(waiting) >= 2 * workers:
-                        break
-                if not waiting:
-                    return
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+            # workers inherit the mask: Ctrl-C, which a terminal sends to all, is this process's to answer
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            jobs = [pool.submit(import_one, source, out, settings) for source in sources]
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield from (job.result() for job in as_completed(jobs))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -1015,35 +1066,6 @@ def _die_with_parent():
     """A worker ends when the import is killed, whatever it was waiting for."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-class Progress:
-    """A bar on a terminal, else a line every 10 s, with the time left."""
-
-    def __init__(self, files, size, say):
-        self.files, self.size, self.done, self.bytes, self.hours = files, size, 0, 0, 0.0
-        self.began = self.last = time.monotonic()
-        self._say, self.bar = say, None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=size, unit="B", unit_scale=True, desc="import")
-
-    def say(self, text):
-        self.bar.write(text) if self.bar is not None else self._say(text)
-
-    def step(self, size, name, seconds):
-        self.done, self.bytes, self.hours = self.done + 1, self.bytes + size, self.hours + seconds / 3600
-        if self.bar is not None:
-            self.bar.set_postfix_str(name[-40:], refresh=False)
-            self.bar.update(size)
-        elif time.monotonic() - self.last > 10:
-            self.last = time.monotonic()
-            left = (self.last - self.began) * (self.size - self.bytes) / max(1, self.bytes) / 60
-            self._say(f"{self.done}/{self.files} files, {self.hours:.1f} h of EEG, {left:.1f} min left")
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
 
 
 def _table(report, say):
@@ -1171,20 +1193,17 @@ def load_recording(path):
                       "offset": eeg.id.get_offset(),
                       "events": f["events"][()].astype(float).tolist()}
             good = eeg.dtype == np.int16 and eeg.shape[0] == len(entry["channels"]) == len(entry["scale"])
+            good = good and entry["offset"] and os.path.getsize(path) >= entry["offset"] + eeg.nbytes
     except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
-    if not good or entry["offset"] is None or os.path.getsize(path) < entry["offset"] + 2 * eeg_size(entry):
+    if not good:
         raise DataError(f"{path}: its samples are not whole, contiguous int16: import it again")
     values = np.array([*entry["scale"], entry["norm"]])
     if not (np.isfinite(values) & (values > 0)).all():
         raise DataError(f"{path}: scale or norm is not a positive number: import it again")
     return entry
-
-
-def eeg_size(entry):
-    return len(entry["channels"]) * entry["samples"]
 
 
 def open_corpus(path):
@@ -1208,7 +1227,8 @@ def open_corpus(path):
         found = {getattr(r, kind): r.name for r in recordings}
         if len(found) > 1:
             names = " and ".join(list(found.values())[:2])
-            raise DataError(f"{path}: {kind} differs between {names}: import all of it again")
+            raise DataError(f"{path}: {kind} differs between {names}: import all of it again, and delete what "
+                            "has no EDF any more")
     if fresh != index:
         try:
             write_json(root / INDEX, {"format": FORMAT, "recordings": fresh})
@@ -1405,7 +1425,7 @@ class Loader:
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
         self.mirror = mirror(windows.recordings[0].channels)
-        self._ring, self._outputs, self._idle = [], [], [np.empty(0)]
+        self._ring, self._emptied, self._outputs, self._idle = [], None, [], [np.empty(0)]
 
     def batches(self, lists_of_ids, epoch):
         """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each list of
@@ -1415,7 +1435,7 @@ class Loader:
         slots = self._slots(max(map(len, lists), default=0))
         free, full, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         for slot in slots:
-            free.put((slot, None))
+            free.put((slot, self._emptied))
         thread = threading.Thread(target=self._fill, args=(lists, epoch, free, full, stop), daemon=True)
         thread.start()
         try:
@@ -1433,7 +1453,8 @@ class Loader:
             stop.set()
             free.put((None, None))
             thread.join()
-            self._ring = slots
+            # the next call fills this ring, but not before the GPU has copied the last batches out of it
+            self._ring, self._emptied = slots, self._copied()
 
     def _slots(self, size):
         """The ring: `buffers` sets of arrays for `size` windows, taken from the last call where they fit."""
@@ -1537,8 +1558,8 @@ def synth(out, hours=1.0, patients=8, seed=0):
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: synthetic recordings need a new folder")
-    if not (hours > 0 and patients > 0):
-        raise DataError(f"{hours} h of {patients} patients: both must be positive")
+    if not (0 < hours < math.inf and patients > 0):
+        raise DataError(f"{hours} h of {patients} patients: both must be positive and finite")
     if seed < 0:
         raise DataError(f"seed {seed}: must be 0 or more")
     for p in range(patients):
@@ -1550,7 +1571,7 @@ def synth(out, hours=1.0, patients=8, seed=0):
             stem = Path(out, f"sub-{p + 1:03d}", "ses-01", "eeg",
                         f"sub-{p + 1:03d}_ses-01_task-szMonitoring_run-{run:02d}")
             write_edf(f"{stem}_eeg.edf", eeg)
-            write_events_tsv(f"{stem}_events.tsv", events, seconds)
+            write_events_tsv(f"{stem}_events.tsv", events, seconds, start="2000-01-01 00:00:00")
 
 
 def _wanted(first, total, patient):
@@ -1593,11 +1614,14 @@ def write_edf(path, eeg):
         writer.writeSamples(list(np.clip(np.rint(eeg * 10), -32767, 32767).astype(np.int32)), digital=True)
 
 
-def write_events_tsv(path, events, seconds):
-    rows = [(onset, end - onset, "sz", "1.00") for onset, end in events] or [(0.0, seconds, "bckg", "n/a")]
+def write_events_tsv(path, events, seconds, confidence=None, start="n/a"):
+    """SzCORE events file: one `sz` row per (onset, end) in s, or one `bckg` row over all where there is none."""
+    confidence = confidence or [1.0] * len(events)
+    rows = [(onset, end - onset, "sz", f"{sure:.2f}") for (onset, end), sure in zip(events, confidence)]
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
-    lines += [f"{onset:.2f}\t{length:.2f}\t{kind}\t{confidence}\tn/a\t2000-01-01 00:00:00\t{seconds:.2f}"
-              for onset, length, kind, confidence in rows]
+    lines += [f"{onset:.2f}\t{length:.2f}\t{kind}\t{sure}\tn/a\t{start}\t{seconds:.2f}"
+              for onset, length, kind, sure in rows or [(0.0, seconds, "bckg", "n/a")]]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n")
 
 
@@ -1805,10 +1829,11 @@ def main():
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, BrokenProcessPool) as error:       # disk full, a worker out of memory
-        what = " ".join(str(error).split())
-        print(f"data.py: stopped: {what}; the same command goes on from here", file=sys.stderr)
-        return 1
+    except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:    # disk full, a worker out of memory
+        what = " ".join(str(error).split()) or "interrupted"
+        goes_on = "; the same command goes on from here" * (args.command == "import")
+        print(f"data.py: stopped: {what}{goes_on}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

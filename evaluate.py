@@ -635,13 +635,9 @@ def choose(recordings, split, config):
 
 
 def write_events(path, events, probability, seconds):
-    """SzCORE events file, in seconds: one `sz` row per event, or one `bckg` row over all where none is."""
-    rows = [(a / FS, (b - a) / FS, "sz", f"{probability[a:b].mean():.2f}") for a, b in events]
-    lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
-    for onset, duration, kind, confidence in rows or [(0.0, seconds, "bckg", "n/a")]:
-        lines.append(f"{onset:.2f}\t{duration:.2f}\t{kind}\t{confidence}\tn/a\tn/a\t{seconds:.2f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
+    sure = [probability[a:b].mean() for a, b in events]
+    data.write_events_tsv(path, events / FS, seconds, sure)
 
 
 def evaluate(model, recordings, out, device, c, plot=False):
@@ -669,6 +665,7 @@ def report(records, table, c, source, args, trained_on=""):
     """Content of scores.json: metrics at the top level, null with the reason if not computable."""
     summary, labelled = summarise(records, c), [s for s in records if s["labelled"]]
     metrics = {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
+    same = bool(trained_on) and Path(args.data).resolve() == Path(trained_on).resolve()
     return metrics | {
         "not_computed": undefined(records), "threshold": c["threshold"], "threshold_source": source,
         "scorer": {"name": "timescoring", "version": importlib.metadata.version("timescoring"),
@@ -677,12 +674,8 @@ def report(records, table, c, source, args, trained_on=""):
         "labelled_recordings": len(labelled), "labelled_hours": sum(s["seconds"] for s in labelled) / 3600,
         "patients": len({s["patient"] for s in records}), "seizures": sum(s["seizures"] for s in labelled),
         "checkpoint": str(args.checkpoint), "data": str(args.data), "split": args.split or "all",
-        "includes_training": args.split == "train" or not args.split and same_folder(args.data, trained_on),
+        "includes_training": args.split == "train" or not args.split and same,
         "settings": c, "per_recording": table}
-
-
-def same_folder(a, b):
-    return bool(b) and Path(a).resolve() == Path(b).resolve()
 
 
 def show(result, out):
@@ -737,12 +730,15 @@ def main(argv=None):
             recordings, refused = open_data(args.data, state, Path(scratch))
             recordings = choose(recordings, args.split, state["config"])
             records, table = evaluate(model, recordings, args.out, device, c, args.plot)
+        trained_on = state["config"].get("data", {}).get("path", "")
+        result = report(records, table, c, source, args, trained_on) | {"refused": refused}
+        (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
-    trained_on = state["config"].get("data", {}).get("path", "")
-    result = report(records, table, c, source, args, trained_on) | {"refused": refused}
-    (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    except OSError as error:                                # disk full, no permission
+        print(f"evaluate.py: stopped: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     show(result, args.out)
     return 0
 

@@ -3,6 +3,7 @@ oracles are mne and pyedflib."""
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -270,8 +271,13 @@ BROKEN = {
     "mixed references": (dict(label=["EEG %s-%s" % (n, "REF" if n < "P" else "LE") for n in NAMES]),
                          "different references"),
     "a label twice": (dict(label=["Fp1", *NAMES[:18]]), ""),
+    "a line break in a label": (dict(label={2: "C\n\r\x85X3"}), "C   X3"),
     "latin-1 in a label": (dict(label={2: "EEG \xdc3"}), "C3"),
     "EDF+D without onsets": (dict(reserved="EDF+D"), "discontinuous"),
+    "one channel in millivolts": (dict(unit={3: "mV"}), "different units: mv, uv"),
+    "a range that no amplifier has": (dict(pmax={3: "1e30"}), "P3: a range of 1e+30 uV"),
+    "an exponent that fills the memory": (dict(pmax={3: "1e999999"}), "not a number"),
+    "a count that fills the memory": (dict(records="9e999999"), "not a number"),
     "all flat": (dict(eeg=np.zeros((19, 20 * 256))), "19 of 19 channels are flat"),
     "constant": (dict(eeg=np.full((19, 20 * 256), 700.0)), "flat"),
     "too slow": (dict(rate=32), "32 Hz"),
@@ -372,6 +378,27 @@ def test_gaps_are_refused_also_where_the_file_calls_itself_continuous(tmp_path):
     assert "no onset" in refusal(tmp_path / "f.edf")
 
 
+def test_a_gap_is_refused_where_the_header_has_lost_its_mark(tmp_path):
+    for mark in ("", "edf+d"):
+        assert "gap of 10 s" in refusal(plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], mark))
+
+
+def test_a_file_copied_as_text_is_refused(tmp_path):
+    """Every line feed among the samples got a carriage return before it, which shifts all that follow."""
+    whole = edf(tmp_path / "a.edf").read_bytes()
+    damaged = whole.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    assert 0 < len(damaged) - len(whole) < 9728         # less than a record: else refused by the count
+    (tmp_path / "b.edf").write_bytes(damaged)
+    assert "copied as text" in refusal(tmp_path / "b.edf")
+
+
+def test_the_hole_that_a_broken_copy_leaves_is_noted(tmp_path):
+    """An amplifier may pause with zeros too, so it is read, but not in silence."""
+    whole = edf(tmp_path / "a.edf").read_bytes()
+    (tmp_path / "b.edf").write_bytes(whole[:5120 + 15 * 9728] + bytes(5 * 9728))
+    assert "nothing but zeros in 5 records, the first at 15 s" in data.prepare(tmp_path / "b.edf").repaired
+
+
 def test_annotations_only_and_foreign_files_are_refused(tmp_path):
     only = edf(tmp_path / "a.edf", 1, 60, labels=["EDF Annotations"], eeg=np.zeros((1, 60)), duration="0",
                reserved="EDF+C")
@@ -451,6 +478,23 @@ def test_szcore_events(shared):
     with pytest.raises(data.DataError, match="impedance"):
         data.parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
     assert "impedance test" in data.parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
+
+
+def test_a_lone_quote_swallows_no_event():
+    text = tsv((5, 2, "sz", 1, '"Fp1'), (10, 2, "sz"))
+    assert data.parse_events_tsv(text).events == [(5, 7), (10, 12)]
+
+
+def test_label_files_that_were_cut_or_contradict_themselves_are_refused():
+    for text in (tsv((5, 2, "sz"), (9, 2, "sz", 1))[:-1], tsv((5, 2, "sz", 1, "n/a"))[:-2]):
+        with pytest.raises(data.DataError, match="incomplete row"):
+            data.parse_events_tsv(text)
+    with pytest.raises(data.DataError, match="incomplete row"):
+        data.parse_csv(CSV.format("30") + "TERM,5,9,seiz")
+    with pytest.raises(data.DataError, match="60 s and 30 s"):
+        data.parse_events_tsv(tsv((5, 2, "sz", 1, "n/a", "n/a", 60), (5, 2, "sz", 1, "n/a", "n/a", 30)))
+    with pytest.raises(data.DataError, match="not a number"):
+        data.parse_events_tsv(tsv(("9" * 5000, 2, "sz")))
 
 
 def test_events_beyond_the_end_are_cut_and_said_or_refused():
@@ -647,6 +691,20 @@ def test_import_resumes_and_notices_changes(tmp_path):
     assert [r.name for r in data.open_corpus(out)] == ["a_1", "c_1"]
 
 
+def test_a_second_corpus_never_replaces_recordings_of_the_first(tmp_path):
+    for corpus in "ab":
+        edf(tmp_path / corpus / "sub-01" / "sub-01_eeg.edf", 10, size=30 + (corpus == "b"))
+    for corpus, refused in (("a", 0), ("b", 1), ("a", 0)):
+        report = data.import_corpus(tmp_path / corpus, tmp_path / "out", say=lambda text: None)
+        assert len(report.refused) == refused
+    assert "a folder of its own" in data.import_corpus(tmp_path / "b", tmp_path / "out",
+                                                       say=lambda text: None).refused[0][1]
+    assert data.import_corpus(tmp_path / "a", tmp_path / "out", say=lambda text: None).kept == 1
+    shutil.move(tmp_path / "a", tmp_path / "moved")     # the corpus itself may move, and change
+    edf(tmp_path / "moved" / "sub-01" / "sub-01_eeg.edf", 12)
+    assert len(data.import_corpus(tmp_path / "moved", tmp_path / "out", say=lambda text: None).read) == 1
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -686,6 +744,23 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path):
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
+    for i in range(16):
+        edf(tmp_path / "src" / f"{i}.edf", 120)
+    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
+                 "--workers", str(workers)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not any((tmp_path / "out").glob("*.h5")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == "data.py: stopped: interrupted; the same command goes on from here"
+    assert not list((tmp_path / "out").glob("*.part"))
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
+
+
 def test_two_imports_at_once_are_refused(tmp_path):
     edf(tmp_path / "src" / "a.edf")
     data.import_corpus(tmp_path / "src", tmp_path / "out", say=lambda text: None)
@@ -713,6 +788,17 @@ def test_strange_folders(tmp_path):
     assert why["gone.edf"] == "gone.edf: No such file or directory" and "regular" in why["pipe.edf"]
     assert len(why) == 3
     assert "same name as" in why["twice.edf"] + why.get("twice.EDF", "")
+    named = tmp_path / "named"
+    edf(named / "good.edf")
+    for name in (b"not \xff utf-8.edf", b"two\nlines.edf"):
+        shutil.copy(named / "good.edf", os.path.join(os.fsencode(named), name))
+    edf(named / "unlabelled.edf")
+    (named / "unlabelled_events.tsv").symlink_to(src / "nothing")       # labels that were not fetched
+    done = command("import", named, tmp_path / "out3")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "1 read" in done.stdout
+    assert done.stdout.count("its name holds a line break or is not UTF-8") == 2
+    assert "unlabelled_events.tsv: No such file" in done.stdout
+    assert "3 refused" in command("import", named, tmp_path / "out3").stdout
     if os.getuid():
         (src / "twice.EDF").chmod(0)
         assert "Permission" in str(data.import_corpus(src, tmp_path / "out2", say=lambda text: None).refused)
@@ -732,6 +818,8 @@ def test_synthetic_recordings_depend_on_the_seed_alone(synthetic, tmp_path):
                          for f in files)
     with pytest.raises(data.DataError, match="not empty"):
         data.synth(synthetic[0])
+    with pytest.raises(data.DataError, match="finite"):
+        data.synth(tmp_path / "endless", hours=float("inf"))
 
 
 def test_the_real_recordings_import_in_the_bipolar_montage(shared, tmp_path):

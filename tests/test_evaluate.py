@@ -627,6 +627,16 @@ def test_scores_that_include_the_training_recordings_say_so(corpus, tmp_path, ca
     assert "--split dev" in capsys.readouterr().out
 
 
+def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_1(corpus, tmp_path):
+    source = next((corpus / "edf").rglob("*.edf"))
+    (tmp_path / "alone.edf").write_bytes(source.read_bytes())
+    for name in ("scores.json", "alone_events.tsv"):
+        out = tmp_path / f"out of {name}"
+        (out / name).mkdir(parents=True)                    # a folder stands where the file should go
+        code, lines = here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "alone.edf", "--out", out)
+        assert code == 1 and lines[-1].startswith("evaluate.py: stopped:") and name in lines[-1]
+
+
 def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.pt").write_bytes((corpus / "best.pt").read_bytes()[:-5000])
