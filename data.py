@@ -845,6 +845,19 @@ class Report:
     unlabelled: int = 0
     seconds: float = 0.0                                # of EEG imported
 
+    def add(self, source, outcome, reason, seconds, labelled):
+        """Count what import_one returned."""
+        if outcome == "refused":
+            self.refused.append((shown(source.path), reason))
+        elif outcome == "repaired":
+            self.repaired.append((source.name, reason))
+        elif outcome == "read":
+            self.read.append(source.name)
+        else:
+            self.kept += 1
+        self.unlabelled += outcome != "refused" and not labelled
+        self.seconds += seconds
+
 
 def find_edf(src):
     """(EDF files below src, root, [(folder, why it cannot be listed)]); links are followed, each folder
@@ -993,7 +1006,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for stale in out.rglob("*.h5.*.part"):          # left by a killed import
             stale.unlink()
-        report = _import_all(files, root, out, layout, settings, workers)
+        report = _import_all(files, root, out, layout, settings, workers, say)
         report.refused += closed
     except BlockingIOError:
         raise DataError(f"{out}: another import is writing here") from None
@@ -1007,7 +1020,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     return report
 
 
-def _import_all(files, root, out, layout, settings, workers):
+def _import_all(files, root, out, layout, settings, workers, say):
     report, sources, taken = Report(), [], {}
     for path in files:
         source = identify(path, root, layout)
@@ -1020,21 +1033,18 @@ def _import_all(files, root, out, layout, settings, workers):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # a worker takes a second to start
     workers = workers or max(1, min(cores, len(sources), size // 200_000_000))
-    calm = 0 if sys.stderr.isatty() else 10             # s before and between the lines of a log
-    with tqdm(total=size, unit="B", unit_scale=True, desc="import", delay=calm, mininterval=calm or 0.1) as bar:
-        for source, outcome, reason, seconds, labelled in _outcomes(sources, out, settings, workers):
+    began = said = time.monotonic()
+    done, number = 0, 0
+    with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not sys.stderr.isatty()) as bar:
+        for source, *result in _outcomes(sources, out, settings, workers):
+            report.add(source, *result)
+            done, number = done + _size(source.path), number + 1
             bar.set_postfix_str(source.name[-40:], refresh=False)
             bar.update(_size(source.path))
-            if outcome == "refused":
-                report.refused.append((shown(source.path), reason))
-            elif outcome == "repaired":
-                report.repaired.append((source.name, reason))
-            elif outcome == "read":
-                report.read.append(source.name)
-            else:
-                report.kept += 1
-            report.unlabelled += outcome != "refused" and not labelled
-            report.seconds += seconds
+            if bar.disable and time.monotonic() - said > 10:
+                said = time.monotonic()
+                left = (said - began) * (size - done) / max(1, done) / 60
+                say(f"import: {number} of {len(sources)} files, {left:.1f} min left")
     return report
 
 
