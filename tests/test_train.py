@@ -4,6 +4,8 @@ import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -376,7 +378,7 @@ def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_bac
     monkeypatch.setattr(train.Trainer, "boundary", boundary)
     config = loaded(tmp_path / "h5", tmp_path, training__mid_epoch_minutes=0.0)
     assert train.run(config) == 1
-    assert "was changed since the corpus was opened; mend it, then --resume" in capsys.readouterr().out.splitlines()[-1]
+    assert re.search("^stopped: .* was changed since the corpus was opened; mend it, then --resume$", capsys.readouterr().out, re.M)
     monkeypatch.undo()
     for path, stat in dates.items():
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
