@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -768,18 +769,29 @@ def expect_data(config):
         raise Refused(f"data.path {c['path']} does not exist: python data.py import CORPUS_FOLDER {c['path']}")
 
 
+def make_recordings(config, path, say):
+    """Synthetic EDF files at PATH_edf and their import at PATH; what a kill left half made is made anew."""
+    c, source, temp = config["data"], Path(f"{path}_edf"), Path(f"{path}_edf.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = checkpoint.lock(path.parent)                                     # of two first runs one makes them
+    try:
+        if not source.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
+            data.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"], seed=config["experiment"]["seed"])
+            os.replace(temp, source)
+        say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, importing them to {path}")
+        data.import_corpus(source, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    finally:
+        os.close(held)
+
+
 def open_recordings(config, say):
     """Recordings at data.path; synthetic ones are made there first where the config asks for them, and only then."""
-    c, path = config["data"], Path(config["data"]["path"])
+    path = Path(config["data"]["path"])
     try:
-        if c["synth_hours"] and not path.is_dir():
-            source, temp = Path(f"{path}_edf"), Path(f"{path}_edf.part")
-            if not source.is_dir():
-                data.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"], seed=config["experiment"]["seed"])
-                os.replace(temp, source)
-            say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, importing them to {path}")
-            data.import_corpus(source, f"{path}.part")
-            os.replace(f"{path}.part", path)
+        if config["data"]["synth_hours"] and not path.is_dir():
+            make_recordings(config, path, say)
         return data.open_corpus(path)
     except data.DataError as error:
         raise Refused(f"{path}: {error}") from None

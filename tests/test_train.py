@@ -417,6 +417,28 @@ def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, refer
 
 # ---- starting ----
 
+def test_a_kill_while_the_synthetic_recordings_are_made_or_imported_costs_only_those_half_made(tmp_path):
+    loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4, training__epochs=1)
+    for half_made in ("h5_edf.part", "h5.part"):
+        process = spawn(tmp_path / "config.yaml", "--resume")
+        while process.poll() is None and not list((tmp_path / "made").glob(f"{half_made}/*/*")):
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    process = spawn(tmp_path / "config.yaml", "--resume")
+    out = process.communicate()[0]
+    assert process.returncode == 0 and "names," in out, out
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [".lock", "h5", "h5_edf"]
+
+
+def test_of_two_first_runs_one_makes_the_synthetic_recordings_and_the_other_is_refused(tmp_path):
+    (tmp_path / "made").mkdir()
+    held = checkpoint.lock(tmp_path / "made")
+    with pytest.raises(train.Refused, match="in use by process"):
+        train.run(loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4))
+    os.close(held)
+
+
 def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
     config = loaded(corpus, tmp_path, training__epochs=1)
     assert train.run(config) == 0
