@@ -477,13 +477,12 @@ class Trainer:
             self.model = v3.V3(len(self.train[0].channels), **self.config["model"]).to(device)
         except ValueError as error:
             raise Refused(str(error)) from None
-        set_rng_state(rng, torch.device("cpu"))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.net = torch.compile(self.model) if s["compile"] else self.model
         if self.group.size > 1:
-            self.net = torch.nn.parallel.DistributedDataParallel(
-                self.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+            self.net = self._data_parallel()
+        set_rng_state(rng, torch.device("cpu"))
         self.optimizer = make_optimizer(self.model, s, device.type == "cuda")
         total = s["epochs"] * self.batches
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -493,6 +492,18 @@ class Trainer:
                                   self.config["data"]["augment"], self.config["data"]["buffers"])
         self.say(f"model: V3, {sum(p.numel() for p in self.model.parameters()):,} parameters, {s['precision']} on {device_name(device)}"
                  + f", {self.group.size} processes" * (self.group.size > 1))
+
+    def _data_parallel(self):
+        """The model over all processes, after one idle backward pass: DDP orders its buckets anew after its first, and the
+        sums of three or more processes round by that order. So a resumed run has the whole run's order from its first step."""
+        device, share = self.group.device, -(-self.settings["batch_size"] // (self.settings["accumulate"] * self.group.size))
+        net = torch.nn.parallel.DistributedDataParallel(
+            self.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        with autocast(self.settings["precision"], device):
+            idle = net(torch.randn(share, len(self.train[0].channels), self.windows.length, device=device))
+        idle.float().sum().backward()
+        net.zero_grad()
+        return net
 
     # -- state --
 

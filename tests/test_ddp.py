@@ -76,11 +76,12 @@ def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus
     assert len(last(tmp_path)["rng"]) == processes
 
 
-def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path):     # noqa: F811
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])     # sums of two have no order to lose
+def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path, processes):  # noqa: F811
     prepare(corpus, tmp_path / "whole")
-    finish(torchrun(tmp_path / "whole", 2))
+    finish(torchrun(tmp_path / "whole", processes))
     prepare(corpus, tmp_path / "cut")
-    process = torchrun(tmp_path / "cut", 2, restarts=2)
+    process = torchrun(tmp_path / "cut", processes, restarts=2)
     wait_for(process, "batch 3/")
     os.kill(children(process)[-1], signal.SIGKILL)
     out = finish(process)
