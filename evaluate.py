@@ -88,7 +88,7 @@ UNDEFINED_WITHOUT = {
 def check_metric(name, recordings=None):
     """Raise ValueError unless `name` is in METRICS and, where recordings are given, computable on them."""
     if name not in METRICS:
-        near = difflib.get_close_matches(str(name), METRICS, 1, 0.0)[0]
+        near = difflib.get_close_matches(str(name).lower(), METRICS, 1, 0.0)[0]
         raise ValueError(f"unknown metric {name!r}; the nearest is {near}")
     if recordings is not None:
         labelled = [r for r in recordings if r.labelled]

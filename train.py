@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -116,7 +117,7 @@ def load_config(path, overrides=()):
         given = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
         raise Refused(f"config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     config = json.loads(json.dumps(DEFAULTS))
     _merge(config, given, str(path))
@@ -137,11 +138,11 @@ def load_config(path, overrides=()):
 
 def _merge(config, given, source, prefix=""):
     if not isinstance(given, dict):
-        raise Refused(f"{source}: {prefix or 'the file'} must hold key: value pairs, not {given!r}")
+        raise Refused(f"{source}: {prefix[:-1] or 'the file'} must hold key: value pairs, not {given!r}")
     for key, value in given.items():
         if key not in config:
-            near = difflib.get_close_matches(str(key), config, 1, 0)
-            raise Refused(f"{source}: unknown key {prefix}{key}; the nearest is {prefix}{near[0] if near else ''}")
+            near = difflib.get_close_matches(str(key).lower(), config, 1, 0)
+            raise Refused(f"{source}: unknown key {prefix}{key}; the nearest is {prefix}{near[0]}")
         if isinstance(config[key], dict):
             _merge(config[key], value, source, f"{prefix}{key}.")
         else:
@@ -312,6 +313,15 @@ class Console:
 
 # ---- records ----
 
+@contextlib.contextmanager
+def tolerated(say, what, consequence=""):
+    """A disk that refuses `what` is said and survived: checkpoints come first."""
+    try:
+        yield
+    except OSError as error:
+        say(f"{what}: {error.strerror}" + f": {consequence}" * bool(consequence))
+
+
 class Record:
     """metrics.jsonl, saves.jsonl and TensorBoard of one run directory. metrics.jsonl is the truth: a resume cuts it back to
     the resumed step and writes TensorBoard anew from it, so no step stands twice in either."""
@@ -347,10 +357,8 @@ class Record:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.pending.append(json.dumps(row) + "\n")
         self.flush()
-        try:
+        with tolerated(self.say, "tensorboard", "the next start draws it anew from metrics.jsonl"):
             self._chart(row)
-        except OSError as error:
-            self.say(f"tensorboard: {error.strerror}: the next start draws it anew from metrics.jsonl")
 
     def flush(self):
         """Rows to the file, whole lines or nothing: a full disk keeps them here until there is room."""
@@ -374,26 +382,19 @@ class Record:
     def event(self, kind, path, facts, seconds=0.0):
         row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"], "batch": facts["batch"],
                "step": facts["global_step"], "seconds": seconds, "time": time.time()}
-        try:
-            with open(self.directory / "saves.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            self.say(f"saves.jsonl: {error.strerror}: this {kind} is not listed")
+        with tolerated(self.say, "saves.jsonl", f"this {kind} is not listed"), open(self.directory / "saves.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def sync(self):
         """On the disk before the checkpoint that counts on it; in the writer thread, an fsync takes its time."""
-        try:
+        with tolerated(self.say, "metrics.jsonl", "its last rows may be lost"):
             os.fsync(self.file)
-        except OSError as error:
-            self.say(f"metrics.jsonl: {error.strerror}: its last rows may be lost")
 
     def close(self):
         self.flush()
         os.close(self.file)
-        try:
+        with tolerated(self.say, "tensorboard"):
             self.board.close()
-        except OSError as error:
-            self.say(f"tensorboard: {error.strerror}")
 
 
 # ---- the run ----
@@ -475,13 +476,12 @@ class Trainer:
             self.model = v3.V3(len(self.train[0].channels), **self.config["model"]).to(device)
         except ValueError as error:
             raise Refused(str(error)) from None
-        set_rng_state(rng, torch.device("cpu"))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.net = torch.compile(self.model) if s["compile"] else self.model
         if self.group.size > 1:
-            self.net = torch.nn.parallel.DistributedDataParallel(
-                self.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+            self.net = self._data_parallel()
+        set_rng_state(rng, torch.device("cpu"))
         self.optimizer = make_optimizer(self.model, s, device.type == "cuda")
         total = s["epochs"] * self.batches
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -491,6 +491,18 @@ class Trainer:
                                   self.config["data"]["augment"], self.config["data"]["buffers"])
         self.say(f"model: V3, {sum(p.numel() for p in self.model.parameters()):,} parameters, {s['precision']} on {device_name(device)}"
                  + f", {self.group.size} processes" * (self.group.size > 1))
+
+    def _data_parallel(self):
+        """The model over all processes, after one idle backward pass: DDP orders its buckets anew after its first, and the
+        sums of three or more processes round by that order. So a resumed run has the whole run's order from its first step."""
+        device, share = self.group.device, -(-self.settings["batch_size"] // (self.settings["accumulate"] * self.group.size))
+        net = torch.nn.parallel.DistributedDataParallel(
+            self.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        with autocast(self.settings["precision"], device):
+            idle = net(torch.randn(share, len(self.train[0].channels), self.windows.length, device=device))
+        idle.float().sum().backward()
+        net.zero_grad()
+        return net
 
     # -- state --
 
@@ -517,13 +529,10 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        for group in self.optimizer.param_groups:                           # a changed learning rate counts from here
-            group["initial_lr"] = self.settings["learning_rate"]
-        for group in self.optimizer.param_groups[:1]:
-            group["weight_decay"] = self.settings["weight_decay"]
-        self.scheduler.base_lrs = [self.settings["learning_rate"]] * len(self.optimizer.param_groups)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings["learning_rate"] * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        rate, groups = self.settings["learning_rate"], self.optimizer.param_groups      # changed settings count from here
+        for group in groups:
+            group.update(initial_lr=rate, lr=rate * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch))
+        groups[0]["weight_decay"], self.scheduler.base_lrs = self.settings["weight_decay"], [rate] * len(groups)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         elif self.scaler.is_enabled():
@@ -583,39 +592,35 @@ class Trainer:
 
     # -- training --
 
-    def pieces(self):
-        """This process's share of each batch still to train in this epoch: lists of `accumulate` id arrays."""
+    def plan(self):
+        """The batches still to train in this epoch: each with this process's pieces of it, [(window ids, weight)].
+
+        A process with no window left in a piece still takes part in the exchange of gradients, at weight 0."""
         size, cut, group = self.settings["batch_size"], self.settings["accumulate"], self.group
         for start in range(self.windows_done, len(self.order), size):
             batch = self.order[start:start + size]
             shares = np.array_split(batch, cut * group.size)[group.rank::group.size]
-            yield batch, shares
+            yield batch, [(ids, 1.0) if len(ids) else (batch[:1], 0.0) for ids in shares if len(ids) or group.size > 1]
 
     def train_epoch(self):
         self.order = self._epoch_order(self.epoch)
-        plan = list(self.pieces())
+        plan = list(self.plan())
         self.batches = self.batch + len(plan)
-        feed = self.loader.batches([ids for batch, shares in plan for ids in self._nonempty(batch, shares)], self.epoch)
+        feed = self.loader.batches([ids for _, pieces in plan for ids, _ in pieces], self.epoch)
         self.bar = tqdm(total=self.batches, initial=self.batch, desc=f"epoch {self.epoch}", unit="batch",
                         disable=not (self.group.main and sys.stderr.isatty()))
         self.net.train()
         with contextlib.closing(feed), self.bar:
-            for batch, shares in plan:
+            for batch, pieces in plan:
                 began = time.monotonic()
-                loss, norm = self.train_step(batch, shares, feed)
+                loss, norm = self.train_step(batch, pieces, feed)
                 self.after_step(batch, loss, norm, time.monotonic() - began)
 
-    def _nonempty(self, batch, shares):
-        """A process with no window left in a piece still takes part in the exchange of gradients, at weight 0."""
-        return [ids if len(ids) or self.group.size == 1 else batch[:1] for ids in shares if len(ids) or self.group.size > 1]
-
-    def train_step(self, batch, shares, feed):
+    def train_step(self, batch, pieces, feed):
         """Gradients of one batch; returns this process's share of the mean loss, and the gradient norm."""
         s, total, loss = self.settings, float(self.valid[batch].sum()), 0.0
-        pieces = self._nonempty(batch, shares)
-        weights = [len(ids) > 0 for ids in shares if len(ids) or self.group.size > 1]
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (ids, weight) in enumerate(zip(pieces, weights), 1):
+        for number, (_, weight) in enumerate(pieces, 1):
             x, y, mask = next(feed)
             last = number == len(pieces) or self.group.size == 1
             with contextlib.nullcontext() if last else self.net.no_sync():
@@ -680,14 +685,15 @@ class Trainer:
         bar = tqdm(rounds, desc="validation", unit="recording", disable=not (self.group.main and sys.stderr.isatty()))
         said = time.monotonic()
         for turn in bar:
-            mine = None
-            if self.group.rank < len(turn):
-                mine = self.score(turn[self.group.rank])
+            began = time.monotonic()
+            mine = self.score(turn[self.group.rank]) if self.group.rank < len(turn) else None
             for recording, score in zip(turn, self.group.gather(mine)):
                 self.scores[recording.name] = score
             if bar.disable and time.monotonic() - said > 30:
                 said = time.monotonic()
                 self.say(f"validation: {len(self.scores)} of {len(self.dev)} recordings")
+            if self.group.size > 1:                                         # poll cannot stop one process alone
+                self.slowest = max(self.slowest, time.monotonic() - began)
             self.boundary()
         return evaluate.summarise(list(self.scores.values()), self.config["evaluation"])
 
@@ -728,8 +734,19 @@ class Trainer:
             return True
         return False
 
+    def close(self):
+        try:
+            if self.saver:
+                self.saver.close()
+        finally:
+            if self.record:
+                self.record.close()
+
     def fit(self):
         """Train to the end. True where a signal or the time limit came before it."""
+        if self.epoch > self.settings["epochs"] or (not self.batch and self.ended_early()):
+            self.say("this run is finished: raise training.epochs or training.patience to go on")
+            return False
         try:
             while self.epoch <= self.settings["epochs"]:
                 self.train_epoch()
@@ -762,18 +779,29 @@ def expect_data(config):
         raise Refused(f"data.path {c['path']} does not exist: python data.py import CORPUS_FOLDER {c['path']}")
 
 
+def make_recordings(config, path, say):
+    """Synthetic EDF files at PATH_edf and their import at PATH; what a kill left half made is made anew."""
+    c, source, temp = config["data"], Path(f"{path}_edf"), Path(f"{path}_edf.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = checkpoint.lock(path.parent)                                     # of two first runs one makes them
+    try:
+        if not source.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
+            data.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"], seed=config["experiment"]["seed"])
+            os.replace(temp, source)
+        say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, importing them to {path}")
+        data.import_corpus(source, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    finally:
+        os.close(held)
+
+
 def open_recordings(config, say):
     """Recordings at data.path; synthetic ones are made there first where the config asks for them, and only then."""
-    c, path = config["data"], Path(config["data"]["path"])
+    path = Path(config["data"]["path"])
     try:
-        if c["synth_hours"] and not path.is_dir():
-            source, temp = Path(f"{path}_edf"), Path(f"{path}_edf.part")
-            if not source.is_dir():
-                data.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"], seed=config["experiment"]["seed"])
-                os.replace(temp, source)
-            say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, importing them to {path}")
-            data.import_corpus(source, f"{path}.part")
-            os.replace(f"{path}.part", path)
+        if config["data"]["synth_hours"] and not path.is_dir():
+            make_recordings(config, path, say)
         return data.open_corpus(path)
     except data.DataError as error:
         raise Refused(f"{path}: {error}") from None
@@ -788,8 +816,9 @@ def holds_checkpoints(directory):
 def move_aside(run_directory, say):
     number = next(n for n in range(1, 10**6) if not os.path.lexists(f"{run_directory}.{n}"))
     with contextlib.suppress(FileNotFoundError):
-        os.close(checkpoint.lock(run_directory / "checkpoints"))            # raises InUse where a process works there
+        held = checkpoint.lock(run_directory / "checkpoints")               # raises InUse where a process works there
         os.rename(run_directory, f"{run_directory}.{number}")
+        os.close(held)
         say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
 
 
@@ -809,14 +838,13 @@ def compare_configs(old, new, say):
 def find_state(trainer, directory, resume, fresh, hook):
     """Main process: take the run directory and find the state to continue from (None: start at the beginning)."""
     config, s, say = trainer.config, trainer.settings, trainer.say
-    checkpoints = directory / "checkpoints"
+    checkpoints, picked = directory / "checkpoints", None
     if resume == "false" and not fresh and holds_checkpoints(checkpoints):
         raise Refused(f"{checkpoints} already holds checkpoints: --resume continues that run, --fresh moves it aside")
     try:
-        picked = None
         if resume not in ("true", "false"):
-            picked = Path(resume), checkpoint.load(resume)
-            _check_state(picked[1], trainer, resume)
+            picked = checkpoint.load(resume)
+            _check_state(picked, trainer, resume)
         if fresh:
             move_aside(directory, say)
         make = lambda: checkpoint.Checkpointer(
@@ -824,9 +852,9 @@ def find_state(trainer, directory, resume, fresh, hook):
             evaluate.METRICS[s["best_metric"]], trainer.on_saved(hook), lambda: trainer.record.sync(), say=say)
         trainer.saver = make()
         if picked:
-            trainer.saver.adopt(picked[1], picked[0])
-            say(f"resume: {picked[0]} as asked; later resumes follow this line")
-            return picked[1]
+            trainer.saver.adopt(picked, resume)
+            say(f"resume: {resume} as asked; later resumes follow this line")
+            return picked
         state = trainer.saver.resume() if resume == "true" else None
         if state:
             _check_state(state, trainer, "the checkpoint")
@@ -839,10 +867,6 @@ def find_state(trainer, directory, resume, fresh, hook):
         raise Refused(str(getattr(error, "strerror", None) or error)) from None
     except OSError as error:
         raise Refused(f"{error.filename or directory}: {error.strerror}") from None
-
-
-def quiet(line):
-    """Where the reasons are said elsewhere."""
 
 
 def _check_state(state, trainer, where):
@@ -883,24 +907,11 @@ def run(config, resume="false", fresh=False, on_saved=None):
 
 
 def _run(trainer, resume, fresh, on_saved):
-    config, group, say, stopped = trainer.config, trainer.group, trainer.say, False
+    config, group, say = trainer.config, trainer.group, trainer.say
     directory = Path(config["experiment"]["results"], config["experiment"]["name"])
     try:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and resume != "true":
-            say("torchrun restarted this job: resuming")
-            resume, fresh = "true", False
-        state, position = group.from_main(lambda: start(trainer, directory, resume, fresh, on_saved))
-        if state:
-            trainer.unpack(state, position)
-            say(f"resumed: epoch {trainer.epoch}, {trainer.batch} batches trained in it, step {trainer.step}")
-        del state
-        if trainer.epoch > trainer.settings["epochs"] or (not trainer.batch and trainer.ended_early()):
-            say("this run is finished: raise training.epochs or training.patience to go on")
-        else:
-            if resume not in ("true", "false"):
-                trainer.save_mid()                          # from here on, whatever happens, a resume follows this line
-                trainer.saver.wait() if group.main else None
-            stopped = trainer.fit()
+        begin(trainer, directory, resume, fresh, on_saved)
+        stopped = trainer.fit()
         if group.main:
             trainer.saver.settle()                          # a save that failed is tried again: "saved" must be true
         if stopped:
@@ -909,35 +920,41 @@ def _run(trainer, resume, fresh, on_saved):
             return 128 + number if number else 75
         if group.main:
             checkpoint.list_run(directory / "checkpoints", say)
-            try:
+            with tolerated(say, "curves.png"):
                 evaluate.curves(directory)
-            except OSError as error:
-                say(f"curves.png: {error.strerror}")
         return 0
     except Diverged:
-        good = checkpoint.find_resume(directory / "checkpoints", quiet) if group.main else None
+        good = checkpoint.find_resume(directory / "checkpoints", lambda line: None) if group.main else None
         say(f"{MAX_NONFINITE} losses in a row were not finite; the last good checkpoint is {good}; lower the learning rate")
-        return 1
     except checkpoint.SaveFailed as error:
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
-        return 1
     except data.DataError as error:                         # a recording changed or vanished under the run
-        say(f"stopped: {error}; mend it, then --resume")
-        return 1
+        say(f"stopped: {error}; mend it, then --resume", every=True)
     finally:
-        try:
-            if trainer.saver:
-                trainer.saver.close()
-        finally:
-            if trainer.record:
-                trainer.record.close()
+        trainer.close()
+    return 1
+
+
+def begin(trainer, directory, resume, fresh, hook):
+    """Bring every process to the point where the run goes on."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and resume != "true":
+        trainer.say("torchrun restarted this job: resuming")
+        resume, fresh = "true", False
+    state, position = trainer.group.from_main(lambda: start(trainer, directory, resume, fresh, hook))
+    if not state:
+        return
+    trainer.unpack(state, position)
+    trainer.say(f"resumed: epoch {trainer.epoch}, {trainer.batch} batches trained in it, step {trainer.step}")
+    if resume != "true":                                    # a file: from here on, whatever happens, resumes follow its line
+        trainer.save_mid()
+        trainer.saver.wait() if trainer.group.main else None
 
 
 def start(trainer, directory, resume, fresh, hook):
     """Main process: the state to continue from and its position, with the effective config beside the run's records and
     these cut back to the resumed step."""
     state = find_state(trainer, directory, resume, fresh, hook)
-    step, complete = (state["global_step"], state.get("kind") == "epoch") if state else (0, True)
+    step, complete = (state["global_step"], state.get("kind") == "epoch" or not state["batch"]) if state else (0, True)
     try:
         checkpoint.atomic_write(directory / "config.yaml", [yaml.safe_dump(trainer.config, sort_keys=False).encode()])
         trainer.record = Record(directory, step, complete, trainer.say)

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,11 +76,12 @@ def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus
     assert len(last(tmp_path)["rng"]) == processes
 
 
-def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path):     # noqa: F811
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])     # sums of two have no order to lose
+def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path, processes):  # noqa: F811
     prepare(corpus, tmp_path / "whole")
-    finish(torchrun(tmp_path / "whole", 2))
+    finish(torchrun(tmp_path / "whole", processes))
     prepare(corpus, tmp_path / "cut")
-    process = torchrun(tmp_path / "cut", 2, restarts=2)
+    process = torchrun(tmp_path / "cut", processes, restarts=2)
     wait_for(process, "batch 3/")
     os.kill(children(process)[-1], signal.SIGKILL)
     out = finish(process)
@@ -99,6 +101,19 @@ def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_pat
     assert "stopped by SIGTERM, saved" in out
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["batch"] >= 3 and len(state["rng"]) == 2
+
+
+def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_reason(corpus, tmp_path):   # noqa: F811
+    import data
+    shutil.copytree(corpus, tmp_path / "h5")
+    prepare(tmp_path / "h5", tmp_path, training__epochs=50)
+    dev = data.split_patients(data.open_corpus(tmp_path / "h5"), [], 0.3, 1)[1]
+    process = torchrun(tmp_path, 2)
+    lines = wait_for(process, "batch 1/")
+    os.utime(dev[1].path, (1, 1))                       # the second process reads it, at the end of the first epoch
+    out = "".join(lines) + process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and re.search(r"stopped: .*was changed since .*; mend it, then --resume", out), out[-4000:]
+    assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] == 5
 
 
 def test_two_then_three_then_two_processes_see_every_window_once_and_say_that_rounding_may_differ(corpus, alone, tmp_path):  # noqa: F811,E501

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -232,6 +233,22 @@ def test_the_time_limit_saves_exits_75_and_the_resumed_run_ends_the_same(corpus,
     assert_same_run(tmp_path, reference)
 
 
+def test_the_time_limit_inside_a_validated_recording_keeps_the_recordings_before_it(corpus, reference, tmp_path, monkeypatch):
+    original = train.Trainer.score
+
+    def score(self, recording):
+        if self.scores:
+            self.deadline = 0.0
+        return original(self, recording)
+    monkeypatch.setattr(train.Trainer, "score", score)
+    assert train.run(loaded(corpus, tmp_path)) == 75
+    monkeypatch.undo()
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert state["batch"] == state["global_step"] and len(state["validation"]) == 1
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert_same_run(tmp_path, reference)
+
+
 def test_fifty_losses_in_a_row_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path, capsys,
                                                                                                  monkeypatch):
     config = loaded(corpus, tmp_path, training__epochs=60, training__mid_epoch_minutes=0.002)
@@ -389,7 +406,7 @@ def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_bac
     monkeypatch.setattr(train.Trainer, "boundary", boundary)
     config = loaded(tmp_path / "h5", tmp_path, training__mid_epoch_minutes=0.0)
     assert train.run(config) == 1
-    assert "was changed since the corpus was opened; mend it, then --resume" in capsys.readouterr().out
+    assert re.search("^stopped: .* was changed since the corpus was opened; mend it, then --resume$", capsys.readouterr().out, re.M)
     monkeypatch.undo()
     for path, stat in dates.items():
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -411,6 +428,28 @@ def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, refer
 
 
 # ---- starting ----
+
+def test_a_kill_while_the_synthetic_recordings_are_made_or_imported_costs_only_those_half_made(tmp_path):
+    loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4, training__epochs=1)
+    for half_made in ("h5_edf.part", "h5.part"):
+        process = spawn(tmp_path / "config.yaml", "--resume")
+        while process.poll() is None and not list((tmp_path / "made").glob(f"{half_made}/*/*")):
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    process = spawn(tmp_path / "config.yaml", "--resume")
+    out = process.communicate()[0]
+    assert process.returncode == 0 and "names," in out, out
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [".lock", "h5", "h5_edf"]
+
+
+def test_of_two_first_runs_one_makes_the_synthetic_recordings_and_the_other_is_refused(tmp_path):
+    (tmp_path / "made").mkdir()
+    held = checkpoint.lock(tmp_path / "made")
+    with pytest.raises(train.Refused, match="in use by process"):
+        train.run(loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4))
+    os.close(held)
+
 
 def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
     config = loaded(corpus, tmp_path, training__epochs=1)
@@ -451,6 +490,16 @@ def test_a_line_chosen_by_file_holds_before_its_first_step_and_torchrun_goes_on_
     assert "resumed: epoch 2, 2 batches trained in it" in capsys.readouterr().out
 
 
+def test_a_file_chosen_where_nothing_is_left_to_train_still_is_the_line_that_resumes_follow(corpus, reference, tmp_path, capsys):
+    assert train.run(loaded(corpus, tmp_path)) == 0
+    first = str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt")
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1), first) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert "resumed: epoch 2, 0 batches trained in it" in capsys.readouterr().out
+    assert rows(tmp_path) == rows(reference) and same(last(tmp_path)["model"], last(reference)["model"])
+
+
 def test_a_finished_run_says_so_and_trains_nothing(corpus, reference, capsys):
     before = rows(reference)
     assert train.run(loaded(corpus, reference), "true") == 0
@@ -479,6 +528,9 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     ("training.epoch=3", "unknown key training.epoch; the nearest is training.epochs"),
     ("training.epochs=many", "must be int"),
     ("training.best_metric=sensitivity_at_10.0fa", "sensitivity_at_10fa"),
+    ("training.best_metric=AUROC", "the nearest is auroc"),
+    ("Training.Epochs=3", "unknown key Training; the nearest is training"),
+    ("training.BATCH=3", "unknown key training.BATCH; the nearest is training.batch_size"),
     ("training.precision=fp8", "must be one of fp32, bf16, fp16"),
     ("training.mid_epoch_minutes=-1", "at least 0"),
     ("data.path=/nowhere/at/all", "python data.py import"),
@@ -514,6 +566,19 @@ def test_every_number_of_the_configuration_has_limits_and_nan_and_infinity_are_b
 def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path):
     done = subprocess.run([*PYTHON, "--config", str(tmp_path / "no.yaml"), "--resume"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == f"train.py: config {tmp_path / 'no.yaml'}: No such file or directory"
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\xff\xfe\x00\x01", "not YAML"),
+    (b"training: [1, 2", "not YAML"),
+    (b"- 1", "the file must hold key: value pairs"),
+    (b"training:\n", "training must hold key: value pairs, not None"),
+])
+def test_a_configuration_that_cannot_be_read_gets_one_line(tmp_path, content, message, capsys):
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert train.main(["--config", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
 
 
 def test_the_real_configuration_without_its_data_says_how_to_import_it(tmp_path):
