@@ -131,21 +131,28 @@ def triangle(size, reverse, like):
     return ones.triu() if reverse else ones.tril()
 
 
-def carry(total, reverse):
-    """What is left of one chunk's state in another, both taken at their middle: total (n, chunks, heads) is
-    the log-decay over each chunk. Returns (n, heads, chunks, chunks), row k from column j, and the log-decays
-    from the start of the scan to each middle, (n, heads, chunks)."""
-    total = total.transpose(1, 2)
-    seen = triangle(total.shape[2], reverse, total)
-    middle = total @ seen.T - total / 2
-    earlier = seen - torch.eye(total.shape[2], dtype=total.dtype, device=total.device) > 0
-    log = middle[..., :, None] - middle[..., None, :]
-    return log.masked_fill(~earlier, -math.inf).exp(), middle
+def relay(added, kept, state, reverse):
+    """The state before each chunk and the one after the last: a chunk keeps a share of it and adds its own.
+
+    added (n, chunks, heads, size), kept (n, chunks, heads, 1), state (n, heads, size) before the first chunk.
+    One pass over a few chunks is cheaper than the matrix of all pairs of chunks, and linear in the length."""
+    before, parts = [], list(zip(added.unbind(1), kept.unbind(1)))
+    for own, share in reversed(parts) if reverse else parts:
+        before.append(state)
+        state = torch.addcmul(own, state, share)
+    return torch.stack(before[::-1] if reverse else before, 1), state
 
 
 def chunk_length(steps):
     """Steps per chunk: of 12..24 the one that needs the least padding, then the largest."""
     return min(range(12, MAX_CHUNK + 1), key=lambda length: (-steps % length, -length))
+
+
+def chunked(v, chunk):
+    """(n, T, ...) -> (n, chunks, chunk, ...). Behind the end a = 0 and dt = 0: the state passes unchanged."""
+    pad = -v.shape[1] % chunk
+    v = F.pad(v, (0, 0) * (v.ndim - 2) + (0, pad)) if pad else v
+    return v.reshape(len(v), -1, chunk, *v.shape[2:])
 
 
 def ssd(x, dt, a, b, c, reverse=False, state=None, chunk=None):
@@ -157,28 +164,112 @@ def ssd(x, dt, a, b, c, reverse=False, state=None, chunk=None):
     exp(a_j+1 + ... + a_i) is a factor of i times one of j, both measured from the chunk's middle so that
     neither overflows: all heads share one chunk x chunk matrix, and the rest is scaling of rows.
     Dao & Gu, ICML 2024, section 6."""
+    return scan(x, dt, a, b, c, reverse, state, chunk or chunk_length(x.shape[1]))[:2]
+
+
+def scan(x, dt, a, b, c, reverse, state, chunk):
+    """ssd, and what scan_gradient needs of it."""
     n, steps, heads, headdim = x.shape
-    chunk = chunk or chunk_length(steps)
-    pad, states = -steps % chunk, b.shape[-1]
-    if pad:                                            # a = 0 and dt = 0: the state passes unchanged
-        x, dt, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, pad)) for v in (x, dt, a, b, c))
-    x, dt, a, b, c = (v.reshape(n, -1, chunk, *v.shape[2:]) for v in (x, dt, a, b, c))
+    x, dt, a, b, c = (chunked(v, chunk) for v in (x, dt, a, b, c))
     seen, total = triangle(chunk, reverse, x), a.sum(2)
     level = seen @ a - total[:, :, None] / 2
-    u = (x * (dt * (-level).exp())[..., None]).flatten(-2)
-    own = (u.transpose(-1, -2) @ b).view(n, -1, heads, headdim * states).transpose(1, 2)
-    left, middle = carry(total, reverse)
-    start = left @ own                                 # (n, heads, chunks, headdim * states)
-    if state is not None:
-        start = start + middle.exp()[..., None] * state.flatten(2)[:, :, None]
-        whole = total.sum(1)
-        last = (whole[..., None] - middle).exp()[..., None, :] @ own
-        state = state * whole.exp()[..., None, None] + last.view(state.shape)
-    start = start.transpose(1, 2).reshape(n, -1, heads * headdim, states)
-    inside = ((c @ b.transpose(-1, -2)) * seen) @ u
-    y = torch.baddbmm(inside.flatten(0, 1), c.flatten(0, 1), start.transpose(-1, -2).flatten(0, 1))
-    y = y.view(*level.shape, headdim) * level.exp()[..., None]
-    return y.reshape(n, -1, heads, headdim)[:, :steps], state
+    fall, rise, half = dt * (-level).exp(), level.exp(), (total / 2).exp()[..., None]
+    u = (x * fall[..., None]).flatten(-2)
+    own = (u.transpose(-1, -2) @ b).view(n, -1, heads, headdim * b.shape[-1])       # of S, at the chunk's middle
+    first = torch.zeros_like(own[:, 0]) if state is None else state.flatten(2)
+    start, last = relay(own * half, half.square(), first, reverse)
+    start = (start * half).view(n, -1, heads * headdim, b.shape[-1])
+    mask = (c @ b.transpose(-1, -2)) * seen
+    y = torch.baddbmm((mask @ u).flatten(0, 1), c.flatten(0, 1), start.transpose(-1, -2).flatten(0, 1))
+    y = (y.view(x.shape) * rise[..., None]).flatten(1, 2)[:, :steps]
+    last = None if state is None else last.view(state.shape)
+    return y, last, (fall, rise, half, start, mask, last)
+
+
+def scan_gradient(dy, after, x, b, c, y, reverse, kept):
+    """Gradients of x, dt, a, b, c and state, from those of y and of the state after the last step.
+
+    With A_t the log-decay from the start to step t, y_t holds exp(A_t), what x_t adds to the state holds
+    exp(-A_t), and nothing else holds A_t: its gradient is dy_t y_t - dx_t x_t, summed over a head."""
+    fall, rise, half, start, mask, last = kept
+    steps, heads, chunk = x.shape[1], x.shape[2], fall.shape[2]
+    growth = chunked((dy * y).sum(-1), chunk)
+    dy, x, b, c = (chunked(v, chunk) for v in (dy, x, b, c))
+    u, e = (x * fall[..., None]).flatten(-2), (dy * rise[..., None]).flatten(-2)
+    d_start = (e.transpose(-1, -2) @ c).view(*half.shape[:3], -1)
+    d_last = torch.zeros_like(d_start[:, 0]) if last is None else after.flatten(2)
+    d_own, d_state = relay(d_start * half, half.square(), d_last, not reverse)
+    d_own = (d_own * half).view(start.shape)
+    seen = triangle(chunk, reverse, x)
+    d_mask = (e @ u.transpose(-1, -2)) * seen
+    du = torch.baddbmm((mask.transpose(-1, -2) @ e).flatten(0, 1), b.flatten(0, 1),
+                       d_own.transpose(-1, -2).flatten(0, 1)).view(x.shape)
+    db = d_mask.transpose(-1, -2) @ c + u @ d_own
+    dc = d_mask @ b + e @ start
+    d_fall = (du * x).sum(-1)
+    growth = growth - d_fall * fall
+    later = growth.sum(2)
+    later = triangle(later.shape[1], not reverse, x) @ later - later        # in the chunks after this one
+    if last is not None:
+        later, d_state = later + (after * last).sum((-1, -2))[:, None], d_state.view(last.shape)
+    da = seen.T @ growth + later[:, :, None]
+    found = (du.mul_(fall[..., None]), d_fall / rise, da, db, dc)
+    return *(v.flatten(1, 2)[:, :steps] for v in found), None if last is None else d_state
+
+
+class Inner(torch.autograd.Function):
+    """One direction of a Mamba-2 layer after its first matrix: short convolution, SiLU, scan, gate, RMS norm
+    and second matrix. rows (n, T + CONV - 1, mixed) and gate (n, T, inner) may be 16 bits wide; dt and a
+    (n, T, heads), taps (mixed, CONV), bias (mixed,), skip (heads,), out (inner, width) -> (n, T, width), state.
+
+    Differentiated by hand: autograd would keep twice as much, and pass over memory more often."""
+
+    @staticmethod
+    def forward(ctx, rows, gate, dt, a, taps, bias, skip, out, state, reverse, chunk):
+        image = rows.transpose(1, 2).unsqueeze(2)              # of height 1, channels last: nothing is copied
+        kernel, bias = taps[:, None, None].to(rows.dtype), bias.to(rows.dtype)
+        conv = F.conv2d(image, kernel, bias, groups=len(taps)).squeeze(2).transpose(1, 2)
+        x, b, c = F.silu(conv.to(taps.dtype)).tensor_split((len(out), (len(out) + len(taps)) // 2), -1)
+        z, after, kept = scan(x.unflatten(-1, (len(skip), -1)), dt, a, b, c, reverse, state, chunk)
+        z = z.flatten(-2)
+        y = torch.addcmul(z, x, skip[:, None].expand(-1, len(out) // len(skip)).flatten())
+        y = y * F.silu(gate.to(taps.dtype))
+        rms = torch.rsqrt(torch.linalg.vecdot(y, y)[..., None] / len(out) + 1e-5)
+        ctx.save_for_backward(rows, gate, taps, skip, out, conv, z, rms, *kept)
+        ctx.reverse = reverse
+        return (y @ out) * rms, after                          # normalised after the matrix, where it is narrow
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, after):
+        with torch.autocast(g.device.type, enabled=False):
+            return Inner.gradient(g, after, ctx.reverse, *ctx.saved_tensors)
+
+    @staticmethod
+    def gradient(g, after, reverse, rows, gate, taps, skip, out, conv, z, rms, *kept):
+        conv, gate = conv.to(taps.dtype), gate.to(taps.dtype)
+        x, b, c = F.silu(conv).tensor_split((len(out), (len(out) + len(taps)) // 2), -1)
+        heads = (len(skip), len(out) // len(skip))
+        direct, opened = skip[:, None].expand(heads).flatten(), F.silu(gate)
+        v = torch.addcmul(z, x, direct)
+        y, g = v * opened, g * rms
+        d_out = y.flatten(0, 1).T @ g.flatten(0, 1)
+        dy = g @ out.T
+        dy.addcmul_(y, rms.square() * torch.linalg.vecdot(dy, y)[..., None], value=-1 / len(out))
+        d_gate = torch.ops.aten.silu_backward(v.mul_(dy), gate)
+        dy.mul_(opened)
+        d_skip = (dy * x).flatten(0, 1).sum(0).view(heads).sum(1)
+        dx, ddt, da, db, dc, d_state = scan_gradient(
+            dy.unflatten(-1, heads), after, x.unflatten(-1, heads), b, c, z.unflatten(-1, heads), reverse, kept)
+        dx = dx.flatten(-2).addcmul_(dy, direct)
+        d_conv = torch.ops.aten.silu_backward(torch.cat([dx, db, dc], -1), conv)
+        d_rows, d_taps = torch.zeros_like(rows, dtype=taps.dtype), []
+        for k, tap in enumerate(taps.T.contiguous()):
+            d_rows[:, k:k + gate.shape[1]].addcmul_(d_conv, tap)
+            d_taps.append((d_conv * rows[:, k:k + gate.shape[1]]).flatten(0, 1).sum(0))
+        d_taps, d_bias = torch.stack(d_taps, 1), d_conv.flatten(0, 1).sum(0)
+        d_rows, d_gate = d_rows.to(rows.dtype), d_gate.to(rows.dtype)
+        return d_rows, d_gate, ddt, da, d_taps, d_bias, d_skip, d_out, d_state, None, None
 
 
 class Mamba2(nn.Module):
@@ -217,45 +308,32 @@ class Mamba2(nn.Module):
             raise ValueError("Mamba-2: a bidirectional stack has to see the whole window, it takes no state")
         vectors = (self.conv_bias, self.dt_bias, self.a_log.exp(), self.skip)
         vectors = (v.view(self.layers, -1) for v in vectors)
-        following = []
+        following, chunk = [], chunk_length(x.shape[1])
         for i, parts in enumerate(zip(*(v.unbind(0) for v in (self.project, self.conv, self.out, *vectors)))):
-            y, after = self._layer(norm(x), *parts, state[i] if state else (None, None))
+            y, after = self._layer(norm(x), *parts, state[i] if state else (None, None), chunk)
             x = x + drop_features(y, self.dropout, self.training)
             following.append(after)
         return x, following
 
-    def _layer(self, x, project, conv, out, conv_bias, dt_bias, decay, skip, state):
+    def _layer(self, x, project, conv, out, conv_bias, dt_bias, decay, skip, state, chunk):
         n, steps, width = x.shape
         d, past, scan = self.directions, *state
         if d == 1 and scan is None:
             past, scan = x.new_zeros(n, CONV - 1, width), x.new_zeros(n, self.heads, self.headdim, self.state)
-        *x_mixed, x_gate, x_dt = project.split([self.mixed] * d + [d * self.inner, d * self.heads], -1)
         seen = F.pad(x, (0, 0, CONV - 1, CONV - 1)) if d == 2 else torch.cat([past, x], 1)
-        gate, dt = F.silu((x @ x_gate).float()), F.softplus((x @ x_dt).float() + dt_bias)
-        a = -MAX_DECAY * torch.tanh(dt * decay / MAX_DECAY)
-        gate, dt, a, conv, conv_bias, skip = (
-            v.chunk(d, -1 if v.ndim == 3 else 0) for v in (gate, dt, a, conv, conv_bias, skip))
+        matrices = project.split([self.mixed] * d + [self.inner] * d + [self.heads] * d, -1)
+        conv, conv_bias, dt_bias, decay, skip = (v.chunk(d) for v in (conv, conv_bias, dt_bias, decay, skip))
         result = 0
         for i in range(d):                         # forward sees CONV - 1 steps back, backward as many ahead
-            rows = seen[:, i * (CONV - 1):][:, :steps + CONV - 1]
-            mixed = self._short_conv(rows @ x_mixed[i], conv[i], conv_bias[i])
-            u, b, c = mixed.split([self.inner, self.state, self.state], -1)
+            rows = seen[:, i * (CONV - 1):][:, :steps + CONV - 1] @ matrices[i]
+            dt = F.softplus((x @ matrices[2 * d + i]).float() + dt_bias[i])
+            a = -MAX_DECAY * torch.tanh(dt * decay[i] / MAX_DECAY)
+            gate = x @ matrices[d + i]
             with torch.autocast(x.device.type, enabled=False):
-                heads = u.unflatten(-1, (self.heads, self.headdim))
-                y, scan = ssd(heads, dt[i], a[i], b, c, reverse=i == 1, state=scan)
-                direct = skip[i][:, None].expand(-1, self.headdim).flatten()
-                y = torch.addcmul(y.flatten(-2), u, direct) * gate[i]
-                power = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / self.inner
-                result = result + (y @ out[i]) * torch.rsqrt(power + 1e-5)      # RMS norm, after the matrix
+                y, scan = Inner.apply(rows, gate, dt, a, conv[i], conv_bias[i], skip[i], out[i],
+                                      scan, i == 1, chunk)
+            result = result + y
         return result, (seen[:, seen.shape[1] - CONV + 1:], scan)
-
-    def _short_conv(self, x, taps, bias):
-        """Depthwise convolution and SiLU, (n, T + CONV - 1, channels) -> (n, T, channels), as fp32.
-
-        Rows keep their memory order: to the convolution they are an image of height 1, channels last."""
-        image = x.transpose(1, 2).unsqueeze(2)
-        image = F.conv2d(image, taps[:, None, None], bias, groups=len(taps))
-        return F.silu(image.squeeze(2).transpose(1, 2).float())
 
 
 # ---- TCN ----

@@ -1,6 +1,8 @@
 """V3: the chunked scan against a plain recurrence, the graph, numerical limits, what a checkpoint holds."""
+import functools
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,28 @@ def test_in_fp32_the_fastest_decay_neither_overflows_nor_loses_digits(reverse):
     got = torch.autograd.grad(found.square().sum(), single)
     for one, other in zip(wanted, got):
         assert (one.float() - other).abs().max() <= 1e-4 * one.abs().max() + 1e-4
+
+
+@pytest.mark.parametrize("steps,reverse,streamed", [(24, False, True), (24, True, False), (31, False, True),
+                                                     (31, True, False), (1, False, False)])
+def test_the_layer_differentiated_by_hand_has_the_gradients_of_autograd(steps, reverse, streamed):
+    n, heads, headdim, states, width = 2, 2, 3, 4, 5
+    inner, mixed = heads * headdim, heads * headdim + 2 * states
+    _, dt, a, _, _, state = scan_inputs(steps, 0.5, n, heads, headdim, states)
+    shapes = ((n, steps + v3.CONV - 1, mixed), (n, steps, inner), (mixed, v3.CONV), (mixed,), (heads,), (inner, width))
+    rows, gate, taps, bias, skip, out = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    inputs = [rows, gate, dt, a, taps, bias, skip, out, *([state] if streamed else [])]
+
+    def layer(*inputs, work=v3.Inner.apply):
+        found = work(*inputs, *([] if streamed else [None]), reverse, 12)
+        return found if streamed else found[0]
+    assert torch.autograd.gradcheck(layer, inputs, nondet_tol=0)
+    plain = SimpleNamespace(save_for_backward=lambda *kept: None)
+    results = layer(*inputs), layer(*inputs, work=functools.partial(v3.Inner.forward, plain))
+    assert all(torch.equal(one, other) for one, other in zip(*map(tuple, results)))
+    losses = (sum(v.sin().sum() for v in (r if streamed else [r])) for r in results)
+    for one, other in zip(*(torch.autograd.grad(loss, inputs) for loss in losses)):
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("pieces", [(100,), (50, 50), (7, 1, 2, 40, 50), (24, 24, 52), (1,) * 10 + (90,)])
