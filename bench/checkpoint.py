@@ -214,19 +214,22 @@ class Safetensors(TorchSave):
 class Ours(TorchSave):
     name, durable = "holdfast", True
 
-    def __init__(self, place, training):
+    def __init__(self, place, training, keep=2):
         super().__init__(place, training)
-        self.saver = checkpoint.Checkpointer(place, mid_epoch_keep=2, say=lambda line: None)
+        self.done = threading.Event()                               # on_saved: durable; what follows is rotation
+        self.saver = checkpoint.Checkpointer(place, mid_epoch_keep=keep, on_saved=lambda path: self.done.set(),
+                                             say=lambda line: None)
 
     def save(self, state):
+        self.done.clear()
         self.saver.save_mid(state)
 
     def wait(self):
-        self.saver.wait()
+        assert self.done.wait(60)
 
     def end_of_epoch(self, state):
         self.saver.save_epoch(state, metric=1.0)
-        self.wait()
+        self.saver.wait()
 
     def close(self):
         self.saver.close()
@@ -236,10 +239,10 @@ class OursResume(Ours):
     """A directory of ten snapshots, for the time to choose, verify and load."""
 
     def __init__(self, place, training):
-        self.saver = checkpoint.Checkpointer(place, mid_epoch_keep=0, say=lambda line: None)
+        super().__init__(place, training, keep=0)
         for batch in range(1, 11):
             self.save(training.state(batch))
-        self.wait()
+        self.saver.wait()
 
     def load(self):
         state = self.saver.resume()
@@ -419,8 +422,8 @@ def measure(place, training, rounds, deadline):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=3.0, help="no new round after these")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--minutes", type=float, default=6.0, help="no new round after these")
     parser.add_argument("--dir", type=Path, default=ROOT / "bench/results", help="on the disk to measure")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
