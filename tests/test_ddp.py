@@ -116,6 +116,7 @@ def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_
     assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_two_then_three_then_two_processes_see_every_window_once_and_say_that_rounding_may_differ(corpus, alone, tmp_path):  # noqa: F811,E501
     prepare(corpus, tmp_path)
     for processes, text in ((2, "batch 2/"), (3, "batch 4/")):
