@@ -744,4 +744,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:                               # not in main: on Modal it means preemption
+        print("evaluate.py: interrupted: events written so far stay, scores.json is not written", file=sys.stderr)
+        sys.exit(130)
