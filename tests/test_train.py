@@ -506,6 +506,20 @@ def test_a_finished_run_says_so_and_trains_nothing(corpus, reference, capsys):
     assert "this run is finished" in capsys.readouterr().out and rows(reference) == before
 
 
+def test_patience_is_counted_across_a_cut_and_raised_patience_goes_on(corpus, tmp_path, capsys):
+    still = {"training__epochs": 6, "training__learning_rate": 0.0}         # never better than epoch 1
+    with cut_at(18):
+        assert train.run(loaded(corpus, tmp_path, training__patience=2, **still)) == 143
+    assert last(tmp_path)["stopping"]["waited"] == 1
+    assert train.run(loaded(corpus, tmp_path, training__patience=2, **still), "true") == 0
+    assert "early stop: 2 epochs without improvement (training.patience 2)" in capsys.readouterr().out
+    assert (last(tmp_path)["epoch"], last(tmp_path, "best.pt")["epoch"]) == (3, 1)
+    assert train.run(loaded(corpus, tmp_path, training__patience=2, **still), "true") == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert train.run(loaded(corpus, tmp_path, training__patience=3, **still), "true") == 0
+    assert last(tmp_path)["epoch"] == 4
+
+
 def test_what_makes_another_run_is_refused_and_what_may_change_is_said(corpus, tmp_path, capsys):
     assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
     with pytest.raises(train.Refused, match="experiment.seed is 2 and was 1"):
