@@ -262,7 +262,15 @@ class _Image:
                 self.copied = torch.cuda.Event()
                 self.copied.record()
 
-    def _refuse_nonfinite(self, i, name):
+    def strict(self, entry):
+        """{record number: name} of the tensors in the state's dict `entry`."""
+        tensors = self.tree.get(entry)
+        return {int(s.key): k for k, s in tensors.items() if isinstance(s, _Slot)} if isinstance(tensors, dict) else {}
+
+    def refuse_nonfinite(self, i, name):
+        """Raise OSError (EDOM) where tensor `i`, copied to the CPU, holds an infinity or a NaN."""
+        if self.copied is not None:
+            self.copied.synchronize()
         values, = self._views(self.buffer, [i])
         if values.is_floating_point() or values.is_complex():
             values = values if values.itemsize > 1 else values.float()
@@ -281,12 +289,11 @@ class _Image:
         memory.owner = self.buffer          # the view below must outlive this image
         whole = memoryview(memory).cast("B")
         data = [whole[self.at[i][1]:self.at[i][1] + self.slots[i].nbytes] for i in self.order]
-        strict = self.tree.get(finite) if isinstance(self.tree.get(finite), dict) else {}
-        strict = {int(slot.key): key for key, slot in strict.items() if isinstance(slot, _Slot)}
+        strict = self.strict(finite)
 
         def checksum(i, values):
             if i in strict:
-                self._refuse_nonfinite(i, strict[i])
+                self.refuse_nonfinite(i, strict[i])
             return zlib.crc32(values)
 
         records, digest, done = [], hashlib.sha256(), 0
@@ -462,7 +469,7 @@ def _dead(temp, remove=False):
 # ---- reading ----
 
 def load(path, map_location="cpu"):
-    """The dict in `path`, every byte checked first. Raises CorruptCheckpoint for any damage, OSError when it cannot be read."""
+    """The dict in `path`, every byte checked before it is returned. Raises CorruptCheckpoint for any damage, OSError when it cannot be read."""
     return _checked(path, map_location)
 
 
@@ -865,6 +872,8 @@ class Checkpointer:
                 self.before_save()
             sweep_temps(self.directory)
             if not self.links:      # copies need room: the oldest snapshots go first, newer durable ones remain
+                for record in self._image.strict("model").items():
+                    self._image.refuse_nonfinite(*record)                   # a save that will be refused costs no snapshot
                 room = 2 if len(names) > 1 else 1
                 self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - room) if self.mid_keep else 0)
             first = self.directory / names[0]

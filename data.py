@@ -1038,9 +1038,10 @@ def _import_all(files, root, out, layout, settings, workers, say):
     with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not sys.stderr.isatty()) as bar:
         for source, *result in _outcomes(sources, out, settings, workers):
             report.add(source, *result)
-            done, number = done + _size(source.path), number + 1
+            read = _size(source.path)
+            done, number = done + read, number + 1
             bar.set_postfix_str(source.name[-40:], refresh=False)
-            bar.update(_size(source.path))
+            bar.update(read)
             if bar.disable and time.monotonic() - said > 10:
                 said = time.monotonic()
                 left = (said - began) * (size - done) / max(1, done) / 60
@@ -1065,8 +1066,10 @@ def _outcomes(sources, out, settings, workers):
         try:
             # workers inherit the mask: Ctrl-C, which a terminal sends to all, is this process's to answer
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            jobs = [pool.submit(import_one, source, out, settings) for source in sources]
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            try:
+                jobs = [pool.submit(import_one, source, out, settings) for source in sources]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield from (job.result() for job in as_completed(jobs))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -817,8 +817,10 @@ def move_aside(run_directory, say):
     number = next(n for n in range(1, 10**6) if not os.path.lexists(f"{run_directory}.{n}"))
     with contextlib.suppress(FileNotFoundError):
         held = checkpoint.lock(run_directory / "checkpoints")               # raises InUse where a process works there
-        os.rename(run_directory, f"{run_directory}.{number}")
-        os.close(held)
+        try:
+            os.rename(run_directory, f"{run_directory}.{number}")
+        finally:
+            os.close(held)
         say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
 
 

@@ -508,6 +508,20 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, capsys):
     assert sound(checkpoint.load(tmp_path / "best.pt")) == 1 and recover(tmp_path) == 1
 
 
+def test_without_links_a_save_refused_for_its_weights_costs_no_snapshot(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_links_work", lambda directory: False)
+    with saver(tmp_path, mid_epoch_keep=4) as s:
+        for batch in range(1, 5):
+            s.save_mid(state(batch, batch=batch))
+        s.wait()
+        before = names(tmp_path)
+        broken = state(5, epoch=1)
+        broken["model"]["weight"][17] = math.nan
+        s.save_epoch(broken, metric=0.9)
+        s.wait()
+        assert names(tmp_path) == before and len(before) == 4
+
+
 def test_progress_that_no_resume_could_take_is_refused_at_the_save(tmp_path):
     with saver(tmp_path) as s:
         for wrong in ({"epoch": torch.tensor(1)}, {"global_step": 3.0}, {"batch": True}):
