@@ -20,7 +20,9 @@ import torch
 import yaml
 
 import checkpoint
+import corpora
 import data
+import synth
 import train
 from conftest import ROOT
 from model import SMALL
@@ -33,8 +35,8 @@ TIMES = {"seconds", "waited", "time"}
 def corpus(tmp_path_factory):
     """Twenty minutes of four synthetic patients, imported."""
     root = tmp_path_factory.mktemp("corpus")
-    data.synth(root / "edf", hours=0.35, patients=4, seed=3)
-    data.import_corpus(root / "edf", root / "h5")
+    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(root / "edf", root / "h5")
     return root / "h5"
 
 
