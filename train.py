@@ -793,7 +793,7 @@ def make_recordings(config, path, say):
         data.import_corpus(source, f"{path}.part")
         os.replace(f"{path}.part", path)
     finally:
-        os.close(held)
+        held.close()
 
 
 def open_recordings(config, say):
@@ -820,7 +820,7 @@ def move_aside(run_directory, say):
         try:
             os.rename(run_directory, f"{run_directory}.{number}")
         finally:
-            os.close(held)
+            held.close()
         say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
 
 
