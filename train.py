@@ -33,7 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import evaluate
-import model as v3
+import model
 
 DEFAULTS = {
     "experiment": {
@@ -55,7 +55,7 @@ DEFAULTS = {
         "augment": True,                # random gain and left-right mirror, keyed by (seed, epoch, window)
         "buffers": 4,                   # batches read ahead
     },
-    "model": v3.DEFAULTS,
+    "model": model.DEFAULTS,
     "training": {
         "epochs": 100,
         "batch_size": 8,                # windows per optimizer step, over all processes
@@ -177,7 +177,7 @@ def _check(config):
     try:
         evaluate.check_metric(config["training"]["best_metric"])
         evaluate.settings(config["evaluation"])
-        v3.settings(config["model"])
+        model.settings(config["model"])
     except ValueError as error:
         raise Refused(str(error)) from None
 
@@ -473,7 +473,7 @@ class Trainer:
         rng = rng_state(torch.device("cpu"))
         torch.manual_seed(self.config["experiment"]["seed"])                # the same weights in every process
         try:
-            self.model = v3.V3(len(self.train[0].channels), **self.config["model"]).to(device)
+            self.model = model.build(len(self.train[0].channels), self.config["model"]).to(device)
         except ValueError as error:
             raise Refused(str(error)) from None
         if device.type == "cuda":
@@ -489,7 +489,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         self.loader = data.Loader(self.windows, device, self.config["experiment"]["seed"],
                                   self.config["data"]["augment"], self.config["data"]["buffers"])
-        self.say(f"model: V3, {sum(p.numel() for p in self.model.parameters()):,} parameters, {s['precision']} on {device_name(device)}"
+        self.say(f"model: {type(self.model).__name__}, {sum(p.numel() for p in self.model.parameters()):,} parameters, {s['precision']} on {device_name(device)}"
                  + f", {self.group.size} processes" * (self.group.size > 1))
 
     def _data_parallel(self):
