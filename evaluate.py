@@ -43,7 +43,7 @@ import checkpoint
 import corpora
 import data
 import edf
-import model as v3
+import model
 
 FS = edf.FS
 METRICS = {                             # name -> what is better
@@ -581,12 +581,12 @@ def load_model(path, device):
     if missing:
         raise Refused(f"checkpoint {path} lacks {', '.join(missing)}: give one written by train.py")
     try:
-        model = v3.V3(len(state["channels"]), **state["config"]["model"])
-        model.load_state_dict(state["model"])
+        net = model.build(len(state["channels"]), state["config"]["model"])
+        net.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise Refused(f"checkpoint {path} does not fit model.py: {why}") from None
-    return model.to(device), state
+    return net.to(device), state
 
 
 def stored_settings(state):

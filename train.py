@@ -35,7 +35,7 @@ import corpora
 import data
 import edf
 import evaluate
-import model as v3
+import model
 import synth
 
 DEFAULTS = {
@@ -58,7 +58,7 @@ DEFAULTS = {
         "augment": True,                # random gain and left-right mirror, keyed by (seed, epoch, window)
         "buffers": 4,                   # batches read ahead
     },
-    "model": v3.DEFAULTS,
+    "model": model.DEFAULTS,
     "training": {
         "epochs": 100,
         "batch_size": 8,                # windows per optimizer step, over all processes
@@ -180,7 +180,7 @@ def _check(config):
     try:
         evaluate.check_metric(config["training"]["best_metric"])
         evaluate.settings(config["evaluation"])
-        v3.settings(config["model"])
+        model.settings(config["model"])
     except ValueError as error:
         raise Refused(str(error)) from None
 
@@ -476,7 +476,7 @@ class Trainer:
         rng = rng_state(torch.device("cpu"))
         torch.manual_seed(self.config["experiment"]["seed"])                # the same weights in every process
         try:
-            self.model = v3.V3(len(self.train[0].channels), **self.config["model"]).to(device)
+            self.model = model.build(len(self.train[0].channels), self.config["model"]).to(device)
         except ValueError as error:
             raise Refused(str(error)) from None
         if device.type == "cuda":
@@ -492,7 +492,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         self.loader = data.Loader(self.windows, device, self.config["experiment"]["seed"],
                                   self.config["data"]["augment"], self.config["data"]["buffers"])
-        self.say(f"model: V3, {sum(p.numel() for p in self.model.parameters()):,} parameters, {s['precision']} on {device_name(device)}"
+        self.say(f"model: {type(self.model).__name__}, {sum(p.numel() for p in self.model.parameters()):,} parameters, {s['precision']} on {device_name(device)}"
                  + f", {self.group.size} processes" * (self.group.size > 1))
 
     def _data_parallel(self):
@@ -796,7 +796,7 @@ def make_recordings(config, path, say):
         corpora.import_corpus(source, f"{path}.part")
         os.replace(f"{path}.part", path)
     finally:
-        os.close(held)
+        held.close()
 
 
 def open_recordings(config, say):
@@ -823,7 +823,7 @@ def move_aside(run_directory, say):
         try:
             os.rename(run_directory, f"{run_directory}.{number}")
         finally:
-            os.close(held)
+            held.close()
         say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
 
 

@@ -450,7 +450,7 @@ def test_of_two_first_runs_one_makes_the_synthetic_recordings_and_the_other_is_r
     held = checkpoint.lock(tmp_path / "made")
     with pytest.raises(train.Refused, match="in use by process"):
         train.run(loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4))
-    os.close(held)
+    held.close()
 
 
 def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
@@ -537,7 +537,7 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     held = checkpoint.lock(tmp_path / "t/checkpoints")
     with pytest.raises(train.Refused, match="in use by process"):
         train.run(config)
-    os.close(held)
+    held.close()
 
 
 @pytest.mark.parametrize("change, message", [
