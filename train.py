@@ -30,9 +30,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
+import corpora
 import data
+import edf
 import evaluate
 import model
+import synth
 from config import Refused, compare, load as load_config
 
 MAX_NONFINITE = 50                      # steps in a row
@@ -304,7 +307,7 @@ class Trainer:
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             self.order = self._epoch_order(1)
             evaluate.check_metric(self.settings["best_metric"], self.dev)
-        except (data.DataError, ValueError) as error:
+        except (edf.DataError, ValueError) as error:
             raise Refused(f"{c['path']}: {error}") from None
         self.fingerprint = data.fingerprint(self.train + self.dev)
         lengths = np.array([r.samples for r in self.train])[self.windows.recording] - self.windows.start
@@ -640,13 +643,13 @@ def make_recordings(config, path, say):
     try:
         if not source.is_dir():
             shutil.rmtree(temp, ignore_errors=True)
-            data.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"], seed=config["experiment"]["seed"])
+            synth.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"], seed=config["experiment"]["seed"])
             os.replace(temp, source)
         say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, importing them to {path}")
-        data.import_corpus(source, f"{path}.part")
+        corpora.import_corpus(source, f"{path}.part")
         os.replace(f"{path}.part", path)
     finally:
-        os.close(held)
+        held.close()
 
 
 def open_recordings(config, say):
@@ -656,7 +659,7 @@ def open_recordings(config, say):
         if config["data"]["synth_hours"] and not path.is_dir():
             make_recordings(config, path, say)
         return data.open_corpus(path)
-    except data.DataError as error:
+    except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
     except OSError as error:
         raise Refused(f"{error.filename or path}: {error.strerror}") from None
@@ -673,7 +676,7 @@ def move_aside(run_directory, say):
         try:
             os.rename(run_directory, f"{run_directory}.{number}")
         finally:
-            os.close(held)
+            held.close()
         say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
 
 
@@ -770,7 +773,7 @@ def _run(trainer, resume, fresh, on_saved):
         say(f"{MAX_NONFINITE} losses in a row were not finite; the last good checkpoint is {good}; lower the learning rate")
     except checkpoint.SaveFailed as error:
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
-    except data.DataError as error:                         # a recording changed or vanished under the run
+    except edf.DataError as error:                         # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
     finally:
         trainer.close()
