@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import difflib
 import importlib.metadata
-import json
 import math
 import sys
 import tempfile
@@ -43,10 +42,12 @@ from timescoring.scoring import EventScoring, SampleScoring
 from tqdm import tqdm
 
 import checkpoint
+import corpora
 import data
+import edf
 import model
 
-FS = data.FS
+FS = edf.FS
 
 
 # ---- counted metrics: formulas over counts of events or samples, arrays over the thresholds ----
@@ -560,7 +561,8 @@ def open_data(path, state, scratch):
         if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):
             raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels, but the "
                           f"checkpoint was trained on {state['montage']}, "
-                          f"{len(state['channels'])} channels: import with --montage {state['montage']}")
+                          f"{len(state['channels'])} channels: "
+                          f"import with --montage {state['montage']}")
     return recordings, refused
 
 
@@ -568,7 +570,7 @@ def _import(path, montage, scratch):
     """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
-    refused = data.import_corpus(path, scratch, montage=montage).refused
+    refused = corpora.import_corpus(path, scratch, montage=montage).refused
     if not next(scratch.rglob("*.h5"), None):
         reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
         raise Refused(f"no usable recording: {reasons}")
@@ -591,7 +593,7 @@ def choose(recordings, split, config):
 def write_events(path, events, probability, seconds):
     """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
     confidence = [probability[begin:end].mean() for begin, end in events]
-    data.write_events_tsv(path, events / FS, seconds, confidence)
+    edf.write_events_tsv(path, events / FS, seconds, confidence)
 
 
 def evaluate(net, recordings, out, device, c, plot=False):
@@ -657,7 +659,8 @@ def report(records, table, c, source, args, trained_on=""):
 def show(result, out):
     detections = sum(row["detections"] for row in result["per_recording"])
     print(f"{result['recordings']} recordings, {result['hours']:.2f} h, "
-          f"{result['patients']} patients, {result['seizures']} labelled seizures, {detections} detections")
+          f"{result['patients']} patients, {result['seizures']} labelled seizures, "
+          f"{detections} detections")
     print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
     if result["labelled_recordings"]:
         for name in METRICS:
@@ -714,8 +717,7 @@ def run(args):
         records, table = evaluate(net, recordings, args.out, device, c, args.plot)
     trained_on = state["config"].get("data", {}).get("path", "")
     result = report(records, table, c, source, args, trained_on) | {"refused": refused}
-    text = json.dumps(result, indent=2, allow_nan=False)
-    (args.out / "scores.json").write_text(text + "\n")
+    checkpoint.write_json(args.out / "scores.json", result, indent=2)
     return result
 
 
@@ -723,7 +725,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         show(run(args), args.out)
-    except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
+    except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
     except OSError as error:                                # disk full, no permission

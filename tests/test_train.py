@@ -20,7 +20,10 @@ import torch
 import yaml
 
 import checkpoint
+import config
+import corpora
 import data
+import synth
 import train
 from conftest import ROOT
 from model import SMALL
@@ -33,8 +36,8 @@ TIMES = {"seconds", "waited", "time"}
 def corpus(tmp_path_factory):
     """Twenty minutes of four synthetic patients, imported."""
     root = tmp_path_factory.mktemp("corpus")
-    data.synth(root / "edf", hours=0.35, patients=4, seed=3)
-    data.import_corpus(root / "edf", root / "h5")
+    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(root / "edf", root / "h5")
     return root / "h5"
 
 
@@ -448,7 +451,7 @@ def test_of_two_first_runs_one_makes_the_synthetic_recordings_and_the_other_is_r
     held = checkpoint.lock(tmp_path / "made")
     with pytest.raises(train.Refused, match="in use by process"):
         train.run(loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4))
-    os.close(held)
+    held.close()
 
 
 def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
@@ -535,7 +538,7 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     held = checkpoint.lock(tmp_path / "t/checkpoints")
     with pytest.raises(train.Refused, match="in use by process"):
         train.run(config)
-    os.close(held)
+    held.close()
 
 
 @pytest.mark.parametrize("change, message", [
@@ -569,8 +572,8 @@ def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, me
 
 def test_every_number_of_the_configuration_has_limits_and_nan_and_infinity_are_beyond_them(corpus, tmp_path):
     path = loaded(corpus, tmp_path) and str(tmp_path / "config.yaml")
-    numbers = {key: value for key, value in train._flat(train.DEFAULTS) if type(value) in (int, float)}
-    assert {key for key in numbers if not key.startswith(("model.", "evaluation."))} == set(train.LIMITS)
+    numbers = {key: value for key, value in config.flat(config.DEFAULTS) if type(value) in (int, float)}
+    assert {key for key in numbers if not key.startswith(("model.", "evaluation."))} == set(config.LIMITS)
     for key, value in numbers.items():
         for wrong in ("-1",) if type(value) is int else (".nan", ".inf", "-1"):
             with pytest.raises(train.Refused, match=key.split(".")[-1]):
@@ -616,7 +619,7 @@ def test_pieces_of_an_accumulated_batch_give_the_same_weights_to_rounding(corpus
     still = {**SMALL, "dropout": 0.0}
     for name, pieces in (("one", 1), ("three", 3)):
         train.run(loaded(corpus, tmp_path / name, training__epochs=1, training__accumulate=pieces, experiment__seed=1) |
-                  {"model": train.DEFAULTS["model"] | still})
+                  {"model": config.DEFAULTS["model"] | still})
     one, three = last(tmp_path / "one")["model"], last(tmp_path / "three")["model"]
     assert all(torch.allclose(one[k], three[k], atol=2e-4) for k in one)
 
