@@ -45,6 +45,7 @@ import os
 import pickle
 import re
 import socket
+import stat
 import struct
 import sys
 import time
@@ -367,6 +368,45 @@ def atomic_write(path, buffers):
         raise
     _sync_directory(path.parent)
     return size
+
+
+def durable_replace(temp, target):
+    """`temp`, written by other hands and closed, becomes `target` of the same directory, durably. Raises OSError."""
+    fd = os.open(temp, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(temp, target)
+    _sync_directory(Path(target).parent)
+
+
+def write_json(path, value, indent=None):
+    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN, which JSON has not."""
+    path = Path(path)
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
+    sweep_temps(path.parent)
+    atomic_write(path, [text.encode()])
+
+
+def read_json_lines(path, say=print):
+    """Yield the dicts of a file with one JSON object a line; none where it is absent.
+
+    A kill or a power cut may tear the last row: what cannot be read is named through `say` and left out."""
+    try:
+        file = open(path, errors="replace")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                say(f"{Path(path).name}: dropped a row that cannot be read: {line[:60].strip()!r}")
+                continue
+            yield row
 
 
 def _create(path):
@@ -960,7 +1000,7 @@ class Checkpointer:
         finally:
             self._writer.shutdown()
             if self._lock is not None:
-                os.close(self._lock)
+                self._lock.close()
                 self._lock = None
 
     def __enter__(self):
@@ -998,20 +1038,70 @@ def _free(directory):
         return 0
 
 
+class Lock:
+    """A directory held by this process: until `close`, or until its death. Nothing forked from it holds on."""
+
+    held = set()                            # the open ones of this process
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.held.add(self)
+
+    def close(self):
+        if self not in self.held:
+            return
+        self.held.discard(self)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)     # closing alone would leave it to a child that has the descriptor
+        except OSError:
+            pass                            # a file system without locks: nothing to give back
+        os.close(self.fd)
+
+    @classmethod
+    def leave_to_parent(cls):
+        """In a forked child: close the descriptors without unlocking, which would take the lock from the parent too."""
+        for lock in cls.held:
+            os.close(lock.fd)
+        cls.held.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+os.register_at_fork(after_in_child=Lock.leave_to_parent)
+
+
 def lock(directory):
-    """Hold `directory` for this process until its death; returns the descriptor. Raises InUse where another one does."""
-    fd = os.open(Path(directory, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    """Hold `directory` for this process; returns a Lock with `close`. Raises InUse where another process does."""
+    path = Path(directory, ".lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(fd, 200).decode(errors="replace").strip()
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file: move it away", str(path))
+        _take(fd, directory)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BaseException:
         os.close(fd)
-        raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it first") from None
-    except OSError as error:
-        print(f"checkpoints: {directory} cannot be locked ({error.strerror}): see to it that one process writes here")
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return fd
+        raise
+    return Lock(fd)
+
+
+def _take(fd, directory):
+    for attempt in range(10):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)                # `ls` looks at a lock for a moment, and the dying need one
+        except OSError as error:
+            print(f"checkpoints: {directory} cannot be locked ({error.strerror}): "
+                  f"see to it that one process writes here")
+            return
+    owner = os.pread(fd, 200, 0).decode(errors="replace").strip()
+    raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it first")
 
 
 # ---- command line ----
@@ -1043,7 +1133,8 @@ def _health(path):
 def _in_use(directory):
     """What the lock file says of its holder, or None."""
     try:
-        os.close(lock(directory)) if Path(directory, ".lock").exists() else None
+        if Path(directory, ".lock").exists():
+            lock(directory).close()
     except InUse as held:
         return held.strerror.split(" is ", 1)[1].split(":")[0]
     except OSError:
@@ -1061,14 +1152,14 @@ def list_run(directory, say=print):
     say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} {'age':>7}  health")
     disk, first = {}, {}
     for c in files:
-        stat = os.lstat(c.path)
-        twin = first.setdefault(stat.st_ino, c.path.name)
-        disk[stat.st_ino] = stat.st_size
+        info = os.lstat(c.path)
+        twin = first.setdefault(info.st_ino, c.path.name)
+        disk[info.st_ino] = info.st_size
         health = f"= {twin}" if twin != c.path.name else _health(c.path)
         facts = c.facts or dict.fromkeys(PROGRESS, "-") | {"metric": None}
         metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
         say(f" {'->' if c.path == chosen else '  '} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
-            f"{facts['global_step']:>9}  {metric:<22} {stat.st_size / 1e6:>7.1f} MB {_age(time.time() - stat.st_mtime):>7}  {health}")
+            f"{facts['global_step']:>9}  {metric:<22} {info.st_size / 1e6:>7.1f} MB {_age(time.time() - info.st_mtime):>7}  {health}")
     say(f"    {len(files)} names, {len(disk)} files on disk, {sum(disk.values()) / 1e6:.1f} MB in all")
     for note in notes if chosen else notes + ["resume: nothing usable: a fresh start"]:
         if not note.startswith("resume: passed"):                           # older and sound: the table shows them
@@ -1106,7 +1197,7 @@ def _clean(directory, yes):
                 _unlink(path)
         print(f"{directory}: {len(doomed)} files" + ("" if yes or not doomed else "; --yes removes them"))
     finally:
-        os.close(held)
+        held.close()
 
 
 def strip(source, target=None):

@@ -40,10 +40,12 @@ from timescoring.scoring import EventScoring, SampleScoring
 from tqdm import tqdm
 
 import checkpoint
+import corpora
 import data
+import edf
 import model
 
-FS = data.FS
+FS = edf.FS
 METRICS = {                             # name -> what is better
     "loss": "min",
     "auroc": "max",
@@ -610,7 +612,7 @@ def open_data(path, state, scratch):
     if path.is_file() or not next(path.rglob("*.h5"), None):
         if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
             raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
-        refused = data.import_corpus(path, scratch, montage=state["montage"]).refused
+        refused = corpora.import_corpus(path, scratch, montage=state["montage"]).refused
         if not next(scratch.rglob("*.h5"), None):
             raise Refused("no usable recording: " + "; ".join(f"{file}: {why}" for file, why in refused[:3]))
         path = scratch
@@ -637,7 +639,7 @@ def choose(recordings, split, config):
 def write_events(path, events, probability, seconds):
     """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
     sure = [probability[a:b].mean() for a, b in events]
-    data.write_events_tsv(path, events / FS, seconds, sure)
+    edf.write_events_tsv(path, events / FS, seconds, sure)
 
 
 def evaluate(model, recordings, out, device, c, plot=False):
@@ -733,7 +735,7 @@ def main(argv=None):
         trained_on = state["config"].get("data", {}).get("path", "")
         result = report(records, table, c, source, args, trained_on) | {"refused": refused}
         (args.out / "scores.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    except (Refused, data.DataError, checkpoint.CorruptCheckpoint) as refusal:
+    except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
     except OSError as error:                                # disk full, no permission

@@ -1,16 +1,18 @@
-"""Train the V3 seizure detector and never lose work: every stop, planned or not, is a place to resume from.
+"""Train the V3 seizure detector and never lose work: every stop, planned or not, is a place to
+resume from.
 
-    python train.py --config configs/local/smoke.yaml --resume              two CPU minutes on recordings it makes itself
-    python train.py --config configs/local/train.yaml --resume              the real thing; again after any interruption
+    python train.py --config configs/local/smoke.yaml --resume      two CPU minutes, own recordings
+    python train.py --config configs/local/train.yaml --resume      the real thing; again after any
+                                                                    interruption
     torchrun --nproc_per_node=8 train.py --config configs/local/train.yaml --resume
 
---resume takes the furthest good checkpoint, or starts fresh and says so; --resume FILE goes back to FILE and makes it the
-line that later resumes follow; --fresh moves the old run aside. Exit codes: 0 finished, 2 refused, 75 time limit reached
-and saved, 128+N stopped by signal N and saved, 1 anything else. Config keys and their units: DEFAULTS below.
+--resume takes the furthest good checkpoint, or starts fresh and says so; --resume FILE goes back to
+FILE and makes it the line that later resumes follow; --fresh moves the old run aside. Exit codes: 0
+finished, 2 refused, 75 time limit reached and saved, 128+N stopped by signal N and saved, 1
+anything else. Config keys and their units: config.py.
 """
 import argparse
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -31,158 +33,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
+import corpora
 import data
+import edf
 import evaluate
 import model
+import synth
+from config import Refused, compare, load as load_config
 
-DEFAULTS = {
-    "experiment": {
-        "name": "run",                  # run directory: <results>/<name>
-        "seed": 42,                     # weights, sampling, augmentation, dropout
-        "results": "results",           # folder of run directories
-    },
-    "data": {
-        "path": "",                     # folder written by data.py import
-        "synth_hours": 0.0,             # > 0: make this many hours of synthetic EDF at PATH_edf and import them to PATH
-        "synth_patients": 8,            # patients among them
-        "dev_patients": [],             # patients for validation; [] = the corpus's own dev split, else dev_fraction
-        "dev_fraction": 0.2,            # share of patients drawn for validation where the corpus has no split
-        "window_seconds": 60.0,         # length of a training window
-        "stride_seconds": 10.0,         # between the starts of training windows
-        "balanced": True,               # draw windows anew each epoch as below; false = every window each epoch
-        "full_per_partial": 0.3,        # windows wholly inside a seizure, per window that contains an onset or end
-        "background_per_partial": 2.5,  # windows without a seizure, per window that contains an onset or end
-        "augment": True,                # random gain and left-right mirror, keyed by (seed, epoch, window)
-        "buffers": 4,                   # batches read ahead
-    },
-    "model": model.DEFAULTS,
-    "training": {
-        "epochs": 100,
-        "batch_size": 8,                # windows per optimizer step, over all processes
-        "accumulate": 1,                # pieces that a batch is cut into to fit memory; the result is the same
-        "learning_rate": 1e-4,          # peak, reached after warmup; then cosine to 0
-        "weight_decay": 0.01,           # AdamW; none on norms, biases and other vectors
-        "warmup_ratio": 0.03,           # share of all optimizer steps
-        "grad_clip": 0.5,               # largest gradient norm
-        "focal_alpha": 0.5,             # weight of seizure samples (Lin et al., ICCV 2017)
-        "focal_gamma": 2.0,             # 0 = plain cross-entropy
-        "precision": "fp32",            # fp32, bf16 or fp16 (with gradient scaling)
-        "device": "auto",               # auto, cpu or cuda
-        "compile": False,               # torch.compile
-        "deterministic": False,         # bit-identical on a GPU too, slower there; a CPU always is
-        "best_metric": "event_f1",      # any name in evaluate.METRICS; decides best.pt and early stopping
-        "patience": 0,                  # epochs without improvement before stopping; 0 = never
-        "log_every": 50,                # steps per row of metrics.jsonl and per plain line
-        "checkpoint_interval": 1,       # epochs between checkpoint_epoch_EEE.pt
-        "checkpoint_keep": 3,           # newest of them kept; 0 = all
-        "mid_epoch_minutes": 30.0,      # between timed snapshots; BGB_MID_EPOCH_MINUTES overrides
-        "mid_epoch_keep": 5,            # newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides
-        "time_limit_hours": 0.0,        # stop, saved, before this much wall-clock time; 0 = no limit
-    },
-    "evaluation": evaluate.DEFAULTS,
-}
-CHOICES = {"training.precision": ("fp32", "bf16", "fp16"), "training.device": ("auto", "cpu", "cuda")}
-LIMITS = {                              # of every number outside `model` and `evaluation`, which check their own
-    "experiment.seed": (0, 2**63 - 1), "data.synth_hours": (0, 10**4), "data.synth_patients": (2, 10**4),
-    "data.dev_fraction": (0, 1), "data.window_seconds": (0.1, 3600), "data.stride_seconds": (0.1, 3600),
-    "data.full_per_partial": (0, 1000), "data.background_per_partial": (0, 1000), "data.buffers": (1, 1000),
-    "training.epochs": (1, 10**6), "training.batch_size": (1, 10**6), "training.accumulate": (1, 10**6),
-    "training.learning_rate": (0, 1000), "training.weight_decay": (0, 1000), "training.warmup_ratio": (0, 1),
-    "training.grad_clip": (1e-12, 1e12), "training.focal_alpha": (0, 1), "training.focal_gamma": (0, 100),
-    "training.patience": (0, 10**6), "training.log_every": (1, 10**9), "training.checkpoint_interval": (1, 10**6),
-    "training.checkpoint_keep": (0, 10**6), "training.mid_epoch_minutes": (0, 10**6), "training.mid_epoch_keep": (0, 10**6),
-    "training.time_limit_hours": (0, 10**6)}
-FIXED = ("model", "experiment.seed", "data.window_seconds", "data.stride_seconds", "data.balanced",
-         "data.full_per_partial", "data.background_per_partial", "data.augment", "data.dev_patients", "data.dev_fraction")
 MAX_NONFINITE = 50                      # steps in a row
-
-
-class Refused(Exception):
-    """Bad usage, configuration or data. One line; nothing was touched; exit code 2."""
-
-
-# ---- configuration ----
-
-def load_config(path, overrides=()):
-    """The YAML file over DEFAULTS, then `section.key=value` overrides, all checked. Raises Refused with the nearest name."""
-    try:
-        given = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise Refused(f"config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
-    config = json.loads(json.dumps(DEFAULTS))
-    _merge(config, given, str(path))
-    for text in overrides:
-        key, found, value = text.partition("=")
-        if not found or key.count(".") < 1:
-            raise Refused(f"--set {text}: write section.key=value")
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise Refused(f"--set {text}: the value is not YAML") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        _merge(config, value, "--set")
-    _check(config)
-    return config
-
-
-def _merge(config, given, source, prefix=""):
-    if not isinstance(given, dict):
-        raise Refused(f"{source}: {prefix[:-1] or 'the file'} must hold key: value pairs, not {given!r}")
-    for key, value in given.items():
-        if key not in config:
-            near = difflib.get_close_matches(str(key).lower(), config, 1, 0)
-            raise Refused(f"{source}: unknown key {prefix}{key}; the nearest is {prefix}{near[0]}")
-        if isinstance(config[key], dict):
-            _merge(config[key], value, source, f"{prefix}{key}.")
-        else:
-            config[key] = _typed(value, config[key], f"{source}: {prefix}{key}")
-
-
-def _typed(value, default, where):
-    kind = type(default)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is float and isinstance(value, str):                    # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if kind is list and isinstance(value, list):
-        return [str(v) for v in value] if not default or isinstance(default[0], str) else value
-    if type(value) is not kind and default is not None:
-        raise Refused(f"{where} must be {kind.__name__}, like {default!r}, not {value!r}")
-    return value
-
-
-def _check(config):
-    for name, (lowest, highest) in LIMITS.items():
-        value = _get(config, name)
-        if not lowest <= value <= highest:
-            raise Refused(f"{name} must be at least {lowest} and at most {highest:,}, not {value}")
-    for name, choices in CHOICES.items():
-        if _get(config, name) not in choices:
-            raise Refused(f"{name} must be one of {', '.join(choices)}, not {_get(config, name)!r}")
-    name = config["experiment"]["name"]
-    if not name or name != os.path.basename(name) or name.startswith("."):
-        raise Refused(f"experiment.name must be a plain folder name, not {name!r}")
-    try:
-        evaluate.check_metric(config["training"]["best_metric"])
-        evaluate.settings(config["evaluation"])
-        model.settings(config["model"])
-    except ValueError as error:
-        raise Refused(str(error)) from None
-
-
-def _get(config, dotted):
-    for part in dotted.split("."):
-        config = config[part]
-    return config
-
-
-def _flat(config, prefix=""):
-    for key, value in config.items():
-        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 # ---- the loop ----
@@ -647,7 +506,7 @@ def open_recordings(config, say):
         if config["data"]["synth_hours"] and not path.is_dir():
             make_recordings(config, path, say)
         return data.open_corpus(path)
-    except data.DataError as error:
+    except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
     except OSError as error:
         raise Refused(f"{error.filename or path}: {error.strerror}") from None
@@ -663,15 +522,15 @@ def make_recordings(config, path, say):
     try:
         if not source.is_dir():
             shutil.rmtree(temp, ignore_errors=True)
-            data.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"],
+            synth.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"],
                        seed=config["experiment"]["seed"])
             os.replace(temp, source)
         say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, "
             f"importing them to {path}")
-        data.import_corpus(source, f"{path}.part")
+        corpora.import_corpus(source, f"{path}.part")
         os.replace(f"{path}.part", path)
     finally:
-        os.close(held)
+        held.close()
 
 
 class Split:
@@ -686,7 +545,7 @@ class Split:
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             first = self.order(1)
             evaluate.check_metric(config["training"]["best_metric"], self.dev)
-        except (data.DataError, ValueError) as error:
+        except (edf.DataError, ValueError) as error:
             raise Refused(f"{c['path']}: {error}") from None
         self.fingerprint = data.fingerprint(self.train + self.dev)
         self.channels, self.montage = self.train[0].channels, self.train[0].montage
@@ -802,7 +661,7 @@ class Home:
         missing = [key for key in needed if key not in state]
         if missing:
             raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
-        compare_configs(state["config"], self.config, self.say)
+        compare(state["config"], self.config, self.say)
         if state["data"] != self.fingerprint:
             raise Refused("the recordings differ from those of the checkpoint (names, lengths, "
                           "preparation or events): restore them, or start another run with --fresh")
@@ -847,7 +706,7 @@ def move_aside(run_directory, say):
         try:
             os.rename(run_directory, f"{run_directory}.{number}")
         finally:
-            os.close(held)
+            held.close()
         say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
 
 
@@ -894,12 +753,12 @@ class Record:
             self._chart(row)
 
     def _rows(self):
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+        for row in checkpoint.read_json_lines(self.path, self.say):
             try:
-                row = json.loads(line)
                 yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
-            except (ValueError, TypeError, KeyError):               # a kill or a power cut may tear the last row
-                self.say(f"metrics.jsonl: dropped a row that cannot be read: {line[:60]!r}")
+            except (ValueError, TypeError, KeyError):
+                self.say(f"metrics.jsonl: dropped a row that cannot be read: "
+                         f"{json.dumps(row)[:60]!r}")
 
     def write(self, **row):
         for key, value in row.items():
@@ -1176,7 +1035,7 @@ def fit_and_tell(trainer):
             f"lower the learning rate")
     except checkpoint.SaveFailed as error:
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
-    except data.DataError as error:     # a recording changed or vanished under the run
+    except edf.DataError as error:     # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
     return 1
 

@@ -1,14 +1,23 @@
-"""Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, and slow tests asked for by name."""
+"""Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, slow tests asked for by
+name, EDF files written by hand, and a small synthetic corpus."""
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # the suite runs on 2 cores, often beside child processes
+
+import corpora  # noqa: E402
+import data  # noqa: E402
+import edf  # noqa: E402
+import synth  # noqa: E402
+
+NAMES = edf.CHANNELS["referential"]
 
 
 def pytest_addoption(parser):
@@ -32,3 +41,53 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("real EEG folder ../shared is absent")
     return SHARED
+
+
+def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tail=b"", **fields):
+    """Write an EDF by hand: `fields` overrides header fields, given as text for all signals or {signal:
+    text}."""
+    n, count = len(labels), int(rate)
+    if eeg is None:
+        eeg = np.random.default_rng(1).normal(0, size * 10, (n, seconds * count))
+    digits = np.rint(eeg).astype("<i2")
+    spec = {"version": (8, "0"), "patient": (80, "X X X X"), "recording": (80, "Startdate X X X X"),
+            "date": (8, "01.01.85"),
+            "time": (8, "00.00.00"), "bytes": (8, str(256 * (n + 1))), "reserved": (44, ""),
+            "records": (8, str(seconds)),
+            "duration": (8, "1"), "signals": (4, str(n))}
+    per = {"label": (16, labels), "transducer": (80, ""), "unit": (8, "uV"), "pmin": (8, "-3276.8"),
+           "pmax": (8, "3276.7"),
+           "dmin": (8, "-32768"), "dmax": (8, "32767"), "prefilter": (80, ""), "count": (8, str(count)),
+           "kept": (32, "")}
+    head = b"".join(fields.get(k, v).encode("latin-1").ljust(w)[:w] for k, (w, v) in spec.items())
+    for k, (width, default) in per.items():
+        given = fields.get(k, default)
+        for i in range(n):
+            if isinstance(given, dict):
+                text = given.get(i, default if isinstance(default, str) else default[i])
+            else:
+                text = given if isinstance(given, str) else given[i]
+            head += text.encode("latin-1").ljust(width)[:width]
+    body = digits.reshape(n, seconds, count).transpose(1, 0, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + (body.tobytes() if "body" not in fields else fields["body"]) + tail)
+    return path
+
+
+def microvolts(recording):
+    return recording.read(0, recording.samples) * recording.scale[:, None]
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """Folder of 20 min of synthetic EDF, and the folder it was imported to."""
+    base = tmp_path_factory.mktemp("synthetic")
+    synth.synth(base / "edf", hours=0.5, patients=4, seed=3)
+    report = corpora.import_corpus(base / "edf", base / "h5", say=lambda text: None)
+    assert not report.refused and not report.repaired
+    return base / "edf", base / "h5"
+
+
+@pytest.fixture(scope="session")
+def corpus(synthetic):
+    return data.open_corpus(synthetic[1])

@@ -162,8 +162,8 @@ class Trial:
 
     def real(self, epochs):
         """The real modules in place of the toy, and the smoke configuration on less data."""
-        for name in ("train.py", "model.py", "data.py", "evaluate.py"):
-            shutil.copy(ROOT / name, self.project)
+        for script in set(ROOT.glob("*.py")) - {ROOT / "modal_app.py"}:
+            shutil.copy(script, self.project)
         config = yaml.safe_load((ROOT / "configs" / "modal" / "smoke.yaml").read_text())
         config["data"].update(synth_hours=0.3, window_seconds=10.0)
         config["evaluation"].update(window_seconds=10.0)

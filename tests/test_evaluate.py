@@ -16,9 +16,12 @@ from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring
 
 import checkpoint
+import corpora
 import data
+import edf
 import evaluate
 import model as v3
+import synth
 from evaluate import FS, METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -483,8 +486,8 @@ def png_size(path):
 @pytest.mark.parametrize("truth, detections", [((), []), ([(30, 50)], [(35, 55)]),
                                                ([(5, 9), (200, 290)], [(100, 120), (295, 300)])])
 def test_a_picture_is_drawn_for_any_mix_of_events(tmp_path, montage, truth, detections):
-    track = Track("sub/a", 300, truth, labelled=bool(truth), channels=len(data.CHANNELS[montage]))
-    track.montage, track.channels = montage, data.CHANNELS[montage]
+    track = Track("sub/a", 300, truth, labelled=bool(truth), channels=len(edf.CHANNELS[montage]))
+    track.montage, track.channels = montage, edf.CHANNELS[montage]
     p = probability_of(track, detections)
     evaluate.draw(track, p, evaluate.postprocess(p, 0.5, {}), 0.5, tmp_path / "sub" / "a.png")
     width, height = png_size(tmp_path / "sub" / "a.png")
@@ -493,10 +496,10 @@ def test_a_picture_is_drawn_for_any_mix_of_events(tmp_path, montage, truth, dete
 
 def test_both_montages_draw_the_same_double_banana():
     track = Track("a", 20, channels=19)
-    track.montage, track.channels = "referential", data.CHANNELS["referential"]
+    track.montage, track.channels = "referential", edf.CHANNELS["referential"]
     eeg, names = evaluate._derivations(track, 3.0, 5.0)
     row = dict(zip(track.channels, track.eeg[:, 3 * FS:5 * FS] * 0.5))
-    assert eeg.shape == (18, 2 * FS) and sorted(names) == sorted(data.CHANNELS["bipolar"])
+    assert eeg.shape == (18, 2 * FS) and sorted(names) == sorted(edf.CHANNELS["bipolar"])
     for name, trace in zip(names, eeg):
         a, b = name.split("-")
         np.testing.assert_allclose(trace, row[a] - row[b], atol=1e-4)
@@ -526,14 +529,14 @@ def corpus(tmp_path_factory):
     """EDF files, the same imported, and a checkpoint of an untrained model whose threshold training tuned to
     0.07."""
     folder = tmp_path_factory.mktemp("corpus")
-    data.synth(folder / "edf", hours=0.1, patients=2, seed=1)
-    data.import_corpus(folder / "edf", folder / "imported")
+    synth.synth(folder / "edf", hours=0.1, patients=2, seed=1)
+    corpora.import_corpus(folder / "edf", folder / "imported")
     torch.manual_seed(0)
     config = {"model": v3.SMALL, "experiment": {"seed": 0},
               "data": {"dev_patients": [], "dev_fraction": 0.5, "path": ""},
               "evaluation": {**evaluate.DEFAULTS, "window_seconds": 20.0}}
     state = {"model": v3.V3(19, **v3.SMALL).state_dict(), "config": config, "montage": "referential",
-             "channels": list(data.CHANNELS["referential"]), "optimizer": {}, "scores": {"threshold": 0.07}}
+             "channels": list(edf.CHANNELS["referential"]), "optimizer": {}, "scores": {"threshold": 0.07}}
     checkpoint.atomic_save(state, folder / "best.pt")
     return folder
 
@@ -646,7 +649,7 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     state["config"]["model"] = {**state["config"]["model"], "node_width": 32}
     checkpoint.atomic_save(state, tmp_path / "misfit.pt")
     bipolar = checkpoint.load(corpus / "best.pt") | {"montage": "bipolar"}
-    bipolar["channels"] = list(data.CHANNELS["bipolar"])
+    bipolar["channels"] = list(edf.CHANNELS["bipolar"])
     bipolar["model"] = v3.V3(18, **v3.SMALL).state_dict()
     checkpoint.atomic_save(bipolar, tmp_path / "bipolar.pt")
     good, imported = corpus / "best.pt", corpus / "imported"

@@ -20,7 +20,9 @@ import torch
 import yaml
 
 import checkpoint
+import corpora
 import data
+import synth
 import train
 from conftest import ROOT
 from model import SMALL
@@ -33,8 +35,8 @@ TIMES = {"seconds", "waited", "time"}
 def corpus(tmp_path_factory):
     """Twenty minutes of four synthetic patients, imported."""
     root = tmp_path_factory.mktemp("corpus")
-    data.synth(root / "edf", hours=0.35, patients=4, seed=3)
-    data.import_corpus(root / "edf", root / "h5")
+    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(root / "edf", root / "h5")
     return root / "h5"
 
 
@@ -448,7 +450,7 @@ def test_of_two_first_runs_one_makes_the_synthetic_recordings_and_the_other_is_r
     held = checkpoint.lock(tmp_path / "made")
     with pytest.raises(train.Refused, match="in use by process"):
         train.run(loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4))
-    os.close(held)
+    held.close()
 
 
 def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_it_aside(corpus, tmp_path, capsys):
@@ -535,7 +537,7 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     held = checkpoint.lock(tmp_path / "t/checkpoints")
     with pytest.raises(train.Refused, match="in use by process"):
         train.run(config)
-    os.close(held)
+    held.close()
 
 
 @pytest.mark.parametrize("change, message", [
