@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import config
 from conftest import ROOT
 from model import SMALL
 from test_train import corpus, last, loaded, rows, same, wait_for      # noqa: F401  (corpus is a fixture)
@@ -53,7 +54,7 @@ def alone(corpus, tmp_path_factory):                    # noqa: F811
     """One process, two epochs, no dropout."""
     import train
     results = tmp_path_factory.mktemp("alone")
-    assert train.run(loaded(corpus, results) | {"model": train.DEFAULTS["model"] | STILL}) == 0
+    assert train.run(loaded(corpus, results) | {"model": config.DEFAULTS["model"] | STILL}) == 0
     return results
 
 

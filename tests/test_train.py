@@ -20,6 +20,7 @@ import torch
 import yaml
 
 import checkpoint
+import config
 import corpora
 import data
 import synth
@@ -571,8 +572,8 @@ def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, me
 
 def test_every_number_of_the_configuration_has_limits_and_nan_and_infinity_are_beyond_them(corpus, tmp_path):
     path = loaded(corpus, tmp_path) and str(tmp_path / "config.yaml")
-    numbers = {key: value for key, value in train._flat(train.DEFAULTS) if type(value) in (int, float)}
-    assert {key for key in numbers if not key.startswith(("model.", "evaluation."))} == set(train.LIMITS)
+    numbers = {key: value for key, value in config.flat(config.DEFAULTS) if type(value) in (int, float)}
+    assert {key for key in numbers if not key.startswith(("model.", "evaluation."))} == set(config.LIMITS)
     for key, value in numbers.items():
         for wrong in ("-1",) if type(value) is int else (".nan", ".inf", "-1"):
             with pytest.raises(train.Refused, match=key.split(".")[-1]):
@@ -618,7 +619,7 @@ def test_pieces_of_an_accumulated_batch_give_the_same_weights_to_rounding(corpus
     still = {**SMALL, "dropout": 0.0}
     for name, pieces in (("one", 1), ("three", 3)):
         train.run(loaded(corpus, tmp_path / name, training__epochs=1, training__accumulate=pieces, experiment__seed=1) |
-                  {"model": train.DEFAULTS["model"] | still})
+                  {"model": config.DEFAULTS["model"] | still})
     one, three = last(tmp_path / "one")["model"], last(tmp_path / "three")["model"]
     assert all(torch.allclose(one[k], three[k], atol=2e-4) for k in one)
 
