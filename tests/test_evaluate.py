@@ -20,6 +20,7 @@ import corpora
 import data
 import edf
 import evaluate
+import metrics
 import model as v3
 import synth
 from conftest import Track, probability_of
@@ -283,7 +284,7 @@ def test_ranking_scores_equal_their_definitions_with_and_without_ties(decimals):
     rng = np.random.default_rng(decimals)
     y = rng.random(400) < 0.2
     p = np.clip(rng.normal(0.4 + 0.2 * y, 0.2), 0, 1).round(decimals).astype(np.float32)
-    auroc, precision = evaluate._ranking(p, y)
+    auroc, precision = metrics.ranking(p, y)
     assert auroc == pytest.approx(pairwise_auroc(p, y), abs=1e-12)
     assert precision == pytest.approx(stepwise_average_precision(p, y), abs=1e-12)
 
@@ -294,18 +295,18 @@ def test_one_sample_per_second_agrees_with_all_256_to_a_thousandth():
     tracks_p = [noisy(t, rng) for t in tracks]
     summary = evaluate.summarise([evaluate.score(t, p, {}) for t, p in zip(tracks, tracks_p)], {})
     p, y = np.concatenate(tracks_p), np.concatenate([t.labels(0, t.samples) for t in tracks]) > 0
-    auroc, precision = evaluate._ranking(p, y)
+    auroc, precision = metrics.ranking(p, y)
     assert 0.6 < auroc < 0.999
     assert summary["auroc"] == pytest.approx(auroc, abs=1e-3)
     assert summary["average_precision"] == pytest.approx(precision, abs=1e-3)
-    assert summary["calibration_error"] == pytest.approx(evaluate._calibration_error(p, y), abs=1e-3)
+    assert summary["calibration_error"] == pytest.approx(metrics.calibration_error(p, y), abs=1e-3)
     clipped = np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)
     assert summary["loss"] == pytest.approx(-np.log(np.where(y, clipped, 1 - clipped)).mean(), rel=1e-9)
 
 
 def test_calibration_error_of_a_known_track():
     p, y = np.array([0.2, 0.2, 0.2, 0.2, 0.9, 0.9], np.float32), np.array([0, 0, 0, 1, 1, 1], bool)
-    assert evaluate._calibration_error(p, y) == pytest.approx((4 * 0.05 + 2 * 0.1) / 6, abs=1e-6)
+    assert metrics.calibration_error(p, y) == pytest.approx((4 * 0.05 + 2 * 0.1) / 6, abs=1e-6)
 
 
 # ---- event scores ----
@@ -315,7 +316,7 @@ def test_calibration_error_of_a_known_track():
     ([(620.2, 630)], 0, 1), ([(500, 510), (540, 550), (639, 650)], 1, 0), ([(100, 110), (195, 205)], 0, 1),
     ([(100, 110), (200, 210)], 0, 2), ([(700, 1301)], 0, 3)])
 def test_szcore_rules_for_tolerance_merging_and_cutting(detections, tp, fp):
-    counts = evaluate._count(np.array([[500.0, 560.0]]), np.array(detections, float), 2000.0)
+    counts = metrics.count(np.array([[500.0, 560.0]]), np.array(detections, float), 2000.0)
     assert (counts["event_tp"], counts["event_fp"], counts["event_true"]) == (tp, fp, 1)
 
 
