@@ -30,10 +30,16 @@ import contextlib
 import difflib
 import importlib.metadata
 import math
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+BEFORE_IMPORTS = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__" and BEFORE_IMPORTS is signal.default_int_handler:
+    # Ctrl-C within the seconds of the imports ends the process, not in a traceback from inside them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -536,10 +542,29 @@ def write(recording, probability, found, c, out, plot, save):
     picture.unlink(missing_ok=True)
     track.unlink(missing_ok=True)
     if plot:
-        import pictures                 # here: matplotlib takes a second to import
-        pictures.draw(recording, probability, found, c["threshold"], picture)
+        with interrupts_later():
+            import pictures             # here: matplotlib takes a second to import
+            pictures.draw(recording, probability, found, c["threshold"], picture)
     if save:
         np.save(track, probability)
+
+
+@contextlib.contextmanager
+def interrupts_later():
+    """Ctrl-C waits for the end of this block: within matplotlib it would become another error, or
+    be lost in a callback."""
+    arrived = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    except ValueError:                  # not in the main thread: nothing arrives here
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 class Progress:
@@ -703,8 +728,9 @@ def score_folder(args):
     }
     checkpoint.write_json(out / "scores.json", result, indent=2)
     if args.plot and result["trade_off"]:
-        import pictures
-        pictures.trade_off(result["trade_off"], c["threshold"], out / "trade_off.png")
+        with interrupts_later():
+            import pictures             # here: matplotlib takes a second to import
+            pictures.trade_off(result["trade_off"], c["threshold"], out / "trade_off.svg")
     report.show(result, list(METRICS), out)
 
 
@@ -760,6 +786,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
+        if BEFORE_IMPORTS is signal.default_int_handler:
+            signal.signal(signal.SIGINT, BEFORE_IMPORTS)
         sys.exit(main())
     except KeyboardInterrupt:           # not in main: on Modal it means preemption
         print("evaluate.py: interrupted: events written so far stay, scores.json is not written",

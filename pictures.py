@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from scipy.signal import butter, sosfiltfilt
 
 import checkpoint
@@ -47,7 +49,9 @@ SPACING = 8                             # mm between neighbouring traces
 GAP = 5                                 # mm more between chains
 CUT = 2.5                               # traces are cut this many spacings from their line
 BAND = (1, 70)                          # Hz, for display alone
+MARGIN = 2                              # seconds of it before and after, for its transients
 LEAD = 4                                # seconds shown before an event begins and after it ends
+LONGEST = 60                            # characters of a name: its end says more than its folders
 PAGES = 3                               # of one event: the first two and the last
 
 INCH = 25.4                             # mm
@@ -55,7 +59,8 @@ WIDTH = 15                              # inches of the whole picture
 LEFT = 0.9                              # inches left of every axis
 TITLE = 0.6                             # inches
 STRIP = 0.9                             # inches of a probability track
-ROOM = 0.6                              # inches around an axis for its captions
+ROOM = 0.7                              # inches above a page for its caption
+CLOSE = 0.1                             # inches between the EEG and its probability
 
 
 # ---- a recording ----
@@ -72,9 +77,18 @@ def draw(recording, probability, events, threshold, path, most=4):
     sheet.overview(_title(recording, places, most), pages)
     for caption, begin in pages:
         sheet.page(caption, begin)
+    _save(sheet.figure, path)
+
+
+def _save(figure, path):
+    """Write a PNG of 256 colours, a third of the size. An octree keeps a colour that only one thin
+    line has, where a median cut drops it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.figure.savefig(path)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    pixels.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path)
 
 
 def _places(recording, probability, truth, found):
@@ -105,19 +119,21 @@ def _pages(place, seconds):
     starts = [float(start) for start in np.arange(first, last, PAGE)] or [first]
     if starts[-1] + PAGE < min(end, seconds):
         starts.append(last)
-    caption = f"{kind}, {max(0.0, end - begin):.1f} s"
-    count = len(starts)
-    if count > PAGES:
-        starts = [*starts[:PAGES - 1], starts[-1]]
-        caption += f", {PAGES} of {count} pages"
-    return [(caption, start) for start in starts]
+    pages = [(f"{kind}, {max(0.0, end - begin):.1f} s, page {number} of {len(starts)}", start)
+             for number, start in enumerate(starts, 1)]
+    if len(pages) > PAGES:
+        return [*pages[:PAGES - 1], pages[-1]]
+    return pages
 
 
 def _title(recording, places, most):
     kinds = [kind for kind, begin, end in places if end > begin]
     missed = kinds.count("missed seizure")
     hits = kinds.count("found seizure")
-    title = f"{recording.name}    {_elapsed(recording.seconds)}"
+    name = recording.name
+    if len(name) > LONGEST:
+        name = "..." + name[-LONGEST:]
+    title = f"{name}    {_elapsed(recording.seconds)}"
     if recording.labelled:
         title += f",  {len(recording.events)} labelled seizures: {hits} found, {missed} missed"
         title += f",  {kinds.count('false alarm')} false alarms"
@@ -152,10 +168,10 @@ class Sheet:
         self.threshold = threshold
         self.began = _began(recording)
         self.eeg_height = _eeg_height(recording)
-        page = self.eeg_height + STRIP + 2 * ROOM
-        self.height = TITLE + STRIP + ROOM + pages * page
+        page = self.eeg_height + STRIP + ROOM + CLOSE
+        self.height = TITLE + STRIP + pages * page + CLOSE + ROOM / 2
         self.figure = Figure(figsize=(WIDTH, self.height), dpi=100)
-        self.top = self.height
+        self.top = self.height          # of what is still empty
 
     def axis(self, height, above):
         """The next axis downwards, `above` inches below the last one."""
@@ -189,11 +205,10 @@ class Sheet:
         eeg = self.axis(self.eeg_height, ROOM)
         eeg.set_title(f"{self.clock(begin)}   {caption}", loc="left", fontsize=11, color=INK)
         self.traces(eeg, begin, min(end, self.recording.seconds))
-        track = self.axis(STRIP, 0.1)
+        track = self.axis(STRIP, CLOSE)
         self.track(track, begin, min(end, self.recording.seconds))
         for axis in (eeg, track):
             axis.set_xlim(begin, end)
-        self.top -= ROOM - 0.1
 
     def mark(self, axis):
         for begin, end in self.truth:
@@ -227,7 +242,7 @@ class Sheet:
         axis.xaxis.set_major_locator(MaxNLocator(10, steps=(1, 1.5, 2, 3, 6, 10)))
 
     def traces(self, axis, begin, end):
-        eeg, names = _derivations(self.recording, begin, end)
+        eeg, names = _displayed(self.recording, begin, end)
         scale = _sensitivity(eeg)
         below = _below(names)
         seconds = begin + np.arange(eeg.shape[1]) / FS
@@ -237,8 +252,9 @@ class Sheet:
             line = -trace / scale
             shown = np.clip(line, -CUT * SPACING, CUT * SPACING)
             axis.plot(seconds, y + shown, color=INK, lw=0.55)
-            cut = np.where(shown == line, np.nan, y + shown)
-            axis.plot(seconds, cut, color=STOP, lw=1.6)
+            if (shown != line).any():
+                cut = np.where(shown == line, np.nan, y + shown)
+                axis.plot(seconds, cut, color=STOP, lw=1.6)
         axis.set_ylim(-below[-1] - 1.5 * SPACING, 1.5 * SPACING)
         axis.set_yticks(-below, names)
         axis.set_xticks(np.arange(math.ceil(begin), begin + PAGE), minor=True)
@@ -260,18 +276,15 @@ class Sheet:
 
 def _derivations(recording, begin, end):
     """uV of the double banana, float32 (K, n), as far as a montage has its electrodes, and the
-    names; the channels as they are where it has none. Filtered for display."""
-    margin = 2 * FS                     # the filter's transients stay outside the page
-    first = max(0, int(begin * FS) - margin)
-    last = min(recording.samples, math.ceil(end * FS) + margin)
+    names; the channels as they are where it has none."""
+    first = int(begin * FS)
+    last = min(recording.samples, math.ceil(end * FS))
     scale = np.asarray(recording.scale, np.float32)
     eeg = recording.read(first, last - first) * scale[:, None]
     row = dict(zip(recording.channels, eeg))
     names = _drawn(recording)
-    traces = np.stack([row[n] if n in row else row[PAIRS[n][0]] - row[PAIRS[n][1]] for n in names])
-    skipped = int(begin * FS) - first
-    wanted = math.ceil(end * FS) - int(begin * FS)
-    return _display(traces)[:, skipped:skipped + wanted], names
+    traces = [row[n] if n in row else row[PAIRS[n][0]] - row[PAIRS[n][1]] for n in names]
+    return np.stack(traces), names
 
 
 def _drawn(recording):
@@ -292,26 +305,31 @@ def _eeg_height(recording):
     return (_below(_drawn(recording))[-1] + 3 * SPACING) / INCH
 
 
-def _display(traces):
-    """Zero-phase band-pass for the eye alone (Butterworth, second order, forward and back)."""
+def _displayed(recording, begin, end):
+    """The derivations within BAND, for the eye alone: zero phase (Butterworth, second order, forward
+    and back), with the filter's transients in a margin that is not shown."""
+    early = max(0, begin - MARGIN)
+    traces, names = _derivations(recording, early, end + MARGIN)
     sos = butter(2, BAND, "bandpass", fs=FS, output="sos")
-    samples = traces.shape[1]
     centred = traces - traces.mean(1, keepdims=True)
-    return sosfiltfilt(sos, centred, axis=1, padlen=min(FS, samples - 1))
+    filtered = sosfiltfilt(sos, centred, axis=1, padlen=min(FS, traces.shape[1] - 1))
+    first = int(begin * FS) - int(early * FS)
+    wanted = math.ceil(end * FS) - int(begin * FS)
+    return filtered[:, first:first + wanted], names
 
 
 def _sensitivity(eeg):
     """The finest of SENSITIVITIES at which most of most traces keeps to its own room."""
     swing = np.median(np.percentile(np.abs(eeg), 98, axis=1))
-    fitting = [s for s in SENSITIVITIES if s * SPACING >= swing]
+    fitting = [s for s in SENSITIVITIES if s * SPACING >= 1.5 * swing]
     return fitting[0] if fitting else SENSITIVITIES[-1]
 
 
 # ---- a scored set ----
 
 def trade_off(rows, threshold, path):
-    """PNG of sensitivity and event F1 against false alarms per 24 h. rows: report.trade_off's."""
-    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    """SVG of sensitivity and event F1 against false alarms per 24 h. rows: report.trade_off's."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     found, f1 = figure.subplots(1, 2, sharex=True)
     _against_alarms(found, rows, threshold, "event_sensitivity", "event sensitivity", TRUE)
     _against_alarms(f1, rows, threshold, "event_f1", "event F1", FOUND)
@@ -347,8 +365,8 @@ def _against_alarms(axis, rows, threshold, name, label, colour):
 # ---- a training run ----
 
 def curves(run_directory):
-    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl: loss,
-    learning rate and the metric that decides best.pt over the steps, with saves and resumes marked.
+    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl:
+    loss, learning rate and the metric that decides best.pt over the steps, with saves and resumes marked.
     Returns its path."""
     directory = Path(run_directory)
     rows = _rows(directory / "metrics.jsonl")
@@ -371,7 +389,7 @@ def curves(run_directory):
     best.set_xlabel("step", color=INK)
     best.legend(frameon=False, fontsize=9)
     path = directory / "curves.png"
-    figure.savefig(path)
+    _save(figure, path)
     return path
 
 
