@@ -28,7 +28,8 @@ import numpy as np
 from scipy import signal as dsp
 
 FS = 256                                # Hz, of everything after the import
-FORMAT = 1                              # version of the HDF5 layout
+FORMAT = 2                              # version of the HDF5 layout
+CHUNK = 10 * FS                         # samples of a chunk there: windows that begin every 10 s begin a chunk
 BIPOLAR = ("Fp1-F3 F3-C3 C3-P3 P3-O1 Fp1-F7 F7-T3 T3-T5 T5-O1 Fz-Cz Cz-Pz "
            "Fp2-F4 F4-C4 C4-P4 P4-O2 Fp2-F8 F8-T4 T4-T6 T6-O2").split()
 CHANNELS = {                            # in SzCORE's order (Dan et al. 2024, doi:10.1111/epi.18113)
