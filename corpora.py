@@ -1,5 +1,4 @@
 """Corpora of EDF files: layouts, annotations, and the resumable conversion to one HDF5 file per recording."""
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -18,10 +17,12 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from edf import CHANNELS, CHUNK, FORMAT, FS, NOTCH, DataError, Settings, number, prepare_edf, read_header
+from edf import CHANNELS, FS, NOTCH, DataError, Settings, number, prepare_edf, read_header
 
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
+FORMAT = 2                              # version of the HDF5 layout
+CHUNK = 10 * FS                         # samples of a chunk there: windows that begin every 10 s begin a chunk
 INDEX, REPORT = "index.json", "import.json"
 
 
@@ -401,8 +402,8 @@ def finished(target, source, settings):
     try:
         with h5py.File(target, "r") as f:
             a = f.attrs
-            made = [a["prepared"], a["patient"], a["split"], json.loads(a["source_state"])]
-            if made == [settings.hash, source.patient, source.split, state_of(source)]:
+            made = [int(a["format"]), a["prepared"], a["patient"], a["split"], json.loads(a["source_state"])]
+            if made == [FORMAT, settings.hash, source.patient, source.split, state_of(source)]:
                 return bool(a["labelled"]), a["repaired"]
             before = Path(a["source"])
     except (OSError, KeyError, ValueError):
@@ -471,7 +472,8 @@ def write_recording(target, eeg, events, attributes):
             f.create_dataset("events", data=events)
             _write_chunks(f, eeg)
             _first_chunk(target, f["eeg"])
-        durable_replace(temp, target)
+        import checkpoint               # here: torch takes a worker a second
+        checkpoint.durable_replace(temp, target)
     except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
         raise OSError(f"{target}: {error}") from None
     finally:
@@ -512,18 +514,6 @@ def _first_chunk(path, eeg):
     return offset
 
 
-def durable_replace(temp, target):
-    """Move a finished file to its final name so that a power cut leaves the old one or the new one."""
-    for path, before in ((temp, True), (target.parent, False)):
-        if not before:
-            os.replace(temp, target)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="", workers=0,
                   say=print):
     """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished. Returns
@@ -538,25 +528,26 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         raise DataError(f"{workers} workers")
     files, root, closed = find_edf(src)
     out = Path(out)
+    import checkpoint                   # here: torch takes a command a second
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+        lock = checkpoint.lock(out)
+    except checkpoint.InUse:
+        raise DataError(f"{out}: another import is writing here") from None
     except OSError as error:
         raise DataError(f"{out}: {error.strerror}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for stale in out.rglob("*.h5.*.part"):          # left by a killed import
             stale.unlink()
         report = _import_all(files, root, out, layout, settings, workers, say)
         report.refused += closed
-    except BlockingIOError:
-        raise DataError(f"{out}: another import is writing here") from None
+        seen = {shown(path) for path in files}
+        before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
+        checkpoint.write_json(out / REPORT, {"refused": before + report.refused})
+        entries(out)                                    # writes the index
     finally:
-        os.close(lock)
-    seen = {shown(path) for path in files}
-    write_json(out / REPORT, {"refused": [r for r in read_report(out) if r[0] not in seen] + report.refused})
+        lock.close()
     _table(report, say)
-    entries(out)                                        # writes the index
     return report
 
 
@@ -639,15 +630,6 @@ def read_report(out):
         return json.loads(Path(out, REPORT).read_text())["refused"]
     except (OSError, ValueError, KeyError):
         return []
-
-
-def write_json(path, content):
-    temp = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        temp.write_text(json.dumps(content))
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 # ---- what an import wrote ----
@@ -750,9 +732,9 @@ def _looked_at(file, known):
 
 
 def _write_index(root, recordings):
-    from checkpoint import write_json   # here: it brings torch, which no import worker needs
+    import checkpoint                   # here: torch takes a command a second
     try:
-        write_json(root / INDEX, {"format": FORMAT, "recordings": recordings})
+        checkpoint.write_json(root / INDEX, {"format": FORMAT, "recordings": recordings})
     except OSError:
         pass                            # a read-only folder: opening it just takes longer
 

@@ -32,7 +32,8 @@ import numpy as np
 
 import corpora
 import synth
-from edf import CHANNELS, CHUNK, FS, NOTCH, DataError, Settings
+from corpora import CHUNK
+from edf import CHANNELS, FS, NOTCH, DataError
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers

@@ -28,8 +28,7 @@ import numpy as np
 from scipy import signal as dsp
 
 FS = 256                                # Hz, of everything after the import
-FORMAT = 2                              # version of the HDF5 layout
-CHUNK = 10 * FS                         # samples of a chunk there: windows that begin every 10 s begin a chunk
+PREPARATION = 1                         # version of what prepare_edf does, part of the hash
 BIPOLAR = ("Fp1-F3 F3-C3 C3-P3 P3-O1 Fp1-F7 F7-T3 T3-T5 T5-O1 Fz-Cz Cz-Pz "
            "Fp2-F4 F4-C4 C4-P4 P4-O2 Fp2-F8 F8-T4 T4-T6 T6-O2").split()
 CHANNELS = {                            # in SzCORE's order (Dan et al. 2024, doi:10.1111/epi.18113)
@@ -378,7 +377,7 @@ class Settings:
 
     @property
     def hash(self):
-        what = [FORMAT, FS, BAND, self.montage, NOTCH[self.notch], self.blank_unit, CHANNELS[self.montage]]
+        what = [PREPARATION, FS, BAND, self.montage, NOTCH[self.notch], self.blank_unit, CHANNELS[self.montage]]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 

@@ -42,7 +42,7 @@ def store(path, eeg, events=((100.0, 190.0),)):
         "scale": np.full(19, 0.1, np.float32), "fs": edf.FS, "channels": list(CHANNELS),
         "montage": "referential",
         "patient": path.stem, "split": "", "labelled": True, "norm": 20.0, "source": "", "source_state": "[]",
-        "source_fs": 256.0, "layout": "", "format": edf.FORMAT, "prepared": "bench", "repaired": ""})
+        "source_fs": 256.0, "layout": "", "format": corpora.FORMAT, "prepared": "bench", "repaired": ""})
 
 
 def rate(step, windows, seconds):

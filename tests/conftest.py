@@ -81,10 +81,10 @@ class Held(data.Recording):
     memory: np.ndarray = None
 
     def read_chunks(self, start, out):
-        piece = self.memory[:, start - start % edf.CHUNK:][:, :len(out) * edf.CHUNK]
-        rows = np.zeros((piece.shape[0], len(out) * edf.CHUNK), np.int16)
+        piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
+        rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
         rows[:, :piece.shape[1]] = piece
-        out[:] = rows.reshape(piece.shape[0], len(out), edf.CHUNK).transpose(1, 0, 2)
+        out[:] = rows.reshape(piece.shape[0], len(out), corpora.CHUNK).transpose(1, 0, 2)
 
 
 def prepare(path, montage="referential", **settings):
