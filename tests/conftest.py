@@ -1,7 +1,8 @@
 """Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, slow tests asked for by
-name, EDF files written by hand, and a small synthetic corpus."""
+name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,59 @@ def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tai
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(head + (body.tobytes() if "body" not in fields else fields["body"]) + tail)
     return path
+
+
+@dataclass
+class Held(data.Recording):
+    """A recording without a file: its samples, int16 (C, T), are in memory."""
+    memory: np.ndarray = None
+
+    def read_chunks(self, start, out):
+        piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
+        rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
+        rows[:, :piece.shape[1]] = piece
+        out[:] = rows.reshape(piece.shape[0], len(out), corpora.CHUNK).transpose(1, 0, 2)
+
+
+def prepare(path, montage="referential", **settings):
+    """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names file and
+    reason."""
+    source = corpora.Source(Path(path), Path(path).stem, "", Path(path).stem.split("_")[0], "", None)
+    settings = edf.Settings(montage, **settings)
+    try:
+        p, _, events = corpora.prepare_source(source, settings)
+    except edf.DataError as error:
+        raise edf.DataError(f"{path}: {error}") from None
+    return Held(str(path), source.name, source.patient, "", montage, edf.CHANNELS[montage], edf.FS,
+                p.eeg.shape[1], p.scale, p.norm, False, events, settings.hash, "; ".join(p.header.notes), p.rate,
+                memory=p.eeg)
+
+
+class Track:
+    """A recording held in memory, with the attributes that evaluate.py reads."""
+
+    def __init__(self, name, seconds, events=(), patient="p1", labelled=True, channels=2):
+        self.name, self.patient, self.labelled = name, patient, labelled
+        self.samples, self.fs = round(seconds * edf.FS), edf.FS
+        self.seconds, self.events = self.samples / edf.FS, np.array(events, float).reshape(-1, 2)
+        self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
+        self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples), np.int16)
+
+    def read(self, start, n):
+        piece = self.eeg[:, start:start + n]
+        return np.pad(piece, ((0, 0), (0, n - piece.shape[1])))
+
+    def labels(self, start, n):
+        seconds = (start + np.arange(n)) / edf.FS
+        inside = [(seconds >= a) & (seconds < b) for a, b in self.events]
+        return np.any([np.zeros(n, bool), *inside], 0).astype(np.uint8)
+
+
+def probability_of(track, events, height=0.99):
+    p = np.full(track.samples, 0.01, np.float32)
+    for begin, end in events:
+        p[round(begin * edf.FS):round(end * edf.FS)] = height
+    return p
 
 
 def microvolts(recording):

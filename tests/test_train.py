@@ -405,7 +405,6 @@ def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_bac
         if self.step == 2:
             for path in dates:
                 os.utime(path, (1, 1))
-            data.mapped.cache_clear()
     monkeypatch.setattr(train.Trainer, "boundary", boundary)
     config = loaded(tmp_path / "h5", tmp_path, training__mid_epoch_minutes=0.0)
     assert train.run(config) == 1
