@@ -1025,7 +1025,8 @@ def fit_and_tell(trainer):
         if home:
             checkpoint.list_run(home.checkpoints, say)
             with tolerated(say, "curves.png"):
-                evaluate.curves(home.directory)
+                import pictures             # here: matplotlib takes a second to import
+                pictures.curves(home.directory)
         return 0
     except Diverged:
         good = None

@@ -1,5 +1,5 @@
 """Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, slow tests asked for by
-name, EDF files written by hand, and a small synthetic corpus."""
+name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
 import os
 import sys
 from pathlib import Path
@@ -72,6 +72,33 @@ def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tai
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(head + (body.tobytes() if "body" not in fields else fields["body"]) + tail)
     return path
+
+
+class Track:
+    """A recording held in memory, with the attributes that evaluate.py reads."""
+
+    def __init__(self, name, seconds, events=(), patient="p1", labelled=True, channels=2):
+        self.name, self.patient, self.labelled = name, patient, labelled
+        self.samples, self.fs = round(seconds * edf.FS), edf.FS
+        self.seconds, self.events = self.samples / edf.FS, np.array(events, float).reshape(-1, 2)
+        self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
+        self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples), np.int16)
+
+    def read(self, start, n):
+        piece = self.eeg[:, start:start + n]
+        return np.pad(piece, ((0, 0), (0, n - piece.shape[1])))
+
+    def labels(self, start, n):
+        seconds = (start + np.arange(n)) / edf.FS
+        inside = [(seconds >= a) & (seconds < b) for a, b in self.events]
+        return np.any([np.zeros(n, bool), *inside], 0).astype(np.uint8)
+
+
+def probability_of(track, events, height=0.99):
+    p = np.full(track.samples, 0.01, np.float32)
+    for begin, end in events:
+        p[round(begin * edf.FS):round(end * edf.FS)] = height
+    return p
 
 
 def microvolts(recording):
