@@ -53,6 +53,7 @@ DEFAULTS = {
         "checkpoint_keep": 3,           # newest of them kept; 0 = all
         "mid_epoch_minutes": 30.0,      # between timed snapshots; BGB_MID_EPOCH_MINUTES overrides
         "mid_epoch_keep": 5,            # newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides
+        "hang_minutes": 30.0,           # without any progress end the run with exit code 70 and all stacks; 0 = never
         "time_limit_hours": 0.0,        # stop, saved, before this much wall-clock time; 0 = no limit
     },
     "evaluation": evaluate.DEFAULTS,
@@ -67,7 +68,7 @@ LIMITS = {                              # of every number outside `model` and `e
     "training.grad_clip": (1e-12, 1e12), "training.focal_alpha": (0, 1), "training.focal_gamma": (0, 100),
     "training.patience": (0, 10**6), "training.log_every": (1, 10**9), "training.checkpoint_interval": (1, 10**6),
     "training.checkpoint_keep": (0, 10**6), "training.mid_epoch_minutes": (0, 10**6), "training.mid_epoch_keep": (0, 10**6),
-    "training.time_limit_hours": (0, 10**6)}
+    "training.time_limit_hours": (0, 10**6), "training.hang_minutes": (0, 10**6)}
 FIXED = ("model", "experiment.seed", "data.window_seconds", "data.stride_seconds", "data.balanced",
          "data.full_per_partial", "data.background_per_partial", "data.augment", "data.dev_patients", "data.dev_fraction")
 
