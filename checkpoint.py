@@ -109,7 +109,7 @@ _PLAIN = {type(None), bool, int, float, complex, str, bytes,
 _LIMITS = {
     int: (int.bit_length, 2039, "an int of more than 2039 bits"),
     str: (len, 1 << 28, "a string of more than 268 million characters"),
-    bytes: (len, 1 << 28, "more than 268 million bytes: store a tensor"),
+    bytes: (lambda raw: len(raw) or math.inf, 1 << 28, "empty, or more than 268 million, bytes"),
     torch.dtype: (lambda dtype: dtype not in _DTYPES, False, "a dtype")}
 
 
@@ -146,7 +146,9 @@ class _Slot:
         self.numel = tensor.numel()
         self.grad = tensor.requires_grad
         self.parameter = type(tensor) is torch.nn.Parameter
-        self.bits = torch._utils.get_tensor_metadata(tensor)                # conjugated, negated
+        self.bits = None                    # conjugated or negated as it is read
+        if tensor.is_conj() or tensor.is_neg():
+            self.bits = torch._utils.get_tensor_metadata(tensor)
         # elements of memory from the first one shown to the last
         self.span = self.numel
         if self.numel and not tensor.is_contiguous():
@@ -155,7 +157,7 @@ class _Slot:
 
     @property
     def view(self):
-        return self.place, self.dtype, self.shape, self.strides, tuple(self.bits)
+        return self.place, self.dtype, self.shape, self.strides, str(self.bits)
 
     def reduce(self):
         """As torch.save pickles a Parameter or a tensor."""
@@ -390,11 +392,11 @@ def _together(group, record):
 def _raw(slot):
     """The tensor as its memory holds it, neither conjugated nor negated on the way out."""
     tensor = slot.tensor
+    if slot.bits is None:
+        return tensor
     if tensor.is_conj():
         tensor = tensor.conj()
-    if tensor.is_neg():
-        tensor = torch._neg_view(tensor)
-    return tensor
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
 
 def _local(name, size, crc, offset):

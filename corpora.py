@@ -1,4 +1,5 @@
 """Corpora of EDF files: layouts, annotations, and the resumable conversion to one HDF5 file per recording."""
+import hashlib
 import json
 import multiprocessing
 import os
@@ -20,7 +21,8 @@ from edf import CHANNELS, FS, NOTCH, DataError, Settings, number, prepare_edf, r
 
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
-FORMAT = 1                              # version of the HDF5 layout
+FORMAT = 2                              # version of the HDF5 layout
+CHUNK = 10 * FS                         # samples of a chunk there: windows that begin every 10 s begin a chunk
 INDEX, REPORT = "index.json", "import.json"
 
 
@@ -458,20 +460,58 @@ def import_one(source, out, settings):
 
 
 def write_recording(target, eeg, events, attributes):
-    """One recording under its final name, complete and durable, or not at all."""
+    """One recording, eeg int16 (C, T), under its final name, complete and durable, or not at all.
+
+    Format 2: `eeg` lies in chunks of (C, CHUNK), uncompressed, one after the other behind all else, so that a
+    window of training is one read. Where HDF5 puts them elsewhere, DataError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        with h5py.File(temp, "w") as f:
-            f.create_dataset("eeg", data=eeg)           # contiguous: the loader maps it
-            f.create_dataset("events", data=events)
+        with h5py.File(temp, "w", libver="latest") as f:
             f.attrs.update(attributes)
+            f.create_dataset("events", data=events)
+            _write_chunks(f, eeg)
+            _first_chunk(target, f["eeg"])
         import checkpoint               # here: torch takes a worker a second
         checkpoint.durable_replace(temp, target)
     except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
         raise OSError(f"{target}: {error}") from None
     finally:
         temp.unlink(missing_ok=True)
+
+
+def _write_chunks(file, eeg):
+    """The dataset `eeg`; its last chunk is padded with zeros."""
+    channels, samples = eeg.shape
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_chunk((channels, CHUNK))
+    # all room is taken at once: that puts the chunks in a row
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # the shape may not be smaller than a chunk, but what it may grow to counts
+    shape = h5py.h5s.create_simple((channels, samples), (channels, max(samples, CHUNK)))
+    dataset = h5py.h5d.create(file.id, b"eeg", h5py.h5t.STD_I16LE, shape, layout)
+    for start in range(0, samples, CHUNK):
+        chunk = np.zeros((channels, CHUNK), "<i2")
+        part = eeg[:, start:start + CHUNK]
+        chunk[:, :part.shape[1]] = part
+        dataset.write_direct_chunk((0, start), chunk.tobytes())
+
+
+def _first_chunk(path, eeg):
+    """Where in the file the samples of the dataset `eeg` begin, bytes. DataError where they are not whole
+    chunks in a row, as write_recording lays them."""
+    size = 2 * eeg.shape[0] * CHUNK
+    wanted = eeg.dtype == np.dtype("<i2") and eeg.chunks == (eeg.shape[0], CHUNK) and eeg.compression is None
+    found = []
+    if wanted:
+        eeg.id.chunk_iter(lambda chunk: found.append((chunk.chunk_offset[1], chunk.byte_offset)))
+    found.sort()
+    offset = found[0][1] if found else 0
+    count = -(-eeg.shape[1] // CHUNK)
+    if not offset or found != [(k * CHUNK, offset + k * size) for k in range(count)]:
+        raise DataError(f"{path}: its samples are not whole chunks of int16, one after the other: import it again")
+    return offset
 
 
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="", workers=0,
@@ -594,50 +634,109 @@ def read_report(out):
 
 # ---- what an import wrote ----
 
+ENTRY = set("patient split montage prepared repaired channels fs labelled scale norm source_fs samples offset "
+            "events size mtime digest".split())
+OLDER = {1: "a window lay in 19 places of a format 1 file, and reading it from a disk or a network took up to "
+            "100 times as long"}
+
+
 def load_recording(path):
     """What stands about a recording in its HDF5 file, checked, as plain values for the index."""
     try:
         with h5py.File(path, "r") as f:
-            a, eeg = dict(f.attrs), f["eeg"]
-            if int(a["format"]) != FORMAT:
-                raise DataError(f"{path} has format {a['format']}, not {FORMAT}: import it again")
-            entry = {key: str(a[key]) for key in ("patient", "split", "montage", "prepared", "repaired")}
-            entry |= {"channels": [str(c) for c in a["channels"]], "fs": int(a["fs"]),
-                      "labelled": bool(a["labelled"]),
-                      "scale": [float(s) for s in a["scale"]], "norm": float(a["norm"]),
-                      "source_fs": float(a["source_fs"]), "samples": eeg.shape[1],
-                      "offset": eeg.id.get_offset(),
-                      "events": f["events"][()].astype(float).tolist()}
-            good = eeg.dtype == np.int16 and eeg.shape[0] == len(entry["channels"]) == len(entry["scale"])
-            good = good and entry["offset"] and os.path.getsize(path) >= entry["offset"] + eeg.nbytes
+            entry = _entry(path, f)
+        with open(path, "rb") as raw:
+            now = os.fstat(raw.fileno())
+            entry |= {"size": now.st_size, "mtime": now.st_mtime_ns, "digest": digest(raw.read(entry["offset"]))}
+    except DataError:
+        raise
     except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
-    if not good:
-        raise DataError(f"{path}: its samples are not whole, contiguous int16: import it again")
+    chunks = -(-entry["samples"] // CHUNK)
+    if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:
+        raise DataError(f"{path}: its samples are not whole: import it again")
     values = np.array([*entry["scale"], entry["norm"]])
     if not (np.isfinite(values) & (values > 0)).all():
         raise DataError(f"{path}: scale or norm is not a positive number: import it again")
     return entry
 
 
+def _entry(path, file):
+    """The index's values of one open HDF5 file."""
+    a, eeg = dict(file.attrs), file["eeg"]
+    form = int(a["format"])
+    if form != FORMAT:
+        why = f" ({OLDER[form]})" if form in OLDER else ""
+        raise DataError(f"{path} has format {form}, not {FORMAT}: import it again{why}")
+    entry = {key: str(a[key]) for key in ("patient", "split", "montage", "prepared", "repaired")}
+    entry |= {
+        "channels": [str(name) for name in a["channels"]],
+        "fs": int(a["fs"]),
+        "labelled": bool(a["labelled"]),
+        "scale": [float(value) for value in a["scale"]],
+        "norm": float(a["norm"]),
+        "source_fs": float(a["source_fs"]),
+        "samples": eeg.shape[1],
+        "offset": _first_chunk(path, eeg),
+        "events": file["events"][()].astype(float).tolist(),
+    }
+    if not eeg.shape[0] == len(entry["channels"]) == len(entry["scale"]):
+        raise DataError(f"{path}: {eeg.shape[0]} rows of samples for {len(entry['channels'])} channels")
+    return entry
+
+
+def digest(header):
+    """Of the bytes before the samples: all that stands about a recording lies there."""
+    return hashlib.sha256(header).hexdigest()
+
+
+FEW = 32                                # files whose time changed: looked at one by one, not taken for a copy
+
+
 def entries(root):
-    """{name: [[size, mtime_ns] of the file, what load_recording says]} of every recording below an imported folder,
-    sorted by name. What was read of unchanged files comes from an index beside them."""
+    """{name: ((size, mtime_ns) of the file now, what load_recording says)} of every recording below an
+    imported folder, sorted by name.
+
+    The latter comes from the index that the import wrote beside the files and that travels with them: opening 6,500
+    recordings is one read. A file that is not in it, or of another size, is read again. So are a few of
+    another time; a copy changes the time of every file, and then each is compared with the index's digest
+    when its samples are first read."""
     index, fresh = _read_index(root / INDEX), {}
-    for name, file in sorted(_walk(root)):
-        state = os.stat(file)
-        state = [state.st_size, state.st_mtime_ns]
+    files = dict(sorted(_walk(root)))
+    states = {name: file_state(os.stat(file)) for name, file in files.items()}
+    moved = {name for name in files if name in index and index[name]["mtime"] != states[name][1]}
+    for name, file in files.items():
         known = index.get(name)
-        fresh[name] = known if known and known[0] == state else [state, load_recording(file)]
+        if not known or known["size"] != states[name][0]:
+            fresh[name] = load_recording(file)
+        elif name in moved and len(moved) <= FEW:
+            fresh[name] = _looked_at(file, known)
+        else:
+            fresh[name] = known
     if fresh != index:
-        import checkpoint               # here: torch takes a command a second
-        try:
-            checkpoint.write_json(root / INDEX, {"format": FORMAT, "recordings": fresh})
-        except OSError:
-            pass                        # a read-only folder: opening it just takes longer
-    return fresh
+        _write_index(root, fresh)
+    return {name: (states[name], entry) for name, entry in fresh.items()}
+
+
+def file_state(status):
+    """What tells one content of a file from another without reading it: (size, mtime_ns) of an os.stat."""
+    return status.st_size, status.st_mtime_ns
+
+
+def _looked_at(file, known):
+    """The index's entry where the file's header is the one that it describes, else that of the file."""
+    with open(file, "rb") as raw:
+        if digest(raw.read(known["offset"])) == known["digest"]:
+            return known | {"mtime": os.fstat(raw.fileno()).st_mtime_ns}
+    return load_recording(file)
+
+
+def _write_index(root, recordings):
+    import checkpoint                   # here: torch takes a command a second
+    try:
+        checkpoint.write_json(root / INDEX, {"format": FORMAT, "recordings": recordings})
+    except OSError:
+        pass                            # a read-only folder: opening it just takes longer
 
 
 def _walk(root):
@@ -653,6 +752,8 @@ def _walk(root):
 def _read_index(path):
     try:
         content = json.loads(path.read_text())
-        return content["recordings"] if content["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        recordings = content["recordings"] if content["format"] == FORMAT else {}
+        whole = all(ENTRY <= entry.keys() for entry in recordings.values())
+        return recordings if whole else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -2,6 +2,7 @@
 name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,32 @@ def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tai
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(head + (body.tobytes() if "body" not in fields else fields["body"]) + tail)
     return path
+
+
+@dataclass
+class Held(data.Recording):
+    """A recording without a file: its samples, int16 (C, T), are in memory."""
+    memory: np.ndarray = None
+
+    def read_chunks(self, start, out):
+        piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
+        rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
+        rows[:, :piece.shape[1]] = piece
+        out[:] = rows.reshape(piece.shape[0], len(out), corpora.CHUNK).transpose(1, 0, 2)
+
+
+def prepare(path, montage="referential", **settings):
+    """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names file and
+    reason."""
+    source = corpora.Source(Path(path), Path(path).stem, "", Path(path).stem.split("_")[0], "", None)
+    settings = edf.Settings(montage, **settings)
+    try:
+        p, _, events = corpora.prepare_source(source, settings)
+    except edf.DataError as error:
+        raise edf.DataError(f"{path}: {error}") from None
+    return Held(str(path), source.name, source.patient, "", montage, edf.CHANNELS[montage], edf.FS,
+                p.eeg.shape[1], p.scale, p.norm, False, events, settings.hash, "; ".join(p.header.notes), p.rate,
+                memory=p.eeg)
 
 
 class Track:

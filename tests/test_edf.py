@@ -4,14 +4,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-import data
 import edf
-from conftest import NAMES, microvolts, write_edf
+from conftest import NAMES, microvolts, prepare, write_edf
 
 
 def refusal(path, montage="referential", **settings):
     with pytest.raises(edf.DataError) as error:
-        data.prepare(path, montage, **settings)
+        prepare(path, montage, **settings)
     text = str(error.value)
     assert str(path) in text and "\n" not in text, text
     return text
@@ -37,7 +36,7 @@ def test_microvolts_are_those_of_mne_and_pyedflib(tmp_path):
     x = mne.filter.filter_data(x, 256, 0.5, 120, l_trans_bandwidth=0.5, h_trans_bandwidth=0.5,
                                filter_length=1691,
                                fir_design="firwin", phase="zero", verbose="error")
-    ours = data.prepare(path, notch="0")
+    ours = prepare(path, notch="0")
     middle = slice(1000, -1000)
     assert np.corrcoef(microvolts(ours)[3, middle], x[3, middle])[0, 1] > 0.998
 
@@ -53,7 +52,7 @@ def test_any_rational_rate_keeps_times_and_amplitudes(tmp_path, rate, per_record
     n = records * per_record
     wave = 1000 * np.sin(2 * np.pi * 7 * np.arange(n) / float(rate))
     path = write_edf(tmp_path / "a.edf", records, per_record, eeg=np.tile(wave, (19, 1)), duration=duration)
-    r = data.prepare(path)
+    r = prepare(path)
     assert r.source_fs == float(rate) and abs(r.seconds - n / float(rate)) < 1 / 256
     t = np.arange(r.samples) / 256
     inside = slice(r.samples // 4, -r.samples // 4)
@@ -65,10 +64,10 @@ def test_the_filter_takes_out_offset_drift_and_mains_without_delay(tmp_path):
     wave = np.sin(2 * np.pi * 10 * t) * 500
     noise = 20000 + 3000 * np.sin(2 * np.pi * 0.05 * t) + sum(400 * np.sin(2 * np.pi * f * t)
                                                               for f in (50, 60, 100))
-    r = data.prepare(write_edf(tmp_path / "a.edf", 60, eeg=np.tile(wave + noise, (19, 1))))
+    r = prepare(write_edf(tmp_path / "a.edf", 60, eeg=np.tile(wave + noise, (19, 1))))
     inside = slice(8 * 256, -8 * 256)
     assert abs(microvolts(r)[0] - wave / 10)[inside].max() < 0.6
-    kept = data.prepare(tmp_path / "a.edf", notch="50")
+    kept = prepare(tmp_path / "a.edf", notch="50")
     spectrum = abs(np.fft.rfft(microvolts(kept)[0, inside])) / (inside.stop - inside.start + r.samples) * 2
     f = np.fft.rfftfreq(r.samples - 16 * 256, 1 / 256)
     assert spectrum[np.argmin(abs(f - 60))] > 39 and spectrum[np.argmin(abs(f - 50))] < 0.5
@@ -79,7 +78,7 @@ def test_rounding_error_is_below_the_amplifiers_step(tmp_path):
     eeg[2, 1000:1010] = 32767                           # an artefact over the whole range
     eeg[3] = eeg[3] / 20
     path = write_edf(tmp_path / "a.edf", 30, eeg=eeg)
-    r = data.prepare(path)
+    r = prepare(path)
     assert (r.scale / 2 <= 0.1).all()
     header = edf.read_header(path)
     records = np.memmap(path, "<i2", "r", header.offset, (30, 19 * 256))
@@ -109,14 +108,14 @@ def test_auxiliary_channels_are_not_electrodes():
 def test_channel_order_in_the_file_does_not_matter(tmp_path):
     eeg = np.random.default_rng(0).normal(0, 300, (19, 20 * 256))
     order = np.random.default_rng(1).permutation(19)
-    a = data.prepare(write_edf(tmp_path / "a.edf", eeg=eeg))
-    b = data.prepare(write_edf(tmp_path / "b.edf", eeg=eeg[order], labels=[NAMES[i] for i in order]))
+    a = prepare(write_edf(tmp_path / "a.edf", eeg=eeg))
+    b = prepare(write_edf(tmp_path / "b.edf", eeg=eeg[order], labels=[NAMES[i] for i in order]))
     np.testing.assert_array_equal(a.memory, b.memory)
 
 
 def test_bipolar_from_referential_is_the_difference(tmp_path):
     path = write_edf(tmp_path / "a.edf")
-    one, two = data.prepare(path), data.prepare(path, "bipolar")
+    one, two = prepare(path), prepare(path, "bipolar")
     x = microvolts(one)
     for row, name in zip(microvolts(two), two.channels):
         a, b = name.split("-")
@@ -133,10 +132,10 @@ def test_chb_channels_with_t8_p8_twice(tmp_path):
     labels = chb_labels()
     eeg = np.random.default_rng(0).normal(0, 300, (len(labels), 20 * 256))
     eeg[-1] = eeg[labels.index("T8-P8")]
-    same = data.prepare(write_edf(tmp_path / "a.edf", labels=labels, eeg=eeg), "bipolar")
+    same = prepare(write_edf(tmp_path / "a.edf", labels=labels, eeg=eeg), "bipolar")
     assert same.repaired == ""
     eeg[-1] += 50
-    other = data.prepare(write_edf(tmp_path / "b.edf", labels=labels, eeg=eeg), "bipolar")
+    other = prepare(write_edf(tmp_path / "b.edf", labels=labels, eeg=eeg), "bipolar")
     assert "stands twice" in other.repaired
     np.testing.assert_array_equal(same.memory, other.memory)
     assert "--montage bipolar" in refusal(tmp_path / "a.edf")
@@ -148,10 +147,10 @@ def test_missing_fz_and_pz_are_interpolated_like_mne_does_and_recorded(tmp_path)
     labels = [n for n in NAMES if n not in ("Fz", "Pz")]
     smooth = edf.positions(labels) @ np.random.default_rng(0).normal(0, 400, (3, 20 * 256))
     path = write_edf(tmp_path / "a.edf", labels=labels, eeg=smooth)
-    r = data.prepare(path)
+    r = prepare(path)
     assert "Fz is missing, interpolated" in r.repaired and "Pz is missing" in r.repaired
     smooth = edf.positions(NAMES) @ np.random.default_rng(0).normal(0, 400, (3, 20 * 256))
-    full = data.prepare(write_edf(tmp_path / "b.edf", eeg=smooth))
+    full = prepare(write_edf(tmp_path / "b.edf", eeg=smooth))
     for name in ("Fz", "Pz"):                            # a field linear over the head comes back
         a, b = (microvolts(x)[NAMES.index(name)] for x in (r, full))
         assert np.corrcoef(a, b)[0, 1] > 0.98 and 0.8 < a.std() / b.std() < 1.25
@@ -241,22 +240,22 @@ MENDED = {
 @pytest.mark.parametrize("kind", MENDED)
 def test_odd_but_clear_headers_are_read_rightly(tmp_path, kind):
     fields, note = MENDED[kind]
-    r, right = data.prepare(write_edf(tmp_path / "a.edf", **fields)), data.prepare(write_edf(tmp_path / "b.edf"))
+    r, right = prepare(write_edf(tmp_path / "a.edf", **fields)), prepare(write_edf(tmp_path / "b.edf"))
     np.testing.assert_allclose(microvolts(r), microvolts(right), rtol=2e-4, atol=0.02)
     if note is not None:
         assert note in r.repaired if note else r.repaired == ""
 
 
 def test_blank_unit_can_be_given(tmp_path):
-    r = data.prepare(write_edf(tmp_path / "a.edf", unit=""), blank_unit="uV")
-    np.testing.assert_array_equal(r.memory, data.prepare(write_edf(tmp_path / "b.edf")).memory)
-    assert r.prepared != data.prepare(tmp_path / "b.edf").prepared
+    r = prepare(write_edf(tmp_path / "a.edf", unit=""), blank_unit="uV")
+    np.testing.assert_array_equal(r.memory, prepare(write_edf(tmp_path / "b.edf")).memory)
+    assert r.prepared != prepare(tmp_path / "b.edf").prepared
 
 
 def test_negative_gain_turns_the_sign(tmp_path):
     eeg = np.random.default_rng(1).normal(0, 300, (19, 20 * 256))
-    a = data.prepare(write_edf(tmp_path / "a.edf", eeg=eeg, pmin="3276.8", pmax="-3276.7"))
-    b = data.prepare(write_edf(tmp_path / "b.edf", eeg=-eeg))
+    a = prepare(write_edf(tmp_path / "a.edf", eeg=eeg, pmin="3276.8", pmax="-3276.7"))
+    b = prepare(write_edf(tmp_path / "b.edf", eeg=-eeg))
     assert "negative gain" in a.repaired
     np.testing.assert_allclose(microvolts(a), microvolts(b), atol=0.2)
 
@@ -275,10 +274,10 @@ def test_mixed_rates_of_eeg_channels_are_refused_and_of_others_ignored(tmp_path)
     dull = np.zeros((21, 20 * 256))
     good = write_edf(tmp_path / "a.edf", labels=labels, eeg=dull, body=record.tobytes(), count={19: "1", 20: "1"},
                unit={19: "sec", 20: "%"}, pmin={19: "0"}, pmax={19: "0"})
-    r = data.prepare(good)
+    r = prepare(good)
     eeg = record[:, :19 * 256].reshape(20, 19, 256).transpose(1, 0, 2).reshape(19, -1)
     plain = write_edf(tmp_path / "b.edf", eeg=eeg)
-    np.testing.assert_array_equal(r.memory, data.prepare(plain).memory)
+    np.testing.assert_array_equal(r.memory, prepare(plain).memory)
     slow = np.random.default_rng(0).integers(-900, 900, (20, 18 * 256 + 128)).astype("<i2")
     assert "different rates: 128, 256" in refusal(write_edf(tmp_path / "c.edf", body=slow.tobytes(),
                                                       count={4: "128"}))
@@ -300,9 +299,9 @@ def test_gaps_are_refused_also_where_the_file_calls_itself_continuous(tmp_path):
         assert "gap of 10 s after 5 s" in refusal(plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], kind))
         assert "gap of 0.5 s" in refusal(plus(tmp_path / "b.edf", [0, 1.5, 2.5, 3.5], kind))
         assert "gap" in refusal(plus(tmp_path / "c.edf", [0, 1, 1, 2, 3], kind))
-    whole = data.prepare(plus(tmp_path / "d.edf", range(10)))
+    whole = prepare(plus(tmp_path / "d.edf", range(10)))
     assert "without a gap" in whole.repaired and whole.seconds == 10
-    assert data.prepare(plus(tmp_path / "e.edf", np.arange(10) + 0.25, "EDF+C")).repaired == ""
+    assert prepare(plus(tmp_path / "e.edf", np.arange(10) + 0.25, "EDF+C")).repaired == ""
     (tmp_path / "f.edf").write_bytes((tmp_path / "d.edf").read_bytes().replace(b"+3\x14", b"xx\x14"))
     assert "no onset" in refusal(tmp_path / "f.edf")
 
@@ -325,7 +324,7 @@ def test_the_hole_that_a_broken_copy_leaves_is_noted(tmp_path):
     """An amplifier may pause with zeros too, so it is read, but not in silence."""
     whole = write_edf(tmp_path / "a.edf").read_bytes()
     (tmp_path / "b.edf").write_bytes(whole[:5120 + 15 * 9728] + bytes(5 * 9728))
-    assert "nothing but zeros in 5 records, the first at 15 s" in data.prepare(tmp_path / "b.edf").repaired
+    assert "nothing but zeros in 5 records, the first at 15 s" in prepare(tmp_path / "b.edf").repaired
 
 
 def test_annotations_only_and_foreign_files_are_refused(tmp_path):
@@ -343,7 +342,7 @@ def test_random_damage_to_the_header_never_changes_samples_in_silence(tmp_path):
     """A byte of a field that the samples depend on, replaced: the file reads as before, is noted, or is
     refused."""
     whole = bytearray(write_edf(tmp_path / "a.edf", 3).read_bytes())
-    right = microvolts(data.prepare(tmp_path / "a.edf"))
+    right = microvolts(prepare(tmp_path / "a.edf"))
     rng = np.random.default_rng(0)
     places = [*range(0, 8), *range(184, 256)] + [256 + 19 * 16 + 19 * 80 + i for i in range(19 * 40)]
     wrong = []
@@ -352,7 +351,7 @@ def test_random_damage_to_the_header_never_changes_samples_in_silence(tmp_path):
         copy[place] = rng.choice(list(b" ,x-9Z\xff\0"))
         (tmp_path / "b.edf").write_bytes(copy)
         try:
-            r = data.prepare(tmp_path / "b.edf")
+            r = prepare(tmp_path / "b.edf")
         except edf.DataError:
             continue
         x = microvolts(r)
@@ -365,18 +364,18 @@ def test_random_damage_to_the_header_never_changes_samples_in_silence(tmp_path):
 
 def test_the_shared_odd_files_are_read_like_the_good_one_or_refused(shared):
     folder = shared / "eeg" / "odd"
-    right = microvolts(data.prepare(folder / "00_ok.edf"))
+    right = microvolts(prepare(folder / "00_ok.edf"))
     refused = ("01", "02", "03", "06", "09", "11", "13", "15", "18", "19", "21", "37", "38")
     differs = ("20", "28", "30", "32", "33", "35")       # other channels, rates or lengths
     for path in sorted(folder.glob("*.edf")):
         if path.name[:2] in refused:
             refusal(path)
             continue
-        x = microvolts(data.prepare(path))
+        x = microvolts(prepare(path))
         if path.name[:2] not in differs:
             np.testing.assert_allclose(x, right, atol=0.1, err_msg=path.name)
-    assert abs(microvolts(data.prepare(folder / "35_512Hz.edf")) - right)[:, 2000:-2000].mean() < 1
+    assert abs(microvolts(prepare(folder / "35_512Hz.edf")) - right)[:, 2000:-2000].mean() < 1
     kept = [i for i, n in enumerate(NAMES) if n not in ("Fz", "Pz")]
-    np.testing.assert_allclose(microvolts(data.prepare(folder / "20_missing_Fz_Pz.edf"))[kept], right[kept],
+    np.testing.assert_allclose(microvolts(prepare(folder / "20_missing_Fz_Pz.edf"))[kept], right[kept],
                                atol=0.1)
-    assert data.prepare(folder / "37_bipolar_CHB_names_T8-P8_twice.edf", "bipolar").repaired == ""
+    assert prepare(folder / "37_bipolar_CHB_names_T8-P8_twice.edf", "bipolar").repaired == ""
