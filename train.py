@@ -9,7 +9,7 @@ resume from.
 --resume takes the furthest good checkpoint, or starts fresh and says so; --resume FILE goes back to
 FILE and makes it the line that later resumes follow; --fresh moves the old run aside. Exit codes: 0
 finished, 2 refused, 75 time limit reached and saved, 128+N stopped by signal N and saved, 1
-anything else. Config keys and their units: config.py.
+anything else. Every key of a configuration stands at the end of this help.
 """
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ import edf
 import evaluate
 import model
 import synth
-from config import Refused, compare, load as load_config
+from config import Refused, compare, describe, load as load_config
 
 MAX_NONFINITE = 50                      # steps in a row
 
@@ -1050,14 +1050,16 @@ def tell_stopped(number, say):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, epilog=describe(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--resume", nargs="?", const="true", default="false",
                         metavar="true|false|CHECKPOINT")
     parser.add_argument("--fresh", action="store_true",
                         help="move an existing run aside and start over")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
+                        help="one key over the file's value, which is YAML; may be repeated: "
+                             "--set training.batch_size=4 --set 'data.dev_patients=[chb01, chb02]'")
     args = parser.parse_args(argv)
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     try:

@@ -569,32 +569,9 @@ def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, me
     assert not (tmp_path / "t").exists()
 
 
-def test_every_number_of_the_configuration_has_limits_and_nan_and_infinity_are_beyond_them(corpus, tmp_path):
-    path = loaded(corpus, tmp_path) and str(tmp_path / "config.yaml")
-    numbers = {key: value for key, value in config.flat(config.DEFAULTS) if type(value) in (int, float)}
-    assert {key for key in numbers if not key.startswith(("model.", "evaluation."))} == set(config.LIMITS)
-    for key, value in numbers.items():
-        for wrong in ("-1",) if type(value) is int else (".nan", ".inf", "-1"):
-            with pytest.raises(train.Refused, match=key.split(".")[-1]):
-                train.load_config(path, [f"{key}={wrong}"])
-
-
 def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path):
     done = subprocess.run([*PYTHON, "--config", str(tmp_path / "no.yaml"), "--resume"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == f"train.py: config {tmp_path / 'no.yaml'}: No such file or directory"
-
-
-@pytest.mark.parametrize("content, message", [
-    (b"\xff\xfe\x00\x01", "not YAML"),
-    (b"training: [1, 2", "not YAML"),
-    (b"- 1", "the file must hold key: value pairs"),
-    (b"training:\n", "training must hold key: value pairs, not None"),
-])
-def test_a_configuration_that_cannot_be_read_gets_one_line(tmp_path, content, message, capsys):
-    (tmp_path / "config.yaml").write_bytes(content)
-    assert train.main(["--config", str(tmp_path / "config.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1, error
 
 
 def test_the_real_configuration_without_its_data_says_how_to_import_it(tmp_path):
