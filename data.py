@@ -40,6 +40,7 @@ from edf import CHANNELS, FS, NOTCH, DataError
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers
+SLOW = 0.05                             # share of a step's time; beyond it waiting for data is worth a word
 
 
 class ReadFailed(DataError):
@@ -353,6 +354,7 @@ class Loader:
         self.buffers, self.readers = buffers, readers
         self.waited = self.reading = self.lasted = 0.0
         self.read = 0
+        self.said = 0.0, 0.0            # waited and lasted at the last share()
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
         self.mirror = torch.from_numpy(mirror(windows.recordings[0].channels)).to(self.device)
@@ -445,11 +447,17 @@ class Loader:
         self.read += len(fills)
         return now
 
-    def advice(self):
-        """What to do where the training waits for data: one line."""
+    def share(self):
+        """Share of the time since the last call that the consumer waited for batches."""
+        waited, lasted = self.waited - self.said[0], self.lasted - self.said[1]
+        self.said = self.waited, self.lasted
+        return waited / lasted if lasted else 0.0
+
+    def advice(self, share):
+        """What to do where training waits for data for `share` of the time: one line."""
         folder = os.path.dirname(self.windows.recordings[0].path)
         cost = 1e3 * self.reading / max(1, self.read)
-        return (f"training waits for data: a window takes {cost:.1f} ms to read from {folder} "
+        return (f"training waited for data {100 * share:.0f} % of the time: a window takes {cost:.1f} ms to read from {folder} "
                 f"({file_system(folder)}), {self.readers} at a time; raise data.readers, or set data.copy_to to a "
                 "folder on a local disk")
 
