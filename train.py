@@ -728,8 +728,10 @@ class Signals:
     WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     APART = 1.0                         # seconds
 
-    def __enter__(self):
+    def __init__(self):
         self.number, self.came, self.before = 0, 0.0, {}
+
+    def __enter__(self):
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in self.WATCHED:
@@ -746,7 +748,7 @@ class Signals:
             with contextlib.suppress(OSError):      # after SIGHUP the terminal may be gone
                 os.write(2, line.encode())
         elif now - self.came >= self.APART:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.before[number])
             os.kill(os.getpid(), number)
 
     def __exit__(self, *exception):
@@ -775,11 +777,12 @@ class Console:
 
 # ---- one run, from the command line to the exit code ----
 
-def run(config, resume="false", fresh=False, on_saved=None):
+def run(config, resume="false", fresh=False, on_saved=None, signals=None):
     """Train `config` to its end or to the next interruption; returns the exit code. Raises Refused.
 
     resume: "true", "false" or a checkpoint's path. on_saved(path) runs in the writer thread after
-    each durable save."""
+    each durable save. signals: a Signals of the caller's, who then sees what came. They are watched
+    from the moment that something is at stake; before it, SIGINT raises at once."""
     began, limit = time.monotonic(), config["training"]["time_limit_hours"]
     deadline = began + 3600 * limit if limit else math.inf
     expect_data(config)
@@ -787,7 +790,7 @@ def run(config, resume="false", fresh=False, on_saved=None):
     directory, say = run_directory(config), Log(rank == 0)
     who = f"process {rank} of {size}," if size > 1 else ""
     watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who)
-    with watch, Group(config["training"]["device"], watch) as group, Signals() as signals:
+    with watch, Group(config["training"]["device"], watch) as group:
         prepare_torch(config, group)
         with watch.during("opening or making the recordings"):
             recordings = group.from_main(lambda: open_recordings(config, watch, say))
@@ -800,22 +803,23 @@ def run(config, resume="false", fresh=False, on_saved=None):
             home = Home(config, split.fingerprint, resume, fresh, on_saved, watch, say)
             return home.state, home.position, home.chosen
 
-        try:
-            with watch.during("opening the run directory"):
-                state, position, chosen = group.from_main(enter)
-            say.keep(directory / "log.txt")
-            trainer = Trainer(config, group, split, net, home, signals, deadline, watch, say)
-            watch.facts = trainer.stands
-            if state:
-                trainer.unpack(state, position)
-            if chosen:
-                trainer.hold_line()
-            if home:
-                home.begin()
-            return fit_and_tell(trainer)
-        finally:
-            if home:
-                home.close()
+        with signals or Signals() as signals:
+            try:
+                with watch.during("opening the run directory"):
+                    state, position, chosen = group.from_main(enter)
+                say.keep(directory / "log.txt")
+                trainer = Trainer(config, group, split, net, home, signals, deadline, watch, say)
+                watch.facts = trainer.stands
+                if state:
+                    trainer.unpack(state, position)
+                if chosen:
+                    trainer.hold_line()
+                if home:
+                    home.begin()
+                return fit_and_tell(trainer)
+            finally:
+                if home:
+                    home.close()
 
 
 def fit_and_tell(trainer):
