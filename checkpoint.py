@@ -45,6 +45,7 @@ import os
 import pickle
 import re
 import socket
+import stat
 import struct
 import sys
 import time
@@ -58,7 +59,8 @@ from pathlib import Path
 import torch
 
 NAME = re.compile(r"mid_epoch_(\d+)_(\d+)\.pt|checkpoint_epoch_(\d+)\.pt|last\.pt")     # what a resume may take
-TEMP = re.compile(r"\..+\.(\d+)\.\d+\.tmp")         # .NAME.PID.SERIAL.tmp
+TEMP = re.compile(r"\..+\.(\d+)(?:@([\w-]+))?\.\d+\.tmp")     # .NAME.PID@HOST.SERIAL.tmp
+ABANDONED = 3600.0              # seconds after which a temp of another host counts as dead
 PROGRESS = ("epoch", "batch", "global_step", "save_counter")
 PAGE, CHUNK = 4096, 32 << 20    # alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
 MTBF_HOURS = 24.0               # assumed mean time between failures for the Young/Daly advice: one Modal time limit
@@ -78,256 +80,615 @@ class SaveFailed(OSError):
     """Three saves in a row failed: going on would risk ever more work."""
 
 
-# ---- the file: a stored zip laid out by hand, so that a snapshot is one memcpy and every byte is accounted for ----
+# ---- the file: a stored zip laid out by hand: a snapshot is one memcpy, every byte accounted for ----
 
-_STORAGE = {torch.float32: torch.FloatStorage, torch.float64: torch.DoubleStorage, torch.float16: torch.HalfStorage,
-            torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
-            torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
-            torch.bool: torch.BoolStorage, torch.complex64: torch.ComplexFloatStorage,
-            torch.complex128: torch.ComplexDoubleStorage}
+_STORAGE = {
+    torch.float32: torch.FloatStorage,
+    torch.float64: torch.DoubleStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+    torch.complex64: torch.ComplexFloatStorage,
+    torch.complex128: torch.ComplexDoubleStorage}
 
+# dtypes without a storage class of their own: their records are plain bytes
+_UNTYPED = ("uint16", "uint32", "uint64", "complex32", "float8_e5m2", "float8_e4m3fn",
+            "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+            "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2")
+_DTYPES = {*_STORAGE, *(getattr(torch, name) for name in _UNTYPED if hasattr(torch, name))}
 
-_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+_PLAIN = {type(None), bool, int, float, complex, str, bytes,
+          torch.dtype, torch.device, torch.Size}
 
-
-class _Slot:
-    """Stands for one tensor in the frozen state: its record number, dtype and shape."""
-
-    __slots__ = ("key", "dtype", "shape", "numel", "nbytes")
-
-    def __init__(self, key, tensor):
-        self.key, self.dtype, self.shape = str(key), tensor.dtype, tuple(tensor.shape)
-        self.numel, self.nbytes = tensor.numel(), tensor.nbytes
-
-    def reduce(self):
-        strides = tuple(itertools.accumulate(reversed(self.shape[1:]), int.__mul__, initial=1))[::-1] if self.shape else ()
-        head = (_Record(self), 0, self.shape, strides, False, OrderedDict())
-        if self.dtype in _STORAGE:
-            return torch._utils._rebuild_tensor_v2, head
-        return torch._utils._rebuild_tensor_v3, head + (self.dtype,)        # uint16, float8 ...: untyped storage
+# what `weights_only` reads back at most: (how it is measured, the most, in words)
+_LIMITS = {
+    int: (int.bit_length, 2039, "an int of more than 2039 bits"),
+    str: (len, 1 << 28, "a string of more than 268 million characters"),
+    bytes: (lambda raw: len(raw) or math.inf, 1 << 28, "empty, or more than 268 million, bytes"),
+    torch.dtype: (lambda dtype: dtype not in _DTYPES, False, "a dtype")}
 
 
 class _Record:
+    """The bytes of one tensor in the file, or of several whose memory overlaps."""
+
+    def __init__(self, number, dtype, device):
+        self.number = number
+        self.dtype = dtype                  # None: views of several dtypes share the bytes
+        self.device = device
+        self.nbytes = 0
+
+    def identity(self):
+        """torch.save's name of a storage: what its unpickler is to read, from where, how much."""
+        if self.dtype in _STORAGE:
+            size = self.nbytes // self.dtype.itemsize
+            return "storage", _STORAGE[self.dtype], str(self.number), "cpu", size
+        return "storage", torch.UntypedStorage, str(self.number), "cpu", self.nbytes
+
+
+class _Slot:
+    """Stands for one tensor in the frozen state: from which byte of which record, seen how."""
+
+    __slots__ = ("tensor", "device", "place", "end", "numel", "span", "record", "offset",
+                 "dtype", "shape", "strides", "grad", "parameter", "bits")
+
+    def __init__(self, tensor):
+        self.tensor = tensor                # until its memory is copied
+        self.device = tensor.device
+        self.place = tensor.data_ptr()
+        self.dtype = tensor.dtype
+        self.shape = tuple(tensor.shape)
+        self.strides = tensor.stride()
+        self.numel = tensor.numel()
+        self.grad = tensor.requires_grad
+        self.parameter = type(tensor) is torch.nn.Parameter
+        self.bits = None                    # conjugated or negated as it is read
+        if tensor.is_conj() or tensor.is_neg():
+            self.bits = torch._utils.get_tensor_metadata(tensor)
+        # elements of memory from the first one shown to the last
+        self.span = self.numel
+        if self.numel and not tensor.is_contiguous():
+            self.span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides))
+        self.end = self.place + self.span * self.dtype.itemsize
+
+    @property
+    def view(self):
+        return self.place, self.dtype, self.shape, self.strides, str(self.bits)
+
+    def reduce(self):
+        """As torch.save pickles a Parameter or a tensor."""
+        if self.parameter:
+            data = _Data(self)
+            return torch._utils._rebuild_parameter, (data, self.grad, OrderedDict())
+        return self.rebuilt(self.grad)
+
+    def rebuilt(self, grad):
+        start = self.offset // self.dtype.itemsize
+        facts = (_Bytes(self.record), start, self.shape, self.strides, grad, OrderedDict())
+        bits = (self.bits,) if self.bits else ()
+        if self.record.dtype in _STORAGE:
+            return torch._utils._rebuild_tensor_v2, facts + bits
+        return torch._utils._rebuild_tensor_v3, facts + (self.dtype,) + bits
+
+
+class _Data:
+    """The tensor under a Parameter."""
+
     def __init__(self, slot):
         self.slot = slot
 
+    def reduce(self):
+        return self.slot.rebuilt(False)
+
+
+class _Bytes:
+    """A record where it is mentioned in the pickle."""
+
+    def __init__(self, record):
+        self.record = record
+
 
 class _Pickler(pickle.Pickler):
-    """torch.save's own pickle format (persistent ids name the storages), with slots in place of tensors."""
+    """torch.save's pickle format (persistent ids name the storages), slots in place of tensors."""
 
-    dispatch_table = {_Slot: _Slot.reduce}
+    dispatch_table = {_Slot: _Slot.reduce, _Data: _Data.reduce}
 
     def persistent_id(self, obj):
-        if type(obj) is _Record:
-            slot = obj.slot
-            typed = slot.dtype in _STORAGE
-            kind = _STORAGE[slot.dtype] if typed else torch.UntypedStorage
-            return "storage", kind, slot.key, "cpu", slot.numel if typed else slot.nbytes
+        if type(obj) is _Bytes:
+            return obj.record.identity()
         return None
 
 
 class _Frozen:
-    """A copy of the state's containers (`tree`) with a slot for every tensor, and the tensors in order of their slots.
+    """A copy of the state's containers (`tree`) with a slot for every tensor, and what to copy.
 
-    Views keep only the elements they show, tied tensors stay tied, NumPy scalars become Python numbers. Raises TypeError,
-    naming the key, for anything `weights_only=True` would refuse: a file that cannot be loaded must never be written."""
+    records   in the order in which the state names them
+    copies    [(tensor, record, offset, dtype, shape)]: these elements go there, contiguous
+
+    Tensors keep strides, requires_grad, being a Parameter, and ties: those whose memory overlaps
+    share a record, and what is one object stays one. A view with gaps that overlaps no other keeps
+    only the elements it shows. NumPy scalars become Python numbers, NumPy arrays tensors; hooks
+    and attributes set on a tensor are not kept. Raises TypeError, naming the key, for anything
+    that `weights_only=True` would refuse: a file that cannot be loaded must never be written."""
 
     def __init__(self, state):
-        self.slots, self.tensors, self.seen = [], [], {}
-        self.tree = self._inside("state", state)
+        self.slots = []
+        self.memo = {}                      # id of a container or tensor -> its copy or slot
+        if type(state) not in (dict, OrderedDict):
+            raise TypeError(f"a state must be a dict, not {type(state).__qualname__}")
+        try:
+            self.tree = self._inside("state", state)
+        except RecursionError:
+            raise TypeError("['state'] is nested too deep") from None
+        self.records, self.copies = _grouped(self.slots)
 
     def _inside(self, key, value):
         try:
             return self._walk(value)
-        except (TypeError, ValueError) as error:            # the path to the culprit grows on the way out, at no cost before
+        except (TypeError, ValueError) as error:
+            # the path to the culprit grows on the way out, at no cost before
             raise TypeError(f"[{key!r}]{error}") from None
 
     def _walk(self, value):
         kind = type(value)
         if kind in _PLAIN:
-            return value
-        if isinstance(value, torch.Tensor):
-            return self._slot(value)
-        if isinstance(value, dict):
-            copy = OrderedDict() if isinstance(value, OrderedDict) else {}
-            for key, item in value.items():
-                copy[key if type(key) in _PLAIN else self._walk(key)] = self._inside(key, item)
-            if isinstance(value, OrderedDict):
-                vars(copy).update(self._walk(vars(value)))                  # a state_dict's _metadata: module versions
-            return copy
-        if kind in (list, tuple, set):
-            return kind(self._inside(i, item) for i, item in enumerate(value))
-        if kind.__module__ == "numpy":
-            return self._walk(value.item() if value.ndim == 0 else torch.as_tensor(value.copy()))
-        raise TypeError(f" is a {kind.__module__}.{kind.__qualname__}: weights_only loading would refuse it; "
-                        f"store plain numbers, strings, lists, dicts or tensors")
+            return _bounded(kind, value)
+        if id(value) not in self.memo:
+            self.memo[id(value)] = self._copy(kind, value)
+        return self.memo[id(value)]
 
-    def _slot(self, value):
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise TypeError(f": only dense tensors can be saved, not {value.layout} on {value.device}")
-        place = value.data_ptr()
-        twin = self.seen.get(place)
-        if twin and value.numel() and _same_view(value, self.tensors[int(twin.key)]):
-            return twin
-        slot = self.seen[place] = _Slot(len(self.slots), value)
+    def _copy(self, kind, value):
+        if isinstance(value, torch.Tensor):
+            return self._slot(kind, value)
+        if kind is dict or kind is OrderedDict:
+            return self._dict(kind, value)
+        if kind in (list, tuple, set):
+            if _all_plain(value):
+                return kind(value)
+            if kind is not list:
+                return kind(self._inside(i, item) for i, item in enumerate(value))
+            copy = self.memo[id(value)] = []                                # it may hold itself
+            copy.extend(self._inside(i, item) for i, item in enumerate(value))
+            return copy
+        if kind.__module__ == "numpy" and hasattr(value, "ndim"):
+            return self._numpy(value)
+        raise TypeError(f" is a {kind.__module__}.{kind.__qualname__}: weights_only loading would "
+                        f"refuse it; store plain numbers, strings, lists, dicts or tensors")
+
+    def _dict(self, kind, value):
+        copy = self.memo[id(value)] = kind()
+        for key, item in value.items():
+            if type(key) not in _PLAIN or type(key) in _LIMITS:
+                key = self._inside(key, key)
+            copy[key] = self._inside(key, item)
+        if kind is OrderedDict:
+            vars(copy).update(self._walk(vars(value)))      # a state_dict's _metadata: versions
+        return copy
+
+    def _numpy(self, value):
+        if value.ndim:
+            # a copy of its own: negative strides and read-only memory are nothing for torch
+            return self._slot(torch.Tensor, torch.as_tensor(value.copy(), device="cpu"))
+        number = value.item()
+        if type(number) not in _PLAIN or value.dtype.kind in "mM":          # times become ints
+            raise TypeError(f" is a NumPy {value.dtype}, which no Python number holds")
+        return _bounded(type(number), number)
+
+    def _slot(self, kind, value):
+        if kind not in (torch.Tensor, torch.nn.Parameter):
+            advice = "store .as_subclass(torch.Tensor)"
+            if hasattr(value, "full_tensor"):
+                # its parts lie in several processes: only the caller knows when all are here
+                advice = "store .full_tensor(), called in every process at once"
+            raise TypeError(f" is a tensor of type {kind.__module__}.{kind.__qualname__}: {advice}")
+        plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+        if not plain or value.is_meta:
+            raise TypeError(f": only dense tensors can be saved, not {value.layout} "
+                            f"on {value.device}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(f" is a tensor of {value.dtype}, which weights_only does not read back")
+        try:
+            slot = _Slot(value)
+        except RuntimeError as error:       # a tensor inside vmap or grad
+            raise TypeError(f" has no memory of its own: {error}") from None
+        if slot.span and not slot.place:
+            raise TypeError(" has no memory: its storage was freed")
         self.slots.append(slot)
-        self.tensors.append(value.detach())
         return slot
 
 
-def _same_view(a, b):
-    facts = lambda t: (t.dtype, t.shape, t.stride(), t.device, t.is_conj(), t.is_neg())
-    return facts(a) == facts(b)
+def _bounded(kind, value):
+    if kind in _LIMITS:
+        measure, most, words = _LIMITS[kind]
+        if measure(value) > most:
+            raise TypeError(f" is {words}, which weights_only loading does not read back")
+    return value
+
+
+def _all_plain(items):
+    """Whether all are plain values of one type: millions of numbers are judged in one pass."""
+    kinds = set(map(type, items))
+    if len(kinds) != 1 or not kinds <= _PLAIN:
+        return False
+    kind, = kinds
+    if kind not in _LIMITS:
+        return True
+    measure, most, _ = _LIMITS[kind]
+    return max(map(measure, items)) <= most
+
+
+def _grouped(slots):
+    """Give every slot its record, offset and strides; returns (records, copies) as in _Frozen."""
+    # the same state gives the same bytes wherever it lies: records are numbered as it names them
+    number = {slot: i for i, slot in enumerate(slots)}
+    groups = [sorted(group, key=number.get) for group in _overlapping(slots)]
+    groups.sort(key=lambda group: number[group[0]])
+    records, copies = [], []
+    for group in groups:
+        first = group[0]
+        alike = len(group) == 1 or len({slot.view for slot in group}) == 1
+        dtypes = {slot.dtype for slot in group}
+        record = _Record(len(records), first.dtype if len(dtypes) == 1 else None, first.device)
+        records.append(record)
+        if alike and (first.span > first.numel or first.tensor.is_contiguous()):
+            copies += _alone(group, record)
+        else:
+            copies += _together(group, record)
+    return records, copies
+
+
+def _overlapping(slots):
+    """Lists of slots whose stretches of memory overlap, most of them of one."""
+    def place(slot):
+        return slot.device.type, slot.device.index or 0, slot.place
+    group, end, where = None, 0, None
+    for slot in sorted(slots, key=place):
+        if slot.span and slot.place < end and slot.device == where:
+            group.append(slot)
+            end = max(end, slot.end)
+            continue
+        if group:
+            yield group
+        group, end, where = [slot], slot.end, slot.device
+    if group:
+        yield group
+
+
+def _alone(group, record):
+    """The elements shown, one after the other; a view with gaps has other strides from here on."""
+    first = group[0]
+    record.nbytes = first.numel * first.dtype.itemsize
+    for slot in group:
+        slot.record, slot.offset = record, 0
+        if slot.span > slot.numel:
+            sizes = reversed(slot.shape[1:])
+            slot.strides = tuple(itertools.accumulate(sizes, int.__mul__, initial=1))[::-1]
+    return [(_raw(first), record, 0, first.dtype, first.shape)]
+
+
+def _together(group, record):
+    """The whole stretch of memory that the views of a group lie in, as it is."""
+    start = min(slot.place for slot in group)
+    if record.dtype is None:
+        start -= start % 16                 # offsets count in elements of each dtype
+    copies, covered = [], start
+    for slot in sorted(group, key=lambda slot: (slot.place, -slot.end)):
+        slot.record, slot.offset = record, slot.place - start
+        if slot.offset % slot.dtype.itemsize:
+            raise TypeError(f"['state'] holds overlapping tensors of {slot.dtype} that do not "
+                            f"begin at the same multiple of its size: store a clone of one")
+        if slot.end > covered:
+            flat = _raw(slot).as_strided((slot.span,), (1,))
+            copies.append((flat, record, slot.offset, slot.dtype, (slot.span,)))
+            covered = slot.end
+    record.nbytes = covered - start
+    return copies
+
+
+def _raw(slot):
+    """The tensor as its memory holds it, neither conjugated nor negated on the way out."""
+    tensor = slot.tensor
+    if slot.bits is None:
+        return tensor
+    if tensor.is_conj():
+        tensor = tensor.conj()
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
 
 def _local(name, size, crc, offset):
-    """Local zip header for a stored record at `offset`; padded so that its data begins at a multiple of 64."""
-    big = struct.pack("<HHQQ", 1, 16, size, size) if size >= 0xFFFFFFFF else b""
+    """Local zip header for a stored record at `offset`, padded: its data begin at a multiple of 64."""
+    big = b""
+    if size >= 0xFFFFFFFF:
+        big = struct.pack("<HHQQ", 1, 16, size, size)
     pad = -(offset + 30 + len(name) + len(big) + 4) % 64
-    extra = big + struct.pack("<HH", 0x4246, pad) + b"Z" * pad              # 'FB', torch's own padding tag
+    extra = big + struct.pack("<HH", 0x4246, pad) + b"Z" * pad              # 'FB', torch's own tag
+    version = 45 if big else 20
     small = min(size, 0xFFFFFFFF)
-    return struct.pack("<4s5H3L2H", b"PK\3\4", 45 if big else 20, 0x800, 0, 0, 0x21, crc, small, small,
-                       len(name), len(extra)) + name + extra
+    fixed = struct.pack("<4s5H3L2H", b"PK\3\4", version, 0x800, 0, 0, 0x21, crc, small, small,
+                        len(name), len(extra))
+    return fixed + name + extra
 
 
 def _directory(records, offset):
-    """Central directory and end records for [(name, size, crc, header offset)], beginning at `offset`."""
+    """Central directory and end records, from `offset` on, of [(name, size, crc, header offset)]."""
     out = io.BytesIO()
     for name, size, crc, at in records:
-        big = struct.pack("<HH3Q", 1, 24, size, size, at) if max(size, at) >= 0xFFFFFFFF else b""
-        small, short = (0xFFFFFFFF, 0xFFFFFFFF) if big else (size, at)
-        out.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", 45 if big else 20, 45 if big else 20, 0x800, 0, 0, 0x21, crc,
-                              small, small, len(name), len(big), 0, 0, 0, 0, short) + name + big)
+        big, version, small, short = b"", 20, size, at
+        if max(size, at) >= 0xFFFFFFFF:
+            big = struct.pack("<HH3Q", 1, 24, size, size, at)
+            version, small, short = 45, 0xFFFFFFFF, 0xFFFFFFFF
+        out.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", version, version, 0x800, 0, 0, 0x21, crc,
+                              small, small, len(name), len(big), 0, 0, 0, 0, short))
+        out.write(name + big)
     size, count = out.tell(), len(records)
     if offset + size >= 0xFFFFFFFF or count >= 0xFFFF:
         out.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, offset))
         out.write(struct.pack("<4sLQL", b"PK\6\7", 0, offset + size, 1))
-    return out.getvalue() + struct.pack("<4s4H2L", b"PK\5\6", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF),
-                                        min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF))
+    few = min(count, 0xFFFF)
+    out.write(struct.pack("<4s4H2L", b"PK\5\6", 0, 0, few, few,
+                          min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF)))
+    return out.getvalue()
 
 
 class _Image:
-    """One checkpoint file in memory, tensors already at their final offsets in a preallocated, page-aligned buffer.
+    """One checkpoint file in memory, tensors already at their final offsets in a kept buffer.
 
-    `fill` is the only thing training waits for. With CUDA tensors it clones them on the GPU in stream order (so the next
-    optimizer step may change them at once) and sends the clone to pinned memory from a side stream."""
+    `fill` is the only thing training waits for. CUDA tensors are cloned on the GPU in stream order
+    (the next optimizer step may change them at once); the clone goes to pinned memory from a side
+    stream. The buffer begins at a page, as direct writes need it."""
 
-    def __init__(self):
-        self.buffer, self.layout, self.staging, self.copied = None, None, None, None
+    def __init__(self, say=print):
+        self.say = say
+        self.said = set()
+        self.buffer = None
+        self.staging = None
+        self.layout = None                  # of what the buffer is laid out for
+        self.copied = None                  # the event that ends the copy from the GPU
+        self.sound = set()                  # names of weights that were finite once
+        self.masks = set()                  # names of tensors that held infinities from the start
 
     def fill(self, state):
-        frozen = _Frozen(state)
-        self.tree, self.slots, tensors = frozen.tree, frozen.slots, frozen.tensors
-        layout = [(s.dtype, s.shape, t.device) for s, t in zip(self.slots, tensors)]
-        if layout != self.layout:
-            self._place(layout, tensors)
-        on_gpu, on_cpu = [t for t in tensors if t.is_cuda], [t for t in tensors if not t.is_cuda]
-        if on_gpu:
-            self._fill_from_gpu(on_gpu)
-        if on_cpu:
-            torch._foreach_copy_(self.views, on_cpu)
+        """Copy the state's values of this moment. TypeError for what could not be loaded again."""
+        # a save that failed before it waited for its copy must not have the next one overtake it
+        self._await_copy()
+        # what is allocated here is used outside of the caller's inference_mode too
+        with torch.inference_mode(False), torch.no_grad():
+            frozen = _Frozen(state)
+            self.tree = frozen.tree
+            self.records = frozen.records
+            sizes = [(record.nbytes, record.device) for record in self.records]
+            copies = [(r.number, offset, dtype, shape) for _, r, offset, dtype, shape in frozen.copies]
+            if self.layout != (sizes, copies):
+                self._place(sizes, copies)
+            on_gpu, on_cpu = [], []
+            for tensor, *_ in frozen.copies:
+                (on_gpu if tensor.is_cuda else on_cpu).append(tensor)
+            if on_gpu:
+                self._fill_from_gpu(on_gpu)
+            if on_cpu:
+                torch._foreach_copy_(self.views, on_cpu)
+        for slot in frozen.slots:
+            slot.tensor = None              # the caller's memory is the caller's again
         return self
 
-    def _place(self, layout, tensors):
-        """Offsets for every record, CUDA tensors first (they arrive as one block), and typed views at those offsets."""
-        self.order = sorted(range(len(tensors)), key=lambda i: not tensors[i].is_cuda)
+    def _place(self, sizes, copies):
+        """Offsets for every record, CUDA tensors first: they arrive as one block."""
+        self.layout = None                  # until all of it is there: memory may run out below
+        gpu = [record.number for record in self.records if record.device.type == "cuda"]
+        rest = [record.number for record in self.records if record.device.type != "cuda"]
+        self.order = gpu + rest
         self.at, end, self.gpu_end = {}, 0, 0
-        for i in self.order:
-            header = _local(f"archive/data/{i}".encode(), self.slots[i].nbytes, 0, end)
-            self.at[i] = (end, end + len(header))
-            end += len(header) + self.slots[i].nbytes
-            self.gpu_end = end if tensors[i].is_cuda else self.gpu_end
+        for number in self.order:
+            nbytes = self.records[number].nbytes
+            header = len(_local(_data_name(number), nbytes, 0, end))
+            self.at[number] = end, end + header
+            end += header + nbytes
+            if number in gpu[-1:]:
+                self.gpu_end = end
         self.end = end
+        self.views = self.clones = self.staging = None                      # free before taking more
         if self.buffer is None or self.buffer.numel() < end:
-            room = torch.empty(end + end // 16 + PAGE, dtype=torch.uint8, pin_memory=self.gpu_end > 0)
+            self.buffer = None
+            room = self._room(end + end // 16 + PAGE)
             self.buffer = room[-room.data_ptr() % PAGE:]
-        self.views = self._views(self.buffer, [i for i, t in enumerate(tensors) if not t.is_cuda])
-        if self.gpu_end:
-            device = next(t.device for t in tensors if t.is_cuda)
-            self.staging = torch.empty(self.gpu_end, dtype=torch.uint8, device=device)
-            self.clones = self._views(self.staging, [i for i, t in enumerate(tensors) if t.is_cuda])
-            self.side = torch.cuda.Stream(device)
-        self.layout = layout
+        for record in self.records:
+            if record.dtype is None:        # it may begin with bytes that no tensor shows
+                at = self.at[record.number][1]
+                self.buffer[at:at + record.nbytes].zero_()
+        on_gpu = set(gpu)
+        self.views = self._views(self.buffer, [c for c in copies if c[0] not in on_gpu])
+        if gpu:
+            self._stage(self.records[gpu[0]].device, [c for c in copies if c[0] in on_gpu])
+        self.layout = sizes, copies
 
-    def _views(self, buffer, indices):
-        spans = [(self.at[i][1], self.slots[i]) for i in indices]
-        return [buffer[at:at + s.nbytes].view(s.dtype).view(s.shape) for at, s in spans]
+    def _room(self, size):
+        """Memory on the CPU, page-locked where a GPU is to write into it."""
+        if self.gpu_end:
+            try:
+                return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+            except RuntimeError as error:   # WSL2 and small limits of locked memory
+                self._say_once(f"no page-locked memory ({str(error).splitlines()[0]}): "
+                               f"copies from the GPU take longer")
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+    def _stage(self, device, copies):
+        """Room on the GPU for the clone; without it training waits for the copy to the CPU."""
+        self.side = torch.cuda.Stream(device)
+        try:
+            self.staging = torch.empty(self.gpu_end, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            self._say_once(f"no {self.gpu_end / 1e6:.0f} MB free on the GPU for a clone of the state: "
+                           f"training waits for its copy to the CPU instead")
+        target = self.buffer if self.staging is None else self.staging
+        self.clones = self._views(target, copies)
+
+    def _say_once(self, line):
+        if line not in self.said:
+            self.said.add(line)
+            self.say(f"checkpoints: {line}")
+
+    def _views(self, buffer, copies):
+        """The places of `copies`, [(record number, offset, dtype, shape)], in `buffer`."""
+        views = []
+        for number, offset, dtype, shape in copies:
+            at = self.at[number][1] + offset
+            size = math.prod(shape) * dtype.itemsize
+            views.append(buffer[at:at + size].view(dtype).view(shape))
+        return views
 
     def _fill_from_gpu(self, tensors):
-        with torch.cuda.device(self.staging.device):
+        device = self.side.device
+        with torch.cuda.device(device):
             torch._foreach_copy_(self.clones, tensors)
+            if self.staging is None:
+                torch.cuda.current_stream().synchronize()
+                return
+            # the clone is complete before the side stream reads it, and has been read before the
+            # next one is made: `fill` waits for `copied`
             self.side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side):
                 self.buffer[:self.gpu_end].copy_(self.staging[:self.gpu_end], non_blocking=True)
                 self.copied = torch.cuda.Event()
                 self.copied.record()
 
-    def strict(self, entry):
-        """{record number: name} of the tensors in the state's dict `entry`."""
-        tensors = self.tree.get(entry)
-        return {int(s.key): k for k, s in tensors.items() if isinstance(s, _Slot)} if isinstance(tensors, dict) else {}
-
-    def refuse_nonfinite(self, i, name):
-        """Raise OSError (EDOM) where tensor `i`, copied to the CPU, holds an infinity or a NaN."""
+    def _await_copy(self):
         if self.copied is not None:
             self.copied.synchronize()
-        values, = self._views(self.buffer, [i])
-        if values.is_floating_point() or values.is_complex():
-            values = values if values.itemsize > 1 else values.float()
-            total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))     # carries every inf and NaN along
-            if not total.isfinite() and not values.isfinite().all():
-                raise OSError(errno.EDOM, f"weights are not finite ({name}): not written over good files")
+            self.copied = None
+
+    def weights(self, entry):
+        """{record number: [(name, slot)]} of the tensors in the state's dict `entry`."""
+        found = {}
+        tensors = self.tree.get(entry)
+        if isinstance(tensors, dict):
+            for name, slot in tensors.items():
+                if isinstance(slot, _Slot):
+                    found.setdefault(slot.record.number, []).append((name, slot))
+        return found
+
+    def refuse_nonfinite(self, weights):
+        """Raise OSError (EDOM) where one of `weights`, [(name, slot)], holds a NaN or an infinity.
+
+        A tensor that held infinities, and no NaN, when it was first seen is a mask, not a weight."""
+        self._await_copy()
+        for name, slot in weights:
+            if name in self.masks or not slot.numel:
+                continue
+            at = self.at[slot.record.number][1]
+            record = self.buffer[at:at + slot.record.nbytes]
+            values = record[slot.offset:].view(slot.dtype).as_strided(slot.shape, slot.strides)
+            if _finite(values):
+                self.sound.add(name)
+            elif name in self.sound or slot.parameter or _widened(values).isnan().any():
+                raise OSError(errno.EDOM, f"weights are not finite ({name}): "
+                                          f"not written over good files")
+            else:
+                self.masks.add(name)
+                self.say(f"checkpoints: {name} holds infinities from the start: taken for a mask")
 
     def file(self, finite=""):
-        """Yield the file from front to back as buffers, all but the last two whole pages; runs in the writer.
+        """Yield the file from front to back as buffers, all but the last two whole pages.
 
-        Pickle, headers and checksums come around the tensors here; the checksums keep ahead of the disk. Raises OSError
-        (EDOM) where a tensor of the state's entry `finite` holds an infinity or a NaN."""
-        if self.copied is not None:
-            self.copied.synchronize()
+        Runs in the writer. Pickle, headers and checksums come around the tensors here; the
+        checksums keep ahead of the disk. Raises OSError (EDOM) where a tensor of the state's entry
+        `finite` holds a NaN or an infinity."""
+        self._await_copy()
         memory = (ctypes.c_char * self.end).from_address(self.buffer.data_ptr())
         memory.owner = self.buffer          # the view below must outlive this image
         whole = memoryview(memory).cast("B")
-        data = [whole[self.at[i][1]:self.at[i][1] + self.slots[i].nbytes] for i in self.order]
-        strict = self.strict(finite)
+        ends = [self.at[number][1] + self.records[number].nbytes for number in self.order]
+        data = [whole[self.at[number][1]:end] for number, end in zip(self.order, ends)]
+        weights = self.weights(finite)
 
-        def checksum(i, values):
-            if i in strict:
-                self.refuse_nonfinite(i, strict[i])
+        def checksum(number, values):
+            self.refuse_nonfinite(weights.get(number, ()))
             return zlib.crc32(values)
 
-        records, digest, done = [], hashlib.sha256(), 0
-        for i, values, crc in zip(self.order, data, _ahead(checksum, self.order, data)):
-            start, end = self.at[i]
-            records.append((f"archive/data/{i}".encode(), len(values), crc, start))
-            whole[start:end] = _local(*records[-1])
-            digest.update(whole[start:end])
-            ready = (end + len(values)) // PAGE * PAGE
-            if ready - done >= min(CHUNK, max(CHUNK // 8, done)):           # small at first: the disk begins at once
+        entries, digest, done = [], hashlib.sha256(), 0
+        for number, values, end, crc in zip(self.order, data, ends,
+                                            _ahead(checksum, self.order, data)):
+            header, start = self.at[number]
+            entries.append((_data_name(number), len(values), crc, header))
+            whole[header:start] = _local(*entries[-1])
+            digest.update(whole[header:start])
+            ready = end // PAGE * PAGE
+            # small pieces at first: the disk begins at once
+            if ready - done >= min(CHUNK, max(CHUNK // 8, done)):
                 yield whole[done:ready]
                 done = ready
         yield whole[done:self.end // PAGE * PAGE]
         yield whole[self.end // PAGE * PAGE:]
-        yield self._tail(records, digest)
+        yield self._tail(entries, digest)
 
-    def _tail(self, records, digest):
+    def _tail(self, entries, digest):
         """What follows the tensors: the pickle, the zip directory and our comment."""
-        pickled, tail = io.BytesIO(), io.BytesIO()
+        pickled = io.BytesIO()
         _Pickler(pickled, protocol=2).dump(self.tree)
-        for name, plain in ((b"data.pkl", pickled.getvalue()), (b"byteorder", sys.byteorder.encode()), (b"version", b"3\n")):
-            records.append((b"archive/" + name, len(plain), zlib.crc32(plain), self.end + tail.tell()))
-            tail.write(_local(*records[-1]) + plain)
-        tail.write(_directory(records, self.end + tail.tell()))
-        known = {k: self.tree[k] for k in (*PROGRESS, "kind", "run", "metric") if k in self.tree}
-        note = json.dumps(known, default=lambda tensor: None).encode()
-        tail.write(struct.pack("<H", len(MAGIC) + 64 + 10 + len(note)))     # ends the zip end record: comment length
+        plain = {b"data.pkl": pickled.getvalue(),
+                 b"byteorder": sys.byteorder.encode(),
+                 b"version": b"3\n"}
+        tail = io.BytesIO()
+        for name, values in plain.items():
+            at = self.end + tail.tell()
+            entries.append((b"archive/" + name, len(values), zlib.crc32(values), at))
+            tail.write(_local(*entries[-1]) + values)
+        tail.write(_directory(entries, self.end + tail.tell()))
+        note = json.dumps(_facts(self.tree)).encode()
+        # the zip end record ends with the length of the comment, which this is
+        tail.write(struct.pack("<H", len(MAGIC) + 64 + 10 + len(note)))
         digest.update(tail.getvalue() + note)
         tail.write(MAGIC + digest.hexdigest().encode() + b" %08x " % zlib.crc32(note) + note)
         return tail.getvalue()
 
 
+def _data_name(number):
+    return f"archive/data/{number}".encode()
+
+
+def _finite(values):
+    if not values.is_floating_point() and not values.is_complex():
+        return True
+    values = _widened(values)
+    # a sum carries every infinity and NaN along, and finite values may add up to one
+    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(values.isfinite().all())
+
+
+def _widened(values):
+    """Numbers of one byte as numbers that can be judged."""
+    return values.float() if values.itemsize == 1 else values
+
+
+def _facts(state):
+    """What a choice among files asks of a state: the zip comment holds it, where it is sound.
+
+    Progress that is no int is None, so that no resume takes it for 0."""
+    facts = {}
+    for key in PROGRESS:
+        if key in state:
+            facts[key] = state[key] if type(state[key]) is int else None
+    for key in ("kind", "run"):
+        if key in state and _is_name(state[key]):
+            facts[key] = state[key]
+    metric = state["metric"] if "metric" in state else None
+    if type(metric) is dict and _is_name(metric.get("name")):
+        value = metric.get("value")
+        if type(value) is float or type(value) is int and abs(value) < 2**53:
+            facts["metric"] = {"name": metric["name"], "value": value}
+    return facts
+
+
+def _is_name(value):
+    """Whether it is a short string that can be printed: a comment is limited, a terminal harmed."""
+    return type(value) is str and len(value) <= 100 and value.isprintable()
+
+
 def _ahead(function, *items):
-    """map(function, *items), computed in a thread of its own while the results before are used."""
+    """map(function, *items), computed in a thread while the results before are used."""
     with ThreadPoolExecutor(1, "checkpoint checksums") as pool:
         try:
             results = pool.map(function, *items)
@@ -339,27 +700,29 @@ def _ahead(function, *items):
 # ---- writing ----
 
 def atomic_save(state, path):
-    """Write the dict `state` to `path` so that it survives a power cut once this returns; all or nothing.
+    """Write the dict `state` to `path`: it survives a power cut once this returns; all or nothing.
 
-    Raises OSError (with its errno) when it cannot be written, TypeError for what `weights_only` loading would refuse; the
-    temp file is gone then and every earlier file, `path` included, is as it was."""
-    path = Path(path)
+    Raises OSError (with its errno) when it cannot be written, TypeError for what `weights_only`
+    loading would refuse; the temp file is gone then and every earlier file is as it was."""
+    path = Path(path).absolute()
     image = _Image().fill(state)
     sweep_temps(path.parent)
     atomic_write(path, image.file())
 
 
 def atomic_write(path, buffers):
-    """Write the bytes-like `buffers` to `path`, durably, all or nothing; returns their size. Raises OSError.
+    """Write the bytes-like `buffers` to `path`, durably, all or nothing; returns their size.
 
-    temp in the same directory, write, fsync, replace, fsync of the directory: nothing less is safe (Pillai et al., OSDI'14).
-    A failed fsync is not retried: the kernel may call the lost pages clean (Rebello et al., ATC'20)."""
+    Temp in the same directory, write, fsync, replace, fsync of the directory: nothing less is safe
+    (Pillai et al., OSDI'14). A failed fsync is not retried: the kernel may call the lost pages
+    clean (Rebello et al., ATC'20). Raises OSError."""
+    path = Path(path).absolute()            # another thread may change the directory meanwhile
     temp, fd = _create(path)
     try:
         try:
             size = _write_all(fd, buffers)
-            os.fsync(fd)
-            os.replace(temp, path)          # before close: closing gives up the lock that marks this temp as alive
+            # before close: closing gives up the lock that marks this temp as alive
+            _sync_and_replace(fd, temp, path)
         finally:
             os.close(fd)
     except BaseException:
@@ -369,28 +732,116 @@ def atomic_write(path, buffers):
     return size
 
 
+def durable_replace(temp, target):
+    """`temp`, written by other hands and closed, becomes `target` of the same directory, durably.
+
+    Raises OSError."""
+    target = Path(target).absolute()
+    fd = os.open(temp, os.O_RDONLY)
+    try:
+        _sync_and_replace(fd, temp, target)
+    finally:
+        os.close(fd)
+    _sync_directory(target.parent)
+
+
+def durable_link(source, target):
+    """`target` becomes another name of `source`, in the same directory, durably. Raises OSError."""
+    source, target = Path(source).absolute(), Path(target).absolute()
+    temp = _temp(target)
+    # a lock lies on a file, not on its name: taken on the source it marks the temp as alive
+    fd = os.open(source, os.O_RDONLY)
+    try:
+        _lock_shared(fd)
+        os.link(source, temp)
+        # replacing one name of a file by another one of it does nothing: the temp is left then
+        os.replace(temp, target)
+    finally:
+        _unlink(temp)
+        os.close(fd)
+    _sync_directory(target.parent)
+
+
+def _sync_and_replace(fd, temp, target):
+    os.fsync(fd)
+    os.replace(temp, target)
+
+
+def _lock_shared(fd):
+    for _ in range(20):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:             # a sweep looks at it, for an instant
+            time.sleep(0.01)
+        except OSError:                     # no locks here: a sweep goes by host and process
+            return
+
+
+def write_json(path, value, indent=None):
+    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN, which JSON has not."""
+    path = Path(path)
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
+    sweep_temps(path.parent)
+    atomic_write(path, [text.encode()])
+
+
+def read_json_lines(path, say=print):
+    """Yield the dicts of a file with one JSON object a line; none where it is absent.
+
+    A kill or a power cut may tear the last row: what cannot be read is named through `say` and left out."""
+    try:
+        file = open(path, errors="replace")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                say(f"{Path(path).name}: dropped a row that cannot be read: {line[:60].strip()!r}")
+                continue
+            yield row
+
+
+def _temp(path):
+    """A name beside `path` that says who writes it: .NAME.PID@HOST.SERIAL.tmp"""
+    return path.parent / f".{path.name}.{os.getpid()}@{_host()}.{next(_serial)}.tmp"
+
+
+def _host():
+    return re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40]
+
+
 def _create(path):
-    """(temp beside `path`, its descriptor), locked: any death frees the lock, which sweep_temps of any process asks for."""
+    """(temp beside `path`, its descriptor), locked.
+
+    Any death frees the lock, which sweep_temps of any process asks for."""
     while True:
-        temp = path.parent / f".{path.name}.{os.getpid()}.{next(_serial)}.tmp"
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)     # the umask decides, unlike mkstemp's 0600
+        temp = _temp(path)
+        # the umask decides, unlike mkstemp's 0600
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_nlink:
                 return temp, fd
         except BlockingIOError:
-            pass                            # a sweep came between open and lock and takes this file for dead: another one
+            pass        # a sweep came between open and lock and takes it for dead: another one
         except OSError:
-            return temp, fd                 # no locks on this file system: sweep_temps goes by the process id there
+            return temp, fd                 # no locks here: a sweep goes by host and process
         except BaseException:
-            os.close(fd), _unlink(temp)
+            os.close(fd)
+            _unlink(temp)
             raise
-        os.close(fd), _unlink(temp)
+        os.close(fd)
+        _unlink(temp)
 
 
 def _write_all(fd, buffers):
-    """Whole pages bypass the page cache where the file system allows, up to the first buffer that is none: half the
-    interference with the training loop, and checkpoints do not push the EEG out of the cache."""
+    """Whole pages bypass the page cache where the file system allows, up to the first odd buffer.
+
+    That halves the interference with training, and keeps the EEG in the cache."""
     direct, size = _set_direct(fd, True), 0
     for left in map(memoryview, buffers):
         size += len(left)
@@ -400,18 +851,22 @@ def _write_all(fd, buffers):
             try:
                 left = left[os.write(fd, left):]
             except OSError as error:
-                if not direct or error.errno != errno.EINVAL:
+                # refused only at the write: by some file systems, or for page-locked memory
+                if not direct or error.errno not in (errno.EINVAL, errno.EFAULT):
                     raise
-                direct = _set_direct(fd, False)     # refused only at the write, as some file systems do
+                direct = _set_direct(fd, False)
     return size
 
 
 def _set_direct(fd, on):
-    """Whether writes to `fd` bypass the page cache from here on; tmpfs and some network file systems cannot."""
+    """Whether writes to `fd` bypass the page cache from here on.
+
+    tmpfs and some network file systems cannot."""
     flag = getattr(os, "O_DIRECT", 0)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = flags | flag if on else flags & ~flag
     try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | flag if on else flags & ~flag)
+        fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
         return on and flag != 0
     except OSError:
         if not on:                          # the next write would fail, and say less
@@ -424,7 +879,8 @@ def _sync_directory(directory):
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # "cannot" is not "failed"
+        # "cannot" is not "failed"
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
         os.close(fd)
@@ -446,19 +902,20 @@ def sweep_temps(directory):
 
 
 def _dead(temp, remove=False):
-    """Whether no live process writes `temp`. Removed under the lock: its writer, about to lock it too, then sees it gone."""
+    """Whether no live process writes `temp`.
+
+    Removed under the lock: its writer, about to lock it too, then sees it gone."""
     try:
-        fd = os.open(temp, os.O_RDONLY)
+        # some network file systems lock only what is open for writing; a pipe or a link that
+        # somebody named like a temp is none of ours
+        fd = os.open(temp, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        dead = True
-    except BlockingIOError:
-        dead = False
-    except OSError:
-        dead = not Path("/proc", TEMP.fullmatch(temp.name)[1]).exists()
-    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return False
+        dead = _abandoned(fd, TEMP.fullmatch(temp.name), time.time() - info.st_mtime)
         if dead and remove:
             _unlink(temp)
         return dead
@@ -466,34 +923,56 @@ def _dead(temp, remove=False):
         os.close(fd)
 
 
+def _abandoned(fd, name, age):
+    """By its lock; by its process where this host has no locks, by its age where another one wrote."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks = True
+    except BlockingIOError:
+        return False
+    except OSError:
+        locks = False
+    process, host = name.groups()
+    if host not in (None, _host()):
+        return age > ABANDONED              # locks of one host may be unknown to another
+    return locks or not Path("/proc", process).exists()
+
+
 # ---- reading ----
 
 def load(path, map_location="cpu"):
-    """The dict in `path`, every byte checked before it is returned. Raises CorruptCheckpoint for any damage, OSError when it cannot be read."""
+    """The dict in `path`, every byte checked before it is returned.
+
+    Raises CorruptCheckpoint for any damage, OSError when it cannot be read."""
     return _checked(path, map_location)
 
 
 def verify(path):
-    """Read all of `path` and refuse what `load` would refuse (CorruptCheckpoint). Returns its size in bytes."""
-    _checked(path, "meta")
+    """Load all of `path` and let go of it: refuses (CorruptCheckpoint) what `load` would refuse.
+
+    Returns its size in bytes."""
+    _checked(path, "cpu")
     return os.path.getsize(path)
 
 
+def _open(path):
+    # opening a pipe would wait for its other end
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CorruptCheckpoint(f"{path}: not a regular file")
+    return file
+
+
 def _checked(path, map_location):
-    with open(path, "rb") as file:
+    with _open(path) as file:
+        before = os.fstat(file.fileno())
         try:
-            tensors = _check_structure(file)
-            with ThreadPoolExecutor(4) as pool:             # damaged numbers harm nobody until this block is left
-                checks = [pool.submit(_check_tensor, file.fileno(), *record) for record in tensors]
-                file.seek(0)
-                state = torch.load(file, map_location=map_location, weights_only=True)
-                for check in checks:
-                    check.result()
-            return state
+            state = _read_state(file, map_location)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except OSError as error:
-            if error.errno != errno.EINVAL:                                 # EINVAL: damage made us seek to nowhere
+            if error.errno != errno.EINVAL:                                 # damage made us seek to nowhere
                 raise
             raise CorruptCheckpoint(f"{path}: misplaced records") from None
         except CorruptCheckpoint as damage:
@@ -502,21 +981,46 @@ def _checked(path, map_location):
             code = re.search(r"GLOBAL (\S+)", str(refusal))
             what = f"it would run {code[1]}" if code else str(refusal).strip().split("\n")[0]
             raise CorruptCheckpoint(f"{path}: weights_only loading refuses it: {what}") from None
-        except Exception as damage:         # a damaged zip makes torch raise EOFError, RuntimeError, KeyError, struct.error ...
-            raise CorruptCheckpoint(f"{path}: unreadable: {type(damage).__name__}: {damage}".split("\n")[0]) from damage
+        except Exception as damage:
+            # a damaged zip makes torch raise EOFError, RuntimeError, KeyError, struct.error ...
+            what = f"{type(damage).__name__}: {damage}".split("\n")[0]
+            raise CorruptCheckpoint(f"{path}: unreadable: {what}") from damage
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise OSError(errno.EAGAIN, "changed while it was read", str(path))
+        return state
+
+
+def _read_state(file, map_location):
+    tensors, note = _check_structure(file)
+    # damaged numbers harm nobody until this block is left
+    with ThreadPoolExecutor(4) as pool:
+        checks = [pool.submit(_check_tensor, file.fileno(), *record) for record in tensors]
+        file.seek(0)
+        state = torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+        for check in checks:
+            check.result()
+    if not isinstance(state, dict):
+        raise CorruptCheckpoint(f"holds a {type(state).__name__}, not a checkpoint dict")
+    # a choice among files believes the note: it may not say other than the state
+    if note is not None and json.dumps(_facts(note)) != json.dumps(_facts(state)):
+        raise CorruptCheckpoint("its progress record differs from its state")
+    return state
 
 
 def _check_structure(file):
-    """The tensor records still to be checked, [(name, where their data begin, bytes, CRC-32)]; every other byte is the one
-    written. Of any other .pt every zip record is checked here. Raises CorruptCheckpoint."""
+    """(tensor records still to be checked, our note or None); every other byte is the one written.
+
+    A record is (name, where its data begin, bytes, CRC-32). Of any other .pt every zip record is
+    checked here. Raises CorruptCheckpoint."""
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise CorruptCheckpoint("empty file")
     end, comment = _end_record(file, size)
     if not comment:
         _check_foreign(file)
-        return []
-    stored, note = comment[len(MAGIC):len(MAGIC) + 64], _note(comment)
+        return [], None
+    stored, note = comment[len(MAGIC):len(MAGIC) + 64], _note_bytes(comment)
     digest, at, tensors = hashlib.sha256(), 0, []
     for name, length, crc, offset in _records(file, end, size):
         if not name.startswith(b"archive/data/"):
@@ -527,10 +1031,11 @@ def _check_structure(file):
         at = offset + 30 + sum(sizes)
         tensors.append((name.decode(), at, length, crc))
         at += length
-    digest.update(_read(file, at, size - len(comment) - at) + note)
+    digest.update(_read(file, at, size - len(comment) - at))
+    digest.update(note)
     if digest.hexdigest().encode() != stored:
         raise CorruptCheckpoint("headers, structure or plain values do not match their SHA-256")
-    return tensors
+    return tensors, _note(comment)
 
 
 def _check_tensor(fd, name, at, length, crc):
@@ -547,7 +1052,8 @@ def _check_tensor(fd, name, at, length, crc):
 def _read(file, at, length):
     if length < 0:
         raise CorruptCheckpoint("overlapping or misplaced records")
-    if at + length > os.fstat(file.fileno()).st_size:       # before Python reserves memory for a damaged length
+    # before Python reserves memory for a damaged length
+    if at + length > os.fstat(file.fileno()).st_size:
         raise CorruptCheckpoint("truncated")
     file.seek(at)
     data = file.read(length)
@@ -557,7 +1063,7 @@ def _read(file, at, length):
 
 
 def _end_record(file, size):
-    """(the fields of the zip end record, our comment or b"")."""
+    """((where the zip end record begins, its count, length and offset), our comment or b"")."""
     tail = _read(file, max(0, size - 66000), min(size, 66000))
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) - at < 22:
@@ -568,11 +1074,21 @@ def _end_record(file, size):
     return (size - len(tail) + at, *fields[4:7]), comment
 
 
-def _note(comment):
-    """The JSON of our comment, checked by its own CRC-32 so that it can be believed before the file is read."""
+def _note_bytes(comment):
+    """The JSON of our comment, by its own CRC-32: it is believed before the file is read."""
     note = comment[len(MAGIC) + 74:]
     if comment[len(MAGIC) + 64:len(MAGIC) + 74] != b" %08x " % zlib.crc32(note):
         raise CorruptCheckpoint("its progress record is damaged")
+    return note
+
+
+def _note(comment):
+    try:
+        note = json.loads(_note_bytes(comment))
+    except (ValueError, RecursionError):
+        note = None
+    if not isinstance(note, dict):
+        raise CorruptCheckpoint("its progress record is no JSON object")
     return note
 
 
@@ -584,51 +1100,56 @@ def _records(file, end, size):
     data, out, at = _read(file, offset, length), [], 0
     for _ in range(count):
         fields = struct.unpack_from("<4s6H3L5H2L", data, at)
-        crc, packed, stored, names, extras, comments, header = *fields[7:13], fields[16]
+        signature, method, header = fields[0], fields[4], fields[16]
+        crc, packed, stored, names, extras, comments = fields[7:13]
         name = data[at + 46:at + 46 + names]
         if extras:
-            stored, _, header = struct.unpack_from("<3Q", data, at + 46 + names + 4)
+            packed, stored, header = struct.unpack_from("<3Q", data, at + 46 + names + 4)
+        if signature != b"PK\1\2" or method or packed != stored:
+            raise CorruptCheckpoint("the zip directory is damaged")
         if header + 30 + stored > size:
             raise CorruptCheckpoint("truncated")
         out.append((name, stored, crc, header))
         at += 46 + names + extras + comments
+    if len({name for name, *_ in out}) != len(out):
+        raise CorruptCheckpoint("two records have one name")
     return sorted(out, key=lambda record: record[3])
 
 
 def _check_foreign(file):
-    """A .pt of plain torch.save has only zip CRCs; attribute bits that make a reader skip a record are refused too."""
+    """A .pt of plain torch.save has only zip CRCs.
+
+    Attribute bits that make a reader skip a record are refused too."""
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.external_attr or info.compress_type or info.is_dir():
                 raise CorruptCheckpoint(f"record {info.filename} has damaged attributes")
-        if bad := archive.testzip():
+        bad = archive.testzip()
+        if bad:
             raise CorruptCheckpoint(f"record {bad} does not match its CRC-32")
 
 
 def peek(path):
-    """Progress of a checkpoint without reading it: a dict with epoch, batch, global_step, save_counter, run, metric, bytes.
+    """Progress of a checkpoint without reading it, as a dict.
 
-    A few hundred bytes are read of a file written here; any other .pt is unpickled without its tensors. Raises
-    CorruptCheckpoint or OSError."""
-    with open(path, "rb") as file:
+    Its keys: epoch, batch, global_step, save_counter (ints), kind, run (or None), metric (a dict
+    with name and value, or None), bytes. A few hundred bytes are read of a file written here; any
+    other .pt is loaded. Raises CorruptCheckpoint or OSError."""
+    with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             comment = _end_record(file, size)[1] if size else b""
-            note = comment and _note(comment)
+            note = _note(comment) if comment else None
         except CorruptCheckpoint as damage:
             raise CorruptCheckpoint(f"{path}: {damage}") from None
-    state = json.loads(note) if note else _checked(path, "meta")
-    if not isinstance(state, dict):
-        raise CorruptCheckpoint(f"{path}: holds a {type(state).__name__}, not a checkpoint dict")
-    facts = {k: state.get(k, 0) for k in PROGRESS}
-    for key, value in facts.items():
-        if type(value) is not int or value < 0:
+    facts = _facts(_checked(path, "cpu") if note is None else note)
+    progress = {key: facts.get(key, 0) for key in PROGRESS}
+    for key, value in progress.items():
+        if value is None or not 0 <= value < 2**63:
             raise CorruptCheckpoint(f"{path}: its {key} is {value!r}, not a count")
-    metric = state.get("metric")
-    if not isinstance(metric, dict) or not isinstance(metric.get("value"), (int, float)) or "name" not in metric:
-        metric = None                       # a file of another program may call anything a metric
-    return facts | {"kind": state.get("kind"), "run": state.get("run"), "metric": metric, "bytes": size}
+    others = {key: facts.get(key) for key in ("kind", "run", "metric")}
+    return {**progress, **others, "bytes": size}
 
 
 # ---- choosing and rotating: by what is stored inside, never by mtime or by the order of names ----
@@ -758,7 +1279,7 @@ class Checkpointer:
             say(f"checkpoints: no hard links in {directory}: last.pt and best.pt are full copies")
         self.run, self.counter, self.position, self.resumed = uuid.uuid4().hex[:12], 0, (1, 0), None
         self.counter = max([c.facts["save_counter"] for c in candidates(directory) if c.facts], default=0)
-        self._image, self._writing, self._error, self._failures, self._costs = _Image(), None, None, 0, []
+        self._image, self._writing, self._error, self._failures, self._costs = _Image(say), None, None, 0, []
         self._names, self._unsaved = [], False          # of the image; whether its save failed
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")           # waiting: starting a thread per save costs 5 ms
         self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
@@ -872,8 +1393,8 @@ class Checkpointer:
                 self.before_save()
             sweep_temps(self.directory)
             if not self.links:      # copies need room: the oldest snapshots go first, newer durable ones remain
-                for record in self._image.strict("model").items():
-                    self._image.refuse_nonfinite(*record)                   # a save that will be refused costs no snapshot
+                for weights in self._image.weights("model").values():
+                    self._image.refuse_nonfinite(weights)       # a save that will be refused costs no snapshot
                 room = 2 if len(names) > 1 else 1
                 self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - room) if self.mid_keep else 0)
             first = self.directory / names[0]
@@ -901,13 +1422,7 @@ class Checkpointer:
             with open(source, "rb") as file:
                 atomic_write(target, iter(lambda: file.read(CHUNK), b""))
             return
-        temp = target.parent / f".{target.name}.{os.getpid()}.{next(_serial)}.tmp"
-        try:
-            os.link(source, temp)
-            os.replace(temp, target)
-        finally:
-            _unlink(temp)
-        _sync_directory(target.parent)
+        durable_link(source, target)
 
     def _rotate(self, pattern, keep):
         for path in rotate(self.directory, pattern, keep, protect=[self.resumed] if self.resumed else []):
@@ -960,7 +1475,7 @@ class Checkpointer:
         finally:
             self._writer.shutdown()
             if self._lock is not None:
-                os.close(self._lock)
+                self._lock.close()
                 self._lock = None
 
     def __enter__(self):
@@ -978,16 +1493,17 @@ def better(value, best, mode="max"):
 
 
 def _links_work(directory):
-    probe = Path(directory, f".probe.{os.getpid()}.{next(_serial)}.tmp")
-    other = Path(directory, f".probe.{os.getpid()}.{next(_serial)}.tmp")
-    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
+    probe, fd = _create(Path(directory, "probe"))
+    other = _temp(probe)
     try:
-        os.link(probe, other)
+        os.link(probe, other)               # locked as the probe is: the same file
         return True
     except OSError:
         return False
     finally:
-        _unlink(probe), _unlink(other)
+        _unlink(probe)
+        _unlink(other)
+        os.close(fd)
 
 
 def _free(directory):
@@ -998,20 +1514,70 @@ def _free(directory):
         return 0
 
 
+class Lock:
+    """A directory held by this process: until `close`, or until its death. Nothing forked from it holds on."""
+
+    held = set()                            # the open ones of this process
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.held.add(self)
+
+    def close(self):
+        if self not in self.held:
+            return
+        self.held.discard(self)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)     # closing alone would leave it to a child that has the descriptor
+        except OSError:
+            pass                            # a file system without locks: nothing to give back
+        os.close(self.fd)
+
+    @classmethod
+    def leave_to_parent(cls):
+        """In a forked child: close the descriptors without unlocking, which would take the lock from the parent too."""
+        for lock in cls.held:
+            os.close(lock.fd)
+        cls.held.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+os.register_at_fork(after_in_child=Lock.leave_to_parent)
+
+
 def lock(directory):
-    """Hold `directory` for this process until its death; returns the descriptor. Raises InUse where another one does."""
-    fd = os.open(Path(directory, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    """Hold `directory` for this process; returns a Lock with `close`. Raises InUse where another process does."""
+    path = Path(directory, ".lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(fd, 200).decode(errors="replace").strip()
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file: move it away", str(path))
+        _take(fd, directory)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BaseException:
         os.close(fd)
-        raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it first") from None
-    except OSError as error:
-        print(f"checkpoints: {directory} cannot be locked ({error.strerror}): see to it that one process writes here")
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return fd
+        raise
+    return Lock(fd)
+
+
+def _take(fd, directory):
+    for attempt in range(10):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)                # `ls` looks at a lock for a moment, and the dying need one
+        except OSError as error:
+            print(f"checkpoints: {directory} cannot be locked ({error.strerror}): "
+                  f"see to it that one process writes here")
+            return
+    owner = os.pread(fd, 200, 0).decode(errors="replace").strip()
+    raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it first")
 
 
 # ---- command line ----
@@ -1043,7 +1609,8 @@ def _health(path):
 def _in_use(directory):
     """What the lock file says of its holder, or None."""
     try:
-        os.close(lock(directory)) if Path(directory, ".lock").exists() else None
+        if Path(directory, ".lock").exists():
+            lock(directory).close()
     except InUse as held:
         return held.strerror.split(" is ", 1)[1].split(":")[0]
     except OSError:
@@ -1061,14 +1628,14 @@ def list_run(directory, say=print):
     say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} {'age':>7}  health")
     disk, first = {}, {}
     for c in files:
-        stat = os.lstat(c.path)
-        twin = first.setdefault(stat.st_ino, c.path.name)
-        disk[stat.st_ino] = stat.st_size
+        info = os.lstat(c.path)
+        twin = first.setdefault(info.st_ino, c.path.name)
+        disk[info.st_ino] = info.st_size
         health = f"= {twin}" if twin != c.path.name else _health(c.path)
         facts = c.facts or dict.fromkeys(PROGRESS, "-") | {"metric": None}
         metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
         say(f" {'->' if c.path == chosen else '  '} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
-            f"{facts['global_step']:>9}  {metric:<22} {stat.st_size / 1e6:>7.1f} MB {_age(time.time() - stat.st_mtime):>7}  {health}")
+            f"{facts['global_step']:>9}  {metric:<22} {info.st_size / 1e6:>7.1f} MB {_age(time.time() - info.st_mtime):>7}  {health}")
     say(f"    {len(files)} names, {len(disk)} files on disk, {sum(disk.values()) / 1e6:.1f} MB in all")
     for note in notes if chosen else notes + ["resume: nothing usable: a fresh start"]:
         if not note.startswith("resume: passed"):                           # older and sound: the table shows them
@@ -1106,7 +1673,7 @@ def _clean(directory, yes):
                 _unlink(path)
         print(f"{directory}: {len(doomed)} files" + ("" if yes or not doomed else "; --yes removes them"))
     finally:
-        os.close(held)
+        held.close()
 
 
 def strip(source, target=None):

@@ -54,8 +54,8 @@ def requirements():
 image = (modal.Image.debian_slim(python_version="3.11")
          .uv_pip_install(*requirements())
          .env({"PYTHONUNBUFFERED": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}))     # the data is read-only
-for module in ("train", "checkpoint", "model", "data", "evaluate"):
-    image = image.add_local_file(HERE / f"{module}.py", f"/root/{module}.py")
+for script in sorted(set(HERE.glob("*.py")) - {Path(__file__)}):                # this file comes by itself
+    image = image.add_local_file(script, f"/root/{script.name}")
 
 # Version 2 has hard links and commits while files are open; version 1 works too, with best.pt as a copy.
 results = modal.Volume.from_name("holdfast-results", create_if_missing=True, version=2)

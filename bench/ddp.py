@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-import data                                                 # noqa: E402
+import corpora                                              # noqa: E402
+import synth                                                # noqa: E402
 from model import SMALL                                     # noqa: E402
-from test_train import settings                             # noqa: E402
+from helpers import settings                             # noqa: E402
 
 
 def steps_per_second(corpus, results, processes, cuda):
@@ -51,8 +52,8 @@ def main():
     counts = args.processes or [n for n in (1, 2, 4, 8) if n <= most]
     with tempfile.TemporaryDirectory() as temp:
         temp = Path(temp)
-        data.synth(temp / "edf", hours=0.5, patients=4, seed=3)
-        data.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
+        synth.synth(temp / "edf", hours=0.5, patients=4, seed=3)
+        corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
         print("| processes | windows/s | of one process |\n|---|---|---|")
         first = None
         for n in counts:

@@ -24,9 +24,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import corpora                                                          # noqa: E402
 import data                                                             # noqa: E402
+import edf                                                              # noqa: E402
 import evaluate                                                         # noqa: E402
 import model as v3                                                      # noqa: E402
+import synth                                                            # noqa: E402
 import train                                                            # noqa: E402
 
 SHOWN = ("event_f1", "event_sensitivity", "event_precision", "false_alarms_per_24h", "sample_f1", "auroc",
@@ -38,8 +41,8 @@ TRAINING = {"epochs": 4, "batch_size": 8, "learning_rate": 2e-3, "warmup_ratio":
 def synthetic(work, seed):
     """Folders of train+dev and of unseen patients."""
     for name, hours, patients, s in (("corpus", 6.0, 48, seed), ("unseen", 3.0, 12, seed + 1000)):
-        data.synth(work / f"{name}_edf", hours=hours, patients=patients, seed=s)
-        data.import_corpus(work / f"{name}_edf", work / name)
+        synth.synth(work / f"{name}_edf", hours=hours, patients=patients, seed=s)
+        corpora.import_corpus(work / f"{name}_edf", work / name)
     return work / "corpus", work / "unseen", {}
 
 
@@ -47,7 +50,7 @@ def real(work):
     clips = ROOT.parent / "shared" / "eeg" / "recordings"
     if not clips.is_dir():
         sys.exit(f"no real clips at {clips}")
-    data.import_corpus(clips, work / "corpus", montage="bipolar")
+    corpora.import_corpus(clips, work / "corpus", montage="bipolar")
     patients = sorted({r.patient for r in data.open_corpus(work / "corpus")})
     return work / "corpus", None, {"dev_patients": [p for p in patients if "chb02" in p]}
 
@@ -70,7 +73,7 @@ def line_length(recording, seconds):
     eeg = recording.read(0, recording.samples) * recording.scale[:, None]
     step = np.abs(np.diff(eeg, axis=1, prepend=eeg[:, :1])).mean(0)
     total = np.concatenate([[0], np.cumsum(step, dtype=np.float64)])
-    half = round(seconds * data.FS / 2)
+    half = round(seconds * edf.FS / 2)
     i = np.arange(len(step))
     low, high = np.maximum(i - half, 0), np.minimum(i + half, len(step))
     x = (total[high] - total[low]) / (high - low)

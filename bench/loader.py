@@ -19,16 +19,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import corpora  # noqa: E402
 import data  # noqa: E402
+import edf  # noqa: E402
 
-LENGTH, CHANNELS = 60 * data.FS, data.CHANNELS["referential"]
+LENGTH, CHANNELS = 60 * edf.FS, edf.CHANNELS["referential"]
 TARGETS = {"ring of int16": 1.2, "float32 on the CPU": 0.5}
 
 
 def corpus(folder, hours):
     """int16 recordings of 30 min; their content does not matter for the uncompressed forms."""
     rng, count = np.random.default_rng(0), max(2, round(hours * 2))
-    noise = np.cumsum(rng.normal(0, 3, (19, 1800 * data.FS)), axis=1)
+    noise = np.cumsum(rng.normal(0, 3, (19, 1800 * edf.FS)), axis=1)
     noise -= np.linspace(0, 1, noise.shape[1]) * noise[:, -1:]
     for i in range(count):
         store(folder / f"{i:03d}.h5", np.roll(noise, 997 * i, axis=1).astype(np.int16))
@@ -36,11 +38,11 @@ def corpus(folder, hours):
 
 
 def store(path, eeg, events=((100.0, 190.0),)):
-    data.write_recording(path, eeg, np.array(events), {
-        "scale": np.full(19, 0.1, np.float32), "fs": data.FS, "channels": list(CHANNELS),
+    corpora.write_recording(path, eeg, np.array(events), {
+        "scale": np.full(19, 0.1, np.float32), "fs": edf.FS, "channels": list(CHANNELS),
         "montage": "referential",
         "patient": path.stem, "split": "", "labelled": True, "norm": 20.0, "source": "", "source_state": "[]",
-        "source_fs": 256.0, "layout": "", "format": data.FORMAT, "prepared": "bench", "repaired": ""})
+        "source_fs": 256.0, "layout": "", "format": corpora.FORMAT, "prepared": "bench", "repaired": ""})
 
 
 def rate(step, windows, seconds):
@@ -76,12 +78,12 @@ def floor(w):
 def ring(w):
     """Our fill of the ring alone, as the background thread does it: samples, labels, scale."""
     loader, turn = data.Loader(w), [0]
-    slots = [{key: tensor.numpy() for key, tensor in slot.items()} for slot in loader._slots(BATCH)]
+    slots = loader._slots(BATCH)
 
     def step(ids):
         turn[0] += 1
         for k, i in enumerate(ids):
-            loader._fill_window(slots[turn[0] % 4], k, int(i), 1)
+            loader._fill(slots[turn[0] % 4], k, int(i), 1)
     return step
 
 

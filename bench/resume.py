@@ -33,8 +33,10 @@ import torch.nn.functional as F                             # noqa: E402
 import yaml                                                 # noqa: E402
 
 import checkpoint                                           # noqa: E402
+import corpora                                              # noqa: E402
 import data                                                 # noqa: E402
 import model as v3                                          # noqa: E402
+import synth                                                # noqa: E402
 import train                                                # noqa: E402
 
 BATCH, EPOCHS, SAVE_EVERY = 4, 2, 5             # windows, epochs, steps between the peers' checkpoints
@@ -318,8 +320,8 @@ def main():
     with tempfile.TemporaryDirectory() as temp:
         temp = Path(temp)
         with contextlib.redirect_stdout(io.StringIO()):
-            data.synth(temp / "edf", hours=0.35, patients=4, seed=3)
-            data.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
+            synth.synth(temp / "edf", hours=0.35, patients=4, seed=3)
+            corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
         count = len(windows(temp / "h5"))
         print(f"{count} windows an epoch, {-(-count // BATCH)} steps\n\n| trainer | killed at step | resumed from step | "
               "windows repeated | windows never seen | weights beside the run never stopped |\n" + "|---" * 6 + "|", flush=True)

@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 import checkpoint                                           # noqa: E402
-import data                                                 # noqa: E402
-from test_train import rows, same, settings                 # noqa: E402
+import corpora                                              # noqa: E402
+import synth                                                # noqa: E402
+from helpers import rows, same, settings                 # noqa: E402
 
 
 def launch(results):
@@ -68,8 +69,8 @@ def main():
     rng, began = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as temp:
         temp = Path(temp)
-        data.synth(temp / "edf", hours=0.35, patients=4, seed=3)
-        data.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
+        synth.synth(temp / "edf", hours=0.35, patients=4, seed=3)
+        corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
         reference = prepare(temp / "h5", temp / "reference", args.epochs)
         start = time.monotonic()
         assert launch(reference).wait() == 0, (reference / "log.txt").read_text()

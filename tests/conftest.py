@@ -1,14 +1,24 @@
-"""Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, and slow tests asked for by name."""
+"""Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, slow tests asked for by
+name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # the suite runs on 2 cores, often beside child processes
+
+import corpora  # noqa: E402
+import data  # noqa: E402
+import edf  # noqa: E402
+import synth  # noqa: E402
+
+NAMES = edf.CHANNELS["referential"]
 
 
 def pytest_addoption(parser):
@@ -32,3 +42,115 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("real EEG folder ../shared is absent")
     return SHARED
+
+
+def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tail=b"", **fields):
+    """Write an EDF by hand: `fields` overrides header fields, given as text for all signals or {signal:
+    text}."""
+    n, count = len(labels), int(rate)
+    if eeg is None:
+        eeg = np.random.default_rng(1).normal(0, size * 10, (n, seconds * count))
+    digits = np.rint(eeg).astype("<i2")
+    spec = {"version": (8, "0"), "patient": (80, "X X X X"), "recording": (80, "Startdate X X X X"),
+            "date": (8, "01.01.85"),
+            "time": (8, "00.00.00"), "bytes": (8, str(256 * (n + 1))), "reserved": (44, ""),
+            "records": (8, str(seconds)),
+            "duration": (8, "1"), "signals": (4, str(n))}
+    per = {"label": (16, labels), "transducer": (80, ""), "unit": (8, "uV"), "pmin": (8, "-3276.8"),
+           "pmax": (8, "3276.7"),
+           "dmin": (8, "-32768"), "dmax": (8, "32767"), "prefilter": (80, ""), "count": (8, str(count)),
+           "kept": (32, "")}
+    head = b"".join(fields.get(k, v).encode("latin-1").ljust(w)[:w] for k, (w, v) in spec.items())
+    for k, (width, default) in per.items():
+        given = fields.get(k, default)
+        for i in range(n):
+            if isinstance(given, dict):
+                text = given.get(i, default if isinstance(default, str) else default[i])
+            else:
+                text = given if isinstance(given, str) else given[i]
+            head += text.encode("latin-1").ljust(width)[:width]
+    body = digits.reshape(n, seconds, count).transpose(1, 0, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + (body.tobytes() if "body" not in fields else fields["body"]) + tail)
+    return path
+
+
+@dataclass
+class Held(data.Recording):
+    """A recording without a file: its samples, int16 (C, T), are in memory."""
+    memory: np.ndarray = None
+
+    def read_chunks(self, start, out):
+        piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
+        rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
+        rows[:, :piece.shape[1]] = piece
+        out[:] = rows.reshape(piece.shape[0], len(out), corpora.CHUNK).transpose(1, 0, 2)
+
+
+def prepare(path, montage="referential", **settings):
+    """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names file and
+    reason."""
+    source = corpora.Source(Path(path), Path(path).stem, "", Path(path).stem.split("_")[0], "", None)
+    settings = edf.Settings(montage, **settings)
+    try:
+        p, _, events = corpora.prepare_source(source, settings)
+    except edf.DataError as error:
+        raise edf.DataError(f"{path}: {error}") from None
+    return Held(str(path), source.name, source.patient, "", montage, edf.CHANNELS[montage], edf.FS,
+                p.eeg.shape[1], p.scale, p.norm, False, events, settings.hash, "; ".join(p.header.notes), p.rate,
+                memory=p.eeg)
+
+
+class Track:
+    """A recording held in memory, with the attributes that evaluate.py reads."""
+
+    def __init__(self, name, seconds, events=(), patient="p1", labelled=True, channels=2):
+        self.name, self.patient, self.labelled = name, patient, labelled
+        self.samples, self.fs = round(seconds * edf.FS), edf.FS
+        self.seconds, self.events = self.samples / edf.FS, np.array(events, float).reshape(-1, 2)
+        self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
+        self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples), np.int16)
+
+    def read(self, start, n):
+        piece = self.eeg[:, start:start + n]
+        return np.pad(piece, ((0, 0), (0, n - piece.shape[1])))
+
+    def labels(self, start, n):
+        seconds = (start + np.arange(n)) / edf.FS
+        inside = [(seconds >= a) & (seconds < b) for a, b in self.events]
+        return np.any([np.zeros(n, bool), *inside], 0).astype(np.uint8)
+
+
+def probability_of(track, events, height=0.99):
+    p = np.full(track.samples, 0.01, np.float32)
+    for begin, end in events:
+        p[round(begin * edf.FS):round(end * edf.FS)] = height
+    return p
+
+
+def microvolts(recording):
+    return recording.read(0, recording.samples) * recording.scale[:, None]
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """Folder of 20 min of synthetic EDF, and the folder it was imported to."""
+    base = tmp_path_factory.mktemp("synthetic")
+    synth.synth(base / "edf", hours=0.5, patients=4, seed=3)
+    report = corpora.import_corpus(base / "edf", base / "h5", say=lambda text: None)
+    assert not report.refused and not report.repaired
+    return base / "edf", base / "h5"
+
+
+@pytest.fixture(scope="session")
+def corpus(synthetic):
+    return data.open_corpus(synthetic[1])
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """Folder of twenty minutes of four synthetic patients, imported: what the tests of training train on."""
+    root = tmp_path_factory.mktemp("corpus")
+    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
+    return root / "h5"

@@ -162,8 +162,8 @@ class Trial:
 
     def real(self, epochs):
         """The real modules in place of the toy, and the smoke configuration on less data."""
-        for name in ("train.py", "model.py", "data.py", "evaluate.py"):
-            shutil.copy(ROOT / name, self.project)
+        for script in set(ROOT.glob("*.py")) - {ROOT / "modal_app.py"}:
+            shutil.copy(script, self.project)
         config = yaml.safe_load((ROOT / "configs" / "modal" / "smoke.yaml").read_text())
         config["data"].update(synth_hours=0.3, window_seconds=10.0)
         config["evaluation"].update(window_seconds=10.0)
@@ -240,7 +240,7 @@ async def finished(trial):
         assert (function.resources.milli_cpu, function.resources.memory_mb) == (8000, 32768)
         mounts = {m.mount_path: (fake.volumes[m.volume_id].name, m.read_only) for m in function.volume_mounts}
         assert mounts == {"/results": ("holdfast-results", False), "/data": ("holdfast-data", True)}
-        files = {f"/root/{n}.py" for n in ("modal_app", "train", "checkpoint", "model", "data", "evaluate")}
+        files = {f"/root/{file.name}" for file in trial.project.glob("*.py")}
         assert set(fake.uploaded(function)) == files
         layers = " ".join(fake.dockerfile(function.image_id))
         assert "torch==2.13.0" in layers and "pytest" not in layers, layers

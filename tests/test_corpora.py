@@ -1,0 +1,396 @@
+"""corpora.py: layouts, annotations, and the conversion to HDF5. Real files and real processes."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import corpora
+import data
+import edf
+from conftest import ROOT, write_edf
+
+HEAD = "onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration\n"
+
+
+
+def command(*args, **kwargs):
+    return subprocess.run([sys.executable, ROOT / "data.py", *map(str, args)], capture_output=True,
+                          text=True, **kwargs)
+
+
+# ---- annotations ----
+
+def tsv(*rows):
+    return HEAD + "".join("\t".join(map(str, row)) + "\n" for row in rows)
+
+
+def test_szcore_events(shared):
+    good = tsv((20, 2, "sz"), (5, 10, "sz_foc_ia_nm"), (8, 12, "sz_gen_m_tonicClonic"), (0, 30, "bckg"))
+    for text in (good, good.replace("\n", "\r\n"), "\ufeff" + good):
+        text = text.encode().decode("utf-8-sig").replace("\r\n", "\n")
+        np.testing.assert_array_equal(corpora.finish(corpora.parse_events_tsv(text), 30.0), [[5, 22]])
+    for row, reason in (((5, 2, "spkz"), "spkz"), ((5, -2, "sz"), "lasts -2"), ((5, 0, "sz"), "lasts 0"),
+                        ((-1, 2, "sz"), "-1"),
+                        (("n/a", 2, "sz"), "not a number"), (("5,5", 2, "sz"), "not a number"),
+                        ((5, "nan", "sz"), "number"),
+                        ((5, 2, "sz_"), "sz_"), ((5, 2, "SZ"), "SZ"), ((5,), "incomplete")):
+        with pytest.raises(edf.DataError, match=reason):
+            corpora.parse_events_tsv(tsv(row))
+    with pytest.raises(edf.DataError, match="no row"):
+        corpora.parse_events_tsv(HEAD)
+    with pytest.raises(edf.DataError, match="eventType"):
+        corpora.parse_events_tsv("onset\tduration\n1\t2\n")
+    with pytest.raises(edf.DataError, match="impedance"):
+        corpora.parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
+    assert "impedance test" in corpora.parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
+
+
+def test_a_lone_quote_swallows_no_event():
+    text = tsv((5, 2, "sz", 1, '"Fp1'), (10, 2, "sz"))
+    assert corpora.parse_events_tsv(text).events == [(5, 7), (10, 12)]
+
+
+def test_label_files_that_were_cut_or_contradict_themselves_are_refused():
+    for text in (tsv((5, 2, "sz"), (9, 2, "sz", 1))[:-1], tsv((5, 2, "sz", 1, "n/a"))[:-2]):
+        with pytest.raises(edf.DataError, match="incomplete row"):
+            corpora.parse_events_tsv(text)
+    with pytest.raises(edf.DataError, match="incomplete row"):
+        corpora.parse_csv(CSV.format("30") + "TERM,5,9,seiz")
+    with pytest.raises(edf.DataError, match="60 s and 30 s"):
+        corpora.parse_events_tsv(tsv((5, 2, "sz", 1, "n/a", "n/a", 60), (5, 2, "sz", 1, "n/a", "n/a", 30)))
+    with pytest.raises(edf.DataError, match="not a number"):
+        corpora.parse_events_tsv(tsv(("9" * 5000, 2, "sz")))
+
+
+def test_events_beyond_the_end_are_cut_and_said_or_refused():
+    labels = corpora.parse_events_tsv(tsv((25, 50, "sz")))
+    np.testing.assert_array_equal(corpora.finish(labels, 30.0), [[25, 30]])
+    assert "cut at the recording's end" in labels.notes[0]
+    with pytest.raises(edf.DataError, match="beyond"):
+        corpora.finish(corpora.parse_events_tsv(tsv((31, 5, "sz"))), 30.0)
+    with pytest.raises(edf.DataError, match="not the same recording"):
+        corpora.finish(corpora.parse_events_tsv(tsv((1, 5, "sz", 1, "n/a", "n/a", "600.00"))), 30.0)
+
+
+CSV = "# version = csv_v1.0.0\n# duration = {} secs\n#\nchannel,start_time,stop_time,label,confidence\n"
+
+
+def test_tusz_labels():
+    text = CSV.format("30.0000") + "TERM,0.0,10.0,bckg,1\nTERM,10.0,15.0,seiz,1\nTERM,15.0,30.0,bckg,1\n"
+    np.testing.assert_array_equal(corpora.finish(corpora.parse_csv(text), 30.0), [[10, 15]])
+    union = CSV.format("30.0") + \
+        "FP1-F7,5,9,fnsz,1\nF7-T3,7,12,gnsz,1\nT3-T5,0,30,bckg,1\nF3-C3,20,21,tcsz,1\n"
+    np.testing.assert_array_equal(corpora.finish(corpora.parse_csv(union), 30.0), [[5, 12], [20, 21]])
+    for rows, reason in (("TERM,15,10,seiz,1\n", "from 15 s to 10 s"), ("TERM,1,2,musc,1\n", "musc"),
+                         ("", "no row"),
+                         ("TERM,0,30,bckg,1\nTERM,5,9,seiz,1\n", "overlaps"),
+                         ("TERM,a,9,seiz,1\n", "not a number")):
+        with pytest.raises(edf.DataError, match=reason):
+            corpora.parse_csv(CSV.format("30") + rows)
+    with pytest.raises(edf.DataError, match="not the same"):
+        corpora.finish(corpora.parse_csv(text), 300.0)
+
+
+def test_the_shared_odd_labels(shared):
+    """What each of the odd label files gives for the 30 s recording: events, or a refusal."""
+    right = {"00": [[10, 15]], "01": [[25, 30]], "03": [[5, 20]], "04": [[5, 7], [20, 22]],
+             "09": [[10, 15]], "20": [[10, 15]],
+             "21": [[10, 15]], "24": np.empty((0, 2)), "06": None, "07": None, "08": None, "12": None,
+             "23": None}
+    for path in sorted((shared / "eeg" / "odd" / "labels").iterdir()):
+        source = corpora.Source(path, "x", "", "p", "", path)
+        if right[path.name[:2]] is None:
+            with pytest.raises(edf.DataError):
+                corpora.read_labels(source, None)
+        else:
+            np.testing.assert_array_equal(corpora.finish(corpora.read_labels(source, None), 30.0),
+                                          right[path.name[:2]], path.name)
+
+
+def test_chb_summaries_in_both_forms(shared):
+    folder = shared / "eeg" / "layouts" / "chbmit"
+    five = corpora.parse_summary(corpora.read_text(folder / "chb05" / "chb05-summary.txt"))
+    assert len(five) == 39 and corpora.summary_labels(five["chb05_06.edf"]).events == [(417.0, 532.0)]
+    assert corpora.summary_labels(five["chb05_01.edf"]).events == []
+    eight = corpora.parse_summary(corpora.read_text(folder / "chb08" / "chb08-summary.txt"))
+    assert corpora.summary_labels(eight["chb08_02.edf"]).events == [(2670.0, 2841.0)]
+    total = [corpora.summary_labels(blocks).events for files in (five, eight) for blocks in files.values()]
+    assert sum(map(len, total)) == 10
+    block = " a.edf\nNumber of Seizures in File: {}\nSeizure 1 Start Time:   3 seconds\n" \
+        "Seizure 1 End Time: 9 seconds\n"
+    with pytest.raises(edf.DataError, match="2 seizures announced"):
+        corpora.summary_labels([block.format(2)])
+    no_clock = corpora.summary_labels([block.format(1).replace(" 1 ", " ")])
+    assert no_clock.events == [(3.0, 9.0)] and no_clock.seconds is None
+
+
+def test_siena_lists_are_read_over_midnight_and_contradictions_refused(shared):
+    folder = shared / "eeg" / "layouts" / "siena"
+    files = corpora.parse_siena(corpora.read_text(folder / "PN00" / "Seizures-list-PN00.txt"))
+    assert sorted(files) == [f"PN00-{i}.edf" for i in range(1, 6)]
+    assert corpora.siena_times(files["PN00-1.edf"][0], "") == (70773, 2605.0, 1143.0, 1213.0)
+    with pytest.raises(edf.DataError, match="a seizure from 765 s to 4425 s in a recording of 2489 s"):
+        corpora.siena_times(files["PN00-3.edf"][0], "PN00-3")      # the list itself is wrong there
+    night = corpora.parse_siena(corpora.read_text(folder / "PN16" / "Seizures-list-PN16.txt"))
+    assert corpora.siena_times(night["PN16-1.edf"][0], "")[1:] == (8270.0, 7184.0, 7307.0)
+    over = {"registration start": "23.00.00", "registration end": "01.00.00", "start": "00.10.00",
+            "end": "00:11:30"}
+    assert corpora.siena_times(over, "") == (82800, 7200.0, 4200.0, 4290.0)
+    with pytest.raises(edf.DataError, match="not a time"):
+        corpora.siena_times({**over, "end": "0011"}, "")
+
+
+def test_siena_recording_whose_name_the_list_misspells(tmp_path):
+    write_edf(tmp_path / "PN06" / "PN06-1.edf", 60, time="10.00.00")
+    block = "Seizure n 1\nFile name: PNO6-1.edf\nRegistration start time: 10.00.00\n" \
+            "Registration end time: 10.01.00\nSeizure start time: 10.00.10\nSeizure end time: 10.00.30\n"
+    (tmp_path / "PN06" / "Seizures-list-PN06.txt").write_text(block)
+    report = corpora.import_corpus(tmp_path / "PN06", tmp_path / "out", say=lambda text: None)
+    assert report.read == ["PN06-1"] and data.open_corpus(tmp_path / "out")[0].events.tolist() == [[10, 30]]
+    write_edf(tmp_path / "PN06" / "PN06-1.edf", 60, time="10.20.00")
+    assert "its header" in corpora.import_corpus(tmp_path / "PN06", tmp_path / "out",
+                                              say=lambda text: None).refused[0][1]
+
+
+def test_seizeit_annotations(shared):
+    text = (shared / "eeg" / "layouts" / "seizeit" / "P_ID64" / "P_ID64_r3_a1.tsv").read_text()
+    assert corpora.parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
+    assert corpora.parse_seizeit("# Source: SeizeIt1\n \n").events == []
+    with pytest.raises(edf.DataError, match="no end"):
+        corpora.parse_seizeit("8971\tNone\tFIA\tHem:L\n")
+
+
+# ---- layouts ----
+
+def test_layouts_patients_splits_and_annotations_are_recognised(shared):
+    base, found = shared / "eeg", {}
+    for folder in ("layouts/tuh", "layouts/chbmit", "layouts/siena", "layouts/seizeit", "recordings"):
+        files, root, _ = corpora.find_edf(base / folder)
+        found[folder] = [corpora.identify(path, root) for path in files]
+    tuh = found["layouts/tuh"]
+    assert len(tuh) == 217 and {s.layout for s in tuh} == {"tuh"}
+    assert {s.annotation.suffix for s in tuh} == {".csv_bi"}
+    assert {(s.patient, s.split) for s in tuh} == {(p.name, p.parent.name)
+                                                   for p in (base / "layouts/tuh").glob("*/*")}
+    assert tuh[0].name.startswith("dev/aaaaahln/s001_2008/02_tcp_le/aaaaahln_s001")
+    assert {s.patient for s in found["layouts/chbmit"] if s.layout == "chbmit"} == {"chb05", "chb08"}
+    assert {(s.layout, s.patient) for s in found["layouts/siena"]} == {("siena", "PN00"), ("siena", "PN16")}
+    assert {s.patient for s in found["layouts/seizeit"] if s.layout == "seizeit"} == {"P_ID64", "P_ID83"}
+    for folder, count in (("layouts/chbmit", 59), ("layouts/siena", 7), ("layouts/seizeit", 24)):
+        assert len(found[folder]) == count and all(s.annotation for s in found[folder])
+    bids = found["recordings"]
+    assert {s.patient for s in bids} == {"chb01", "chb02", "chb03", "chbX", "mmi001"}
+    assert {s.layout for s in bids} == {"bids"}
+    assert {s.patient for s in bids if not s.annotation} == {"chbX"}
+
+
+def test_odd_names_of_real_corpora():
+    def patient(name, folder="x"):
+        return corpora.identify(Path("/r", folder, name), Path("/r")).patient
+    assert patient("chb17a_03.edf") == "chb17" and patient("chb02_16+.edf") == "chb02"
+    assert patient("PN10-4.5.6.edf") == "PN10"
+    assert patient("sub-07_ses-01_task-szMonitoring_run-00_eeg.edf") == "07"
+    assert corpora.identify(Path("/r/anna_1.edf"), Path("/r")).patient == "anna"
+    assert corpora.identify(Path("/r/p1/night/1.edf"), Path("/r")).patient == "p1"
+    assert corpora.identify(Path("/c/edf/train/aaaaaaaa/s001_2000/01_tcp_ar/aaaaaaaa_s001_t000.edf"),
+                         Path("/c/edf/train")).split == "train"
+
+
+def test_the_real_layouts_are_refused_with_the_reason_where_the_signal_contradicts(shared, tmp_path):
+    for folder, montage in (("siena", "referential"), ("chbmit", "bipolar"), ("seizeit", "referential")):
+        report = corpora.import_corpus(shared / "eeg" / "layouts" / folder, tmp_path / folder, montage=montage,
+                                    say=lambda text: None)
+        reasons = " ".join(why for _, why in report.refused)
+        assert report.refused and ("not the same recording" in reasons or "beyond" in reasons)
+        assert len(report.refused) + len(report.read) == {"siena": 7, "chbmit": 59, "seizeit": 24}[folder]
+
+
+# ---- import: command, files, resume ----
+
+def test_command_line_codes_table_and_going_on(tmp_path):
+    write_edf(tmp_path / "src" / "p1" / "good.edf")
+    write_edf(tmp_path / "src" / "p1" / "bad.edf", unit="")
+    done = command("import", tmp_path / "src", tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "1 read, 0 repaired, 0 already there, 1 refused" in done.stdout
+    assert "bad.edf: Fp1 has no unit" in done.stdout
+    assert command("import", tmp_path / "src", tmp_path / "out", "--skip-bad").returncode == 0
+    assert command("import", tmp_path / "nowhere", tmp_path / "out").returncode == 2
+    assert command("import", tmp_path / "out", tmp_path / "out2").returncode == 2
+    assert command("import", tmp_path / "src").returncode == 2
+    told = command("info", tmp_path / "out")
+    assert told.returncode == 0 and "refused: 1" in told.stdout and "bad.edf" in told.stdout
+    one = command("import", tmp_path / "src" / "p1" / "good.edf", tmp_path / "one")
+    assert one.returncode == 0 and [r.name for r in data.open_corpus(tmp_path / "one")] == ["good"]
+
+
+def test_the_file_format_is_the_documented_one(synthetic, corpus):
+    path = Path(corpus[0].path)
+    with h5py.File(path) as f:
+        assert f["eeg"].dtype == np.int16 and f["eeg"].chunks == (19, 2560) and f["eeg"].compression is None
+        assert f["eeg"].shape == (19, corpus[0].samples)
+        assert f["events"].dtype == np.float64 and f["events"].shape[1] == 2
+        assert {"scale", "fs", "channels", "montage", "patient", "labelled", "source", "format", "prepared",
+                "split", "norm",
+                "repaired"} <= set(f.attrs) and f.attrs["scale"].dtype == np.float32
+        np.testing.assert_array_equal(f["eeg"][:, 100:900], corpus[0].read(100, 800))
+    source = synthetic[0] / (corpus[0].name + ".edf")
+    assert source.is_file() and path == synthetic[1] / (corpus[0].name + ".h5")
+
+
+def test_import_resumes_and_notices_changes(tmp_path):
+    src, out, quiet = tmp_path / "src", tmp_path / "out", dict(say=lambda text: None)
+    for name in "abc":
+        write_edf(src / f"{name}_1.edf", 10)
+    assert len(corpora.import_corpus(src, out, **quiet).read) == 3
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*.h5")}
+    assert corpora.import_corpus(src, out, **quiet).kept == 3
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*.h5")}
+    write_edf(src / "a_1.edf", 12)                            # another source
+    (src / "b_1_events.tsv").write_text(tsv((2, 3, "sz")))      # an annotation that was not there
+    again = corpora.import_corpus(src, out, **quiet)
+    assert sorted(again.read) == ["a_1", "b_1"] and again.kept == 1
+    assert len(corpora.import_corpus(src, out, notch="50", **quiet).read) == 3
+    (src / "b_1.edf").write_bytes(b"damaged")           # what an earlier state gave must not live on
+    assert len(corpora.import_corpus(src, out, notch="50", **quiet).refused) == 1
+    assert [r.name for r in data.open_corpus(out)] == ["a_1", "c_1"]
+
+
+def test_a_second_corpus_never_replaces_recordings_of_the_first(tmp_path):
+    for corpus in "ab":
+        write_edf(tmp_path / corpus / "sub-01" / "sub-01_eeg.edf", 10, size=30 + (corpus == "b"))
+    for corpus, refused in (("a", 0), ("b", 1), ("a", 0)):
+        report = corpora.import_corpus(tmp_path / corpus, tmp_path / "out", say=lambda text: None)
+        assert len(report.refused) == refused
+    assert "a folder of its own" in corpora.import_corpus(tmp_path / "b", tmp_path / "out",
+                                                       say=lambda text: None).refused[0][1]
+    assert corpora.import_corpus(tmp_path / "a", tmp_path / "out", say=lambda text: None).kept == 1
+    shutil.move(tmp_path / "a", tmp_path / "moved")     # the corpus itself may move, and change
+    write_edf(tmp_path / "moved" / "sub-01" / "sub-01_eeg.edf", 12)
+    assert len(corpora.import_corpus(tmp_path / "moved", tmp_path / "out", say=lambda text: None).read) == 1
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
+    """A limit on the size of files stands in for the disk: the write fails, nothing half written is left."""
+    import resource
+    write_edf(tmp_path / "src" / "a.edf", 60)
+    done = command("import", tmp_path / "src", tmp_path / "out",
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "stopped" in done.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path):
+    for i in range(6):
+        write_edf(tmp_path / "src" / f"p{i}" / "x.edf", 300)
+    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
+                 "--workers", "2"]
+    for wait in (2.0, 3.5):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 10
+        while any(alive(pid) for pid in workers):       # they follow the import
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        for path in (tmp_path / "out").rglob("*.h5"):
+            assert corpora.load_recording(path)["samples"] == 300 * 256
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert len(data.open_corpus(tmp_path / "out")) == 6
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
+    for i in range(16):
+        write_edf(tmp_path / "src" / f"{i}.edf", 120)
+    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
+                 "--workers", str(workers)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not any((tmp_path / "out").glob("*.h5")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == "data.py: stopped: interrupted; the same command goes on from here"
+    assert not list((tmp_path / "out").glob("*.part"))
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
+
+
+def test_two_imports_at_once_are_refused(tmp_path):
+    write_edf(tmp_path / "src" / "a.edf")
+    corpora.import_corpus(tmp_path / "src", tmp_path / "out", say=lambda text: None)
+    import fcntl
+    with open(tmp_path / "out" / ".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        done = command("import", tmp_path / "src", tmp_path / "out")
+    assert done.returncode == 2 and "another import" in done.stderr
+
+
+def test_strange_folders(tmp_path):
+    """A folder named x.edf, loops and dead links, a pipe, two files with one target, names outside ASCII,
+    no permission."""
+    src = tmp_path / "src"
+    write_edf(src / "x.edf" / "inner.edf")
+    write_edf(src / "zähler ü" / "größe.edf")
+    write_edf(src / "twice.edf")
+    shutil.copy(src / "twice.edf", src / "twice.EDF")
+    (src / "x.edf" / "loop").symlink_to(src)
+    (src / "gone.edf").symlink_to(src / "nothing")
+    os.mkfifo(src / "pipe.edf")
+    report = corpora.import_corpus(src, tmp_path / "out", say=lambda text: None)
+    assert sorted(report.read) == ["twice", "x.edf/inner", "zähler ü/größe"]
+    why = {Path(path).name: reason for path, reason in report.refused}
+    assert why["gone.edf"] == "gone.edf: No such file or directory" and "regular" in why["pipe.edf"]
+    assert len(why) == 3
+    assert "same name as" in why["twice.edf"] + why.get("twice.EDF", "")
+    named = tmp_path / "named"
+    write_edf(named / "good.edf")
+    for name in (b"not \xff utf-8.edf", b"two\nlines.edf"):
+        shutil.copy(named / "good.edf", os.path.join(os.fsencode(named), name))
+    write_edf(named / "unlabelled.edf")
+    (named / "unlabelled_events.tsv").symlink_to(src / "nothing")       # labels that were not fetched
+    done = command("import", named, tmp_path / "out3")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "1 read" in done.stdout
+    assert done.stdout.count("its name holds a line break or is not UTF-8") == 2
+    assert "unlabelled_events.tsv: No such file" in done.stdout
+    assert "3 refused" in command("import", named, tmp_path / "out3").stdout
+    if os.getuid():
+        (src / "twice.EDF").chmod(0)
+        assert "Permission" in str(corpora.import_corpus(src, tmp_path / "out2", say=lambda text: None).refused)
+
+
+def test_parallel_and_serial_import_agree(synthetic, tmp_path, corpus):
+    corpora.import_corpus(synthetic[0], tmp_path / "out", workers=2, say=lambda text: None)
+    again = data.open_corpus(tmp_path / "out")
+    assert data.fingerprint(again) == data.fingerprint(corpus)
+    assert all(np.array_equal(a.read(0, a.samples), b.read(0, b.samples)) for a, b in zip(again, corpus))
+
+
+def test_the_real_recordings_import_in_the_bipolar_montage(shared, tmp_path):
+    report = corpora.import_corpus(shared / "eeg" / "recordings", tmp_path / "out", montage="bipolar",
+                                say=lambda text: None)
+    assert len(report.read) == 46 and report.unlabelled == 1
+    recordings = data.open_corpus(tmp_path / "out")
+    train, dev = data.split_patients(recordings, ["chb02"])
+    assert {r.patient for r in train} == {"chb01", "chb03", "mmi001"}
+    assert {r.patient for r in dev} == {"chb02"}
+    assert sum(len(r.events) for r in recordings) == 17
+    w = data.Windows(train)
+    assert len(w.epoch(0, 1)) > 0 and set(w.kind) == {0, 1, 2}
