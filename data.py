@@ -527,9 +527,10 @@ def file_system(path):
     return found
 
 
-def copy_corpus(path, folder, say=print):
+def copy_corpus(path, folder, say=print, copied=lambda: None):
     """Copy an imported folder below `folder`, on a faster disk, and return the copy's path. What an earlier
-    call has copied stays; DataError without room, or where other recordings lie in the way."""
+    call has copied stays; DataError without room, or where other recordings lie in the way. copied() is called
+    after each file."""
     import checkpoint                   # here: torch takes a command a second
     source = Path(path).resolve()
     target = Path(folder).resolve() / source.name
@@ -551,7 +552,7 @@ def copy_corpus(path, folder, say=print):
         needed = sum(missing.values())
         if needed > 0.98 * room:
             raise DataError(f"data.copy_to {folder}: {needed / 1e9:.1f} GB to copy, {room / 1e9:.1f} GB free")
-        _copy_files(source, target, missing, say)
+        _copy_files(source, target, missing, say, copied)
         for name in (corpora.INDEX, corpora.REPORT):
             if (source / name).exists():
                 shutil.copy2(source / name, target / name)
@@ -564,7 +565,7 @@ def _is_copied(path, state):
     return path.exists() and corpora.file_state(path.stat()) == state
 
 
-def _copy_files(source, target, sizes, say):
+def _copy_files(source, target, sizes, say, copied):
     """Each file under its name only when it is whole, and with its time, which the index knows."""
     from checkpoint import durable_replace
     total, done = sum(sizes.values()), 0
@@ -584,6 +585,7 @@ def _copy_files(source, target, sizes, say):
     try:
         for size in pool.map(copy, sizes):
             done += size
+            copied()
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 say(f"copying to {target}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
