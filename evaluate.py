@@ -162,15 +162,27 @@ def _in_samples(config):
 
 # ---- probability track ----
 
-def predict(net, recording, device, config, precision="fp32", poll=None):
+def read_ahead(recordings, config):
+    """Iterator over the windows of `recordings`, one after the other as predict() takes them, read ahead
+    by threads: no GPU waits for the next recording. Close it."""
+    c = settings(config)
+    windows = ((r, start) for r in recordings for start in _starts(r.samples, c))
+    return data.read_ahead(windows, round(c["window_seconds"] * FS), 4 * c["batch_size"])
+
+
+def predict(net, recording, device, config, precision="fp32", poll=None, windows=None):
     """Seizure probability of every sample: float32 (samples,) at 256 Hz, from windows read one
     batch at a time.
 
     The last window is moved back to end with the recording, so that each window is full of EEG as
     in training; samples it shares with its neighbour are averaged, weighted by their distance to
     the window's edge, where context ends. A recording shorter than a window is padded with zeros,
-    again as in training. poll() is called before every call of the model and may raise to stop."""
+    again as in training. poll() is called before every call of the model and may raise to stop.
+    windows: what read_ahead() gives, at the place of this recording, where several follow."""
     c = settings(config)
+    if windows is None:
+        with contextlib.closing(read_ahead([recording], c)) as windows:
+            return predict(net, recording, device, c, precision, poll, windows)
     length = round(c["window_seconds"] * FS)
     samples = recording.samples
     starts = _starts(samples, c)
@@ -182,7 +194,8 @@ def predict(net, recording, device, config, precision="fp32", poll=None):
             if poll:
                 poll()
             batch = starts[i:i + c["batch_size"]]
-            tracks = _probabilities(net, recording, batch, length, device, precision)
+            eeg = np.stack([next(windows) for _ in batch])
+            tracks = _probabilities(net, recording, eeg, device, precision)
             for start, track in zip(batch, tracks):
                 n = min(length, samples - start)
                 total[start:start + n] += ramp[:n] * track[:n]
@@ -210,12 +223,12 @@ def _starts(samples, c):
 
 
 @torch.no_grad()            # not inference_mode: a buffer cached there is of no use to training
-def _probabilities(net, recording, starts, length, device, precision):
-    windows = np.stack([recording.read(start, length) for start in starts])
-    eeg = torch.from_numpy(windows).to(device)
+def _probabilities(net, recording, eeg, device, precision):
+    """Seizure probability float32 (B, T) of windows int16 (B, C, T) of a recording."""
+    eeg = torch.from_numpy(eeg).to(device)
     scale = torch.as_tensor(recording.scale, dtype=torch.float32, device=device)
-    norm = torch.full((len(starts),), float(recording.norm), device=device)
-    x = data.normalise(eeg, scale.expand(len(starts), -1), norm)
+    norm = torch.full((len(eeg),), float(recording.norm), device=device)
+    x = data.normalise(eeg, scale.expand(len(eeg), -1), norm)
     kind = PRECISIONS[precision]
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
         logits = net(x)
@@ -601,10 +614,11 @@ def evaluate(net, recordings, out, device, c, plot=False):
     records = []
     table = []
     calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
-    with tqdm(total=calls, unit="batch", desc="evaluate") as bar:
+    ahead = contextlib.closing(read_ahead(recordings, c))
+    with tqdm(total=calls, unit="batch", desc="evaluate") as bar, ahead as windows:
         for r in recordings:
             bar.set_postfix_str(r.name[-40:], refresh=False)
-            probability = predict(net, r, device, c, poll=bar.update)
+            probability = predict(net, r, device, c, poll=bar.update, windows=windows)
             if not np.isfinite(probability).all():
                 raise Refused(f"the model gives a probability that is not finite on {r.name}")
             records.append(score(r, probability, c))
@@ -725,6 +739,9 @@ def main(argv=None):
     args = parse(argv)
     try:
         show(run(args), args.out)
+    except data.ReadFailed as failure:                      # a passing fault, not bad data
+        print(f"evaluate.py: stopped: {failure}", file=sys.stderr)
+        return 1
     except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2

@@ -146,3 +146,12 @@ def synthetic(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(synthetic):
     return data.open_corpus(synthetic[1])
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """Folder of twenty minutes of four synthetic patients, imported: what the tests of training train on."""
+    root = tmp_path_factory.mktemp("corpus")
+    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
+    return root / "h5"
