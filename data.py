@@ -2,7 +2,8 @@
 speed of memory or of the disk.
 
     python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit]
-                                   [--montage referential|bipolar] [--notch both|50|60|0] [--skip-bad]
+                                   [--montage referential|bipolar|reduced] [--channels F7-T3,...]
+                                   [--notch both|50|60|0] [--seizure-label TEXT] [--skip-bad] [--replace]
     python data.py synth OUT [--hours H] [--patients N] [--seed S]
     python data.py info OUT [--speed]
 
@@ -28,7 +29,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ import numpy as np
 import corpora
 import synth
 from corpora import CHUNK
-from edf import CHANNELS, FS, NOTCH, DataError
+from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers
@@ -71,6 +72,8 @@ class Recording:
     source_fs: float = 0.0
     offset: int = 0                     # of the samples in the file, bytes
     state: tuple = ()                   # size and mtime_ns of the file when the corpus was opened
+    began: str = ""                     # YYYY-MM-DD hh:mm:ss by the EDF's header, "" where it says none
+    release: str = ""                   # what the corpus said of its version at import
     digest: str = ""                    # what header must still prove that the file is the index's
 
     @property
@@ -151,6 +154,10 @@ def open_corpus(path):
     entries = corpora.entries(root).items()
     recordings = [_recording(f"{root}/{name}.h5", name, *entry) for name, entry in entries]
     if not recordings:
+        raw = next((file for file in root.rglob("*") if file.suffix.lower() == ".edf"), None)
+        if raw:
+            raise DataError(f"{path} holds EDF files that were not imported: run "
+                            f"python data.py import {path} OUT, and open OUT")
         refused = [f"; {file}: {why}" for file, why in corpora.read_report(root)[:3]]
         raise DataError(f"{path} holds no recording" + "".join(refused))
     _check_alike(path, recordings)
@@ -488,10 +495,13 @@ class Loader:
 
 
 def mirror(channels):
-    """Index of each channel's left-right counterpart: int64 (C,)."""
+    """Index of each channel's left-right counterpart: int64 (C,). Where one has none, as in a reduced montage,
+    every channel stays in its place."""
     swap = dict(zip("Fp1 F3 C3 P3 O1 F7 T3 T5".split(), "Fp2 F4 C4 P4 O2 F8 T4 T6".split()))
     swap |= {right: left for left, right in swap.items()}
     other = ["-".join(swap.get(part, part) for part in name.split("-")) for name in channels]
+    if set(other) != set(channels):
+        return np.arange(len(channels))
     return np.array([list(channels).index(name) for name in other])
 
 
@@ -641,6 +651,8 @@ def info(path, say=print):
     say(f"{path}: {len(recordings)} recordings of {len({person(r.patient) for r in recordings})} patients, "
         f"{sum(r.seconds for r in recordings) / 3600:.2f} h, montage {recordings[0].montage}, {FS} Hz, "
         f"prepared {recordings[0].prepared}")
+    for release in sorted({r.release for r in recordings if r.release}):
+        say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
         say(f"  {split or 'no split':8} {len(part)} recordings, "
@@ -669,12 +681,20 @@ def arguments():
     p = commands.add_parser("import", help="EDF files and their annotations to one HDF5 file per recording")
     p.add_argument("src", help="corpus folder, any folder of EDF files, or one EDF")
     p.add_argument("out")
-    p.add_argument("--layout", choices=corpora.LAYOUTS, default="auto")
-    p.add_argument("--montage", choices=sorted(CHANNELS, reverse=True), default="referential")
+    p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto")
+    p.add_argument("--montage", choices=MONTAGES, default="referential",
+                   help="19 electrodes, 18 double-banana derivations, or what --channels names")
+    p.add_argument("--channels", type=channel_names, default=(), metavar="F7-T3,...",
+                   help="of --montage reduced: electrodes, pairs of them, or labels of the EDF")
     p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",
                    help="mains to take out, Hz")
-    p.add_argument("--blank-unit", choices=("uV", "mV", "V", "nV"), default="",
+    p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
                    help="unit where the EDF names none")
+    p.add_argument("--seizure-label", action="append", default=[], metavar="TEXT",
+                   help="EDF+ annotation that marks a seizure; START..END for a pair; may be repeated")
+    p.add_argument("--background-label", action="append", default=[], metavar="TEXT",
+                   help="EDF+ annotation of a recording that was read and holds no other seizure")
+    p.add_argument("--replace", action="store_true", help="make recordings of another preparation anew")
     p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
     p.add_argument("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
@@ -698,8 +718,11 @@ def main():
             if args.speed:
                 speed(args.out)
         else:
-            report = corpora.import_corpus(args.src, args.out, args.layout, args.montage, args.notch,
-                                   args.blank_unit, args.workers)
+            report = corpora.import_corpus(
+                args.src, args.out, layout=args.layout, montage=args.montage, notch=args.notch,
+                blank_unit=args.blank_unit, workers=args.workers, channels=args.channels,
+                seizure_labels=args.seizure_label, background_labels=args.background_label,
+                replace=args.replace)
             return int(bool(report.refused) and not args.skip_bad)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
