@@ -640,8 +640,12 @@ class Group:
 
     def __init__(self, device, watch):
         if device == "cuda" and not torch.cuda.is_available():
-            raise Refused("training.device is cuda and torch sees no GPU: "
-                          "check nvidia-smi and the torch build, or set cpu")
+            line = ("training.device is cuda and torch sees no GPU: "
+                    "check nvidia-smi and the torch build, or set cpu")
+            # a driver that has lost its GPU, or is still loading after a reboot, leaves its files
+            silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
+                                             or Path("/dev/dxg").exists())
+            raise Failed(line) if silent else Refused(line)
         self.rank, self.size = place()
         self.main = self.rank == 0
         self.watch = watch
@@ -892,8 +896,19 @@ def main(argv=None):
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="one key over the file's value, which is YAML; may be repeated: "
                              "--set training.batch_size=4 --set 'data.dev_patients=[chb01, chb02]'")
+    parser.add_argument("--success-exit-status", type=int, nargs="+", default=[], metavar="CODE",
+                        help="end with 0 instead of these codes: torchrun starts again whatever "
+                             "ends with another one, so that with it 2 75 are not tried again")
     args = parser.parse_args(argv)
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    code = attempt(args)
+    if code in args.success_exit_status:
+        print(f"train.py: exit code {code}, given as 0", file=sys.stderr)
+        return 0
+    return code
+
+
+def attempt(args):
     try:
         if args.fresh and args.resume != "false":
             raise Refused("--fresh and --resume exclude each other")

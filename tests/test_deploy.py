@@ -8,10 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
 import checkpoint
+import records
 import train
 from conftest import ROOT
 from helpers import assert_same_run, last, loaded
@@ -154,6 +156,94 @@ def test_a_training_that_is_killed_under_the_unit_goes_on_and_ends_bit_identical
     events = [json.loads(line)["kind"] for line in (tmp_path / "t" / "saves.jsonl").open()]
     assert events.count("resume") == 1
     assert_same_run(tmp_path, tmp_path / "alone")
+
+
+# ---- torchrun ----
+
+PROGRAM = """
+    import os, sys
+    sys.path.insert(0, sys.argv[1])
+    import train
+
+    def attempt(args):
+        with open(args.config, "a") as log:
+            log.write("start\\n")
+        return int(open(args.config).readline())
+
+    train.attempt = attempt
+    sys.exit(train.main(["--config", sys.argv[2], *sys.argv[3:]]))
+    """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code, options, starts, ended", [
+    (2, ["2", "75"], 1, 0), (75, ["2", "75"], 1, 0), (1, ["2", "75"], 3, 1), (2, [], 3, 1)])
+def test_torchrun_starts_again_what_may_pass_and_not_what_is_given_as_success(tmp_path, code, options, starts, ended):
+    program = executable(tmp_path / "program.py", PROGRAM)
+    (tmp_path / "log").write_text(f"{code}\n")
+    options = ["--success-exit-status", *options] if options else []
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+                           "--max-restarts=2", program, ROOT, tmp_path / "log", *options], capture_output=True, text=True,
+                          timeout=LIMIT)
+    assert (tmp_path / "log").read_text().count("start") == starts, done.stderr
+    assert done.returncode == ended and (f"exit code {code}, given as 0" in done.stderr) == (ended == 0)
+
+
+# ---- a directory whose holder is on its way out ----
+
+HOLDER = """
+    import subprocess, sys
+    sys.path.insert(0, sys.argv[1])
+    import checkpoint
+    held = checkpoint.lock(sys.argv[2])
+    subprocess.Popen(["sleep", "1000"], pass_fds=[held.fd])
+    print("held", flush=True)
+    sys.stdin.read()
+    """
+
+
+def test_a_directory_whose_holder_is_gone_but_not_quite_is_a_passing_fault_and_any_other_a_refusal(small_corpus, tmp_path):
+    config = loaded(small_corpus, tmp_path)
+    place = tmp_path / "t" / "checkpoints"
+    place.mkdir(parents=True)
+    program = executable(tmp_path / "holder.py", HOLDER)
+    holder = subprocess.Popen([sys.executable, program, ROOT, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              start_new_session=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(train.Refused, match=f"in use by process {holder.pid}") as caught:
+            train.run(config)
+        assert not isinstance(caught.value, train.Failed)
+        holder.kill()
+        holder.wait()
+        with pytest.raises(train.Failed, match="it is ending: try again"):
+            train.run(config)
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_and_hangs_in_the_kernel_is_leaving(request):
+    assert not records.leaving(os.getpid())
+    freezer = Path("/sys/fs/cgroup/freezer", f"holdfast-{os.getpid()}")
+    try:
+        freezer.mkdir()
+    except OSError:
+        pytest.skip("no cgroup freezer to hold a killed process in")
+    request.addfinalizer(freezer.rmdir)
+    child = subprocess.Popen(["sleep", "1000"])
+    try:
+        (freezer / "cgroup.procs").write_text(str(child.pid))
+        (freezer / "freezer.state").write_text("FROZEN")
+        while (freezer / "freezer.state").read_text() != "FROZEN\n":
+            time.sleep(0.01)
+        assert not records.leaving(child.pid)
+        child.kill()
+        assert child.poll() is None and records.leaving(child.pid)
+    finally:
+        (freezer / "freezer.state").write_text("THAWED")
+        child.kill()
+        child.wait()
+    assert records.leaving(child.pid)
 
 
 # ---- Slurm ----
