@@ -18,10 +18,13 @@ lie on a network; which thread reads what changes nothing in the batches.
 """
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +41,7 @@ from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers
+SLOW = 0.05                             # share of a step's time; beyond it waiting for data is worth a word
 
 
 class ReadFailed(DataError):
@@ -346,8 +350,8 @@ class Loader:
     `buffers` batches, into a ring of int16 buffers (pinned for CUDA); they are put in order of channels and
     scaled on the device. Needs no worker processes: they would copy every batch once more.
 
-    waited: seconds that the consumer has waited for batches; reading, windows: seconds that reads took, of so
-    many windows."""
+    waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read: seconds that
+    the readers took, for so many windows."""
 
     def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4, readers=READERS):
         # in this class alone: import workers and commands start in a third of the time
@@ -355,8 +359,9 @@ class Loader:
         self.device = torch.device(device)
         self.windows, self.seed, self.augment = windows, seed, augment
         self.buffers, self.readers = buffers, readers
-        self.waited = self.reading = 0.0
+        self.waited = self.reading = self.lasted = 0.0
         self.read = 0
+        self.said = 0.0, 0.0            # waited and lasted at the last share()
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
         self.mirror = torch.from_numpy(mirror(windows.recordings[0].channels)).to(self.device)
@@ -377,11 +382,12 @@ class Loader:
             begun.append((slot, [pool.submit(self._fill, slot, i, window, epoch) for i, window in places]))
 
         try:
+            clock = time.perf_counter()
             for number in range(min(len(ring), len(lists))):
                 begin(number)
             for number, ids in enumerate(lists):
                 slot, fills = begun.popleft()
-                self._wait(fills)
+                clock = self._wait(fills, clock)
                 batch = [self._to_device(slot, len(ids)) if len(ids) else None]
                 slot.copied = self._copied()
                 if number + len(ring) < len(lists):
@@ -437,13 +443,30 @@ class Loader:
             host["mirrored"][place] = rng.random() < 0.5
         return took
 
-    def _wait(self, fills):
-        """Until a batch is read; raises what its reading raised."""
+    def _wait(self, fills, last):
+        """Until a batch is read; raises what its reading raised. Returns the time, to be given as `last`."""
         began = time.perf_counter()
         for fill in fills:
             self.reading += fill.result()
-        self.waited += time.perf_counter() - began
+        now = time.perf_counter()
+        self.waited += now - began
+        self.lasted += now - last
         self.read += len(fills)
+        return now
+
+    def share(self):
+        """Share of the time since the last call that the consumer waited for batches."""
+        waited, lasted = self.waited - self.said[0], self.lasted - self.said[1]
+        self.said = self.waited, self.lasted
+        return waited / lasted if lasted else 0.0
+
+    def advice(self, share):
+        """What to do where training waits for data for `share` of the time: one line."""
+        folder = os.path.dirname(self.windows.recordings[0].path)
+        cost = 1e3 * self.reading / max(1, self.read)
+        return (f"training waited for data {100 * share:.0f} % of the time: a window takes {cost:.1f} ms to read from {folder} "
+                f"({file_system(folder)}), {self.readers} at a time; raise data.readers, or set data.copy_to to a "
+                "folder on a local disk")
 
     def _to_device(self, slot, count):
         """(x, y, mask) of the first `count` windows of a slot."""
@@ -496,6 +519,127 @@ def read_ahead(windows, n, depth=32, readers=READERS):
             yield begun.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+# ---- where the recordings lie ----
+
+def file_system(path):
+    """Type of the file system that holds `path`, as the kernel names it."""
+    place = os.path.realpath(path)
+    found = "unknown file system"
+    longest = 0
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            mount, kind = line.split()[1:3]
+            inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+            if inside and len(mount) >= longest:
+                found, longest = kind, len(mount)
+    return found
+
+
+def copy_corpus(path, folder, say=print, copied=lambda: None):
+    """Copy an imported folder below `folder`, on a faster disk, and return the copy's path. What an earlier
+    call has copied stays; DataError without room, or where other recordings lie in the way. copied() is called
+    after each file."""
+    import checkpoint                   # here: torch takes a command a second
+    source = Path(path).resolve()
+    target = Path(folder).resolve() / source.name
+    if target == source:
+        raise DataError(f"data.copy_to {folder} is where {path} lies already")
+    sizes = {f"{name}.h5": state for name, (state, _) in corpora.entries(source).items()}
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        held = checkpoint.lock(target)
+    except checkpoint.InUse as error:
+        raise DataError(f"{target}: another process copies there: {error}") from None
+    try:
+        strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in sizes]
+        if strange:
+            raise DataError(f"{strange[0]} is not in {path}: give data.copy_to a folder of its own")
+        missing = {name: size for name, (size, mtime) in sizes.items()
+                   if not _is_copied(target / name, (size, mtime))}
+        room = shutil.disk_usage(target).free
+        needed = sum(missing.values())
+        if needed > 0.98 * room:
+            raise DataError(f"data.copy_to {folder}: {needed / 1e9:.1f} GB to copy, {room / 1e9:.1f} GB free")
+        _copy_files(source, target, missing, say, copied)
+        for name in (corpora.INDEX, corpora.REPORT):
+            if (source / name).exists():
+                shutil.copy2(source / name, target / name)
+    finally:
+        held.close()
+    return str(target)
+
+
+def _is_copied(path, state):
+    return path.exists() and corpora.file_state(path.stat()) == state
+
+
+def _copy_files(source, target, sizes, say, copied):
+    """Each file under its name only when it is whole, and with its time, which the index knows."""
+    from checkpoint import durable_replace
+    total, done = sum(sizes.values()), 0
+    if sizes:
+        say(f"copying {len(sizes)} recordings, {total / 1e9:.2f} GB, to {target}")
+    said = time.monotonic()
+
+    def copy(name):
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temp = place.with_name(place.name + ".copying")
+        shutil.copy2(source / name, temp)
+        durable_replace(temp, place)
+        return sizes[name]
+
+    pool = ThreadPoolExecutor(READERS, "copy")
+    try:
+        for size in pool.map(copy, sizes):
+            done += size
+            copied()
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                say(f"copying to {target}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def speed(path, seconds=10.0, say=print):
+    """Measure how fast windows of 60 s are read from an imported folder in random order: from the disk, each
+    once, and again from memory."""
+    recordings = open_corpus(path)
+    length = 60 * FS
+    places = [(r, start) for r in recordings for start in range(0, max(1, r.samples - length), length)]
+    places = [places[i] for i in np.random.default_rng().permutation(len(places))]
+    for r in recordings:
+        with open(r.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    say(f"{path} on {file_system(path)}, {READERS} readers, windows of 60 s in random order")
+    count, rate, ratio = _rate(places, length, 0.6 * seconds)
+    from_disk = f"{ratio:.2f} bytes from the disk per byte used" if ratio else "this disk's reads are not counted"
+    say(f"  cold: {rate:,.0f} windows/s ({count} windows), {from_disk}")
+    count, rate, _ = _rate(itertools.cycle(places[:min(count, 1000)]), length, 0.3 * seconds)
+    say(f"  warm: {rate:,.0f} windows/s")
+
+
+def _rate(windows, length, seconds):
+    """(windows read, windows/s, bytes read from the disk per byte of windows)."""
+    before = disk_bytes()
+    began = time.monotonic()
+    count = used = 0
+    with contextlib.closing(read_ahead(windows, length)) as ahead:
+        for eeg in ahead:
+            count += 1
+            used += eeg.nbytes
+            lasted = time.monotonic() - began
+            if lasted > seconds:
+                break
+    return count, count / lasted, (disk_bytes() - before) / used
+
+
+def disk_bytes():
+    """Bytes that this process has read from block devices so far."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
 # ---- command line ----
@@ -558,7 +702,9 @@ def arguments():
     p.add_argument("--hours", type=float, default=1.0, help="in all")
     p.add_argument("--patients", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
-    commands.add_parser("info", help="hours, patients, seizures, balance, refusals").add_argument("out")
+    p = commands.add_parser("info", help="hours, patients, seizures, balance, refusals")
+    p.add_argument("out")
+    p.add_argument("--speed", action="store_true", help="measure for 10 s how fast windows are read")
     return parser.parse_args()
 
 
@@ -569,6 +715,8 @@ def main():
             synth.synth(args.out, args.hours, args.patients, args.seed)
         elif args.command == "info":
             info(args.out)
+            if args.speed:
+                speed(args.out)
         else:
             report = corpora.import_corpus(
                 args.src, args.out, layout=args.layout, montage=args.montage, notch=args.notch,
