@@ -128,7 +128,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         c = self.config["data"]
         self.loader = data.Loader(self.split.windows, device, self.config["experiment"]["seed"],
-                                  c["augment"], c["buffers"])
+                                  c["augment"], c["buffers"], c["readers"])
+        self.waits = False              # whether the advice on slow reading was given
+        self.ahead = iter(())           # windows of the recordings that are validated
 
     def _data_parallel(self):
         """The model over all processes, after one idle backward pass: DDP orders its buckets anew
@@ -159,6 +161,12 @@ class Trainer:
             return False
         except Stopped:
             return True
+        except edf.DataError:
+            # a recording cannot be read: nothing since the last boundary has happened yet. Among
+            # others a save needs them all, and they wait elsewhere: there the last one counts
+            if self.group.size == 1:
+                self.save_mid()
+            raise
 
     def finished(self):
         """No epoch is left, or, at the end of one, patience is."""
@@ -203,10 +211,12 @@ class Trainer:
         s = self.settings
         total = float(self.split.samples[batch].sum())
         loss = 0.0
+        # all of the batch first: what cannot be read is known before the step begins
+        with self.watch.during("waiting for data"):
+            windows = [next(feed) for _ in pieces]
         self.optimizer.zero_grad(set_to_none=True)
         for number, (_, weight) in enumerate(pieces, 1):
-            with self.watch.during("waiting for data"):
-                x, y, mask = next(feed)
+            x, y, mask = windows.pop(0)
             # gradients travel between the processes once a batch, with its last piece
             travel = number == len(pieces) or self.group.size == 1
             with contextlib.nullcontext() if travel else self.net.no_sync():
@@ -264,6 +274,7 @@ class Trainer:
         if not self.group.main:
             return
         waited = self.loader.waited
+        share = self.loader.share()
         self.home.record.write(
             kind="train", epoch=self.epoch, batch=self.batch, batches=self.batches,
             step=self.step, loss=loss, lr=rate, grad_norm=norm, skipped=self.skipped,
@@ -274,7 +285,10 @@ class Trainer:
             self.say(f"epoch {self.epoch}/{self.settings['epochs']} "
                      f"batch {self.batch}/{self.batches} step {self.step} loss {loss:.4f} "
                      f"lr {rate:.2e} norm {norm:.3f} skipped {self.skipped} {seconds:.2f} s/step, "
-                     f"loader waited {waited:.2f} s, {left:.0f} min left")
+                     f"waited {100 * share:.0f} % for data, {left:.0f} min left")
+        if share > data.SLOW and not self.waits:
+            self.waits = True
+            self.say(self.loader.advice(share))
 
     def progress(self, total, title, unit, done=0):
         """A bar on the main process's terminal; where there is none, lines are printed instead."""
@@ -296,9 +310,10 @@ class Trainer:
     def validate_recordings(self):
         size, dev = self.group.size, self.split.dev
         todo = [r for r in dev if r.name not in self.scores]
+        self.ahead = evaluate.read_ahead(todo[self.group.rank::size], self.config["evaluation"])
         bar = self.progress(len(dev), "validation", "recording", len(self.scores))
         said = time.monotonic()
-        with bar:
+        with bar, contextlib.closing(self.ahead):
             for first in range(0, len(todo), size):
                 began = time.monotonic()
                 turn = todo[first:first + size]
@@ -319,7 +334,7 @@ class Trainer:
     def score(self, recording):
         c = self.config["evaluation"]
         probability = evaluate.predict(self.model, recording, self.group.device, c,
-                                       self.settings["precision"], self.poll)
+                                       self.settings["precision"], self.poll, self.ahead)
         return evaluate.score(recording, probability, c)
 
     def poll(self):
@@ -516,6 +531,9 @@ def expect_data(config):
     if not Path(c["path"]).is_dir() and not c["synth_hours"]:
         raise Refused(f"data.path {c['path']} does not exist: "
                       f"python data.py import CORPUS_FOLDER {c['path']}")
+    if c["copy_to"] and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
+                      "on each, and name the copy as data.path")
 
 
 def open_recordings(config, watch, say):
@@ -525,6 +543,9 @@ def open_recordings(config, watch, say):
     try:
         if config["data"]["synth_hours"] and not path.is_dir():
             make_recordings(config, path, watch, say)
+        if config["data"]["copy_to"]:
+            path = data.copy_corpus(path, config["data"]["copy_to"], say,
+                                    lambda: watch.did("copied recording"))
         return data.open_corpus(path)
     except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
@@ -619,8 +640,12 @@ class Group:
 
     def __init__(self, device, watch):
         if device == "cuda" and not torch.cuda.is_available():
-            raise Refused("training.device is cuda and torch sees no GPU: "
-                          "check nvidia-smi and the torch build, or set cpu")
+            line = ("training.device is cuda and torch sees no GPU: "
+                    "check nvidia-smi and the torch build, or set cpu")
+            # a driver that has lost its GPU, or is still loading after a reboot, leaves its files
+            silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
+                                             or Path("/dev/dxg").exists())
+            raise Failed(line) if silent else Refused(line)
         self.rank, self.size = place()
         self.main = self.rank == 0
         self.watch = watch
@@ -871,8 +896,19 @@ def main(argv=None):
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="one key over the file's value, which is YAML; may be repeated: "
                              "--set training.batch_size=4 --set 'data.dev_patients=[chb01, chb02]'")
+    parser.add_argument("--success-exit-status", type=int, nargs="+", default=[], metavar="CODE",
+                        help="end with 0 instead of these codes: torchrun starts again whatever "
+                             "ends with another one, so that with it 2 75 are not tried again")
     args = parser.parse_args(argv)
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    code = attempt(args)
+    if code in args.success_exit_status:
+        print(f"train.py: exit code {code}, given as 0", file=sys.stderr)
+        return 0
+    return code
+
+
+def attempt(args):
     try:
         if args.fresh and args.resume != "false":
             raise Refused("--fresh and --resume exclude each other")
