@@ -1,9 +1,21 @@
-"""Every key of a training run with its unit, its limits and whether a resume may change it; reading, checking and
-comparing of configurations."""
+"""Every key of a training run with its meaning, its limits and whether a resume may change it;
+reading, checking and comparing configurations.
+
+A configuration is a YAML file of sections that hold only what differs from the defaults below:
+
+    training:
+        batch_size: 4
+
+The same key from the command line, after the file: --set training.batch_size=4. A new key is one
+row here; `python train.py --help` prints them all. The rows of `model` and `evaluation` stand in
+model.py and evaluate.py, which check their own.
+"""
 import contextlib
 import difflib
-import json
 import os
+import re
+import textwrap
+from collections import namedtuple
 from pathlib import Path
 
 import yaml
@@ -11,161 +23,293 @@ import yaml
 import evaluate
 import model
 
-DEFAULTS = {
-    "experiment": {
-        "name": "run",                  # run directory: <results>/<name>
-        "seed": 42,                     # weights, sampling, augmentation, dropout
-        "results": "results",           # folder of run directories
-    },
-    "data": {
-        "path": "",                     # folder written by data.py import
-        "synth_hours": 0.0,             # > 0: make this many hours of synthetic EDF at PATH_edf and import them to PATH
-        "synth_patients": 8,            # patients among them
-        "dev_patients": [],             # patients for validation; [] = the corpus's own dev split, else dev_fraction
-        "dev_fraction": 0.2,            # share of patients drawn for validation where the corpus has no split
-        "window_seconds": 60.0,         # length of a training window
-        "stride_seconds": 10.0,         # between the starts of training windows
-        "balanced": True,               # draw windows anew each epoch as below; false = every window each epoch
-        "full_per_partial": 0.3,        # windows wholly inside a seizure, per window that contains an onset or end
-        "background_per_partial": 2.5,  # windows without a seizure, per window that contains an onset or end
-        "augment": True,                # random gain and left-right mirror, keyed by (seed, epoch, window)
-        "buffers": 4,                   # batches read ahead
-    },
-    "model": model.DEFAULTS,
-    "training": {
-        "epochs": 100,
-        "batch_size": 8,                # windows per optimizer step, over all processes
-        "accumulate": 1,                # pieces that a batch is cut into to fit memory; the result is the same
-        "learning_rate": 1e-4,          # peak, reached after warmup; then cosine to 0
-        "weight_decay": 0.01,           # AdamW; none on norms, biases and other vectors
-        "warmup_ratio": 0.03,           # share of all optimizer steps
-        "grad_clip": 0.5,               # largest gradient norm
-        "focal_alpha": 0.5,             # weight of seizure samples (Lin et al., ICCV 2017)
-        "focal_gamma": 2.0,             # 0 = plain cross-entropy
-        "precision": "fp32",            # fp32, bf16 or fp16 (with gradient scaling)
-        "device": "auto",               # auto, cpu or cuda
-        "compile": False,               # torch.compile
-        "deterministic": False,         # bit-identical on a GPU too, slower there; a CPU always is
-        "best_metric": "event_f1",      # any name in evaluate.METRICS; decides best.pt and early stopping
-        "patience": 0,                  # epochs without improvement before stopping; 0 = never
-        "log_every": 50,                # steps per row of metrics.jsonl and per plain line
-        "checkpoint_interval": 1,       # epochs between checkpoint_epoch_EEE.pt
-        "checkpoint_keep": 3,           # newest of them kept; 0 = all
-        "mid_epoch_minutes": 30.0,      # between timed snapshots; BGB_MID_EPOCH_MINUTES overrides
-        "mid_epoch_keep": 5,            # newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides
-        "time_limit_hours": 0.0,        # stop, saved, before this much wall-clock time; 0 = no limit
-    },
-    "evaluation": evaluate.DEFAULTS,
+HERE = Path(__file__).resolve().parent
+PATH = "a path, relative to the folder of train.py unless absolute"
+FOLDER_NAME = "a plain folder name"
+METRIC = "a name in evaluate.METRICS"
+COUNT = (1, 10**6)
+COUNT_OR_0 = (0, 10**6)
+SECONDS = (0.1, 3600)
+SHARE = (0, 1)
+FACTOR = (0, 1000)
+CHANGES = True                  # a resume may change this key; where the mark is absent, it may not
+
+Key = namedtuple("Key", "default meaning limits may_change", defaults=(None, False))
+KEYS = {
+    "experiment.name": Key("run", "run directory: <results>/<name>", FOLDER_NAME, CHANGES),
+    "experiment.seed": Key(42, "weights, sampling, augmentation, dropout", (0, 2**63 - 1)),
+    "experiment.results": Key("results", "folder of run directories", PATH, CHANGES),
+
+    "data.path": Key("", "folder written by data.py import", PATH, CHANGES),
+    "data.synth_hours": Key(
+        0.0, "more than 0: make this many hours of synthetic EDF at PATH_edf and import them",
+        (0, 10**4), CHANGES),
+    "data.synth_patients": Key(8, "patients among them", (2, 10**4), CHANGES),
+    "data.dev_patients": Key(
+        [], "patients for validation; [] = the corpus's own dev split, else dev_fraction"),
+    "data.dev_fraction": Key(
+        0.2, "share of patients drawn for validation where the corpus has no split", SHARE),
+    "data.window_seconds": Key(60.0, "length of a training window", SECONDS),
+    "data.stride_seconds": Key(10.0, "between the starts of training windows", SECONDS),
+    "data.balanced": Key(
+        True, "draw windows anew each epoch as below; false = every window each epoch"),
+    "data.full_per_partial": Key(
+        0.3, "windows wholly inside a seizure, per window that contains an onset or end", FACTOR),
+    "data.background_per_partial": Key(
+        2.5, "windows without a seizure, per window that contains an onset or end", FACTOR),
+    "data.augment": Key(
+        True, "random gain and left-right mirror, keyed by (seed, epoch, window)"),
+    "data.buffers": Key(4, "batches read ahead", (1, 1000), CHANGES),
+    "data.readers": Key(
+        16, "threads that read windows; more help where each read waits, as on a network",
+        (1, 256), CHANGES),
+    "data.copy_to": Key(
+        "", "folder on a local disk to which the recordings are copied at the start; empty = read "
+        "them where they lie", PATH, CHANGES),
+
+    "training.epochs": Key(100, "passes over the training set", COUNT, CHANGES),
+    "training.batch_size": Key(
+        8, "windows per optimizer step, over all processes", COUNT, CHANGES),
+    "training.accumulate": Key(
+        1, "pieces that a batch is cut into to fit memory; the result is the same", COUNT, CHANGES),
+    "training.learning_rate": Key(
+        1e-4, "peak, reached after warmup; then cosine to 0", FACTOR, CHANGES),
+    "training.weight_decay": Key(
+        0.01, "AdamW; none on norms, biases and other vectors", FACTOR, CHANGES),
+    "training.warmup_ratio": Key(0.03, "share of all optimizer steps", SHARE, CHANGES),
+    "training.grad_clip": Key(0.5, "largest gradient norm", (1e-12, 1e12), CHANGES),
+    "training.focal_alpha": Key(
+        0.5, "weight of seizure samples (Lin et al., ICCV 2017)", SHARE, CHANGES),
+    "training.focal_gamma": Key(2.0, "0 = plain cross-entropy", (0, 100), CHANGES),
+    "training.precision": Key(
+        "fp32", "arithmetic of the forward pass; fp16 scales gradients",
+        ("fp32", "bf16", "fp16"), CHANGES),
+    "training.device": Key(
+        "auto", "auto = a GPU where torch sees one", ("auto", "cpu", "cuda"), CHANGES),
+    "training.compile": Key(False, "torch.compile", None, CHANGES),
+    "training.deterministic": Key(
+        False, "bit-identical on a GPU too, slower there; a CPU always is", None, CHANGES),
+    "training.best_metric": Key(
+        "event_f1", "decides best.pt and early stopping", METRIC, CHANGES),
+    "training.patience": Key(
+        0, "epochs without improvement before stopping; 0 = never", COUNT_OR_0, CHANGES),
+    "training.log_every": Key(
+        50, "steps per row of metrics.jsonl and per plain line", (1, 10**9), CHANGES),
+    "training.checkpoint_interval": Key(
+        1, "epochs between checkpoint_epoch_EEE.pt", COUNT, CHANGES),
+    "training.checkpoint_keep": Key(3, "newest of them kept; 0 = all", COUNT_OR_0, CHANGES),
+    "training.mid_epoch_minutes": Key(
+        30.0, "between timed snapshots; BGB_MID_EPOCH_MINUTES overrides", COUNT_OR_0, CHANGES),
+    "training.mid_epoch_keep": Key(
+        5, "newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides", COUNT_OR_0, CHANGES),
+    "training.init": Key(
+        "", "a checkpoint or stripped file whose weights a fresh run starts from", PATH, CHANGES),
+    "training.mirror": Key(
+        "", "folder for a second copy of the newest states and the records", PATH, CHANGES),
+    "training.save_patience_minutes": Key(
+        60.0, "go on without a save that succeeds, as long as the disk refuses", COUNT_OR_0,
+        CHANGES),
+    "training.hang_minutes": Key(
+        30.0, "without progress before the run ends with exit code 70; 0 = never", COUNT_OR_0,
+        CHANGES),
+    "training.time_limit_hours": Key(
+        0.0, "stop, saved, before this much wall-clock time; 0 = no limit", COUNT_OR_0, CHANGES),
 }
-CHOICES = {"training.precision": ("fp32", "bf16", "fp16"), "training.device": ("auto", "cpu", "cuda")}
-LIMITS = {                              # of every number outside `model` and `evaluation`, which check their own
-    "experiment.seed": (0, 2**63 - 1), "data.synth_hours": (0, 10**4), "data.synth_patients": (2, 10**4),
-    "data.dev_fraction": (0, 1), "data.window_seconds": (0.1, 3600), "data.stride_seconds": (0.1, 3600),
-    "data.full_per_partial": (0, 1000), "data.background_per_partial": (0, 1000), "data.buffers": (1, 1000),
-    "training.epochs": (1, 10**6), "training.batch_size": (1, 10**6), "training.accumulate": (1, 10**6),
-    "training.learning_rate": (0, 1000), "training.weight_decay": (0, 1000), "training.warmup_ratio": (0, 1),
-    "training.grad_clip": (1e-12, 1e12), "training.focal_alpha": (0, 1), "training.focal_gamma": (0, 100),
-    "training.patience": (0, 10**6), "training.log_every": (1, 10**9), "training.checkpoint_interval": (1, 10**6),
-    "training.checkpoint_keep": (0, 10**6), "training.mid_epoch_minutes": (0, 10**6), "training.mid_epoch_keep": (0, 10**6),
-    "training.time_limit_hours": (0, 10**6)}
-FIXED = ("model", "experiment.seed", "data.window_seconds", "data.stride_seconds", "data.balanced",
-         "data.full_per_partial", "data.background_per_partial", "data.augment", "data.dev_patients", "data.dev_fraction")
+
+
+def rows_of(section, script, may_change):
+    """The rows of another file's DEFAULTS; a key's meaning is the comment on its line there."""
+    table = Path(script.__file__).read_text().split("\nDEFAULTS = {\n")[1].split("\n}\n")[0]
+    meaning = dict(re.findall(r'"(\w+)": [^#]*# (.*)', table))
+    return {f"{section}.{name}": Key(default, meaning[name], None, may_change)
+            for name, default in script.DEFAULTS.items()}
+
+
+KEYS |= rows_of("model", model, may_change=False)
+KEYS |= rows_of("evaluation", evaluate, may_change=True)
+
+DEFAULTS = {}
+for name, key in KEYS.items():
+    section, _, short = name.partition(".")
+    DEFAULTS.setdefault(section, {})[short] = key.default
 
 
 class Refused(Exception):
     """Bad usage, configuration or data. One line; nothing was touched; exit code 2."""
 
 
-def load(path, overrides=()):
-    """The YAML file over DEFAULTS, then `section.key=value` overrides, all checked. Raises Refused with the nearest name."""
+# ---- reading ----
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first one would be ignored."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key.value, str):
+                continue
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key.value} stands twice, again in line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse(text, refusal):
+    # ValueError: 2026-02-30, which YAML takes for a date
     try:
-        given = yaml.safe_load(Path(path).read_text()) or {}
+        return yaml.load(text, UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Refused(f"{refusal}: {' '.join(str(error).split())}") from None
+
+
+def load(path, overrides=()):
+    """The whole configuration {section: {key: value}}: defaults, the YAML file at `path`, then
+    `section.key=value` overrides, all checked. Raises Refused with the nearest name or limits."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise Refused(f"config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
-    config = json.loads(json.dumps(DEFAULTS))
-    _merge(config, given, str(path))
+    except UnicodeDecodeError as error:
+        raise Refused(f"config {path}: not YAML: {error}") from None
+    given = {section: {} for section in DEFAULTS}
+    take(given, parse(text, f"config {path}: not YAML") or {}, str(path))
+
     for text in overrides:
-        key, found, value = text.partition("=")
-        if not found or key.count(".") < 1:
+        name, found, value = text.partition("=")
+        section, dot, key = name.partition(".")
+        if not found or not dot:
             raise Refused(f"--set {text}: write section.key=value")
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise Refused(f"--set {text}: the value is not YAML") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        _merge(config, value, "--set")
-    _check(config)
+        value = parse(value, f"--set {text}: the value is not YAML")
+        take(given, {section: {key: value}}, "--set")
+
+    config = {section: DEFAULTS[section] | given[section] for section in DEFAULTS}
+    check(config, given)
+    for name, key in KEYS.items():
+        if key.limits == PATH:
+            section, _, short = name.partition(".")
+            config[section][short] = placed(config[section][short])
     return config
 
 
-def _merge(config, given, source, prefix=""):
-    if not isinstance(given, dict):
-        raise Refused(f"{source}: {prefix[:-1] or 'the file'} must hold key: value pairs, not {given!r}")
-    for key, value in given.items():
-        if key not in config:
-            near = difflib.get_close_matches(str(key).lower(), config, 1, 0)
-            raise Refused(f"{source}: unknown key {prefix}{key}; the nearest is {prefix}{near[0]}")
-        if isinstance(config[key], dict):
-            _merge(config[key], value, source, f"{prefix}{key}.")
-        else:
-            config[key] = _typed(value, config[key], f"{source}: {prefix}{key}")
+def take(given, content, source):
+    """Put every value of `content`, of the right type, into `given`."""
+    known(DEFAULTS, content, source, "")
+    for section, values in content.items():
+        known(DEFAULTS[section], values, source, f"{section}.")
+        for key, value in values.items():
+            given[section][key] = typed(value, f"{section}.{key}", source)
 
 
-def _typed(value, default, where):
+def known(names, content, source, prefix):
+    if not isinstance(content, dict):
+        what = prefix[:-1] or "the file"
+        raise Refused(f"{source}: {what} must hold key: value pairs, not {content!r}")
+    for key in content:
+        if key not in names:
+            near = difflib.get_close_matches(str(key).lower(), names, 1, 0)[0]
+            raise Refused(f"{source}: unknown key {prefix}{key}; the nearest is {prefix}{near}")
+
+
+def typed(value, name, source):
+    default = KEYS[name].default
     kind = type(default)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is float and isinstance(value, str):                    # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
+    # YAML 1.1 reads 1e-4 as text; a whole number beyond all floats stays one and is refused below
+    if kind is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if kind is list and isinstance(value, list):
-        return [str(v) for v in value] if not default or isinstance(default[0], str) else value
-    if type(value) is not kind and default is not None:
-        raise Refused(f"{where} must be {kind.__name__}, like {default!r}, not {value!r}")
+        return [str(item) for item in value]
+    if type(value) is not kind:
+        raise Refused(f"{source}: {name} must be {kind.__name__}, like {default!r}, not {value!r}")
     return value
 
 
-def _check(config):
-    for name, (lowest, highest) in LIMITS.items():
-        value = _get(config, name)
-        if not lowest <= value <= highest:
-            raise Refused(f"{name} must be at least {lowest} and at most {highest:,}, not {value}")
-    for name, choices in CHOICES.items():
-        if _get(config, name) not in choices:
-            raise Refused(f"{name} must be one of {', '.join(choices)}, not {_get(config, name)!r}")
-    name = config["experiment"]["name"]
-    if not name or name != os.path.basename(name) or name.startswith("."):
-        raise Refused(f"experiment.name must be a plain folder name, not {name!r}")
+def placed(path):
+    """A path that means the same from wherever the program is started."""
+    return os.path.join(HERE, os.path.expanduser(path)) if path else path
+
+
+# ---- checking ----
+
+def check(config, given):
+    """Raise Refused for a value beyond its limits; model and evaluation complete their sections."""
+    for name, key in KEYS.items():
+        within(name, key.limits, get(config, name))
     try:
         evaluate.check_metric(config["training"]["best_metric"])
-        evaluate.settings(config["evaluation"])
-        model.settings(config["model"])
+        config["evaluation"] = evaluate.settings(given["evaluation"])
+        config["model"] = model.settings(given["model"])
     except ValueError as error:
         raise Refused(str(error)) from None
 
 
-def _get(config, dotted):
-    for part in dotted.split("."):
-        config = config[part]
-    return config
+def within(name, limits, value):
+    if limits == FOLDER_NAME:
+        if not value.isprintable() or value in ("", ".", "..") or value != os.path.basename(value):
+            raise Refused(f"{name} must be a plain folder name, not {value!r}")
+    elif isinstance(limits, tuple) and isinstance(value, str):
+        if value not in limits:
+            raise Refused(f"{name} must be one of {', '.join(limits)}, not {value!r}")
+    elif isinstance(limits, tuple):
+        lowest, highest = limits
+        if not lowest <= value <= highest:
+            raise Refused(
+                f"{name} must be at least {lowest} and at most {highest:,}, not {value}")
 
+
+def get(config, name):
+    section, _, key = name.partition(".")
+    return config[section][key]
+
+
+# ---- comparing and describing ----
 
 def flat(config, prefix=""):
+    """(section.key, value) of every key."""
     for key, value in config.items():
-        yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def compare(old, new, say):
     """Refuse what would make it another run; say what else changed since the checkpoint."""
     was, now = dict(flat(old)), dict(flat(new))
-    for key in sorted(was.keys() | now.keys()):
-        a, b = was.get(key), now.get(key)
-        if a == b:
+    for name in sorted(was.keys() | now.keys()):
+        if name not in now:
+            raise Refused(f"the checkpoint was trained with {name}, which this version of the "
+                          f"program does not know: resume with the version that wrote it")
+        # a checkpoint older than a key was trained as the key's default says
+        before, after = was.get(name, KEYS[name].default), now[name]
+        if before == after:
             continue
-        if any(key == f or key.startswith(f + ".") for f in FIXED):
-            raise Refused(f"{key} is {b!r} and was {a!r} in the checkpoint: that is another run; "
-                          f"set it back, choose another experiment.name, or use --fresh")
-        say(f"resume: {key} {a!r} -> {b!r} from here on")
+        if not KEYS[name].may_change:
+            raise Refused(
+                f"{name} is {after!r} and was {before!r} in the checkpoint: that is another run; "
+                f"set it back, choose another experiment.name, or use --fresh")
+        say(f"resume: {name} {before!r} -> {after!r} from here on")
+
+
+def describe():
+    """Every key with its default, meaning and limits, for --help."""
+    lines = ["section.key: default, meaning; limits (* may change on a resume)"]
+    for name, key in KEYS.items():
+        mark = "*" if key.may_change else " "
+        default = yaml.safe_dump(key.default).splitlines()[0]
+        lines.append(f"{mark} {name}: {default}")
+        lines += textwrap.wrap(key.meaning + shown(key), 100, initial_indent=" " * 8,
+                               subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def shown(key):
+    """The limits of a key as a reader wants them."""
+    if not key.limits:
+        return ""
+    if isinstance(key.limits, str):
+        return f"; {key.limits}"
+    if isinstance(key.default, str):
+        return f"; {', '.join(key.limits[:-1])} or {key.limits[-1]}"
+    return "; {:g} to {:,}".format(*key.limits)

@@ -1,45 +1,60 @@
 """EEG recordings for seizure detection: EDF in, one HDF5 file per recording out, training windows at the
-speed of memory.
+speed of memory or of the disk.
 
     python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit]
-                                   [--montage referential|bipolar] [--notch both|50|60|0] [--skip-bad]
+                                   [--montage referential|bipolar|reduced] [--channels F7-T3,...]
+                                   [--notch both|50|60|0] [--seizure-label TEXT] [--skip-bad] [--replace]
     python data.py synth OUT [--hours H] [--patients N] [--seed S]
-    python data.py info OUT
+    python data.py info OUT [--speed]
 
 SRC is a corpus, any folder of EDF files, or one EDF; without annotations a recording is imported as
 unlabelled. The import is resumable: a finished recording is kept while its source files and the settings of
 the preparation are the same. What cannot be read rightly is refused with one line and the rest goes on:
 exit 1 when anything was refused (--skip-bad: 0), 2 for bad usage. Preparation: edf.py; layouts: corpora.py.
+
+A window is one read: ten seconds of all channels lie together in the file, the chunks one after the other
+(corpora.write_recording). Threads read ahead of the training, so that a corpus may be larger than memory and
+lie on a network; which thread reads what changes nothing in the batches.
 """
 import argparse
+import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
-import queue
-import resource
+import shutil
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import corpora
-from edf import CHANNELS, FS, NOTCH, DataError, Settings
 import synth
+from corpora import CHUNK
+from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
+READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers
+SLOW = 0.05                             # share of a step's time; beyond it waiting for data is worth a word
+
+
+class ReadFailed(DataError):
+    """A recording that could be opened before and cannot be read now: a disk, a network or a hand at work."""
 
 
 # ---- recordings ----
 
 @dataclass
 class Recording:
-    """One imported recording. Holds no open file: the samples are mapped when they are first read, in each
-    process."""
+    """One imported recording. Holds no open file: each read opens it anew, so that neither 6,500 recordings
+    nor a run of weeks holds more descriptors than there are readers, and a file that was changed under the
+    run is noticed at its next window."""
     path: str
     name: str                           # below the corpus folder, without .h5
     patient: str
@@ -57,8 +72,9 @@ class Recording:
     source_fs: float = 0.0
     offset: int = 0                     # of the samples in the file, bytes
     state: tuple = ()                   # size and mtime_ns of the file when the corpus was opened
-    # the samples themselves, of a recording without a file
-    memory: np.ndarray | None = field(default=None, repr=False)
+    began: str = ""                     # YYYY-MM-DD hh:mm:ss by the EDF's header, "" where it says none
+    release: str = ""                   # what the corpus said of its version at import
+    digest: str = ""                    # what header must still prove that the file is the index's
 
     @property
     def seconds(self):
@@ -69,26 +85,52 @@ class Recording:
         """Events in samples: int64 (N, 2)."""
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
 
-    def view(self):
-        """All samples, int16 (C, T), read-only, without copying."""
-        if self.memory is not None:
-            return self.memory
-        return mapped(self.path, self.offset, (len(self.channels), self.samples), self.state)
-
-    def read_into(self, start, out):
-        """Samples from `start` into `out` int16 (C, n), zeros beyond the end; returns how many are real."""
+    def read_chunks(self, start, out):
+        """Fill out int16 (K, C, CHUNK) with the chunks from that of sample `start` on, zeros beyond the
+        end. ReadFailed or DataError where the file is not what it was."""
         if start < 0:
             raise ValueError(f"{self.name}: start {start} is before the recording")
-        real = max(0, min(out.shape[1], self.samples - start))
-        out[:, :real] = self.view()[:, start:start + real]
-        out[:, real:] = 0
-        return real
+        first = start // CHUNK
+        count = max(0, min(len(out), whole_chunks(self.samples) - first))
+        if count:
+            self._read_bytes(self.offset + first * out[0].nbytes, out[:count])
+        out[count:] = 0
+
+    def _read_bytes(self, position, out):
+        """Fill the array `out` from `position` in the file on."""
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                self._check_unchanged(handle)
+                # without it the kernel reads on beyond each window, for nothing
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+                rest = memoryview(out).cast("B")
+                while rest:
+                    count = os.preadv(handle, [rest], position)
+                    if not count:
+                        raise ReadFailed(f"{self.path} ends {len(rest)} bytes early: it is being written or was cut")
+                    rest = rest[count:]
+                    position += count
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise ReadFailed(f"{self.path}: {error.strerror}") from None
+
+    def _check_unchanged(self, handle):
+        now = corpora.file_state(os.fstat(handle))
+        if self.state and now != tuple(self.state):
+            raise DataError(f"{self.path} was changed since the corpus was opened")
+        if self.digest:
+            if corpora.digest(os.pread(handle, self.offset, 0)) != self.digest:
+                raise DataError(f"{self.path} is not the recording that the index describes: import it again")
+            self.digest = ""            # once is enough: from now on its time would tell
 
     def read(self, start, n):
         """int16 (C, n), zeros beyond the end; times scale it is uV."""
-        out = np.empty((len(self.channels), n), np.int16)
-        self.read_into(start, out)
-        return out
+        skipped = start % CHUNK
+        chunks = np.empty((whole_chunks(skipped + n), len(self.channels), CHUNK), np.int16)
+        self.read_chunks(start, chunks)
+        return chunks.transpose(1, 0, 2).reshape(len(self.channels), -1)[:, skipped:skipped + n]
 
     def labels(self, start, n):
         """uint8 (n,): 1 inside a seizure."""
@@ -98,63 +140,49 @@ class Recording:
         return out
 
 
-# Every map holds a file descriptor: all recordings stay mapped where `ulimit -n` allows, else the last used
-# half of it.
-OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-@functools.lru_cache(32_000 if OPEN_FILES < 0 else min(32_000, OPEN_FILES // 2))
-def mapped(path, offset, shape, state):
-    """Read-only view of a recording's samples in the page cache."""
-    try:
-        now = os.stat(path)
-        if state and (now.st_size, now.st_mtime_ns) != tuple(state):
-            raise DataError(f"{path} was changed since the corpus was opened")
-        return np.asarray(np.memmap(path, "<i2", "r", offset, shape))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+def whole_chunks(samples):
+    """How many chunks hold so many samples."""
+    return -(-samples // CHUNK)
 
 
 def open_corpus(path):
-    """All recordings below an imported folder, sorted by name. What was read of unchanged files (size and
-    mtime) comes from an index beside them. DataError for damaged or foreign files, or recordings that were
-    prepared differently."""
+    """All recordings below an imported folder, sorted by name, from its index and the sizes of the files.
+    DataError for damaged or foreign files, or recordings that were prepared differently."""
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder; python data.py import SRC {path}")
     entries = corpora.entries(root).items()
     recordings = [_recording(f"{root}/{name}.h5", name, *entry) for name, entry in entries]
     if not recordings:
-        raise DataError(f"{path} holds no recording"
-                        + "".join(f"; {f}: {why}" for f, why in corpora.read_report(root)[:3]))
+        raw = next((file for file in root.rglob("*") if file.suffix.lower() == ".edf"), None)
+        if raw:
+            raise DataError(f"{path} holds EDF files that were not imported: run "
+                            f"python data.py import {path} OUT, and open OUT")
+        refused = [f"; {file}: {why}" for file, why in corpora.read_report(root)[:3]]
+        raise DataError(f"{path} holds no recording" + "".join(refused))
+    _check_alike(path, recordings)
+    return recordings
+
+
+def _check_alike(path, recordings):
     for kind in ("montage", "channels", "prepared"):
         found = {getattr(r, kind): r.name for r in recordings}
         if len(found) > 1:
             names = " and ".join(list(found.values())[:2])
             raise DataError(f"{path}: {kind} differs between {names}: import all of it again, and delete what "
                             "has no EDF any more")
-    return recordings
 
 
 def _recording(path, name, state, entry):
-    e = dict(entry)
-    e["channels"], e["scale"] = tuple(e["channels"]), np.array(e["scale"], np.float32)
-    e["events"] = np.array(e["events"], np.float64).reshape(-1, 2)
-    return Recording(path=path, name=name, state=tuple(state), **e)
-
-
-def prepare(path, montage="referential", **settings):
-    """One EDF as an unlabelled Recording in memory, prepared exactly as an import would. DataError names
-    file and reason."""
-    source = corpora.Source(Path(path), Path(path).stem, "", Path(path).stem.split("_")[0], "", None)
-    settings = Settings(montage, **settings)
-    try:
-        p, _, events = corpora.prepare_source(source, settings)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return Recording(str(path), source.name, source.patient, "", montage, CHANNELS[montage], FS,
-                     p.eeg.shape[1], p.scale,
-                     p.norm, False, events, settings.hash, "; ".join(p.header.notes), p.rate, memory=p.eeg)
+    fields = dict(entry)
+    size, mtime = fields.pop("size"), fields.pop("mtime")
+    # the same size and time as the index says: nothing is left to prove
+    if tuple(state) == (size, mtime):
+        fields["digest"] = ""
+    fields["channels"] = tuple(fields["channels"])
+    fields["scale"] = np.array(fields["scale"], np.float32)
+    fields["events"] = np.array(fields["events"], np.float64).reshape(-1, 2)
+    return Recording(path=path, name=name, state=tuple(state), **fields)
 
 
 def fingerprint(recordings):
@@ -165,6 +193,8 @@ def fingerprint(recordings):
                                   r.events.tolist()]).encode())
     return digest.hexdigest()
 
+
+# ---- splits ----
 
 def person(patient):
     return SAME_PERSON.get(patient, patient)
@@ -201,16 +231,20 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
 
 def _draw(usable, people, fraction, seed):
     """A share of the patients with seizures and of those without, at least one with."""
-    ill = {person(r.patient) for r in usable if len(r.events)}
-    rng, dev = np.random.default_rng([seed, 20]), set()
-    for group in ([p for p in people if p in ill], [p for p in people if p not in ill]):
+    having = {person(r.patient) for r in usable if len(r.events)}
+    with_seizures = [p for p in people if p in having]
+    without = [p for p in people if p not in having]
+    rng = np.random.default_rng([seed, 20])
+    dev = set()
+    for group in (with_seizures, without):
         count = round(fraction * len(group))
         if len(group) > 1 and not dev:
             count = min(max(1, count), len(group) - 1)
         dev |= {group[i] for i in rng.permutation(len(group))[:count]}
-    if not dev:                         # a lone patient with seizures is for training
-        rest = [p for p in people if p not in ill] or people
-        dev = {rest[rng.integers(len(rest))]} if len(people) > 1 else set()
+    # a lone patient with seizures is for training
+    if not dev and len(people) > 1:
+        rest = without or people
+        dev = {rest[rng.integers(len(rest))]}
     return dev
 
 
@@ -227,17 +261,23 @@ class Windows:
             what = f"{unlabelled[0]} is not" if unlabelled else "there are none"
             raise DataError(f"windows need labelled recordings: {what}")
         self.recordings = list(recordings)
-        self.length, step = round(seconds * FS), round(stride * FS)
+        self.length = round(seconds * FS)
+        step = round(stride * FS)
         if self.length < 1 or step < 1:
             raise DataError(f"windows of {seconds} s every {stride} s: both must be at least {1 / FS:.4f} s")
         starts = [self._starts(r.samples, step) for r in self.recordings]
         self.recording = np.repeat(np.arange(len(starts), dtype=np.int32), [len(s) for s in starts])
         self.start = np.concatenate(starts)
         self.kind = np.concatenate([self._kinds(r, s) for r, s in zip(self.recordings, starts)])
-        self._walks = {}
+        self._orders = {}
 
     def __len__(self):
         return len(self.start)
+
+    @property
+    def chunks(self):
+        """The most chunks of a file that a window touches."""
+        return int(whole_chunks(self.start % CHUNK + self.length).max())
 
     def _starts(self, samples, step):
         last = max(0, samples - self.length)
@@ -245,7 +285,8 @@ class Windows:
         return starts if starts[-1] == last else np.append(starts, last)
 
     def _kinds(self, recording, starts):
-        ends, inside = np.minimum(starts + self.length, recording.samples), np.zeros(len(starts), np.int64)
+        ends = np.minimum(starts + self.length, recording.samples)
+        inside = np.zeros(len(starts), np.int64)
         for begin, end in recording.spans:
             inside += np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None)
         return (inside > 0).astype(np.uint8) + (inside == ends - starts)
@@ -254,7 +295,7 @@ class Windows:
         """Window ids (int64) of one epoch in training order: a pure function of (seed, epoch).
 
         All partial windows, and per partial window `full` wholly seizure and `background` windows (the
-        proportions of SeizureTransformer, Wu et al. 2025). Those two are walked through in a fixed random
+        proportions of SeizureTransformer, Wu et al. 2025). Those two are gone through in a fixed random
         order that goes on from epoch to epoch, so that each of them comes up in time. background=None:
         every window once."""
         if background is None:
@@ -264,26 +305,28 @@ class Windows:
             if not len(partial):
                 raise DataError(f"none of {len(self)} windows contains a seizure's onset or end: balanced "
                                 "sampling needs some; train on such recordings, or set data.balanced: false")
-            full = self._walk(2, "full_per_partial", full, len(partial), seed, epoch)
-            background = self._walk(0, "background_per_partial", background, len(partial), seed, epoch)
+            full = self._next(2, "full_per_partial", full, len(partial), seed, epoch)
+            background = self._next(0, "background_per_partial", background, len(partial), seed, epoch)
             ids = np.concatenate([partial, full, background])
         return np.random.default_rng([seed, epoch, 1]).permutation(ids)
 
-    def _walk(self, kind, key, ratio, partial, seed, epoch):
+    def _next(self, kind, key, ratio, partial, seed, epoch):
         """The next round(ratio * partial) windows of a kind."""
         if not (np.isfinite(ratio) and ratio >= 0):
             raise DataError(f"data.{key} is {ratio}: a ratio of 0 or more is needed")
         count = round(ratio * partial)
-        if (seed, kind) not in self._walks:
+        if (seed, kind) not in self._orders:
             ids = np.flatnonzero(self.kind == kind)
-            self._walks[seed, kind] = np.random.default_rng([seed, kind, 2]).permutation(ids)
-        order = self._walks[seed, kind]
+            self._orders[seed, kind] = np.random.default_rng([seed, kind, 2]).permutation(ids)
+        order = self._orders[seed, kind]
         if count and not len(order):
-            what = ("lies wholly inside a seizure", "contains no seizure")[kind == 0]
+            what = "contains no seizure" if kind == 0 else "lies wholly inside a seizure"
             raise DataError(f"no window {what}, {count} are asked for: "
                             f"set data.{key}: 0, or other data.window_seconds")
         return order[(epoch * count + np.arange(count)) % max(1, len(order))]
 
+
+# ---- loader ----
 
 def normalise(eeg, scale, norm, out=None):
     """int16 tensor (..., C, T), uV per unit (..., C), typical amplitude in uV (...) -> float32 (..., C, T),
@@ -292,122 +335,154 @@ def normalise(eeg, scale, norm, out=None):
     return eeg * factor if out is None else out.copy_(eeg).mul_(factor)
 
 
-class Loader:
-    """Batches of a Windows object, copied by a background thread into a ring of int16 buffers (pinned for
-    CUDA) and scaled on the device. `waited`: seconds that the consumer has waited for them. Needs no worker
-    processes: they would copy every batch once more."""
+@dataclass
+class Slot:
+    """Room for one batch in the ring."""
+    tensors: dict                       # see Loader._slots
+    copied: object = None               # CUDA event after which the room may be written again
 
-    def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4):
+    def __post_init__(self):
+        self.arrays = {key: tensor.numpy() for key, tensor in self.tensors.items()}
+
+
+class Loader:
+    """Batches of a Windows object. `readers` threads copy whole windows, in the order of the plan and ahead by
+    `buffers` batches, into a ring of int16 buffers (pinned for CUDA); they are put in order of channels and
+    scaled on the device. Needs no worker processes: they would copy every batch once more.
+
+    waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read: seconds that
+    the readers took, for so many windows."""
+
+    def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4, readers=READERS):
         # in this class alone: import workers and commands start in a third of the time
         import torch
         self.device = torch.device(device)
-        self.windows, self.seed, self.augment, self.buffers = windows, seed, augment, buffers
-        self.waited = 0.0
+        self.windows, self.seed, self.augment = windows, seed, augment
+        self.buffers, self.readers = buffers, readers
+        self.waited = self.reading = self.lasted = 0.0
+        self.read = 0
+        self.said = 0.0, 0.0            # waited and lasted at the last share()
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
-        self.mirror = mirror(windows.recordings[0].channels)
-        self._ring, self._emptied, self._outputs, self._idle = [], None, [], [np.empty(0)]
+        self.mirror = torch.from_numpy(mirror(windows.recordings[0].channels)).to(self.device)
+        self._ring = []
 
     def batches(self, lists_of_ids, epoch):
         """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each list of
         window ids, in order; None for an empty list. mask is 0 on padding. Closing the iterator early ends
-        its thread."""
+        its threads."""
         lists = [np.asarray(ids, np.int64) for ids in lists_of_ids]
-        slots = self._slots(max(map(len, lists), default=0))
-        free, full, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-        for slot in slots:
-            free.put((slot, self._emptied))
-        thread = threading.Thread(target=self._fill, args=(lists, epoch, free, full, stop), daemon=True)
-        thread.start()
+        ring = self._slots(max(map(len, lists), default=0))
+        pool = ThreadPoolExecutor(self.readers, "reader")
+        begun = collections.deque()
+
+        def begin(number):
+            slot = ring[number % len(ring)]
+            places = enumerate(lists[number].tolist())
+            begun.append((slot, [pool.submit(self._fill, slot, i, window, epoch) for i, window in places]))
+
         try:
-            for ids in lists:
-                began = time.perf_counter()
-                slot = full.get()
-                self.waited += time.perf_counter() - began
-                if isinstance(slot, BaseException):
-                    raise slot
+            clock = time.perf_counter()
+            for number in range(min(len(ring), len(lists))):
+                begin(number)
+            for number, ids in enumerate(lists):
+                slot, fills = begun.popleft()
+                clock = self._wait(fills, clock)
                 batch = [self._to_device(slot, len(ids)) if len(ids) else None]
-                free.put((slot, self._copied()))
-                # keeps no reference: its memory is used again once the consumer lets go of it
+                slot.copied = self._copied()
+                if number + len(ring) < len(lists):
+                    begin(number + len(ring))
+                # keeps no reference: the consumer alone decides how long a batch lives
                 yield batch.pop()
         finally:
-            stop.set()
-            free.put((None, None))
-            thread.join()
-            # the next call fills this ring, but not before the GPU has copied the last batches out of it
-            self._ring, self._emptied = slots, self._copied()
+            pool.shutdown(cancel_futures=True)
+            # the next call fills this ring
+            self._ring = ring
 
     def _slots(self, size):
-        """The ring: `buffers` sets of arrays for `size` windows, taken from the last call where they fit."""
+        """The ring: `buffers` slots for `size` windows, those of the last call where they fit."""
         ring, self._ring = self._ring, []
-        if ring and len(ring[0]["eeg"]) >= size:
+        if ring and len(ring[0].arrays["eeg"]) >= size:
             return ring
         import torch
-        pin = self.device.type == "cuda"
         channels, length = self.scale.shape[1], self.windows.length
-        shapes = {"eeg": ((size, channels, length), torch.int16), "y": ((size, length), torch.uint8),
-                  "real": ((size,), torch.int64), "scale": ((size, channels), torch.float32),
-                  "norm": ((size,), torch.float32)}
-        return [{key: torch.zeros(shape, dtype=kind, pin_memory=pin) for key, (shape, kind) in shapes.items()}
-                for _ in range(self.buffers)]
+        shapes = {
+            "eeg": ((size, self.windows.chunks, channels, CHUNK), torch.int16),
+            "y": ((size, length), torch.uint8),
+            "real": ((size,), torch.int64),
+            "scale": ((size, channels), torch.float32),
+            "norm": ((size,), torch.float32),
+            "start": ((size,), torch.int64),
+            "mirrored": ((size,), torch.uint8),
+        }
+        pin = self.device.type == "cuda"
 
-    def _fill(self, lists, epoch, free, full, stop):
-        """The background thread: waits for a free slot and, on CUDA, for the end of the copy out of it."""
-        try:
-            for ids in lists:
-                slot, copied = free.get()
-                if stop.is_set():
-                    return
-                if copied is not None:
-                    copied.synchronize()
-                host = {key: tensor.numpy() for key, tensor in slot.items()}
-                for i, window in enumerate(ids):
-                    self._fill_window(host, i, int(window), epoch)
-                    if stop.is_set():
-                        return
-                full.put(slot)
-        except BaseException as error:  # raised again where the batches are consumed
-            full.put(error)
+        def tensors():
+            return {key: torch.zeros(shape, dtype=kind, pin_memory=pin) for key, (shape, kind) in shapes.items()}
+        return [Slot(tensors()) for _ in range(self.buffers)]
 
-    def _fill_window(self, host, i, window, epoch):
+    def _fill(self, slot, place, window, epoch):
+        """In a reader: one window into its place; seconds that it took to read."""
         which, start = self.windows.recording[window], int(self.windows.start[window])
-        recording = self.windows.recordings[which]
-        host["real"][i] = recording.read_into(start, host["eeg"][i])
-        host["y"][i] = recording.labels(start, self.windows.length)
-        host["scale"][i], host["norm"][i] = self.scale[which], self.norm[which]
+        recording, host = self.windows.recordings[which], slot.arrays
+        # the GPU may still be copying the batch before out of this slot
+        if slot.copied is not None:
+            slot.copied.synchronize()
+        began = time.perf_counter()
+        recording.read_chunks(start, host["eeg"][place])
+        took = time.perf_counter() - began
+        host["start"][place] = start % CHUNK
+        host["real"][place] = min(self.windows.length, recording.samples - start)
+        host["y"][place] = recording.labels(start, self.windows.length)
+        host["scale"][place] = self.scale[which]
+        host["norm"][place] = self.norm[which]
+        host["mirrored"][place] = 0
         if self.augment:                # a gain of about +-20 % and, for one in two, left and right changed
             rng = np.random.default_rng([self.seed, epoch, window, 3])
-            host["scale"][i] *= np.float32(np.exp(rng.normal(0, 0.2)))
-            if rng.random() < 0.5:
-                host["eeg"][i], host["scale"][i] = host["eeg"][i][self.mirror], host["scale"][i][self.mirror]
+            host["scale"][place] *= np.float32(np.exp(rng.normal(0, 0.2)))
+            host["mirrored"][place] = rng.random() < 0.5
+        return took
+
+    def _wait(self, fills, last):
+        """Until a batch is read; raises what its reading raised. Returns the time, to be given as `last`."""
+        began = time.perf_counter()
+        for fill in fills:
+            self.reading += fill.result()
+        now = time.perf_counter()
+        self.waited += now - began
+        self.lasted += now - last
+        self.read += len(fills)
+        return now
+
+    def share(self):
+        """Share of the time since the last call that the consumer waited for batches."""
+        waited, lasted = self.waited - self.said[0], self.lasted - self.said[1]
+        self.said = self.waited, self.lasted
+        return waited / lasted if lasted else 0.0
+
+    def advice(self, share):
+        """What to do where training waits for data for `share` of the time: one line."""
+        folder = os.path.dirname(self.windows.recordings[0].path)
+        cost = 1e3 * self.reading / max(1, self.read)
+        return (f"training waited for data {100 * share:.0f} % of the time: a window takes {cost:.1f} ms to read from {folder} "
+                f"({file_system(folder)}), {self.readers} at a time; raise data.readers, or set data.copy_to to a "
+                "folder on a local disk")
 
     def _to_device(self, slot, count):
+        """(x, y, mask) of the first `count` windows of a slot."""
         import torch
-        t = {key: value[:count].to(self.device, non_blocking=True) for key, value in slot.items()}
-        x, y, mask = self._output(count)
-        normalise(t["eeg"], t["scale"], t["norm"], x)
-        place = torch.arange(self.windows.length, device=self.device)
-        return x, y.copy_(t["y"]), torch.lt(place, t["real"][:, None], out=mask)
-
-    def _output(self, count):
-        """Memory for x, y and mask. On the CPU that of a batch which nobody holds any more: mapping 10 MB
-        anew costs ten times the scaling. A NumPy array counts every tensor and view made of it, those that
-        autograd keeps too."""
-        import torch
-        channels, length = self.scale.shape[1], self.windows.length
-        size = count * (channels + 2) * length
-        if self.device.type != "cpu":
-            flat = torch.empty(size, device=self.device)
-        else:
-            unused = sys.getrefcount(self._idle[0])
-            k = next((k for k in range(len(self._outputs)) if self._outputs[k].size >= size
-                      and sys.getrefcount(self._outputs[k]) == unused), None)
-            if k is None:
-                k = len(self._outputs)
-                self._outputs.append(np.empty(size, np.float32))
-            flat = torch.from_numpy(self._outputs[k])[:size]
-        x, y, mask = flat.split([count * channels * length, count * length, count * length])
-        return x.view(count, channels, length), y.view(count, length), mask.view(count, length)
+        t = {key: tensor[:count].to(self.device, non_blocking=True) for key, tensor in slot.tensors.items()}
+        length = self.windows.length
+        x = torch.empty((count, self.scale.shape[1], length), device=self.device)
+        for i in range(count):
+            first = int(slot.arrays["start"][i])
+            # (K, C, CHUNK) as in the file -> (C, T)
+            eeg = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
+            normalise(eeg, t["scale"][i], t["norm"][i], x[i])
+            if slot.arrays["mirrored"][i]:
+                x[i] = x[i][self.mirror]
+        mask = torch.arange(length, device=self.device) < t["real"][:, None]
+        return x, t["y"].float(), mask.float()
 
     def _copied(self):
         """A CUDA event after the copies that are under way; None on the CPU, where they are done."""
@@ -420,11 +495,151 @@ class Loader:
 
 
 def mirror(channels):
-    """Index of each channel's left-right counterpart: int64 (C,)."""
+    """Index of each channel's left-right counterpart: int64 (C,). Where one has none, as in a reduced montage,
+    every channel stays in its place."""
     swap = dict(zip("Fp1 F3 C3 P3 O1 F7 T3 T5".split(), "Fp2 F4 C4 P4 O2 F8 T4 T6".split()))
     swap |= {right: left for left, right in swap.items()}
     other = ["-".join(swap.get(part, part) for part in name.split("-")) for name in channels]
+    if set(other) != set(channels):
+        return np.arange(len(channels))
     return np.array([list(channels).index(name) for name in other])
+
+
+def read_ahead(windows, n, depth=32, readers=READERS):
+    """Yield int16 (C, n) of each (recording, start) of `windows` in turn, up to `depth` of them read ahead by
+    threads. For inference, where windows come in the order of time."""
+    pool = ThreadPoolExecutor(readers, "reader")
+    begun = collections.deque()
+    try:
+        for recording, start in windows:
+            begun.append(pool.submit(recording.read, start, n))
+            if len(begun) > depth:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- where the recordings lie ----
+
+def file_system(path):
+    """Type of the file system that holds `path`, as the kernel names it."""
+    place = os.path.realpath(path)
+    found = "unknown file system"
+    longest = 0
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            mount, kind = line.split()[1:3]
+            inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+            if inside and len(mount) >= longest:
+                found, longest = kind, len(mount)
+    return found
+
+
+def copy_corpus(path, folder, say=print, copied=lambda: None):
+    """Copy an imported folder below `folder`, on a faster disk, and return the copy's path. What an earlier
+    call has copied stays; DataError without room, or where other recordings lie in the way. copied() is called
+    after each file."""
+    import checkpoint                   # here: torch takes a command a second
+    source = Path(path).resolve()
+    target = Path(folder).resolve() / source.name
+    if target == source:
+        raise DataError(f"data.copy_to {folder} is where {path} lies already")
+    sizes = {f"{name}.h5": state for name, (state, _) in corpora.entries(source).items()}
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        held = checkpoint.lock(target)
+    except checkpoint.InUse as error:
+        raise DataError(f"{target}: another process copies there: {error}") from None
+    try:
+        strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in sizes]
+        if strange:
+            raise DataError(f"{strange[0]} is not in {path}: give data.copy_to a folder of its own")
+        missing = {name: size for name, (size, mtime) in sizes.items()
+                   if not _is_copied(target / name, (size, mtime))}
+        room = shutil.disk_usage(target).free
+        needed = sum(missing.values())
+        if needed > 0.98 * room:
+            raise DataError(f"data.copy_to {folder}: {needed / 1e9:.1f} GB to copy, {room / 1e9:.1f} GB free")
+        _copy_files(source, target, missing, say, copied)
+        for name in (corpora.INDEX, corpora.REPORT):
+            if (source / name).exists():
+                shutil.copy2(source / name, target / name)
+    finally:
+        held.close()
+    return str(target)
+
+
+def _is_copied(path, state):
+    return path.exists() and corpora.file_state(path.stat()) == state
+
+
+def _copy_files(source, target, sizes, say, copied):
+    """Each file under its name only when it is whole, and with its time, which the index knows."""
+    from checkpoint import durable_replace
+    total, done = sum(sizes.values()), 0
+    if sizes:
+        say(f"copying {len(sizes)} recordings, {total / 1e9:.2f} GB, to {target}")
+    said = time.monotonic()
+
+    def copy(name):
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temp = place.with_name(place.name + ".copying")
+        shutil.copy2(source / name, temp)
+        durable_replace(temp, place)
+        return sizes[name]
+
+    pool = ThreadPoolExecutor(READERS, "copy")
+    try:
+        for size in pool.map(copy, sizes):
+            done += size
+            copied()
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                say(f"copying to {target}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def speed(path, seconds=10.0, say=print):
+    """Measure how fast windows of 60 s are read from an imported folder in random order: from the disk, each
+    once, and again from memory."""
+    recordings = open_corpus(path)
+    length = 60 * FS
+    places = [(r, start) for r in recordings for start in range(0, max(1, r.samples - length), length)]
+    places = [places[i] for i in np.random.default_rng().permutation(len(places))]
+    for r in recordings:
+        with open(r.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    say(f"{path} on {file_system(path)}, {READERS} readers, windows of 60 s in random order")
+    count, rate, ratio = _rate(places, length, 0.6 * seconds)
+    from_disk = f"{ratio:.2f} bytes from the disk per byte used" if ratio else "this disk's reads are not counted"
+    say(f"  cold: {rate:,.0f} windows/s ({count} windows), {from_disk}")
+    count, rate, _ = _rate(itertools.cycle(places[:min(count, 1000)]), length, 0.3 * seconds)
+    say(f"  warm: {rate:,.0f} windows/s")
+
+
+def _rate(windows, length, seconds):
+    """(windows read, windows/s, bytes read from the disk per byte of windows)."""
+    before = disk_bytes()
+    began = time.monotonic()
+    count = used = 0
+    with contextlib.closing(read_ahead(windows, length)) as ahead:
+        for eeg in ahead:
+            count += 1
+            used += eeg.nbytes
+            lasted = time.monotonic() - began
+            if lasted > seconds:
+                break
+    return count, count / lasted, (disk_bytes() - before) / used
+
+
+def disk_bytes():
+    """Bytes that this process has read from block devices so far."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
 # ---- command line ----
@@ -436,6 +651,8 @@ def info(path, say=print):
     say(f"{path}: {len(recordings)} recordings of {len({person(r.patient) for r in recordings})} patients, "
         f"{sum(r.seconds for r in recordings) / 3600:.2f} h, montage {recordings[0].montage}, {FS} Hz, "
         f"prepared {recordings[0].prepared}")
+    for release in sorted({r.release for r in recordings if r.release}):
+        say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
         say(f"  {split or 'no split':8} {len(part)} recordings, "
@@ -464,12 +681,20 @@ def arguments():
     p = commands.add_parser("import", help="EDF files and their annotations to one HDF5 file per recording")
     p.add_argument("src", help="corpus folder, any folder of EDF files, or one EDF")
     p.add_argument("out")
-    p.add_argument("--layout", choices=corpora.LAYOUTS, default="auto")
-    p.add_argument("--montage", choices=sorted(CHANNELS, reverse=True), default="referential")
+    p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto")
+    p.add_argument("--montage", choices=MONTAGES, default="referential",
+                   help="19 electrodes, 18 double-banana derivations, or what --channels names")
+    p.add_argument("--channels", type=channel_names, default=(), metavar="F7-T3,...",
+                   help="of --montage reduced: electrodes, pairs of them, or labels of the EDF")
     p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",
                    help="mains to take out, Hz")
-    p.add_argument("--blank-unit", choices=("uV", "mV", "V", "nV"), default="",
+    p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
                    help="unit where the EDF names none")
+    p.add_argument("--seizure-label", action="append", default=[], metavar="TEXT",
+                   help="EDF+ annotation that marks a seizure; START..END for a pair; may be repeated")
+    p.add_argument("--background-label", action="append", default=[], metavar="TEXT",
+                   help="EDF+ annotation of a recording that was read and holds no other seizure")
+    p.add_argument("--replace", action="store_true", help="make recordings of another preparation anew")
     p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
     p.add_argument("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
@@ -477,7 +702,9 @@ def arguments():
     p.add_argument("--hours", type=float, default=1.0, help="in all")
     p.add_argument("--patients", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
-    commands.add_parser("info", help="hours, patients, seizures, balance, refusals").add_argument("out")
+    p = commands.add_parser("info", help="hours, patients, seizures, balance, refusals")
+    p.add_argument("out")
+    p.add_argument("--speed", action="store_true", help="measure for 10 s how fast windows are read")
     return parser.parse_args()
 
 
@@ -488,9 +715,14 @@ def main():
             synth.synth(args.out, args.hours, args.patients, args.seed)
         elif args.command == "info":
             info(args.out)
+            if args.speed:
+                speed(args.out)
         else:
-            report = corpora.import_corpus(args.src, args.out, args.layout, args.montage, args.notch,
-                                   args.blank_unit, args.workers)
+            report = corpora.import_corpus(
+                args.src, args.out, layout=args.layout, montage=args.montage, notch=args.notch,
+                blank_unit=args.blank_unit, workers=args.workers, channels=args.channels,
+                seizure_labels=args.seizure_label, background_labels=args.background_label,
+                replace=args.replace)
             return int(bool(report.refused) and not args.skip_bad)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -50,6 +50,7 @@ import checkpoint
 import corpora
 import data
 import edf
+import events
 import metrics
 import model
 import report
@@ -120,15 +121,27 @@ def _in_samples(config):
 
 # ---- probability track ----
 
-def predict(net, recording, device, config, precision="fp32", poll=None):
+def read_ahead(recordings, config):
+    """Iterator over the windows of `recordings`, one after the other as predict() takes them, read
+    ahead by threads: no GPU waits for the next recording. Close it."""
+    c = settings(config)
+    windows = ((r, start) for r in recordings for start in _starts(r.samples, c))
+    return data.read_ahead(windows, round(c["window_seconds"] * FS), 4 * c["batch_size"])
+
+
+def predict(net, recording, device, config, precision="fp32", poll=None, windows=None):
     """Seizure probability of every sample: float32 (samples,) at 256 Hz, from windows read one
     batch at a time.
 
     The last window is moved back to end with the recording, so that each window is full of EEG as
     in training; samples it shares with its neighbour are averaged, weighted by their distance to
     the window's edge, where context ends. A recording shorter than a window is padded with zeros,
-    again as in training. poll() is called before every call of the model and may raise to stop."""
+    again as in training. poll() is called before every call of the model and may raise to stop.
+    windows: what read_ahead() gives, at the place of this recording, where several follow."""
     c = settings(config)
+    if windows is None:
+        with contextlib.closing(read_ahead([recording], c)) as windows:
+            return predict(net, recording, device, c, precision, poll, windows)
     length = round(c["window_seconds"] * FS)
     samples = recording.samples
     starts = _starts(samples, c)
@@ -140,7 +153,8 @@ def predict(net, recording, device, config, precision="fp32", poll=None):
             if poll:
                 poll()
             batch = starts[i:i + c["batch_size"]]
-            tracks = _probabilities(net, recording, batch, length, device, precision)
+            eeg = np.stack([next(windows) for _ in batch])
+            tracks = _probabilities(net, recording, eeg, device, precision)
             for start, track in zip(batch, tracks):
                 n = min(length, samples - start)
                 total[start:start + n] += ramp[:n] * track[:n]
@@ -168,12 +182,12 @@ def _starts(samples, c):
 
 
 @torch.no_grad()            # not inference_mode: a buffer cached there is of no use to training
-def _probabilities(net, recording, starts, length, device, precision):
-    windows = np.stack([recording.read(start, length) for start in starts])
-    eeg = torch.from_numpy(windows).to(device)
+def _probabilities(net, recording, eeg, device, precision):
+    """Seizure probability float32 (B, T) of windows int16 (B, C, T) of a recording."""
+    eeg = torch.from_numpy(eeg).to(device)
     scale = torch.as_tensor(recording.scale, dtype=torch.float32, device=device)
-    norm = torch.full((len(starts),), float(recording.norm), device=device)
-    x = data.normalise(eeg, scale.expand(len(starts), -1), norm)
+    norm = torch.full((len(eeg),), float(recording.norm), device=device)
+    x = data.normalise(eeg, scale.expand(len(eeg), -1), norm)
     kind = PRECISIONS[precision]
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
         logits = net(x)
@@ -181,57 +195,6 @@ def _probabilities(net, recording, starts, length, device, precision):
 
 
 # ---- post-processing: probability -> events ----
-
-def _runs(mask):
-    """Begin and end (exclusive) of each run of True: int64 (N, 2)."""
-    padded = np.concatenate([[False], mask, [False]])
-    return np.flatnonzero(padded[1:] != padded[:-1]).reshape(-1, 2)
-
-
-def _hysteresis(probability, on, off, onset, offset):
-    """Runs that begin with `onset` samples >= on and end where `offset` samples < off begin:
-    int64 (N, 2)."""
-    high = _runs(probability >= on)
-    low = _runs(~(probability >= off))                      # NaN ends an event
-    begin = high[high[:, 1] - high[:, 0] >= max(1, onset), 0]
-    end = low[low[:, 1] - low[:, 0] >= max(1, offset), 0]
-    # all marks in order of time; only the first of several begins, or of several ends, counts
-    marks = np.concatenate([begin, end])
-    order = np.argsort(marks)
-    marks = marks[order]
-    begins = order < len(begin)
-    inside = np.append(False, begins)[:-1]                  # the mark before it was a begin
-    first = marks[begins & ~inside]
-    last = marks[~begins & inside]
-    if len(last) < len(first):                              # the recording ends within an event
-        last = np.append(last, len(probability))
-    return np.stack([first, last], 1).astype(np.int64)
-
-
-def _merge(events, gap):
-    """Join neighbours whose gap is at most `gap` samples."""
-    if len(events) < 2:
-        return events
-    apart = events[1:, 0] - events[:-1, 1] > gap
-    begin = events[np.append(True, apart), 0]
-    end = events[np.append(apart, True), 1]
-    return np.stack([begin, end], 1)
-
-
-def _longer(events, shortest):
-    return events[events[:, 1] - events[:, 0] >= shortest]
-
-
-def _split(events, longest):
-    """Cut events into the fewest equal parts that are no longer than `longest` samples."""
-    length = events[:, 1] - events[:, 0]
-    parts = -(-length // longest)
-    which = np.repeat(np.arange(len(events)), parts)        # the event of each part
-    number = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)     # within it
-    begin = events[which, 0] + length[which] * number // parts[which]
-    end = events[which, 0] + length[which] * (number + 1) // parts[which]
-    return np.stack([begin, end], 1)
-
 
 def postprocess(probability, threshold, config):
     """Events of a probability track (samples,): int64 (N, 2), begin and end in samples, in order
@@ -241,12 +204,12 @@ def postprocess(probability, threshold, config):
     element. Splitting comes last, since merging would undo it."""
     c = _in_samples(config)
     off = max(threshold - c["release"], threshold / 2)
-    found = _hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
-    found = _longer(found, c["opening_seconds"])
-    found = _merge(found, c["closing_seconds"] - 1)
-    found = _longer(found, c["min_duration_seconds"])
-    found = _merge(found, c["merge_gap_seconds"])
-    return _split(found, c["max_duration_seconds"])
+    found = events.hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
+    found = events.longer(found, c["opening_seconds"])
+    found = events.merge(found, c["closing_seconds"] - 1)
+    found = events.longer(found, c["min_duration_seconds"])
+    found = events.merge(found, c["merge_gap_seconds"])
+    return events.split(found, c["max_duration_seconds"])
 
 
 # ---- record of one recording ----
@@ -268,7 +231,7 @@ def score(recording, probability, config):
     if not recording.labelled:
         return record
     label = recording.labels(0, recording.samples)
-    truth = _runs(label > 0) / FS
+    truth = events.runs(label > 0) / FS
     thresholds = _thresholds(c)
     rows = []
     known = {}
@@ -410,7 +373,8 @@ def overridden(c, source, args):
         key, equals, value = text.partition("=")
         section, _, name = key.partition(".")
         if section != "evaluation" or not equals:
-            raise Refused(f"--set {text}: write evaluation.key=value; other keys belong to training")
+            raise Refused(f"--set {text}: write evaluation.key=value; "
+                          "other keys belong to training")
         if name in ("tune", "max_false_alarms_per_24h"):
             raise Refused(f"--set {text}: acts in training, where the threshold is tuned; "
                           "here give --threshold")
@@ -441,7 +405,7 @@ def open_data(path, state, scratch):
     if not path.exists():
         raise Refused(f"data {path} does not exist")
     if path.is_file() or not next(path.rglob("*.h5"), None):
-        refused = _import(path, state["montage"], scratch)
+        refused = _import(path, state, scratch)
         path = scratch
     recordings = data.open_corpus(path)
     for r in recordings:
@@ -453,11 +417,13 @@ def open_data(path, state, scratch):
     return recordings, refused
 
 
-def _import(path, montage, scratch):
+def _import(path, state, scratch):
     """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
-    refused = corpora.import_corpus(path, scratch, montage=montage).refused
+    montage = state["montage"]
+    channels = state["channels"] if montage == "reduced" else ()
+    refused = corpora.import_corpus(path, scratch, montage=montage, channels=channels).refused
     if not next(scratch.rglob("*.h5"), None):
         reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
         raise Refused(f"no usable recording: {reasons}")
@@ -501,15 +467,11 @@ def take_folder(out, recordings, source):
                       f"give another folder, such as --out {out}_{source.stem}")
 
 
-def write_events(path, found, probability, seconds, start="n/a"):
+def write_events(path, found, probability, recording):
     """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
     confidence = [probability[begin:end].mean() for begin, end in found]
-    edf.write_events_tsv(path, found / FS, seconds, confidence, start)
-
-
-def _start(recording):
-    """When a recording began, as SzCORE writes it; n/a where its EDF does not say."""
-    return getattr(recording, "start", "") or "n/a"
+    start = recording.began or "n/a"
+    edf.write_events_tsv(path, found / FS, recording.seconds, confidence, start)
 
 
 def evaluate(net, recordings, c, device, precision="fp32", out=None, plot=False, save=False):
@@ -518,10 +480,11 @@ def evaluate(net, recordings, c, device, precision="fp32", out=None, plot=False,
     records = []
     detections = []
     calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
-    with Progress(calls, len(recordings)) as progress:
+    ahead = contextlib.closing(read_ahead(recordings, c))
+    with Progress(calls, len(recordings)) as progress, ahead as windows:
         for r in recordings:
             progress.bar.set_postfix_str(r.name[-40:], refresh=False)
-            probability = predict(net, r, device, c, precision, progress.bar.update)
+            probability = predict(net, r, device, c, precision, progress.bar.update, windows)
             if not np.isfinite(probability).all():
                 raise Refused(f"the model gives a probability that is not finite on {r.name}")
             found = postprocess(probability, c["threshold"], c)
@@ -535,8 +498,7 @@ def evaluate(net, recordings, c, device, precision="fp32", out=None, plot=False,
 def write(recording, probability, found, c, out, plot, save):
     """The files of one recording. What an earlier evaluation drew or saved of it, and this one does
     not, goes: it would show another threshold or model than the scores beside it."""
-    seconds = recording.seconds
-    write_events(output(out, recording, EVENTS), found, probability, seconds, _start(recording))
+    write_events(output(out, recording, EVENTS), found, probability, recording)
     picture = output(out, recording, ".png")
     track = output(out, recording, "_probability.npy")
     picture.unlink(missing_ok=True)
@@ -722,6 +684,7 @@ def score_folder(args):
     same = bool(trained_on) and args.data.resolve() == Path(trained_on).resolve()
     result = tell(records, detections, c) | about | {
         "data": str(args.data),
+        "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
         "split": args.split or "all",
         "includes_training": args.split == "train" or not args.split and same,
         "refused": refused,
@@ -756,7 +719,7 @@ def score_one(args):
         if not np.isfinite(probability).all():
             raise Refused(f"the model gives a probability that is not finite on {r.name}")
     found = postprocess(probability, c["threshold"], c)
-    write_events(args.events, found, probability, r.seconds, _start(r))
+    write_events(args.events, found, probability, r)
     print(f"{len(found)} detections in {r.seconds:.0f} s: {args.events}")
 
 
@@ -775,6 +738,9 @@ def main(argv=None):
             score_one(args)
         else:
             score_folder(args)
+    except data.ReadFailed as failure:                      # a passing fault, not bad data
+        print(f"evaluate.py: stopped: {failure}", file=sys.stderr)
+        return 1
     except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2

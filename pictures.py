@@ -152,8 +152,8 @@ def _elapsed(seconds):
 def _began(recording):
     """When a recording began, None where that is not known."""
     try:
-        return datetime.datetime.fromisoformat(getattr(recording, "start", ""))
-    except (TypeError, ValueError):
+        return datetime.datetime.fromisoformat(recording.began)
+    except ValueError:
         return None
 
 
@@ -306,8 +306,8 @@ def _eeg_height(recording):
 
 
 def _displayed(recording, begin, end):
-    """The derivations within BAND, for the eye alone: zero phase (Butterworth, second order, forward
-    and back), with the filter's transients in a margin that is not shown."""
+    """The derivations within BAND, for the eye alone: zero phase (Butterworth, second order,
+    forward and back), with the filter's transients in a margin that is not shown."""
     early = max(0, begin - MARGIN)
     traces, names = _derivations(recording, early, end + MARGIN)
     sos = butter(2, BAND, "bandpass", fs=FS, output="sos")
@@ -366,8 +366,8 @@ def _against_alarms(axis, rows, threshold, name, label, colour):
 
 def curves(run_directory):
     """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl:
-    loss, learning rate and the metric that decides best.pt over the steps, with saves and resumes marked.
-    Returns its path."""
+    loss, learning rate and the metric that decides best.pt over the steps, with saves and resumes
+    marked. Returns its path."""
     directory = Path(run_directory)
     rows = _rows(directory / "metrics.jsonl")
     files = _rows(directory / "saves.jsonl")

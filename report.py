@@ -1,4 +1,4 @@
-"""What is told about scores: their intervals over patients, sensitivity against false alarms, the lines.
+"""What is told about scores: intervals over patients, sensitivity against false alarms, lines.
 
     rows = report.trade_off(patients, curves, thresholds)   patients: one {metric: (K,)} each
     report.show(result, names, folder)                      result: the content of scores.json
@@ -15,10 +15,11 @@ RATES = (100, 50, 20, 10, 5, 2.5, 1, 0)                 # false alarms per 24 h 
 
 
 def intervals(patients, name, seed=0):
-    """(low, high), each (K,), of the mean over patients of one metric; NaN where nothing can be drawn.
+    """(low, high), each (K,), of the mean over patients of one metric; NaN where nothing can be
+    drawn.
 
-    A patient without a value (no F1 where there is neither seizure nor detection) is left out of each
-    mean, as in the score itself. One patient has no interval."""
+    A patient without a value (no F1 where there is neither seizure nor detection) is left out of
+    each mean, as in the score itself. One patient has no interval."""
     values = np.stack([p[name] for p in patients])          # (patients, K)
     if len(patients) < 2:
         return np.full((2, values.shape[1]), np.nan)
@@ -47,7 +48,8 @@ def intervals_at(patients, names, index):
 
 
 def trade_off(patients, curves, thresholds):
-    """One row per threshold: each metric of SHOWN as [value, low, high], None where there is none."""
+    """One row per threshold: each metric of SHOWN as [value, low, high], None where there is
+    none."""
     bounds = {name: intervals(patients, name) for name in SHOWN}
     rows = []
     for i, threshold in enumerate(thresholds):
@@ -64,7 +66,7 @@ def _plain(value):
 
 
 def some(rows, threshold):
-    """Of a trade-off the row in use, and for each of RATES the best sensitivity that keeps to it."""
+    """Of a trade-off the row in use, and for each of RATES the best sensitivity within it."""
     chosen = [row for row in rows if row["threshold"] == threshold]
     for rate in RATES:
         within = [row for row in rows if row["false_alarms_per_24h"][0] <= rate]
@@ -82,6 +84,8 @@ def show(result, names, out):
     print(f"{result['recordings']} recordings, {result['hours']:.2f} h, "
           f"{result['patients']} patients, {result['seizures']} labelled seizures, "
           f"{detections} detections")
+    if result["corpus_version"]:
+        print(f"corpus: {result['corpus_version']}")
     print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
     for key, value in result["overridden"].items():
         print(f"overridden: {key} = {value}")

@@ -78,12 +78,12 @@ def floor(w):
 def ring(w):
     """Our fill of the ring alone, as the background thread does it: samples, labels, scale."""
     loader, turn = data.Loader(w), [0]
-    slots = [{key: tensor.numpy() for key, tensor in slot.items()} for slot in loader._slots(BATCH)]
+    slots = loader._slots(BATCH)
 
     def step(ids):
         turn[0] += 1
         for k, i in enumerate(ids):
-            loader._fill_window(slots[turn[0] % 4], k, int(i), 1)
+            loader._fill(slots[turn[0] % 4], k, int(i), 1)
     return step
 
 

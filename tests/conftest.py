@@ -2,6 +2,7 @@
 name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,33 @@ def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tai
     return path
 
 
+@dataclass
+class Held(data.Recording):
+    """A recording without a file: its samples, int16 (C, T), are in memory."""
+    memory: np.ndarray = None
+
+    def read_chunks(self, start, out):
+        piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
+        rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
+        rows[:, :piece.shape[1]] = piece
+        out[:] = rows.reshape(piece.shape[0], len(out), corpora.CHUNK).transpose(1, 0, 2)
+
+
+def prepare(path, montage="referential", **settings):
+    """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names file and
+    reason."""
+    recipe = edf.Recipe(montage, **settings)
+    try:
+        header = edf.read_header(path)
+        signal = edf.prepare_edf(header, recipe)
+    except edf.DataError as error:
+        raise edf.DataError(f"{path}: {error}") from None
+    stem = Path(path).stem
+    return Held(str(path), stem, stem.split("_")[0], "", montage, recipe.channels, edf.FS, signal.eeg.shape[1],
+                signal.scale, signal.amplitude, False, np.empty((0, 2)), recipe.hash, "; ".join(header.notes),
+                signal.rate, memory=signal.eeg)
+
+
 class Track:
     """A recording held in memory, with the attributes that evaluate.py reads."""
 
@@ -82,6 +110,7 @@ class Track:
         self.samples, self.fs = round(seconds * edf.FS), edf.FS
         self.seconds, self.events = self.samples / edf.FS, np.array(events, float).reshape(-1, 2)
         self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
+        self.began = ""
         self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples), np.int16)
 
     def read(self, start, n):
@@ -101,6 +130,19 @@ def probability_of(track, events, height=0.99):
     return p
 
 
+def plus(path, onsets, kind="EDF+D", annotations=(), **fields):
+    """EDF+ with an annotation signal that gives each record its onset, and {record: further bytes}."""
+    eeg = np.random.default_rng(0).integers(-900, 900, (len(onsets), 19 * 256)).astype("<i2")
+    rows = []
+    for i, onset in enumerate(onsets):
+        raw = f"+{onset:g}\x14\x14\0".encode() + dict(annotations).get(i, b"")
+        rows.append(eeg[i].tobytes() + raw.ljust(64, b"\0")[:64])
+    usual = dict(count={19: "32"}, reserved=kind, pmin={19: "-1"}, pmax={19: "1"}, unit={19: ""},
+                 dmin={19: "-32768"})
+    return write_edf(path, len(onsets), labels=[*NAMES, "EDF Annotations"],
+                     eeg=np.zeros((20, len(onsets) * 256)), body=b"".join(rows), **(usual | fields))
+
+
 def microvolts(recording):
     return recording.read(0, recording.samples) * recording.scale[:, None]
 
@@ -118,3 +160,12 @@ def synthetic(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(synthetic):
     return data.open_corpus(synthetic[1])
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """Folder of twenty minutes of four synthetic patients, imported: what the tests of training train on."""
+    root = tmp_path_factory.mktemp("corpus")
+    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
+    return root / "h5"

@@ -26,6 +26,7 @@ import corpora
 import data
 import edf
 import evaluate
+import events
 import metrics
 import model as v3
 import report
@@ -206,7 +207,7 @@ def test_opening_and_closing_equal_binary_morphology():
     got = evaluate.postprocess(mask.astype(np.float32), 0.5, config)
     padded = np.pad(binary_opening(np.pad(mask, 50), np.ones(11)), 50)
     want = binary_closing(padded, np.ones(31))[100:-100]
-    assert 3 < len(got) and np.array_equal(evaluate._runs(want), got)
+    assert 3 < len(got) and np.array_equal(events.runs(want), got)
 
 
 def test_short_events_go_close_ones_join_and_long_ones_are_cut_last():
@@ -489,11 +490,12 @@ def read_tsv(path):
 def test_events_files_hold_one_row_per_event_or_one_of_background(tmp_path):
     track = Track("a", 600)
     p = probability_of(track, [(100, 150), (300, 330.5)])
-    evaluate.write_events(tmp_path / "new" / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, 600.0)
+    evaluate.write_events(tmp_path / "new" / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p,
+                          track)
     rows = read_tsv(tmp_path / "new" / "a_events.tsv")
     assert [(r["onset"], r["duration"], r["eventType"], r["confidence"]) for r in rows] == [
         ("100.00", "50.00", "sz", "0.99"), ("300.00", "30.50", "sz", "0.99")]
-    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, 600.0)
+    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, track)
     assert [list(r.values()) for r in read_tsv(tmp_path / "b_events.tsv")] == [
         ["0.00", "600.00", "bckg", "n/a", "n/a", "n/a", "600.00"]]
 
@@ -502,10 +504,10 @@ def test_the_szcore_tools_read_the_events_files(tmp_path):
     annotations = pytest.importorskip("epilepsy2bids.annotations", reason="epilepsy2bids is not installed")
     track = Track("a", 600)
     p = probability_of(track, [(100, 150)])
-    evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, 600.0)
+    evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, track)
     read = annotations.Annotations.loadTsv(tmp_path / "a_events.tsv")
     assert read.getEvents() == [(100.0, 150.0)] and read.getMask(1).sum() == 50
-    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, 600.0)
+    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, track)
     assert annotations.Annotations.loadTsv(tmp_path / "b_events.tsv").getMask(1).tolist() == [0] * 600
 
 

@@ -154,9 +154,9 @@ def test_an_unlabelled_recording_has_no_labelled_seizure_in_its_legend():
 
 def test_pages_carry_the_time_of_day_where_the_recording_says_when_it_began():
     track = banana("a", 60, [(20, 30)])
-    track.start = "2021-03-04 23:59:50"
+    track.began = "2021-03-04 23:59:50"
     assert captions(sheet_of(track, []))[1].startswith("00:00:06")
-    track.start = ""
+    track.began = ""
     assert captions(sheet_of(track, []))[1].startswith("0:00:16")
 
 

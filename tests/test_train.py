@@ -26,82 +26,13 @@ import data
 import synth
 import train
 from conftest import ROOT
+from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
 from model import SMALL
-
-PYTHON = [sys.executable, str(ROOT / "train.py")]
-TIMES = {"seconds", "waited", "time"}
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """Twenty minutes of four synthetic patients, imported."""
-    root = tmp_path_factory.mktemp("corpus")
-    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
-    corpora.import_corpus(root / "edf", root / "h5")
-    return root / "h5"
-
-
-def settings(corpus, results, **changes):
-    config = {
-        "experiment": {"name": "t", "seed": 1, "results": str(results)},
-        "data": {"path": str(corpus), "window_seconds": 10.0, "stride_seconds": 10.0, "dev_fraction": 0.3,
-                 "background_per_partial": 1.0, "buffers": 2},
-        "model": SMALL,
-        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "best_metric": "auroc", "log_every": 1,
-                     "device": "cpu"},
-        "evaluation": {"window_seconds": 60.0}}
-    for key, value in changes.items():
-        section, name = key.split("__")
-        config[section][name] = value
-    return config
-
-
-def loaded(corpus, results, **changes):
-    path = Path(results, "config.yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings(corpus, results, **changes)))
-    return train.load_config(path)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def last(results, name="last.pt"):
-    return checkpoint.load(Path(results, "t", "checkpoints", name))
-
-
-def rows(results):
-    text = Path(results, "t", "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
-
-
-def curves(results):
-    """Every TensorBoard point of every event file, duplicates and all."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    points = []
-    for path in sorted(Path(results, "t", "tensorboard").glob("events*")):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tag.split("/")[-1] not in TIMES:
-                    points.append((event.step, value.tag, value.tensor.float_val[0]))
-    return sorted(points)
-
-
-def assert_same_run(results, reference):
-    mine, theirs = last(results), last(reference)
-    for key in ("model", "optimizer", "scheduler", "scaler", "epoch", "batch", "global_step", "rng", "sampler", "running",
-                "skipped", "stopping", "scores", "metric"):
-        assert same(mine[key], theirs[key]), f"{key} differs from the uninterrupted run"
-    assert same(last(results, "best.pt")["model"], last(reference, "best.pt")["model"])
-    assert rows(results) == rows(reference)
-    assert curves(results) == curves(reference)
+def corpus(small_corpus):
+    return small_corpus
 
 
 @pytest.fixture(scope="session")
@@ -160,23 +91,6 @@ def test_five_cuts_in_one_run_by_different_signals_leave_no_trace(corpus, refere
         resume = "true"
     assert train.run(config, "true") == 0
     assert_same_run(tmp_path, reference)
-
-
-def spawn(config_path, *arguments, minutes="0", **environment):
-    return subprocess.Popen([*PYTHON, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
-                            stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
-
-
-def wait_for(process, text, limit=120):
-    """Output lines up to the first that contains `text`."""
-    lines, end = [], time.monotonic() + limit
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-        assert time.monotonic() < end, "".join(lines)
-    raise AssertionError(f"{text!r} never came:\n" + "".join(lines))
 
 
 def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_ends_the_same(corpus, reference, tmp_path):
@@ -405,7 +319,6 @@ def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_bac
         if self.step == 2:
             for path in dates:
                 os.utime(path, (1, 1))
-            data.mapped.cache_clear()
     monkeypatch.setattr(train.Trainer, "boundary", boundary)
     config = loaded(tmp_path / "h5", tmp_path, training__mid_epoch_minutes=0.0)
     assert train.run(config) == 1
@@ -570,32 +483,9 @@ def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, me
     assert not (tmp_path / "t").exists()
 
 
-def test_every_number_of_the_configuration_has_limits_and_nan_and_infinity_are_beyond_them(corpus, tmp_path):
-    path = loaded(corpus, tmp_path) and str(tmp_path / "config.yaml")
-    numbers = {key: value for key, value in config.flat(config.DEFAULTS) if type(value) in (int, float)}
-    assert {key for key in numbers if not key.startswith(("model.", "evaluation."))} == set(config.LIMITS)
-    for key, value in numbers.items():
-        for wrong in ("-1",) if type(value) is int else (".nan", ".inf", "-1"):
-            with pytest.raises(train.Refused, match=key.split(".")[-1]):
-                train.load_config(path, [f"{key}={wrong}"])
-
-
 def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path):
     done = subprocess.run([*PYTHON, "--config", str(tmp_path / "no.yaml"), "--resume"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == f"train.py: config {tmp_path / 'no.yaml'}: No such file or directory"
-
-
-@pytest.mark.parametrize("content, message", [
-    (b"\xff\xfe\x00\x01", "not YAML"),
-    (b"training: [1, 2", "not YAML"),
-    (b"- 1", "the file must hold key: value pairs"),
-    (b"training:\n", "training must hold key: value pairs, not None"),
-])
-def test_a_configuration_that_cannot_be_read_gets_one_line(tmp_path, content, message, capsys):
-    (tmp_path / "config.yaml").write_bytes(content)
-    assert train.main(["--config", str(tmp_path / "config.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1, error
 
 
 def test_the_real_configuration_without_its_data_says_how_to_import_it(tmp_path):
@@ -671,3 +561,37 @@ def test_a_compiled_run_resumes_uncompiled_and_says_so(corpus, tmp_path, capsys,
         assert train.run(loaded(corpus, tmp_path, training__compile=True, training__epochs=1)) == 143
     assert train.run(loaded(corpus, tmp_path, training__epochs=1), "true") == 0
     assert "compile True -> False: same data order and state" in capsys.readouterr().out
+
+
+def test_windows_longer_than_every_recording_and_batches_larger_than_an_epoch_are_said_with_numbers(corpus, tmp_path):
+    recordings, said = data.open_corpus(corpus), []
+    train.Split(loaded(corpus, tmp_path), recordings, said.append)
+    assert not [line for line in said if line.startswith("warning")]
+    split = train.Split(loaded(corpus, tmp_path, training__batch_size=500, data__window_seconds=3600.0), recordings, said.append)
+    longest = max(r.seconds for r in split.train)
+    assert f"window_seconds 3600 is longer than every recording (the longest has {longest:g} s)" in said[-2]
+    assert f"batch_size 500 is larger than an epoch ({len(split.order(1))} windows)" in said[-1]
+
+
+HUNGRY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import train
+config = train.load_config(sys.argv[2])
+healthy = train.Trainer.train_epoch
+
+def hungry(trainer):                    # from the first step on, the memory that it has and 100 MB
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100 * 2**20, resource.RLIM_INFINITY))
+    healthy(trainer)
+
+train.Trainer.train_epoch = hungry
+sys.exit(train.run(config))
+"""
+
+
+def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumulate(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__batch_size=64, data__window_seconds=60.0)
+    done = subprocess.run([sys.executable, "-c", HUNGRY, ROOT, tmp_path / "config.yaml"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "stopped: out of memory with training.batch_size 64, training.accumulate 1" in done.stdout, done.stdout

@@ -1,0 +1,184 @@
+"""Configurations: every key has its meaning, limits and resume mark; what is wrong is refused."""
+import copy
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import config
+from conftest import ROOT
+
+MAY_NOT_CHANGE = {          # what makes another run: the weights' shapes, which windows, in what order
+    "experiment.seed", "data.dev_patients", "data.dev_fraction", "data.window_seconds",
+    "data.stride_seconds", "data.balanced", "data.full_per_partial", "data.background_per_partial",
+    "data.augment"} | {name for name in config.KEYS if name.startswith("model.")}
+
+
+def written(folder, text):
+    path = folder / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def refusal(*arguments):
+    with pytest.raises(config.Refused) as caught:
+        config.load(*arguments)
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1, line
+    return line
+
+
+def other(name):
+    """A value of the key's type that is not its default."""
+    key = config.KEYS[name]
+    if isinstance(key.default, bool):
+        return not key.default
+    if isinstance(key.default, (int, float)):
+        return key.default + 1
+    if isinstance(key.default, list):
+        return ["someone"]
+    if name == "training.best_metric":
+        return "auroc"
+    if isinstance(key.limits, tuple):
+        return key.limits[-1]
+    return "/another"
+
+
+@pytest.mark.parametrize("name", config.KEYS)
+def test_every_key_says_what_it_means_and_takes_only_its_type(name, tmp_path):
+    key, path = config.KEYS[name], written(tmp_path, "")
+    assert len(key.meaning) > 4 and key.limits != (None, None)
+    wrong = "5" if isinstance(key.default, (str, bool, list)) else "[1]"
+    assert f"{name} must be {type(key.default).__name__}" in refusal(path, [f"{name}={wrong}"])
+    text = config.describe().split(f" {name}: ")[1].split("\n")
+    assert yaml.safe_load(text[0]) == key.default and key.meaning[:20] in text[1]
+
+
+def test_every_number_has_limits_and_nan_and_infinity_are_beyond_them(tmp_path):
+    path = written(tmp_path, "")
+    numbers = {name: key for name, key in config.KEYS.items() if type(key.default) in (int, float)}
+    assert len(numbers) > 50
+    for name, key in numbers.items():
+        if not name.startswith(("model.", "evaluation.")):
+            assert len(key.limits) == 2
+        for wrong in ("-1",) if type(key.default) is int else (".nan", ".inf", "-1"):
+            assert name.split(".")[1] in refusal(path, [f"{name}={wrong}"])
+
+
+@pytest.mark.parametrize("name", config.KEYS)
+def test_only_a_key_that_says_so_may_change_on_a_resume(name):
+    old, new, said = copy.deepcopy(config.DEFAULTS), copy.deepcopy(config.DEFAULTS), []
+    section, _, short = name.partition(".")
+    new[section][short] = other(name)
+    if name in MAY_NOT_CHANGE:
+        with pytest.raises(config.Refused, match=f"^{name} is .* and was .* that is another run"):
+            config.compare(old, new, said.append)
+    else:
+        config.compare(old, new, said.append)
+        assert len(said) == 1 and said[0].startswith(f"resume: {name} ")
+
+
+def test_a_key_that_nobody_marked_refuses_on_a_resume(monkeypatch):
+    monkeypatch.setitem(config.KEYS, "training.forgotten", config.Key(1, "a new key", (0, 9)))
+    old, new = copy.deepcopy(config.DEFAULTS), copy.deepcopy(config.DEFAULTS)
+    new["training"]["forgotten"] = 2
+    with pytest.raises(config.Refused, match="forgotten is 2 and was 1"):
+        config.compare(old, new, print)
+
+
+def test_a_checkpoint_older_than_a_key_was_trained_as_its_default_says():
+    old, said = copy.deepcopy(config.DEFAULTS), []
+    del old["data"]["augment"], old["training"]["patience"]
+    config.compare(old, config.DEFAULTS, said.append)
+    assert not said
+    new = copy.deepcopy(config.DEFAULTS)
+    new["data"]["augment"] = False
+    with pytest.raises(config.Refused, match="data.augment is False and was True"):
+        config.compare(old, new, print)
+
+
+def test_a_checkpoint_with_a_key_that_this_version_does_not_know_is_refused():
+    old = copy.deepcopy(config.DEFAULTS)
+    old["model"]["wings"] = 2
+    with pytest.raises(config.Refused, match="model.wings, which this version"):
+        config.compare(old, config.DEFAULTS, print)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("training:\n  batch_size: 4\n  epochs: 2\n  batch_size: 8\n",
+     "the key batch_size stands twice, again in line 4"),
+    ("data: {path: /a}\ntraining: {epochs: 2}\ndata: {path: /b}\n",
+     "the key data stands twice, again in line 3"),
+    ('training: {epochs: 2, "epochs": 2}', "the key epochs stands twice, again in line 1"),
+    ("? [1]\n: 2\n", "not YAML"),
+    ("experiment: {name: 2026-02-30}", "not YAML"),
+    ("experiment: {name: 2026-02-28}", "experiment.name must be str, like 'run', not datetime"),
+    ("training: {learning_rate: " + "9" * 400 + "}", "training.learning_rate must be float"),
+    ("training: {epochs: " + "9" * 5000 + "}", "not YAML"),
+    ("[" * 5000, "not YAML"),
+    (b"\xff\xfe\x00\x01", "not YAML"),
+    ("training: [1, 2", "not YAML"),
+    ("- 1", "the file must hold key: value pairs"),
+    ("training:\n", "training must hold key: value pairs, not None"),
+    ("1: 2", "unknown key 1; the nearest is"),
+    ('experiment: {name: "a\\0b"}', "plain folder name"),
+    ("experiment: {name: ..}", "plain folder name"),
+])
+def test_a_file_that_is_no_configuration_gets_one_line(text, message, tmp_path):
+    assert message in refusal(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("override, message", [
+    ("training.batch_size", "write section.key=value"), ("batch_size=4", "write section.key=value"),
+    ("training.batch_size=[", "the value is not YAML"), ("training.bach_size=4", "training.batch_size"),
+    ("data.path.x=/a", "unknown key data.path.x"), ("model.dropout={a: 1, a: 2}", "stands twice")])
+def test_an_override_that_cannot_be_read_gets_one_line(override, message, tmp_path):
+    line = refusal(written(tmp_path, ""), [override])
+    assert line.startswith("--set") and message in line
+
+
+def test_merge_keys_of_yaml_are_no_repetition(tmp_path):
+    text = "data: &d {path: /a}\nexperiment: {name: a}\ntraining: {<<: {epochs: 2}, epochs: 3}\n"
+    assert config.load(written(tmp_path, text))["training"]["epochs"] == 3
+
+
+def test_overrides_win_over_the_file_which_wins_over_the_defaults(tmp_path):
+    path = written(tmp_path, "training: {epochs: 5, patience: 4, learning_rate: 1e-3}\n")
+    got = config.load(path, ["training.epochs=6", "training.epochs=7", "data.dev_patients=[a, 7]"])
+    changed = {n: v for n, v in config.flat(got) if v != config.KEYS[n].default}
+    assert changed == {
+        "training.epochs": 7, "training.patience": 4, "training.learning_rate": 1e-3,
+        "data.dev_patients": ["a", "7"],
+        "experiment.results": str(ROOT / "results")}
+    assert config.KEYS["data.dev_patients"].default == []
+
+
+def test_relative_paths_are_of_the_project_folder_from_wherever_it_is_started(tmp_path, monkeypatch):
+    path = written(tmp_path, "experiment: {results: there}\ndata: {path: ~/eeg}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    got = config.load(path)
+    assert got["experiment"]["results"] == str(ROOT / "there")
+    assert got["data"]["path"] == "/home/someone/eeg"
+    assert config.load(path, ["experiment.results=/x"])["experiment"]["results"] == "/x"
+
+
+def test_an_effective_configuration_read_again_is_the_same(tmp_path):
+    first = config.load(ROOT / "configs/local/smoke.yaml")
+    again = config.load(written(tmp_path, yaml.safe_dump(first)))
+    assert first == again
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_accepted_and_repeats_no_meaning(path):
+    config.load(path)
+    meanings = {key.meaning for key in config.KEYS.values() if len(key.meaning) > 20}
+    comments = {line.partition("# ")[2] for line in path.read_text().splitlines()}
+    assert not meanings & comments
+
+
+def test_the_help_of_train_lists_every_key_and_an_example_of_set():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.count("--set ") >= 1, done.stderr
+    assert config.describe() in done.stdout and "--set training.batch_size=4" in done.stdout
