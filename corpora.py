@@ -515,7 +515,7 @@ def _first_chunk(path, eeg):
 
 
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="", workers=0,
-                  say=print):
+                  say=print, progress=lambda what: None):
     """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished. Returns
     the Report.
 
@@ -539,7 +539,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     try:
         for stale in out.rglob("*.h5.*.part"):          # left by a killed import
             stale.unlink()
-        report = _import_all(files, root, out, layout, settings, workers, say)
+        report = _import_all(files, root, out, layout, settings, workers, say, progress)
         report.refused += closed
         seen = {shown(path) for path in files}
         before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
@@ -551,7 +551,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     return report
 
 
-def _import_all(files, root, out, layout, settings, workers, say):
+def _import_all(files, root, out, layout, settings, workers, say, progress):
     report, sources, taken = Report(), [], {}
     for path in files:
         source = identify(path, root, layout)
@@ -569,6 +569,7 @@ def _import_all(files, root, out, layout, settings, workers, say):
     with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not sys.stderr.isatty()) as bar:
         for source, *result in _outcomes(sources, out, settings, workers):
             report.add(source, *result)
+            progress("imported recording")
             read = _size(source.path)
             done, number = done + read, number + 1
             bar.set_postfix_str(source.name[-40:], refresh=False)

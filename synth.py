@@ -10,13 +10,13 @@ from scipy import signal as dsp
 from edf import CHANNELS, FS, DataError, positions, write_events_tsv
 
 
-def synth(out, hours=1.0, patients=8, seed=0):
+def synth(out, hours=1.0, patients=8, seed=0, progress=lambda what: None):
     """Write `hours` of synthetic EEG of `patients` as EDF and events.tsv in BIDS / SzCORE layout, 19
     channels, 256 Hz, uV.
 
     Background of 1/f noise, alpha with closed eyes, blinks, muscle, electrode pops, slow rhythms and mains;
     seizures that evolve in frequency, amplitude and spread, no larger than the recording's own artefacts. A
-    pure function of the seed."""
+    pure function of the seed. progress(what) is called after each recording."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: synthetic recordings need a new folder")
@@ -34,6 +34,7 @@ def synth(out, hours=1.0, patients=8, seed=0):
                         f"sub-{p + 1:03d}_ses-01_task-szMonitoring_run-{run:02d}")
             write_edf(f"{stem}_eeg.edf", eeg)
             write_events_tsv(f"{stem}_events.tsv", events, seconds, start="2000-01-01 00:00:00")
+            progress("synthetic recording")
 
 
 def _wanted(first, total, patient):
