@@ -24,7 +24,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 import argparse
 import contextlib
-import datetime
 import hashlib
 import math
 import random
@@ -37,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -49,6 +47,7 @@ import evaluate
 import model
 import synth
 from config import Refused, describe, load as load_config
+from machine import Console, Group, autocast, device_name, place, prepare_torch
 from records import Failed, Home, Log, fault, holds_checkpoints, move_aside, run_directory, tolerated
 from watch import Watchdog
 
@@ -141,7 +140,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         c = self.config["data"]
         self.loader = data.Loader(self.split.windows, device, self.config["experiment"]["seed"],
-                                  c["augment"], c["buffers"])
+                                  c["augment"], c["buffers"], c["readers"])
+        self.waits = False              # whether the advice on slow reading was given
+        self.ahead = iter(())           # windows of the recordings that are validated
 
     def _data_parallel(self):
         """The model over all processes, after one idle backward pass: DDP orders its buckets anew
@@ -172,6 +173,12 @@ class Trainer:
             return False
         except Stopped:
             return True
+        except edf.DataError:
+            # a recording cannot be read: nothing since the last boundary has happened yet. Among
+            # others a save needs them all, and they wait elsewhere: there the last one counts
+            if self.group.size == 1:
+                self.save_mid()
+            raise
 
     def finished(self):
         """No epoch is left, or, at the end of one, patience is."""
@@ -217,10 +224,12 @@ class Trainer:
         s = self.settings
         total = float(self.split.samples[batch].sum())
         loss = 0.0
+        # all of the batch first: what cannot be read is known before the step begins
+        with self.watch.during("waiting for data"):
+            windows = [next(feed) for _ in pieces]
         self.optimizer.zero_grad(set_to_none=True)
         for number, (_, weight) in enumerate(pieces, 1):
-            with self.watch.during("waiting for data"):
-                x, y, mask = next(feed)
+            x, y, mask = windows.pop(0)
             # gradients travel between the processes once a batch, with its last piece
             travel = number == len(pieces) or self.group.size == 1
             with contextlib.nullcontext() if travel else self.net.no_sync():
@@ -278,6 +287,7 @@ class Trainer:
         if not self.group.main:
             return
         waited = self.loader.waited
+        share = self.loader.share()
         self.home.record.write(
             kind="train", epoch=self.epoch, batch=self.batch, batches=self.batches,
             step=self.step, loss=loss, lr=rate, grad_norm=norm, skipped=self.skipped,
@@ -287,7 +297,10 @@ class Trainer:
             self.say(f"epoch {self.epoch}/{self.settings['epochs']} "
                      f"batch {self.batch}/{self.batches} step {self.step} loss {loss:.4f} "
                      f"lr {rate:.2e} norm {norm:.3f} skipped {self.skipped} {seconds:.2f} s/step, "
-                     f"loader waited {waited:.2f} s, {self.left()}")
+                     f"waited {100 * share:.0f} % for data, {self.left()}")
+        if share > data.SLOW and not self.waits:
+            self.waits = True
+            self.say(self.loader.advice(share))
 
     def left(self):
         """Time left of this epoch and of the run, by the mean pace of this epoch in this process
@@ -326,9 +339,10 @@ class Trainer:
     def validate_recordings(self):
         size, dev = self.group.size, self.split.dev
         todo = [r for r in dev if r.name not in self.scores]
+        self.ahead = evaluate.read_ahead(todo[self.group.rank::size], self.config["evaluation"])
         bar = self.progress(len(dev), "validation", "recording", len(self.scores))
         said = time.monotonic()
-        with bar:
+        with bar, contextlib.closing(self.ahead):
             for first in range(0, len(todo), size):
                 began = time.monotonic()
                 turn = todo[first:first + size]
@@ -349,7 +363,7 @@ class Trainer:
     def score(self, recording):
         c = self.config["evaluation"]
         probability = evaluate.predict(self.model, recording, self.group.device, c,
-                                       self.settings["precision"], self.poll)
+                                       self.settings["precision"], self.poll, self.ahead)
         return evaluate.score(recording, probability, c)
 
     def poll(self):
@@ -553,19 +567,6 @@ def duration(seconds):
     return f"{seconds / 3600:.1f} h"
 
 
-def autocast(precision, device):
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    kind = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, kind)
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return "cpu"
-
-
 # ---- what is trained, on what: whatever can be refused is refused here ----
 
 def expect_data(config):
@@ -577,6 +578,9 @@ def expect_data(config):
     if not Path(c["path"]).is_dir() and not c["synth_hours"]:
         raise Refused(f"data.path {c['path']} does not exist: "
                       f"python data.py import CORPUS_FOLDER {c['path']}")
+    if c["copy_to"] and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
+                      "on each, and name the copy as data.path")
 
 
 def open_recordings(config, watch, say):
@@ -586,6 +590,9 @@ def open_recordings(config, watch, say):
     try:
         if config["data"]["synth_hours"] and not path.is_dir():
             make_recordings(config, path, watch, say)
+        if config["data"]["copy_to"]:
+            path = data.copy_corpus(path, config["data"]["copy_to"], say,
+                                    lambda: watch.did("copied recording"))
         return data.open_corpus(path)
     except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
@@ -717,124 +724,6 @@ def build_model(config, split, group, say):
     return net
 
 
-# ---- the machine: processes, random states, signals, the terminal ----
-
-def place():
-    """(rank, number of processes) of this process in a torchrun job, or alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-class Group:
-    """This process among the others of a torchrun job, or alone."""
-
-    def __init__(self, device, watch):
-        if device == "cuda" and not torch.cuda.is_available():
-            raise Refused("training.device is cuda and torch sees no GPU: "
-                          "check nvidia-smi and the torch build, or set cpu")
-        self.rank, self.size = place()
-        self.main = self.rank == 0
-        self.watch = watch
-        self.device = torch.device("cpu")
-        if device != "cpu" and torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            self._meet()
-
-    def _meet(self):
-        # torchrun's static rendezvous keeps one store over its restarts: with a prefix of its own
-        # no restart meets the addresses of the dead
-        store, rank, size = next(dist.rendezvous("env://"))
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        # the others wait for the main process through a long import or a disk that is away
-        dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
-                                rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
-
-    def sum(self, values):
-        """Element-wise sum of a short list of numbers over the processes, as floats."""
-        if self.size == 1:
-            return [float(v) for v in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.watch.during("in a collective"):
-            dist.all_reduce(total)
-            return total.tolist()
-
-    def gather(self, value):
-        """[the value of each process], in every process."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        with self.watch.during("in a collective"):
-            dist.all_gather_object(values, value)
-        return values
-
-    def from_main(self, make):
-        """What `make()` returns in the main process, in every process; what it refuses, too."""
-        if self.size == 1:
-            return make()
-        if not self.main:
-            box = [None, None]
-            with self.watch.excused(), self.watch.during("waiting for the main process"):
-                dist.broadcast_object_list(box)
-        else:
-            try:
-                box = [make(), None]
-            except (Refused, checkpoint.SaveFailed) as refusal:
-                box = [None, refusal]
-            dist.broadcast_object_list(box)
-        made, refusal = box
-        if refusal:
-            raise refusal
-        return made
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def prepare_torch(config, group):
-    """Random states and exactness of this process, set before anything is built."""
-    seed = config["experiment"]["seed"] + 1000003 * group.rank
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    if config["training"]["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False     # nothing reads it
-    if group.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    # more threads than cores wait for each other in turns, 20 times slower than one
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
-
-
-def cores():
-    """Processor cores that this process may use: by its affinity and its control group's quota."""
-    allowed = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    for path in quotas():
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = path.read_text().split()
-            allowed = min(allowed, math.ceil(int(quota) / int(period)))     # "max": none
-    return max(1, allowed)
-
-
-def quotas():
-    """Quota files (version 2) of this process's control group and of those around it."""
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, IndexError):
-        text = Path("/proc/self/cgroup").read_text()
-        group = root / text.split("0::/")[1].split("\n")[0]
-        return [folder / "cpu.max" for folder in (group, *group.parents)]
-    return [root / "cpu.max"]
-
-
 def rng_state(device):
     """Random states of this process as plain values and CPU tensors."""
     name, keys, *rest = np.random.get_state()
@@ -890,25 +779,6 @@ class Signals:
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class Console:
-    """A standard stream that outlives its terminal: after tmux kill-session every write fails, and
-    there is still a checkpoint to save."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            return self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 # ---- one run, from the command line to the exit code ----

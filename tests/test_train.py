@@ -1,7 +1,6 @@
 """The trainer: configuration, exit codes, and runs that end bit-identical wherever they were cut."""
 import contextlib
 import fcntl
-import json
 import math
 import os
 import re
@@ -21,9 +20,7 @@ import yaml
 
 import checkpoint
 import config
-import corpora
 import data
-import synth
 import train
 from conftest import ROOT
 from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
