@@ -358,7 +358,7 @@ def user_texts(seizure=(), background=()):
         raise DataError("--seizure-label and --background-label take a text")
     both = {plain(text) for text in seizure} & {plain(text) for text in background}
     if both:
-        raise DataError(f"{both.pop()!r} cannot mark seizure and background")
+        raise DataError(f"{both.pop()!r} is a --seizure-label and a --background-label")
     return Texts(
         seizure=tuple(map(plain, single)),
         pairs=tuple((plain(start), plain(end)) for start, end in pairs),

@@ -139,7 +139,7 @@ def release(root, sources):
     found = labels and re.search(r"^#\s*version\s*=\s*(\S+)", _head(labels), re.M)
     if found:
         said += f"{', ' if said else ''}labels {found[1]}"
-    return said
+    return " ".join(said.split())[:200]
 
 
 def _of_files(root):

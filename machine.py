@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import checkpoint
 from config import Refused
+from records import Failed
 
 
 def place():
@@ -24,8 +25,12 @@ class Group:
 
     def __init__(self, device, watch):
         if device == "cuda" and not torch.cuda.is_available():
-            raise Refused("training.device is cuda and torch sees no GPU: "
-                          "check nvidia-smi and the torch build, or set cpu")
+            line = ("training.device is cuda and torch sees no GPU: "
+                    "check nvidia-smi and the torch build, or set cpu")
+            # a driver that has lost its GPU, or is still loading after a reboot, leaves its files
+            silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
+                                             or Path("/dev/dxg").exists())
+            raise Failed(line) if silent else Refused(line)
         self.rank, self.size = place()
         self.main = self.rank == 0
         self.watch = watch

@@ -890,8 +890,19 @@ def main(argv=None):
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="one key over the file's value, which is YAML; may be repeated: "
                              "--set training.batch_size=4 --set 'data.dev_patients=[chb01, chb02]'")
+    parser.add_argument("--success-exit-status", type=int, nargs="+", default=[], metavar="CODE",
+                        help="end with 0 instead of these codes: torchrun starts again whatever "
+                             "ends with another one, so that with it 2 75 are not tried again")
     args = parser.parse_args(argv)
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    code = attempt(args)
+    if code in args.success_exit_status:
+        print(f"train.py: exit code {code}, given as 0", file=sys.stderr)
+        return 0
+    return code
+
+
+def attempt(args):
     try:
         if args.fresh and args.resume != "false":
             raise Refused("--fresh and --resume exclude each other")
