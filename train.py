@@ -650,6 +650,7 @@ class Split:
             say(f"{name}: {len(part)} recordings of {len(patients)} patients, {hours:.2f} h, "
                 f"{seizures} seizures")
         say(f"epoch: {self._told(len(first))} in {self.batches} batches")
+        self.warn(config["training"]["batch_size"], len(first), say)
 
     def _told(self, drawn):
         total = len(self.windows)
@@ -658,6 +659,15 @@ class Split:
         return (f"{drawn} windows, a balanced draw from {total}: for each with a seizure's onset or "
                 f"end {self.c['full_per_partial']:g} inside one and "
                 f"{self.c['background_per_partial']:g} without; where a kind is rare it repeats,")
+
+    def warn(self, batch_size, windows, say):
+        longest = max(r.seconds for r in self.train)
+        if self.c["window_seconds"] > longest:
+            say(f"warning: data.window_seconds {self.c['window_seconds']:g} is longer than every "
+                f"recording (the longest has {longest:g} s): the rest of each window is empty")
+        if batch_size > windows:
+            say(f"warning: training.batch_size {batch_size} is larger than an epoch ({windows} "
+                f"windows): an epoch is one step")
 
     def order(self, epoch):
         """Window ids of `epoch` in the order of training: a pure function of (seed, epoch)."""
@@ -859,7 +869,20 @@ def fit_and_tell(trainer, again):
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
     except edf.DataError as error:     # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
+    except (MemoryError, RuntimeError) as error:        # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        say(f"stopped: out of memory with training.batch_size {trainer.settings['batch_size']}, "
+            f"training.accumulate {trainer.settings['accumulate']}, evaluation.batch_size "
+            f"{trainer.config['evaluation']['batch_size']}: raise accumulate (the same result in "
+            f"smaller pieces) or lower a batch_size, then --resume", every=True)
     return 1
+
+
+def is_out_of_memory(error):
+    """On a GPU it has a class of its own; on a CPU torch only says so."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(error))
 
 
 def tell_stopped(number, again, say):
