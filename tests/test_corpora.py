@@ -578,10 +578,14 @@ def test_the_corpus_version_is_printed_stored_and_shown(tmp_path):
 def test_versions_of_other_corpora_and_files_that_say_nothing(tmp_path):
     for name, wanted in (("siena-scalp-eeg-database-1.0.0", "version 1.0.0"), ("mine", ""), ("2024-01.02", "")):
         (tmp_path / name).mkdir()
-        assert corpora.release(tmp_path / name, []) == wanted, name
+        assert annotations.release(tmp_path / name, []) == wanted, name
+    for content, wanted in (("Mine, 2024-01-02, 20199999", ""), ("Version 1.4 of 20240103 and 20249999",
+                                                              "version 1.4, newest date in its README 2024-01-03")):
+        (tmp_path / "mine" / "README.md").write_text(content)
+        assert annotations.release(tmp_path / "mine", []) == wanted, content
     bids = tmp_path / "bids"
     bids.mkdir()
     for content, wanted in (('{"Name": "Own\\nset", "DatasetVersion": "1.2"}', "Own set 1.2"), ("{half", ""),
                             ("[]", ""), ('{"BIDSVersion": "1.8"}', "")):
         (bids / "dataset_description.json").write_text(content)
-        assert corpora.release(bids, []) == wanted, content
+        assert annotations.release(bids, []) == wanted, content

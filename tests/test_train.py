@@ -1,7 +1,6 @@
 """The trainer: configuration, exit codes, and runs that end bit-identical wherever they were cut."""
 import contextlib
 import fcntl
-import json
 import math
 import os
 import re
@@ -21,9 +20,7 @@ import yaml
 
 import checkpoint
 import config
-import corpora
 import data
-import synth
 import train
 from conftest import ROOT
 from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
@@ -567,7 +564,8 @@ def test_windows_longer_than_every_recording_and_batches_larger_than_an_epoch_ar
     recordings, said = data.open_corpus(corpus), []
     train.Split(loaded(corpus, tmp_path), recordings, said.append)
     assert not [line for line in said if line.startswith("warning")]
-    split = train.Split(loaded(corpus, tmp_path, training__batch_size=500, data__window_seconds=3600.0), recordings, said.append)
+    odd = loaded(corpus, tmp_path, training__batch_size=500, data__window_seconds=3600.0, data__balanced=False)
+    split = train.Split(odd, recordings, said.append)
     longest = max(r.seconds for r in split.train)
     assert f"window_seconds 3600 is longer than every recording (the longest has {longest:g} s)" in said[-2]
     assert f"batch_size 500 is larger than an epoch ({len(split.order(1))} windows)" in said[-1]
