@@ -63,8 +63,8 @@ DEFAULTS = {
     "window_seconds": 60.0,       # length of a window at inference; as in training
     "overlap_seconds": 0.0,       # shared by neighbouring windows, which are weighted and added
     "batch_size": 8,              # windows per call of the model
-    "tune": True,                 # validation picks the threshold with the best event F1, within
-    "max_false_alarms_per_24h": 10.0,   # this on the dev set (mean over its patients)
+    "tune": True,                 # validation picks the threshold, by event F1 on the dev set
+    "max_false_alarms_per_24h": 10.0,   # among those with no more there, mean over patients
     "threshold": 0.86,            # an event begins at this probability, where none was tuned
     "release": 0.08,              # it ends below threshold - release, at least threshold / 2
     "onset_seconds": 0.5,         # the probability stays at the threshold to begin an event
