@@ -603,6 +603,16 @@ class Split:
             say(f"{name}: {len(part)} recordings of {len(patients)} patients, {hours:.2f} h, "
                 f"{seizures} seizures")
         say(f"epoch: {len(first)} of {len(self.windows)} windows in {self.batches} batches")
+        self.warn(config["training"]["batch_size"], len(first), say)
+
+    def warn(self, batch_size, windows, say):
+        longest = max(r.seconds for r in self.train)
+        if self.c["window_seconds"] > longest:
+            say(f"warning: data.window_seconds {self.c['window_seconds']:g} is longer than every "
+                f"recording (the longest has {longest:g} s): the rest of each window is empty")
+        if batch_size > windows:
+            say(f"warning: training.batch_size {batch_size} is larger than an epoch ({windows} "
+                f"windows): an epoch is one step")
 
     def order(self, epoch):
         """Window ids of `epoch` in the order of training: a pure function of (seed, epoch)."""
@@ -640,8 +650,12 @@ class Group:
 
     def __init__(self, device, watch):
         if device == "cuda" and not torch.cuda.is_available():
-            raise Refused("training.device is cuda and torch sees no GPU: "
-                          "check nvidia-smi and the torch build, or set cpu")
+            line = ("training.device is cuda and torch sees no GPU: "
+                    "check nvidia-smi and the torch build, or set cpu")
+            # a driver that has lost its GPU, or is still loading after a reboot, leaves its files
+            silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
+                                             or Path("/dev/dxg").exists())
+            raise Failed(line) if silent else Refused(line)
         self.rank, self.size = place()
         self.main = self.rank == 0
         self.watch = watch
@@ -870,7 +884,20 @@ def fit_and_tell(trainer):
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
     except edf.DataError as error:     # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
+    except (MemoryError, RuntimeError) as error:        # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        say(f"stopped: out of memory with training.batch_size {trainer.settings['batch_size']}, "
+            f"training.accumulate {trainer.settings['accumulate']}, evaluation.batch_size "
+            f"{trainer.config['evaluation']['batch_size']}: raise accumulate (the same result in "
+            f"smaller pieces) or lower a batch_size, then --resume", every=True)
     return 1
+
+
+def is_out_of_memory(error):
+    """On a GPU it has a class of its own; on a CPU torch only says so."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(error))
 
 
 def tell_stopped(number, say):
@@ -892,8 +919,19 @@ def main(argv=None):
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="one key over the file's value, which is YAML; may be repeated: "
                              "--set training.batch_size=4 --set 'data.dev_patients=[chb01, chb02]'")
+    parser.add_argument("--success-exit-status", type=int, nargs="+", default=[], metavar="CODE",
+                        help="end with 0 instead of these codes: torchrun starts again whatever "
+                             "ends with another one, so that with it 2 75 are not tried again")
     args = parser.parse_args(argv)
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
+    code = attempt(args)
+    if code in args.success_exit_status:
+        print(f"train.py: exit code {code}, given as 0", file=sys.stderr)
+        return 0
+    return code
+
+
+def attempt(args):
     try:
         if args.fresh and args.resume != "false":
             raise Refused("--fresh and --resume exclude each other")
