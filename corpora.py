@@ -151,6 +151,11 @@ def shown(path):
     return os.fsencode(path).decode(errors="replace").replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
+def one_line(error):
+    """Its message without what would break a line or a terminal: headers and labels may hold anything."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", "?", str(error))
+
+
 def stamps(source):
     """Sizes and times of the files a recording is made of: [[name, size, mtime_ns], ...]."""
     files = [file for file in (source.path, source.annotation) if file]
@@ -193,10 +198,10 @@ def import_one(source, task):
     try:
         return finished(target, source, task) or _convert(source, task, target)
     except Occupied as refusal:
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
     except DataError as refusal:
         target.unlink(missing_ok=True)                  # what an earlier state of the source gave
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
 
 
 def _convert(source, task, target):
@@ -227,7 +232,7 @@ def _convert(source, task, target):
         "began": header.began,
         "release": task.release,
         "annotations": json.dumps(texts),
-        "repaired": "; ".join(dict.fromkeys(header.notes))}
+        "repaired": one_line("; ".join(dict.fromkeys(header.notes)))}
     write_recording(target, signal.eeg, np.empty((0, 2)) if events is None else events, attributes)
     kind = "repaired" if header.notes else "read"
     return Outcome(source, kind, attributes["repaired"], header.seconds, events is not None, texts)
