@@ -243,7 +243,7 @@ class _Frozen:
     """A copy of the state's containers (`tree`) with a slot for every tensor, and what to copy.
 
     records   in the order in which the state names them
-    copies    [(tensor, record, offset, shape)]: these elements go there, contiguous
+    copies    [(tensor, record, offset, dtype, shape)]: these elements go there, contiguous
 
     Tensors keep strides, requires_grad, being a Parameter, and ties: those whose memory overlaps
     share a record, and what is one object stays one. A view with gaps that overlaps no other keeps
@@ -310,7 +310,7 @@ class _Frozen:
             # a copy of its own: negative strides and read-only memory are nothing for torch
             return self._slot(torch.Tensor, torch.as_tensor(value.copy(), device="cpu"))
         number = value.item()
-        if type(number) not in _PLAIN:
+        if type(number) not in _PLAIN or value.dtype.kind in "mM":          # times become ints
             raise TypeError(f" is a NumPy {value.dtype}, which no Python number holds")
         return _bounded(type(number), number)
 
@@ -531,6 +531,10 @@ class _Image:
             self.buffer = None
             room = self._room(end + end // 16 + PAGE)
             self.buffer = room[-room.data_ptr() % PAGE:]
+        for record in self.records:
+            if record.dtype is None:        # it may begin with bytes that no tensor shows
+                at = self.at[record.number][1]
+                self.buffer[at:at + record.nbytes].zero_()
         on_gpu = set(gpu)
         self.views = self._views(self.buffer, [c for c in copies if c[0] not in on_gpu])
         if gpu:

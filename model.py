@@ -35,6 +35,7 @@ Papers: Mamba-2 (Dao & Gu, ICML 2024), TCN (Bai et al., 2018), Laplacian encodin
 SSGC (Zhu & Koniusz, ICLR 2021), prior of the last bias (Lin et al., ICCV 2017).
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ TAPS = 4                    # a stem filter sees TAPS * STRIDE samples, 250 ms
 CONV = 4                    # taps of Mamba-2's short convolution
 MAX_DECAY = 2.5             # largest log-decay per step: 8 % is left
 MAX_CHUNK = 24              # MAX_DECAY * MAX_CHUNK = 60: any two factors of a scan multiply inside fp32
-BLOCK = 300_000             # numbers of a Mamba-2 stack's input at a time on a CPU: 1.2 MB
+BLOCK = 150_000             # numbers at a time that a CPU works on, so that they stay in its cache: 0.6 MB
 
 
 def settings(config):
@@ -112,11 +113,17 @@ def vector(*shape, value=0.0):
     return nn.Parameter(torch.full((math.prod(shape),), float(value)))
 
 
-def drop_features(x, p, training):
-    """Dropout of whole features: x (n, T, d), one draw per sequence and feature."""
+def keep_features(layers, x, p, training):
+    """Dropout of whole features for every layer of a stack: a factor (n, 1, d) for x (n, T, d) each, one
+    draw per sequence and feature; None where nothing is dropped."""
     if not training or p == 0:
-        return x
-    return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), p)
+        return [None] * layers
+    return F.dropout(x.new_ones(layers, x.shape[0], 1, x.shape[2]), p)
+
+
+def residual(x, y, kept):
+    """x + y, of which the features that `kept` gives are left."""
+    return x + y if kept is None else torch.addcmul(x, y, kept)
 
 
 def wavelets(taps, count):
@@ -130,22 +137,31 @@ def wavelets(taps, count):
 
 # ---- Mamba-2 ----
 
-def triangle(size, reverse, like):
-    """(size, size) of 0 and 1, row i may see column j: lower for a scan forward in time, else upper."""
+class Order(NamedTuple):
+    """How the scans of a stack run through their chunks; made once for all layers. D directions."""
+    reverse: tuple              # of D: from the last step to the first?
+    chunk: int                  # steps of a chunk
+    seen: torch.Tensor          # (D, chunk, chunk) of 0 and 1: row i sees column j
+    middle: torch.Tensor        # (D, chunk, chunk): log-decays of a chunk -> levels from its middle
+    before: torch.Tensor        # (D, chunks, chunks) of 0 and 1: chunk j comes before chunk i
+    half: torch.Tensor          # before, and 1/2 on the diagonal: up to the middle of chunk i
+
+
+def triangles(size, reverse, like):
+    """(D, size, size) of 0 and 1, row i may see column j: lower for a scan ahead, else upper."""
     ones = torch.ones(size, size, dtype=like.dtype, device=like.device)
-    return ones.triu() if reverse else ones.tril()
+    return torch.stack([ones.triu() if back else ones.tril() for back in reverse])
 
 
-def relay(added, kept, state, reverse):
-    """The state before each chunk and the one after the last: a chunk keeps a share of it and adds its own.
-
-    added (n, chunks, heads, size), kept (n, chunks, heads, 1), state (n, heads, size) before the first chunk.
-    One pass over a few chunks is cheaper than the matrix of all pairs of chunks, and linear in the length."""
-    before, parts = [], list(zip(added.unbind(1), kept.unbind(1)))
-    for own, share in reversed(parts) if reverse else parts:
-        before.append(state)
-        state = torch.addcmul(own, state, share)
-    return torch.stack(before[::-1] if reverse else before, 1), state
+def order_of(steps, chunk, reverse, like, streamed=False):
+    """The Order of scans over `steps`, in the dtype of `like`. A streamed one has two more chunks,
+    which hold the state before the first step and the one after the last."""
+    chunks = -(-steps // chunk) + 2 * streamed
+    seen = triangles(chunk, reverse, like)
+    upto = triangles(chunks, reverse, like)
+    itself = torch.eye(chunks, dtype=like.dtype, device=like.device)
+    before = upto - itself
+    return Order(reverse, chunk, seen, (seen - 0.5).transpose(1, 2), before, before + itself / 2)
 
 
 def chunk_length(steps):
@@ -153,195 +169,388 @@ def chunk_length(steps):
     return min(range(12, MAX_CHUNK + 1), key=lambda length: (-steps % length, -length))
 
 
-def chunked(v, chunk):
-    """(n, T, ...) -> (n, chunks, chunk, ...). Behind the end a = 0 and dt = 0: the state passes unchanged."""
-    pad = -v.shape[1] % chunk
-    v = F.pad(v, (0, 0) * (v.ndim - 2) + (0, pad)) if pad else v
-    return v.reshape(len(v), -1, chunk, *v.shape[2:])
+def chunked(v, chunk, dim):
+    """(..., T, ...) -> (..., chunks, chunk, ...). Behind the end dt = a = 0: nothing is added or lost."""
+    pad = -v.shape[dim] % chunk
+    if pad:
+        v = F.pad(v, (0, 0) * (v.ndim - 1 - dim) + (0, pad))
+    return v.unflatten(dim, (-1, chunk))
+
+
+def per_row(v):
+    """(D, n, heads, chunks, chunk) -> (n, D, chunks, chunk, heads, 1), to scale rows by. A view."""
+    return v.permute(1, 0, 3, 4, 2)[..., None]
+
+
+def per_step(v):
+    """(n, D, T, heads) -> (D, n, heads, T), as dt and a are laid out. A view."""
+    return v.permute(1, 0, 3, 2)
+
+
+def relay(added, links, state, reverse):
+    """States at the middle of each chunk, from what each adds there: (n, D, chunks, size, states) both.
+
+    links (D x n x heads, chunks, chunks) is the share of chunk j's that is left at chunk i. A state
+    (n, heads, headdim, states) is a chunk of its own before the first one, and a last one shows what
+    is left behind the end: one product over the chunks, whatever their number."""
+    n, directions, chunks, size, states = added.shape
+    heads = len(links) // (n * directions)
+    added = added.view(n, directions, chunks, heads, -1).permute(1, 0, 3, 2, 4)
+    if state is not None:
+        first = state.reshape(1, n, heads, 1, -1)
+        parts = [first, added, torch.zeros_like(first)]
+        added = torch.cat(parts[::-1] if reverse[0] else parts, 3)
+    found = (links @ added.reshape(len(links), links.shape[1], -1)).view(added.shape)
+    last = None
+    if state is not None:
+        last = found[0, :, :, 0 if reverse[0] else -1].reshape(state.shape)
+        found = found[:, :, :, 1:-1]
+    return found.permute(1, 0, 3, 2, 4).reshape(n, directions, chunks, size, states), last
 
 
 def ssd(x, dt, a, b, c, reverse=False, state=None, chunk=None):
     """Mamba-2's scan S_t = exp(a_t) S_t-1 + dt_t x_t b_t', y_t = S_t c_t, as matrix products over chunks.
 
     x (n, T, heads, headdim), dt and a (n, T, heads) with -MAX_DECAY <= a <= 0, b and c (n, T, states).
-    reverse runs from the last step to the first; state (n, heads, headdim, states) is S before the first
-    step. Returns y like x, and S after the last step (None without a state). Inside a chunk
-    exp(a_j+1 + ... + a_i) is a factor of i times one of j, both measured from the chunk's middle so that
-    neither overflows: all heads share one chunk x chunk matrix, and the rest is scaling of rows.
-    Dao & Gu, ICML 2024, section 6."""
-    return scan(x, dt, a, b, c, reverse, state, chunk or chunk_length(x.shape[1]))[:2]
+    reverse runs from the last step to the first; state (n, heads, headdim, states) is S before the
+    first step. Returns y like x, and S after the last step (None without a state). Dao & Gu, ICML
+    2024, section 6."""
+    chunk = chunk or chunk_length(x.shape[1])
+    order = order_of(x.shape[1], chunk, (reverse,), x, state is not None)
+    x, dt, a, b, c = (v[:, None] for v in (x, dt, a, b, c))
+    y, last, _ = scan(x, per_step(dt), per_step(a), b, c, state, order)
+    return y[:, 0], last
 
 
-def scan(x, dt, a, b, c, reverse, state, chunk):
-    """ssd, and what scan_gradient needs of it."""
-    n, steps, heads, headdim = x.shape
-    x, dt, a, b, c = (chunked(v, chunk) for v in (x, dt, a, b, c))
-    seen, total = triangle(chunk, reverse, x), a.sum(2)
-    level = seen @ a - total[:, :, None] / 2
-    fall, rise, half = dt * (-level).exp(), level.exp(), (total / 2).exp()[..., None]
-    u = (x * fall[..., None]).flatten(-2)
-    own = (u.transpose(-1, -2) @ b).view(n, -1, heads, headdim * b.shape[-1])       # of S, at the chunk's middle
-    first = torch.zeros_like(own[:, 0]) if state is None else state.flatten(2)
-    start, last = relay(own * half, half.square(), first, reverse)
-    start = (start * half).view(n, -1, heads * headdim, b.shape[-1])
-    mask = (c @ b.transpose(-1, -2)) * seen
-    y = torch.baddbmm((mask @ u).flatten(0, 1), c.flatten(0, 1), start.transpose(-1, -2).flatten(0, 1))
-    y = (y.view(x.shape) * rise[..., None]).flatten(1, 2)[:, :steps]
-    last = None if state is None else last.view(state.shape)
-    return y, last, (fall, rise, half, start, mask, last)
+def scan(x, dt, a, b, c, state, order):
+    """ssd in D directions at once, and what scan_gradient needs of it.
+
+    x (n, D, T, heads, headdim), dt and a (D, n, heads, T), b and c (n, D, T, states). Inside a chunk
+    exp(a_j+1 + ... + a_i) is a factor of i times one of j, both measured from the chunk's middle so
+    that neither overflows: all heads share one chunk x chunk matrix, and the rest is scaling of rows.
+    Between the middles of two chunks the decay is a sum of negative numbers: no digit is lost."""
+    n, directions, steps, heads, headdim = x.shape
+    x, b, c = (chunked(v, order.chunk, 2) for v in (x, b, c))
+    dt, a = (chunked(v, order.chunk, 3) for v in (dt, a))
+    links = chunk_links(a.sum(-1), order)
+
+    level = a.reshape(directions, -1, order.chunk) @ order.middle
+    rise = level.exp().view(a.shape)
+    fall = dt / rise
+    u = (x * per_row(fall)).flatten(-2)                        # (n, D, chunks, chunk, heads x headdim)
+    start, last = relay(u.transpose(-1, -2) @ b, links, state, order.reverse)
+
+    mask = (c @ b.transpose(-1, -2)) * order.seen[:, None]
+    own = (mask @ u).flatten(0, 2)
+    y = torch.baddbmm(own, c.flatten(0, 2), start.flatten(0, 2).transpose(1, 2))
+    y = (y.view(x.shape) * per_row(rise)).flatten(2, 3)[:, :, :steps]
+    return y, last, (fall, rise, links, start, mask, last)
 
 
-def scan_gradient(dy, after, x, b, c, y, reverse, kept):
-    """Gradients of x, dt, a, b, c and state, from those of y and of the state after the last step.
+def chunk_links(total, order):
+    """exp of the log-decay from the middle of chunk j to that of i, 0 unless j comes before i.
+
+    total (D, n, heads, chunks) of each chunk -> (D x n x heads, chunks, chunks)."""
+    directions, chunks = len(order.reverse), order.before.shape[1]
+    if chunks > total.shape[-1]:                               # the chunks of the states decay nothing
+        total = F.pad(total, (1, 1))
+    steps = total.reshape(directions, -1, 1, chunks) * order.half[:, None]
+    decay = (steps.flatten(1, 2) @ order.half).view(directions, -1, chunks, chunks)
+    return (decay.exp() * order.before[:, None]).flatten(0, 1)
+
+
+def scan_gradient(dy, growth, after, x, b, c, order, kept):
+    """Gradients of x, dt, a, b, c and state, from those of y and of the state after the last step;
+    growth (n, D, T, heads) is dy y summed over a head.
 
     With A_t the log-decay from the start to step t, y_t holds exp(A_t), what x_t adds to the state holds
     exp(-A_t), and nothing else holds A_t: its gradient is dy_t y_t - dx_t x_t, summed over a head."""
-    fall, rise, half, start, mask, last = kept
-    steps, heads, chunk = x.shape[1], x.shape[2], fall.shape[2]
-    growth = chunked((dy * y).sum(-1), chunk)
-    dy, x, b, c = (chunked(v, chunk) for v in (dy, x, b, c))
-    u, e = (x * fall[..., None]).flatten(-2), (dy * rise[..., None]).flatten(-2)
-    d_start = (e.transpose(-1, -2) @ c).view(*half.shape[:3], -1)
-    d_last = torch.zeros_like(d_start[:, 0]) if last is None else after.flatten(2)
-    d_own, d_state = relay(d_start * half, half.square(), d_last, not reverse)
-    d_own = (d_own * half).view(start.shape)
-    seen = triangle(chunk, reverse, x)
-    d_mask = (e @ u.transpose(-1, -2)) * seen
-    du = torch.baddbmm((mask.transpose(-1, -2) @ e).flatten(0, 1), b.flatten(0, 1),
-                       d_own.transpose(-1, -2).flatten(0, 1)).view(x.shape)
-    db = d_mask.transpose(-1, -2) @ c + u @ d_own
-    dc = d_mask @ b + e @ start
-    d_fall = (du * x).sum(-1)
-    growth = growth - d_fall * fall
-    later = growth.sum(2)
-    later = triangle(later.shape[1], not reverse, x) @ later - later        # in the chunks after this one
+    fall, rise, links, start, mask, last = kept
+    steps, chunk = x.shape[2], order.chunk
+    dy, growth, x, b, c = (chunked(v, chunk, 2) for v in (dy, growth, x, b, c))
+    u = (x * per_row(fall)).flatten(-2)
+    e = (dy * per_row(rise)).flatten(-2)
+
+    backwards = tuple(not back for back in order.reverse)
+    d_own, d_state = relay(e.transpose(-1, -2) @ c, links.transpose(1, 2), after, backwards)
+    d_mask = (e @ u.transpose(-1, -2)) * order.seen[:, None]
+    du = (mask.transpose(-1, -2) @ e).flatten(0, 2)
+    du = torch.baddbmm(du, b.flatten(0, 2), d_own.flatten(0, 2).transpose(1, 2)).view(x.shape)
+    db = torch.baddbmm((u @ d_own).flatten(0, 2), d_mask.flatten(0, 2).transpose(1, 2), c.flatten(0, 2))
+    dc = torch.baddbmm((e @ start).flatten(0, 2), d_mask.flatten(0, 2), b.flatten(0, 2))
+
+    d_fall = (du * x).sum(-1)                                  # (n, D, chunks, chunk, heads)
+    growth = torch.addcmul(growth, d_fall, per_row(fall)[..., 0], value=-1)
+    d_fall, growth = (v.permute(1, 0, 4, 2, 3) for v in (d_fall, growth))
+    da = accumulate(growth, after, last, order)
+    dx = du.mul_(per_row(fall))
+    ahead = (v.flatten(2, 3)[:, :, :steps] for v in (dx, db.view(b.shape), dc.view(c.shape)))
+    late = (v.flatten(3, 4)[..., :steps] for v in (d_fall / rise, da))
+    return *ahead, *late, d_state
+
+
+def accumulate(growth, after, last, order):
+    """Gradient of each log-decay: the growth of its own and of all later steps, (D, n, heads, chunks,
+    chunk) both. What the state after the last step gains is later than all of them."""
+    directions, n, heads, chunks, chunk = growth.shape
+    growth = growth.reshape(directions, -1, chunk)
+    before = order.before if last is None else order.before[:, 1:-1, 1:-1]
+    later = growth.sum(-1).view(directions, -1, chunks) @ before
+    later = later.view(directions, n, heads, chunks, 1)
     if last is not None:
-        later, d_state = later + (after * last).sum((-1, -2))[:, None], d_state.view(last.shape)
-    da = seen.T @ growth + later[:, :, None]
-    found = (du.mul_(fall[..., None]), d_fall / rise, da, db, dc)
-    return *(v.flatten(1, 2)[:, :steps] for v in found), None if last is None else d_state
+        later = later + (after * last).sum((-1, -2)).view(1, n, heads, 1, 1)
+    return (growth @ order.seen).view(directions, n, heads, chunks, chunk) + later
+
+
+def in_directions(v, directions, first, steps):
+    """(n, L, D x size), contiguous -> (n, D, steps, size), a view: row t of direction 0 is row first + t,
+    that of direction 1, which looks ahead where the other looks back, stands CONV - 1 rows later."""
+    n, length, row = v.shape
+    size = row // directions
+    strides = (length * row, (CONV - 1) * row + size, row, 1)
+    return v[:, first:].as_strided((n, directions, steps, size), strides)
+
+
+def split_mixed(mixed, taps, out, steps):
+    """rows (n, T, D x (inner + 2 states)), gate (n, steps, D, inner) and raw dt (D, n, heads, steps)."""
+    directions, inner, _ = out.shape
+    heads = mixed.shape[2] - len(taps) - directions * inner
+    rows, gate, raw = mixed.split([len(taps), directions * inner, heads], -1)
+    gate = gate[:, -steps:].unflatten(-1, (directions, inner))
+    raw = raw[:, -steps:].unflatten(-1, (directions, -1))
+    return rows, gate, per_step(raw.transpose(1, 2)).contiguous()
+
+
+def split_inputs(conv, out, skip, first, steps):
+    """The convolution's rows after SiLU: x (n, D, steps, heads, headdim), b and c (n, D, steps, states).
+    x keeps its 16 bits, b and c enter matrix products as fp32."""
+    directions, inner, _ = out.shape
+    active = F.silu(in_directions(conv, directions, first, steps))
+    x = active[..., :inner].unflatten(-1, (len(skip) // directions, -1))
+    b, c = active[..., inner:].to(out.dtype).chunk(2, -1)
+    return x, b, c
+
+
+def taps_gradient(d_conv, rows):
+    """(channels, CONV) from the gradient of all rows that a tap sees, (n, T + CONV - 1, channels), and the
+    rows (n, T, channels) before the convolution."""
+    n, length, channels = rows.shape
+    strides = (d_conv.shape[1] * channels, channels, channels, 1)
+    windows = d_conv.as_strided((n, length, CONV, channels), strides)
+    pieces = zip(*(v.split(at_a_time(windows)) for v in (windows, rows)))
+    return sum((window * row[:, :, None]).sum((0, 1)) for window, row in pieces).flip(0).T
+
+
+def at_a_time(x):
+    """Sequences of x (n, ...) that are worked on together: on a CPU few, so that what one operation
+    writes, the next finds in cache."""
+    return max(1, BLOCK // x[0].numel()) if x.device.type == "cpu" else len(x)
+
+
+def per_direction(v):
+    """(n, T, D, size) -> (D, n x T, size), a view: the rows of one matrix product per direction."""
+    return v.flatten(0, 1).transpose(0, 1)
 
 
 class Inner(torch.autograd.Function):
-    """One direction of a Mamba-2 layer after its first matrix: short convolution, SiLU, scan, gate, RMS norm
-    and second matrix. rows (n, T + CONV - 1, mixed) and gate (n, T, inner) may be 16 bits wide; dt and a
-    (n, T, heads), taps (mixed, CONV), bias (mixed,), skip (heads,), out (inner, width) -> (n, T, width), state.
+    """A Mamba-2 layer between its first matrix and its residual end, all D directions: short
+    convolution, SiLU, scan, gate, RMS norm and last matrix.
+
+    mixed (n, T, D x (inner + 2 states) + D x inner + D x heads) holds rows of the convolution, gates,
+    and step sizes before softplus; it and taps (D x (inner + 2 states), CONV) and bias may be 16 bits
+    wide. dt_bias, decay and skip (D x heads,), out (D, inner, width), state or None -> (n, steps,
+    width), state. T is `steps`, or `steps` and the CONV - 1 before them.
 
     Differentiated by hand: autograd would keep twice as much, and pass over memory more often."""
 
     @staticmethod
-    def forward(ctx, rows, gate, dt, a, taps, bias, skip, out, state, reverse, chunk):
-        image = rows.transpose(1, 2).unsqueeze(2)              # of height 1, channels last: nothing is copied
-        kernel, bias = taps[:, None, None].to(rows.dtype), bias.to(rows.dtype)
-        conv = F.conv2d(image, kernel, bias, groups=len(taps)).squeeze(2).transpose(1, 2)
-        x, b, c = F.silu(conv.to(taps.dtype)).tensor_split((len(out), (len(out) + len(taps)) // 2), -1)
-        z, after, kept = scan(x.unflatten(-1, (len(skip), -1)), dt, a, b, c, reverse, state, chunk)
-        z = z.flatten(-2)
-        y = torch.addcmul(z, x, skip[:, None].expand(-1, len(out) // len(skip)).flatten())
-        y = y * F.silu(gate.to(taps.dtype))
-        rms = torch.rsqrt(torch.linalg.vecdot(y, y)[..., None] / len(out) + 1e-5)
-        ctx.save_for_backward(rows, gate, taps, skip, out, conv, z, rms, *kept)
-        ctx.reverse = reverse
-        return (y @ out) * rms, after                          # normalised after the matrix, where it is narrow
+    def forward(ctx, mixed, taps, bias, dt_bias, decay, skip, out, state, order, steps):
+        directions, inner, width = out.shape
+        rows, gate, raw = split_mixed(mixed, taps, out, steps)
+        image = rows.transpose(1, 2).unsqueeze(2)              # of height 1, channels last
+        conv = F.conv2d(image, taps[:, None, None], bias, padding=(0, CONV - 1), groups=len(taps))
+        # (n, T + CONV - 1, ...): all rows that a tap sees
+        conv = conv.squeeze(2).transpose(1, 2).contiguous()
+        x, b, c = split_inputs(conv, out, skip, mixed.shape[1] - steps, steps)
+
+        dt = F.softplus(raw + dt_bias.view(directions, 1, -1, 1))
+        fade = torch.tanh(dt * decay.view(directions, 1, -1, 1))
+        z, after, kept = scan(x, dt, fade * -MAX_DECAY, b, c, state, order)
+        v = torch.addcmul(z, x, skip.view(directions, 1, -1, 1)).flatten(-2)
+        y = F.silu(gate) * v.transpose(1, 2)                   # (n, steps, D, inner)
+
+        square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_()
+        rms = per_direction(torch.rsqrt(square.div_(inner).add_(1e-5)))
+        # normalised after the matrix, where it is narrow
+        h = torch.bmm(per_direction(y), out).mul_(rms)
+        ctx.save_for_backward(
+            mixed, taps, dt_bias, decay, skip, out, conv, v, h, rms, raw, dt, fade, *kept)
+        ctx.order, ctx.steps = order, steps
+        return h.sum(0).view(-1, steps, width), after
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, after):
         with torch.autocast(g.device.type, enabled=False):
-            return Inner.gradient(g, after, ctx.reverse, *ctx.saved_tensors)
+            return Inner.gradient(g, after, ctx.order, ctx.steps, *ctx.saved_tensors)
 
     @staticmethod
-    def gradient(g, after, reverse, rows, gate, taps, skip, out, conv, z, rms, *kept):
-        conv, gate = conv.to(taps.dtype), gate.to(taps.dtype)
-        x, b, c = F.silu(conv).tensor_split((len(out), (len(out) + len(taps)) // 2), -1)
-        heads = (len(skip), len(out) // len(skip))
-        direct, opened = skip[:, None].expand(heads).flatten(), F.silu(gate)
-        v = torch.addcmul(z, x, direct)
-        y, g = v * opened, g * rms
-        d_out = y.flatten(0, 1).T @ g.flatten(0, 1)
-        dy = g @ out.T
-        dy.addcmul_(y, rms.square() * torch.linalg.vecdot(dy, y)[..., None], value=-1 / len(out))
-        d_gate = torch.ops.aten.silu_backward(v.mul_(dy), gate)
-        dy.mul_(opened)
-        d_skip = (dy * x).flatten(0, 1).sum(0).view(heads).sum(1)
-        dx, ddt, da, db, dc, d_state = scan_gradient(
-            dy.unflatten(-1, heads), after, x.unflatten(-1, heads), b, c, z.unflatten(-1, heads), reverse, kept)
-        dx = dx.flatten(-2).addcmul_(dy, direct)
-        d_conv = torch.ops.aten.silu_backward(torch.cat([dx, db, dc], -1), conv)
-        d_rows, d_taps = torch.zeros_like(rows, dtype=taps.dtype), []
-        for k, tap in enumerate(taps.T.contiguous()):
-            d_rows[:, k:k + gate.shape[1]].addcmul_(d_conv, tap)
-            d_taps.append((d_conv * rows[:, k:k + gate.shape[1]]).flatten(0, 1).sum(0))
-        d_taps, d_bias = torch.stack(d_taps, 1), d_conv.flatten(0, 1).sum(0)
-        d_rows, d_gate = d_rows.to(rows.dtype), d_gate.to(rows.dtype)
-        return d_rows, d_gate, ddt, da, d_taps, d_bias, d_skip, d_out, d_state, None, None
+    def gradient(g, after, order, steps, mixed, taps, dt_bias, decay, skip, out, conv, v, h, rms,
+                 raw, dt, fade, *kept):
+        directions, inner, width = out.shape
+        first = mixed.shape[1] - steps
+        rows, gate, _ = split_mixed(mixed, taps, out, steps)
+        x, b, c = split_inputs(conv, out, skip, first, steps)
+        per_head = (directions, 1, -1, 1)
+        d_mixed = torch.zeros_like(mixed) if first else torch.empty_like(mixed)
+        d_rows, d_gate, d_raw = (
+            part for part in d_mixed.split([len(taps), directions * inner, len(skip)], -1))
+
+        # last matrix, norm and gate
+        opened = F.silu(gate)
+        y = per_direction(opened * v.transpose(1, 2))
+        g = g.reshape(1, -1, width)
+        dot = (g * h).sum(-1, keepdim=True)
+        g = g * rms
+        d_out = y.transpose(1, 2) @ g
+        dy = torch.bmm(g, out.transpose(1, 2))
+        dy.addcmul_(y, rms.square() * dot, value=-1 / inner)
+        dy = dy.view(directions, -1, steps, inner).permute(1, 2, 0, 3)
+        d_opened = dy * v.transpose(1, 2)
+        torch.ops.aten.silu_backward.grad_input(
+            d_opened, gate, grad_input=d_gate[:, first:].unflatten(-1, (directions, inner)))
+        dv = torch.mul(dy.transpose(1, 2), opened.transpose(1, 2), out=torch.empty_like(v))
+        dv = dv.view(x.shape)
+
+        # skip and scan
+        through = (dv * x).sum(-1)
+        growth = (dv * v.view(x.shape)).sum(-1)
+        growth = torch.addcmul(growth, through, skip.view(directions, 1, -1), value=-1)
+        d_skip = through.sum((0, 2)).flatten()
+        dx, db, dc, ddt, da, d_state = scan_gradient(dv, growth, after, x, b, c, order, kept)
+        dx.addcmul_(dv, skip.view(per_head))
+
+        # step sizes
+        da = torch.ops.aten.tanh_backward(da, fade).mul_(-MAX_DECAY)
+        d_decay = (da * dt).sum((1, 3)).flatten()
+        ddt = torch.addcmul(ddt, da, decay.view(per_head))
+        inside = raw + dt_bias.view(per_head)
+        d_inside = torch.ops.aten.softplus_backward(ddt, inside, 1, 20)
+        d_dt_bias = d_inside.sum((1, 3)).flatten()
+        d_raw[:, first:].unflatten(-1, (directions, -1)).copy_(d_inside.permute(1, 3, 0, 2))
+
+        # convolution
+        d_conv = torch.zeros_like(conv)
+        d_active = in_directions(d_conv, directions, first, steps)
+        before = in_directions(conv, directions, first, steps)
+        torch.ops.aten.silu_backward.grad_input(dx.flatten(-2), before[..., :inner],
+                                                grad_input=d_active[..., :inner])
+        torch.ops.aten.silu_backward.grad_input(torch.cat([db, dc], -1), before[..., inner:],
+                                                grad_input=d_active[..., inner:])
+        image = d_conv.transpose(1, 2).unsqueeze(2)
+        image = F.conv2d(image, taps.flip(1)[:, None, None], groups=len(taps))
+        d_rows.copy_(image.squeeze(2).transpose(1, 2))
+        d_taps = taps_gradient(d_conv, rows)
+        d_bias = d_conv.sum((0, 1))
+        return (d_mixed, d_taps, d_bias, d_dt_bias, d_decay, d_skip, d_out, d_state, None, None)
 
 
 class Mamba2(nn.Module):
     """A stack of residual, pre-norm Mamba-2 layers, (n, T, width) -> the same; bidirectional or causal.
 
-    Nothing is flipped: the backward scan is the upper triangle, and both directions share one projection and
-    one convolution. A causal stack can be streamed in pieces: `stream(x, state)`."""
+    Nothing is flipped: the backward scan is the upper triangle, and both directions share one projection,
+    one convolution and every product. A causal stack can be streamed in pieces: `stream(x, state)`."""
 
     def __init__(self, width, layers, state, headdim, expand=2, bidirectional=True, dropout=0.0):
         super().__init__()
         if width * expand % headdim:
             raise ValueError(f"Mamba-2: headdim {headdim} must divide width x expand = {width * expand}")
+        d = self.directions = 2 if bidirectional else 1
         self.inner, self.state, self.headdim = width * expand, state, headdim
         self.heads, self.layers, self.dropout = self.inner // headdim, layers, dropout
-        self.mixed, self.directions = self.inner + 2 * state, 2 if bidirectional else 1
-        d = self.directions
+        self.mixed = self.inner + 2 * state
         self.project = weight(layers, width, d * (self.mixed + self.inner + self.heads), fan_in=width)
         self.conv = weight(layers, d * self.mixed, CONV, fan_in=CONV)
         self.conv_bias = vector(layers, d * self.mixed)
-        step = torch.exp(torch.empty(layers * d * self.heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        step = torch.empty(layers * d * self.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))     # softplus gives `step`
         self.a_log = nn.Parameter(torch.empty(layers * d * self.heads).uniform_(1, 16).log())
         self.skip = vector(layers, d * self.heads, value=1)
         self.out = weight(layers, d, self.inner, width, fan_in=d * self.inner, gain=1 / math.sqrt(layers))
 
     def forward(self, x):
-        if x.device.type != "cpu":
-            return self.stream(x)[0]
-        rows = max(1, BLOCK // x[0].numel())       # few sequences at a time: what a layer writes, the next finds in cache
-        return torch.cat([self.stream(part)[0] for part in x.split(rows)])
+        parts = [self.stream(part)[0] for part in x.split(at_a_time(x))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def stream(self, x, state=None):
         """(n, T, width) and the state of the call before (None: nothing came before) -> the same, and the
         state for the next call. In the causal direction, pieces in order give what one call would give."""
-        if state is not None and self.directions == 2:
+        causal = self.directions == 1
+        if state is not None and not causal:
             raise ValueError("Mamba-2: a bidirectional stack has to see the whole window, it takes no state")
-        vectors = (self.conv_bias, self.dt_bias, self.a_log.exp(), self.skip)
-        vectors = (v.view(self.layers, -1) for v in vectors)
-        following, chunk = [], chunk_length(x.shape[1])
-        for i, parts in enumerate(zip(*(v.unbind(0) for v in (self.project, self.conv, self.out, *vectors)))):
-            y, after = self._layer(norm(x), *parts, state[i] if state else (None, None), chunk)
-            x = x + drop_features(y, self.dropout, self.training)
+        if state is None:
+            state = [None] * self.layers
+            if causal:
+                past = x.new_zeros(len(x), CONV - 1, x.shape[2])
+                scan = x.new_zeros(len(x), self.heads, self.headdim, self.state)
+                state = [(past, scan)] * self.layers
+        narrow = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            narrow = torch.get_autocast_dtype(x.device.type)
+        reverse = (False,) if causal else (False, True)
+        order = order_of(x.shape[1], chunk_length(x.shape[1]), reverse, x, causal)
+        # the parameters of all layers are cast and prepared at once
+        parts = [v.unbind(0) for v in (
+            self.project.to(narrow), self.conv.to(narrow), self.conv_bias.to(narrow).view(self.layers, -1),
+            self.dt_bias.view(self.layers, -1), (self.a_log.exp() / MAX_DECAY).view(self.layers, -1),
+            self.skip.view(self.layers, -1), self.out)]
+        kept = keep_features(self.layers, x, self.dropout, self.training)
+        following = []
+        for i, (project, *rest) in enumerate(zip(*parts)):
+            y, after = self._layer(norm(x), project, rest, state[i], order)
+            x = residual(x, y, kept[i])
             following.append(after)
         return x, following
 
-    def _layer(self, x, project, conv, out, conv_bias, dt_bias, decay, skip, state, chunk):
-        n, steps, width = x.shape
-        d, past, scan = self.directions, *state
-        if d == 1 and scan is None:
-            past, scan = x.new_zeros(n, CONV - 1, width), x.new_zeros(n, self.heads, self.headdim, self.state)
-        seen = F.pad(x, (0, 0, CONV - 1, CONV - 1)) if d == 2 else torch.cat([past, x], 1)
-        matrices = project.split([self.mixed] * d + [self.inner] * d + [self.heads] * d, -1)
-        conv, conv_bias, dt_bias, decay, skip = (v.chunk(d) for v in (conv, conv_bias, dt_bias, decay, skip))
-        result = 0
-        for i in range(d):                         # forward sees CONV - 1 steps back, backward as many ahead
-            rows = seen[:, i * (CONV - 1):][:, :steps + CONV - 1] @ matrices[i]
-            dt = F.softplus((x @ matrices[2 * d + i]).float() + dt_bias[i])
-            a = -MAX_DECAY * torch.tanh(dt * decay[i] / MAX_DECAY)
-            gate = x @ matrices[d + i]
-            with torch.autocast(x.device.type, enabled=False):
-                y, scan = Inner.apply(rows, gate, dt, a, conv[i], conv_bias[i], skip[i], out[i],
-                                      scan, i == 1, chunk)
-            result = result + y
-        return result, (seen[:, seen.shape[1] - CONV + 1:], scan)
+    def _layer(self, x, project, rest, state, order):
+        steps = x.shape[1]
+        past, scan = state or (None, None)
+        if past is not None:
+            x = torch.cat([past, x], 1)
+        mixed = x @ project
+        with torch.autocast(x.device.type, enabled=False):
+            y, scan = Inner.apply(mixed, *rest, scan, order, steps)
+        return y, (x[:, x.shape[1] - CONV + 1:], scan)
 
 
 # ---- TCN ----
+
+class Windows(torch.autograd.Function):
+    """(n, L, width) -> (n, L, kernel x width): around each step, `kernel` steps `dilation` apart, zeros
+    beyond the ends. One copy; its gradient is a sum of slices, in place."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, dilation):
+        ctx.kernel, ctx.dilation = kernel, dilation
+        n, length, width = x.shape
+        reach = dilation * (kernel // 2)
+        padded = F.pad(x, (0, 0, reach, reach))
+        sample, row, _ = padded.stride()
+        windows = padded.as_strided((n, length, kernel, width), (sample, row, dilation * row, 1))
+        return windows.flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        n, length, _ = g.shape
+        reach = ctx.dilation * (ctx.kernel // 2)
+        g = g.view(n, length, ctx.kernel, -1)
+        d_padded = g.new_zeros(n, length + 2 * reach, g.shape[-1])
+        for k in range(ctx.kernel):
+            start = k * ctx.dilation
+            d_padded[:, start:start + length] += g[:, :, k]
+        return d_padded[:, reach:reach + length], None, None
+
 
 class TCN(nn.Module):
     """Residual dilated convolutions, (B, L, width) -> the same. Each is one matrix product over its taps."""
@@ -356,12 +565,12 @@ class TCN(nn.Module):
         self.bias = vector(blocks, width)
 
     def forward(self, x):
-        length, biases = x.shape[1], self.bias.view(len(self.taps), -1).unbind(0)
+        biases = self.bias.view(len(self.taps), -1).unbind(0)
+        kept = keep_features(len(self.taps), x, self.dropout, self.training)
         for i, (taps, bias) in enumerate(zip(self.taps, biases)):
-            dilation = 2 ** (i % 4)
-            padded = F.pad(norm(x), (0, 0, dilation * (self.kernel // 2), dilation * (self.kernel // 2)))
-            seen = torch.cat([padded[:, k * dilation:k * dilation + length] for k in range(self.kernel)], -1)
-            x = x + drop_features(F.gelu(seen @ taps + bias), self.dropout, self.training)
+            seen = Windows.apply(norm(x), self.kernel, 2 ** (i % 4))
+            y = F.gelu(F.linear(seen, taps.T, bias))
+            x = residual(x, y, kept[i])
         return x
 
 
@@ -459,10 +668,13 @@ class GraphConvolutions(nn.Module):
             operator = 0.05 * torch.eye(channels, device=x.device) + 0.475 * (hop + hop @ hop)
             encoding = laplacian_encoding(hop, self.eigenvectors)[..., None, :]   # (B, G, C, 1, eigenvectors)
         x = x.view(batch, channels, -1, self.steps, width).transpose(1, 2)        # (B, G, C, steps, width)
-        for mix, encode, bias in zip(self.mix, self.encode, self.bias.view(len(self.mix), -1)):
-            h = norm(x) @ mix + encoding @ encode + bias
+        layers = len(self.mix)
+        kept = keep_features(layers, x.reshape(batch, -1, width), self.dropout, self.training)
+        biases = self.bias.view(layers, -1)
+        for i in range(layers):
+            h = norm(x) @ self.mix[i] + encoding @ self.encode[i] + biases[i]
             h = F.gelu((operator.to(h.dtype) @ h.flatten(-2)).view(x.shape))
-            x = x + drop_features(h.reshape(batch, -1, width), self.dropout, self.training).view(x.shape)
+            x = residual(x, h, None if kept[i] is None else kept[i][:, :, None, None])
         return x.transpose(1, 2).reshape(batch, channels, length, width)
 
 

@@ -13,7 +13,7 @@ anything else. Every key of a configuration stands at the end of this help.
 """
 import argparse
 import contextlib
-import json
+import datetime
 import math
 import os
 import random
@@ -28,8 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import yaml
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
@@ -39,7 +37,9 @@ import edf
 import evaluate
 import model
 import synth
-from config import Refused, compare, describe, load as load_config
+from config import Refused, describe, load as load_config
+from records import Failed, Home, Log, fault, holds_checkpoints, move_aside, run_directory, tolerated
+from watch import Watchdog
 
 MAX_NONFINITE = 50                      # steps in a row
 
@@ -88,10 +88,10 @@ class Trainer:
     `home`, the run directory with its checkpoints and records, is None but in the main process;
     `deadline` is the time of time.monotonic() at which the run must have stopped."""
 
-    def __init__(self, config, group, split, model, home, signals, deadline, say):
+    def __init__(self, config, group, split, model, home, signals, deadline, watch, say):
         self.config, self.settings = config, config["training"]
         self.group, self.split, self.home, self.say = group, split, home, say
-        self.signals, self.deadline = signals, deadline
+        self.signals, self.deadline, self.watch = signals, deadline, watch
         self._build(model)
 
         # where the run stands: all of it goes into every checkpoint
@@ -128,7 +128,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         c = self.config["data"]
         self.loader = data.Loader(self.split.windows, device, self.config["experiment"]["seed"],
-                                  c["augment"], c["buffers"])
+                                  c["augment"], c["buffers"], c["readers"])
+        self.waits = False              # whether the advice on slow reading was given
+        self.ahead = iter(())           # windows of the recordings that are validated
 
     def _data_parallel(self):
         """The model over all processes, after one idle backward pass: DDP orders its buckets anew
@@ -159,6 +161,12 @@ class Trainer:
             return False
         except Stopped:
             return True
+        except edf.DataError:
+            # a recording cannot be read: nothing since the last boundary has happened yet. Among
+            # others a save needs them all, and they wait elsewhere: there the last one counts
+            if self.group.size == 1:
+                self.save_mid()
+            raise
 
     def finished(self):
         """No epoch is left, or, at the end of one, patience is."""
@@ -176,8 +184,10 @@ class Trainer:
         with contextlib.closing(feed), self.bar:
             for batch, pieces in plan:
                 began = time.monotonic()
-                loss, norm = self.train_step(batch, pieces, feed)
+                with self.watch.during("in a step"):
+                    loss, norm = self.train_step(batch, pieces, feed)
                 self.after_step(batch, loss, norm, time.monotonic() - began)
+                self.watch.did("step")
 
     def plan(self):
         """The batches still to train in this epoch: each with this process's pieces of it, as
@@ -201,9 +211,12 @@ class Trainer:
         s = self.settings
         total = float(self.split.samples[batch].sum())
         loss = 0.0
+        # all of the batch first: what cannot be read is known before the step begins
+        with self.watch.during("waiting for data"):
+            windows = [next(feed) for _ in pieces]
         self.optimizer.zero_grad(set_to_none=True)
         for number, (_, weight) in enumerate(pieces, 1):
-            x, y, mask = next(feed)
+            x, y, mask = windows.pop(0)
             # gradients travel between the processes once a batch, with its last piece
             travel = number == len(pieces) or self.group.size == 1
             with contextlib.nullcontext() if travel else self.net.no_sync():
@@ -261,6 +274,7 @@ class Trainer:
         if not self.group.main:
             return
         waited = self.loader.waited
+        share = self.loader.share()
         self.home.record.write(
             kind="train", epoch=self.epoch, batch=self.batch, batches=self.batches,
             step=self.step, loss=loss, lr=rate, grad_norm=norm, skipped=self.skipped,
@@ -271,7 +285,10 @@ class Trainer:
             self.say(f"epoch {self.epoch}/{self.settings['epochs']} "
                      f"batch {self.batch}/{self.batches} step {self.step} loss {loss:.4f} "
                      f"lr {rate:.2e} norm {norm:.3f} skipped {self.skipped} {seconds:.2f} s/step, "
-                     f"loader waited {waited:.2f} s, {left:.0f} min left")
+                     f"waited {100 * share:.0f} % for data, {left:.0f} min left")
+        if share > data.SLOW and not self.waits:
+            self.waits = True
+            self.say(self.loader.advice(share))
 
     def progress(self, total, title, unit, done=0):
         """A bar on the main process's terminal; where there is none, lines are printed instead."""
@@ -286,11 +303,17 @@ class Trainer:
         self.save_mid()                 # training of this epoch is safe from here on
         if self.group.main:
             self.home.saver.check()
+        with self.watch.during("in validation"):
+            self.validate_recordings()
+            return evaluate.summarise(list(self.scores.values()), self.config["evaluation"])
+
+    def validate_recordings(self):
         size, dev = self.group.size, self.split.dev
         todo = [r for r in dev if r.name not in self.scores]
+        self.ahead = evaluate.read_ahead(todo[self.group.rank::size], self.config["evaluation"])
         bar = self.progress(len(dev), "validation", "recording", len(self.scores))
         said = time.monotonic()
-        with bar:
+        with bar, contextlib.closing(self.ahead):
             for first in range(0, len(todo), size):
                 began = time.monotonic()
                 turn = todo[first:first + size]
@@ -305,18 +328,19 @@ class Trainer:
                     self.say(f"validation: {len(self.scores)} of {len(dev)} recordings")
                 if size > 1:            # poll cannot stop one process alone
                     self.slowest = max(self.slowest, time.monotonic() - began)
+                self.watch.did("validated recording")
                 self.boundary()
-        return evaluate.summarise(list(self.scores.values()), self.config["evaluation"])
 
     def score(self, recording):
         c = self.config["evaluation"]
         probability = evaluate.predict(self.model, recording, self.group.device, c,
-                                       self.settings["precision"], self.poll)
+                                       self.settings["precision"], self.poll, self.ahead)
         return evaluate.score(recording, probability, c)
 
     def poll(self):
         """Inside a recording: alone, stop at once (the recording is done anew); among others, at
         the next boundary."""
+        self.watch.did("validated window")
         if self.group.size == 1 and (self.signals.number or self.late()):
             self.save_mid()
             raise Stopped
@@ -334,10 +358,10 @@ class Trainer:
         if self.group.main:
             self.home.record.write(kind="validation", epoch=self.epoch, step=self.step,
                                    best=improved, time=time.time(), **summary)
-        state = self.pack()
-        if self.group.main:
-            self.home.record.flush()
-            self.home.saver.save_epoch(state, value, name)
+        with self.watch.during("in a save"):
+            state = self.pack()
+            if self.group.main:
+                self.home.save_epoch(state, value, name)
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         rank = "the best so far"
         if not improved:
@@ -376,16 +400,20 @@ class Trainer:
             raise Stopped
 
     def late(self):
-        return time.monotonic() > self.deadline - 2 * self.slowest
+        """No time for another step and the save after it, by the slowest ones so far."""
+        needed = 2 * self.slowest
+        if self.group.main:             # the main process saves, and tells the others
+            needed += self.home.slowest_save
+        return time.monotonic() > self.deadline - needed
 
     def save_mid(self):
         here = (self.step, len(self.scores))
         if self.saved_at == here:       # never twice for one state
             return
-        state = self.pack()
-        if self.group.main:
-            self.home.record.flush()
-            self.home.saver.save_mid(state)
+        with self.watch.during("in a save"):
+            state = self.pack()
+            if self.group.main:
+                self.home.save_mid(state)
         self.saved_at = here
 
     def pack(self):
@@ -471,6 +499,13 @@ class Trainer:
         if self.group.main:
             self.home.saver.wait()
 
+    def stands(self):
+        """Where the run stands, for those who find it standing still."""
+        line = f"epoch {self.epoch}, batch {self.batch} of {self.batches}, step {self.step}"
+        if self.group.main:
+            line += f", last save: {self.home.last_save}"
+        return line
+
 
 def autocast(precision, device):
     if precision == "fp32":
@@ -496,23 +531,29 @@ def expect_data(config):
     if not Path(c["path"]).is_dir() and not c["synth_hours"]:
         raise Refused(f"data.path {c['path']} does not exist: "
                       f"python data.py import CORPUS_FOLDER {c['path']}")
+    if c["copy_to"] and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
+                      "on each, and name the copy as data.path")
 
 
-def open_recordings(config, say):
+def open_recordings(config, watch, say):
     """Recordings at data.path; synthetic ones are made there first where the config asks for them,
     and only then."""
     path = Path(config["data"]["path"])
     try:
         if config["data"]["synth_hours"] and not path.is_dir():
-            make_recordings(config, path, say)
+            make_recordings(config, path, watch, say)
+        if config["data"]["copy_to"]:
+            path = data.copy_corpus(path, config["data"]["copy_to"], say,
+                                    lambda: watch.did("copied recording"))
         return data.open_corpus(path)
     except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
     except OSError as error:
-        raise Refused(f"{error.filename or path}: {error.strerror}") from None
+        raise fault(error, path) from None
 
 
-def make_recordings(config, path, say):
+def make_recordings(config, path, watch, say):
     """Synthetic EDF files at PATH_edf and their import at PATH; what a kill left half made is made
     anew."""
     c = config["data"]
@@ -587,246 +628,23 @@ def build_model(config, split, group, say):
     return net
 
 
-# ---- the run directory: taken, a state found in it, its records cut back to that state ----
-
-class Home:
-    """results/<name> in the hands of the main process, from taking it to giving it up.
-
-    `saver` holds its lock; `state` is what to continue from (None: start at the beginning), at
-    `position`; `record` stands at that state. Raises Refused."""
-
-    def __init__(self, config, fingerprint, resume, fresh, hook, say):
-        self.config, self.fingerprint, self.hook, self.say = config, fingerprint, hook, say
-        self.directory = Path(config["experiment"]["results"], config["experiment"]["name"])
-        self.checkpoints = self.directory / "checkpoints"
-        if resume == "false" and not fresh and holds_checkpoints(self.checkpoints):
-            raise Refused(f"{self.checkpoints} already holds checkpoints: "
-                          f"--resume continues that run, --fresh moves it aside")
-        try:
-            if resume in ("true", "false"):
-                self.saver, self.state = self._take(resume, fresh)
-            else:
-                self.saver, self.state = self._take_with(resume)
-        except (checkpoint.CorruptCheckpoint, checkpoint.InUse, ValueError) as error:
-            raise Refused(str(getattr(error, "strerror", None) or error)) from None
-        except OSError as error:
-            raise Refused(f"{error.filename or self.directory}: {error.strerror}") from None
-        self.position = self.saver.position
-        try:
-            self.record = self._cut_records()
-        except OSError as error:
-            self.saver.close()
-            raise Refused(f"{self.directory}: {error.strerror}") from None
-        self.saver.before_save = self.record.sync
-        self.saver.on_saved = self.saved
-
-    def _take(self, resume, fresh):
-        """The directory as it stands, moved aside where it must not be overwritten."""
-        if fresh:
-            move_aside(self.directory, self.say)
-        saver = self._open_saver()
-        try:
-            state = saver.resume() if resume == "true" else None
-            if state:
-                self._check(state, "the checkpoint")
-                return saver, state
-        except BaseException:
-            saver.close()
-            raise
-        if holds_checkpoints(self.checkpoints):     # all damaged: nothing may be overwritten
-            saver.close()
-            move_aside(self.directory, self.say)
-            saver = self._open_saver()
-        return saver, None
-
-    def _take_with(self, path):
-        """The directory, continued from the checkpoint `path` instead of its own newest."""
-        state = checkpoint.load(path)
-        self._check(state, path)
-        saver = self._open_saver()
-        saver.adopt(state, path)
-        self.say(f"resume: {path} as asked; later resumes follow this line")
-        return saver, state
-
-    def _open_saver(self):
-        s = self.config["training"]
-        return checkpoint.Checkpointer(
-            self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
-            s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
-            say=self.say)
-
-    def _check(self, state, where):
-        """Refuse a state that is not one of this run: not of training, of other config or data."""
-        needed = ("model", "optimizer", "rng", "sampler", "config", "data")
-        missing = [key for key in needed if key not in state]
-        if missing:
-            raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
-        compare(state["config"], self.config, self.say)
-        if state["data"] != self.fingerprint:
-            raise Refused("the recordings differ from those of the checkpoint (names, lengths, "
-                          "preparation or events): restore them, or start another run with --fresh")
-
-    def _cut_records(self):
-        """The effective config and the records, the latter cut back to the resumed step."""
-        text = yaml.safe_dump(self.config, sort_keys=False)
-        checkpoint.atomic_write(self.directory / "config.yaml", [text.encode()])
-        if not self.state:
-            return Record(self.directory, 0, True, self.say)
-        ended = self.state.get("kind") == "epoch" or not self.state["batch"]
-        record = Record(self.directory, self.state["global_step"], ended, self.say)
-        record.event("resume", self.saver.resumed, self.state)
-        return record
-
-    def saved(self, path):
-        """In the writer thread, once a checkpoint is durable."""
-        self.record.event("save", path, checkpoint.peek(path), self.saver.blocked)
-        if self.hook:
-            self.hook(path)
-
-    def close(self):
-        try:
-            self.saver.close()
-        finally:
-            self.record.close()
-
-
-def holds_checkpoints(directory):
-    if not directory.is_dir():
-        return False
-    return any(checkpoint.NAME.fullmatch(n) or n == "best.pt" for n in os.listdir(directory))
-
-
-def move_aside(run_directory, say):
-    number = 1
-    while os.path.lexists(f"{run_directory}.{number}"):
-        number += 1
-    with contextlib.suppress(FileNotFoundError):
-        # raises InUse where a process works there
-        held = checkpoint.lock(run_directory / "checkpoints")
-        try:
-            os.rename(run_directory, f"{run_directory}.{number}")
-        finally:
-            held.close()
-        say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
-
-
-@contextlib.contextmanager
-def tolerated(say, what, consequence=""):
-    """A disk that refuses `what` is said and survived: checkpoints come first."""
-    try:
-        yield
-    except OSError as error:
-        line = f"{what}: {error.strerror}"
-        if consequence:
-            line += f": {consequence}"
-        say(line)
-
-
-class Record:
-    """metrics.jsonl, saves.jsonl and TensorBoard of one run directory. metrics.jsonl is the truth:
-    a resume cuts it back to the resumed step and writes TensorBoard anew from it, so no step stands
-    twice in either.
-
-    step        the resumed one; rows beyond it go to metrics.abandoned.jsonl
-    complete    the epoch ended with it, so that its validation row stays too"""
-
-    def __init__(self, directory, step, complete, say):
-        self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
-        self.pending = []               # lines that a full disk refused
-        checkpoint.sweep_temps(directory)
-        kept, dropped = [], []
-        for row in self._rows():
-            before = row["step"] < step
-            at = row["step"] == step and (complete or row["kind"] == "train")
-            (kept if before or at else dropped).append(row)
-        if dropped:                     # trained again, or of a line that --resume FILE left
-            with open(directory / "metrics.abandoned.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in dropped)
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        checkpoint.atomic_write(self.path, [text.encode()])
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        board = directory / "tensorboard"
-        for old in board.glob("events.out.tfevents.*"):
-            old.unlink()
-        self.board = SummaryWriter(board)
-        for row in kept:
-            self._chart(row)
-
-    def _rows(self):
-        for row in checkpoint.read_json_lines(self.path, self.say):
-            try:
-                yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
-            except (ValueError, TypeError, KeyError):
-                self.say(f"metrics.jsonl: dropped a row that cannot be read: "
-                         f"{json.dumps(row)[:60]!r}")
-
-    def write(self, **row):
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row[key] = None         # JSON knows no NaN
-        self.pending.append(json.dumps(row) + "\n")
-        self.flush()
-        later = "the next start draws it anew from metrics.jsonl"
-        with tolerated(self.say, "tensorboard", later):
-            self._chart(row)
-
-    def flush(self):
-        """Rows to the file, whole lines or nothing: a full disk keeps them here until there is
-        room."""
-        size = os.fstat(self.file).st_size
-        try:
-            while self.pending:
-                line = self.pending[0].encode()
-                rest = line
-                while rest:
-                    rest = rest[os.write(self.file, rest):]
-                size += len(line)
-                del self.pending[0]
-        except OSError as error:
-            os.ftruncate(self.file, size)
-            self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
-
-    def _chart(self, row):
-        axes = ("step", "epoch", "batch", "batches", "time")
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key not in axes:
-                self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"],
-                                      walltime=row.get("time"))
-
-    def event(self, kind, path, facts, seconds=0.0):
-        """A line of saves.jsonl: where a save or a resume stands."""
-        row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"],
-               "batch": facts["batch"], "step": facts["global_step"], "seconds": seconds,
-               "time": time.time()}
-        with tolerated(self.say, "saves.jsonl", f"this {kind} is not listed"):
-            with open(self.directory / "saves.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def sync(self):
-        """On the disk before the checkpoint that counts on it; in the writer thread, an fsync takes
-        its time."""
-        with tolerated(self.say, "metrics.jsonl", "its last rows may be lost"):
-            os.fsync(self.file)
-
-    def close(self):
-        self.flush()
-        os.close(self.file)
-        with tolerated(self.say, "tensorboard"):
-            self.board.close()
-
-
 # ---- the machine: processes, random states, signals, the terminal ----
+
+def place():
+    """(rank, number of processes) of this process in a torchrun job, or alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 class Group:
     """This process among the others of a torchrun job, or alone."""
 
-    def __init__(self, device):
+    def __init__(self, device, watch):
         if device == "cuda" and not torch.cuda.is_available():
             raise Refused("training.device is cuda and torch sees no GPU: "
                           "check nvidia-smi and the torch build, or set cpu")
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = place()
         self.main = self.rank == 0
+        self.watch = watch
         self.device = torch.device("cpu")
         if device != "cpu" and torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -840,39 +658,46 @@ class Group:
         store, rank, size = next(dist.rendezvous("env://"))
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        # the others wait for the main process through a long import or a disk that is away
         dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
-                                rank=rank, world_size=size)
+                                rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
 
     def sum(self, values):
         """Element-wise sum of a short list of numbers over the processes, as floats."""
         if self.size == 1:
             return [float(v) for v in values]
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        with self.watch.during("in a collective"):
+            dist.all_reduce(total)
+            return total.tolist()
 
     def gather(self, value):
         """[the value of each process], in every process."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.watch.during("in a collective"):
+            dist.all_gather_object(values, value)
         return values
 
     def from_main(self, make):
-        """What `make()` returns in the main process, in every process; its Refused too."""
+        """What `make()` returns in the main process, in every process; what it refuses, too."""
         if self.size == 1:
             return make()
-        box = [None, None]
-        if self.main:
+        if not self.main:
+            box = [None, None]
+            with self.watch.excused(), self.watch.during("waiting for the main process"):
+                dist.broadcast_object_list(box)
+        else:
             try:
-                box[0] = make()
-            except Refused as refusal:
-                box[1] = str(refusal)
-        dist.broadcast_object_list(box)
-        if box[1]:
-            raise Refused(box[1])
-        return box[0]
+                box = [make(), None]
+            except (Refused, checkpoint.SaveFailed) as refusal:
+                box = [None, refusal]
+            dist.broadcast_object_list(box)
+        made, refusal = box
+        if refusal:
+            raise refusal
+        return made
 
     def __enter__(self):
         return self
@@ -915,26 +740,37 @@ def set_rng_state(state, device):
 
 
 class Signals:
-    """First SIGINT, SIGTERM, SIGHUP or SIGUSR1 sets `number`; a second one acts as if nobody
-    listened."""
+    """First SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 sets `number`; one that comes a second or
+    more later acts as if nobody listened.
 
-    WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    Not sooner: a dying tmux session, systemd and torchrun each send two within milliseconds.
+    Signals that were inherited as ignored (nohup) stay ignored."""
+
+    WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    APART = 1.0                         # seconds
+
+    def __init__(self):
+        self.number, self.came, self.before = 0, 0.0, {}
 
     def __enter__(self):
-        self.number, self.before = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in self.WATCHED:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in self.WATCHED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._set)
         return self
 
     def _set(self, number, frame):
-        self.number = number
-        for watched in self.WATCHED:
-            signal.signal(watched, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        line = f"\n{name}: saving at the next step; once more to exit at once\n"
-        with contextlib.suppress(OSError):          # after SIGHUP the terminal may be gone
-            os.write(2, line.encode())
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.came = number, now
+            name = signal.Signals(number).name
+            line = f"\n{name}: saving at the next step; once more to exit at once\n"
+            with contextlib.suppress(OSError):      # after SIGHUP the terminal may be gone
+                os.write(2, line.encode())
+        elif now - self.came >= self.APART:
+            signal.signal(number, self.before[number])
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -960,57 +796,51 @@ class Console:
         return getattr(self.stream, name)
 
 
-class Say:
-    """Prints one line, above a progress bar where there is one. Only the main process speaks,
-    unless every process has something to say."""
-
-    def __init__(self, main):
-        self.main, self.lines = main, threading.Lock()
-
-    def __call__(self, line, every=False):
-        if self.main or every:
-            with self.lines:
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
-
-
 # ---- one run, from the command line to the exit code ----
 
-def run(config, resume="false", fresh=False, on_saved=None):
+def run(config, resume="false", fresh=False, on_saved=None, signals=None):
     """Train `config` to its end or to the next interruption; returns the exit code. Raises Refused.
 
     resume: "true", "false" or a checkpoint's path. on_saved(path) runs in the writer thread after
-    each durable save."""
+    each durable save. signals: a Signals of the caller's, who then sees what came. They are watched
+    from the moment that something is at stake; before it, SIGINT raises at once."""
     began, limit = time.monotonic(), config["training"]["time_limit_hours"]
     deadline = began + 3600 * limit if limit else math.inf
     expect_data(config)
-    with Group(config["training"]["device"]) as group, Signals() as signals:
-        say = Say(group.main)
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and resume != "true":
-            say("torchrun restarted this job: resuming")
-            resume, fresh = "true", False
+    rank, size = place()
+    directory, say = run_directory(config), Log(rank == 0)
+    who = f"process {rank} of {size}," if size > 1 else ""
+    watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who)
+    with watch, Group(config["training"]["device"], watch) as group:
         prepare_torch(config, group)
-        recordings = group.from_main(lambda: open_recordings(config, say))
+        with watch.during("opening or making the recordings"):
+            recordings = group.from_main(lambda: open_recordings(config, watch, say))
         split = Split(config, recordings, say)
         net = build_model(config, split, group, say)
         home = None
 
         def enter():                    # in the main process; the others hear what it found
             nonlocal home
-            home = Home(config, split.fingerprint, resume, fresh, on_saved, say)
-            return home.state, home.position
+            home = Home(config, split.fingerprint, resume, fresh, on_saved, watch, say)
+            return home.state, home.position, home.chosen
 
-        try:
-            state, position = group.from_main(enter)
-            trainer = Trainer(config, group, split, net, home, signals, deadline, say)
-            if state:
-                trainer.unpack(state, position)
-            if resume not in ("true", "false"):
-                trainer.hold_line()
-            return fit_and_tell(trainer)
-        finally:
-            if home:
-                home.close()
+        with signals or Signals() as signals:
+            try:
+                with watch.during("opening the run directory"):
+                    state, position, chosen = group.from_main(enter)
+                say.keep(directory / "log.txt")
+                trainer = Trainer(config, group, split, net, home, signals, deadline, watch, say)
+                watch.facts = trainer.stands
+                if state:
+                    trainer.unpack(state, position)
+                if chosen:
+                    trainer.hold_line()
+                if home:
+                    home.begin()
+                return fit_and_tell(trainer)
+            finally:
+                if home:
+                    home.close()
 
 
 def fit_and_tell(trainer):
@@ -1018,8 +848,10 @@ def fit_and_tell(trainer):
     home, say = trainer.home, trainer.say
     try:
         stopped = trainer.fit()
-        if home:
-            home.saver.settle()         # a save that failed is tried again: "saved" must be true
+        with trainer.watch.during("in a save"):
+            # a save that failed is tried again: "saved" must be true. And no process leaves before
+            # it is: torchrun ends the others once one has left
+            trainer.group.from_main(home.saver.settle if home else None)
         if stopped:
             return tell_stopped(trainer.signals.number, say)
         if home:
@@ -1068,7 +900,7 @@ def main(argv=None):
         return run(load_config(args.config, args.set), args.resume, args.fresh)
     except Refused as refusal:
         print(f"train.py: {refusal}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(refusal, Failed) else 2
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ class Lightning(AtomicSave):
         import lightning
         from lightning.fabric.plugins.io import TorchCheckpointIO
         self.io = TorchCheckpointIO()
-        self.name = f"{self.name} {lightning.__version__}" + ", TMPDIR on another disk" * bool(self.elsewhere)
+        self.name = f"{self.name} {lightning.__version__}"
+        if self.elsewhere:
+            self.name += ", TMPDIR on another disk"
 
     def save(self, place, step):            # it writes to TMPDIR, then moves
         tempfile.tempdir = self.elsewhere or str(Path(place, "tmp"))
@@ -178,7 +180,9 @@ def raised_inside(error):
 def kills(system, place):
     """(kill points, states lost)"""
     lost = []
-    roots = [place] + [system.elsewhere] * bool(system.elsewhere)
+    roots = [place]
+    if system.elsewhere:
+        roots.append(system.elsewhere)
 
     def run(action, directory, at, half):
         trace = tracer.Trace(action, roots, at, half)
@@ -213,7 +217,8 @@ def flips(system, place, count, step):
         blob = path.read_bytes()
         for _, damaged in crash.damages(blob, random.Random(0), count, step):
             path.write_bytes(damaged)
-            tried, believed = tried + 1, believed + (way_back(system, place) == -1)
+            tried += 1
+            believed += way_back(system, place) == -1
         path.write_bytes(blob)
     return tried, believed
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import corpora                                              # noqa: E402
 import synth                                                # noqa: E402
 from model import SMALL                                     # noqa: E402
-from test_train import settings                             # noqa: E402
+from helpers import settings                             # noqa: E402
 
 
 def steps_per_second(corpus, results, processes, cuda):

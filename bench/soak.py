@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import checkpoint                                           # noqa: E402
 import corpora                                              # noqa: E402
 import synth                                                # noqa: E402
-from test_train import rows, same, settings                 # noqa: E402
+from helpers import rows, same, settings                 # noqa: E402
 
 
 def launch(results):

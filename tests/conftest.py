@@ -90,15 +90,16 @@ class Held(data.Recording):
 def prepare(path, montage="referential", **settings):
     """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names file and
     reason."""
-    source = corpora.Source(Path(path), Path(path).stem, "", Path(path).stem.split("_")[0], "", None)
-    settings = edf.Settings(montage, **settings)
+    recipe = edf.Recipe(montage, **settings)
     try:
-        p, _, events = corpora.prepare_source(source, settings)
+        header = edf.read_header(path)
+        signal = edf.prepare_edf(header, recipe)
     except edf.DataError as error:
         raise edf.DataError(f"{path}: {error}") from None
-    return Held(str(path), source.name, source.patient, "", montage, edf.CHANNELS[montage], edf.FS,
-                p.eeg.shape[1], p.scale, p.norm, False, events, settings.hash, "; ".join(p.header.notes), p.rate,
-                memory=p.eeg)
+    stem = Path(path).stem
+    return Held(str(path), stem, stem.split("_")[0], "", montage, recipe.channels, edf.FS, signal.eeg.shape[1],
+                signal.scale, signal.amplitude, False, np.empty((0, 2)), recipe.hash, "; ".join(header.notes),
+                signal.rate, memory=signal.eeg)
 
 
 class Track:
@@ -145,3 +146,12 @@ def synthetic(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(synthetic):
     return data.open_corpus(synthetic[1])
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """Folder of twenty minutes of four synthetic patients, imported: what the tests of training train on."""
+    root = tmp_path_factory.mktemp("corpus")
+    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
+    return root / "h5"

@@ -347,8 +347,10 @@ def run_loop(directory, dies_after=None):
     directory.mkdir(exist_ok=True)
     os.chdir(directory)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
     def die(step):
-        step == dies_after and os.kill(os.getpid(), signal.SIGKILL)
+        if step == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
     code = docstring_loop().replace("saver.save_mid(pack())", "saver.save_mid(pack()), saver.wait(), die(step)")
     exec(compile(code if dies_after else docstring_loop(), "docstring", "exec"), {"die": die})
 

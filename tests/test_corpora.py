@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+import annotations
 import corpora
 import data
 import edf
@@ -35,48 +36,48 @@ def test_szcore_events(shared):
     good = tsv((20, 2, "sz"), (5, 10, "sz_foc_ia_nm"), (8, 12, "sz_gen_m_tonicClonic"), (0, 30, "bckg"))
     for text in (good, good.replace("\n", "\r\n"), "\ufeff" + good):
         text = text.encode().decode("utf-8-sig").replace("\r\n", "\n")
-        np.testing.assert_array_equal(corpora.finish(corpora.parse_events_tsv(text), 30.0), [[5, 22]])
+        np.testing.assert_array_equal(annotations.finish(annotations.parse_events_tsv(text), 30.0), [[5, 22]])
     for row, reason in (((5, 2, "spkz"), "spkz"), ((5, -2, "sz"), "lasts -2"), ((5, 0, "sz"), "lasts 0"),
                         ((-1, 2, "sz"), "-1"),
                         (("n/a", 2, "sz"), "not a number"), (("5,5", 2, "sz"), "not a number"),
                         ((5, "nan", "sz"), "number"),
                         ((5, 2, "sz_"), "sz_"), ((5, 2, "SZ"), "SZ"), ((5,), "incomplete")):
         with pytest.raises(edf.DataError, match=reason):
-            corpora.parse_events_tsv(tsv(row))
+            annotations.parse_events_tsv(tsv(row))
     with pytest.raises(edf.DataError, match="no row"):
-        corpora.parse_events_tsv(HEAD)
+        annotations.parse_events_tsv(HEAD)
     with pytest.raises(edf.DataError, match="eventType"):
-        corpora.parse_events_tsv("onset\tduration\n1\t2\n")
+        annotations.parse_events_tsv("onset\tduration\n1\t2\n")
     with pytest.raises(edf.DataError, match="impedance"):
-        corpora.parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
-    assert "impedance test" in corpora.parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
+        annotations.parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
+    assert "impedance test" in annotations.parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
 
 
 def test_a_lone_quote_swallows_no_event():
     text = tsv((5, 2, "sz", 1, '"Fp1'), (10, 2, "sz"))
-    assert corpora.parse_events_tsv(text).events == [(5, 7), (10, 12)]
+    assert annotations.parse_events_tsv(text).events == [(5, 7), (10, 12)]
 
 
 def test_label_files_that_were_cut_or_contradict_themselves_are_refused():
     for text in (tsv((5, 2, "sz"), (9, 2, "sz", 1))[:-1], tsv((5, 2, "sz", 1, "n/a"))[:-2]):
         with pytest.raises(edf.DataError, match="incomplete row"):
-            corpora.parse_events_tsv(text)
+            annotations.parse_events_tsv(text)
     with pytest.raises(edf.DataError, match="incomplete row"):
-        corpora.parse_csv(CSV.format("30") + "TERM,5,9,seiz")
+        annotations.parse_csv(CSV.format("30") + "TERM,5,9,seiz")
     with pytest.raises(edf.DataError, match="60 s and 30 s"):
-        corpora.parse_events_tsv(tsv((5, 2, "sz", 1, "n/a", "n/a", 60), (5, 2, "sz", 1, "n/a", "n/a", 30)))
+        annotations.parse_events_tsv(tsv((5, 2, "sz", 1, "n/a", "n/a", 60), (5, 2, "sz", 1, "n/a", "n/a", 30)))
     with pytest.raises(edf.DataError, match="not a number"):
-        corpora.parse_events_tsv(tsv(("9" * 5000, 2, "sz")))
+        annotations.parse_events_tsv(tsv(("9" * 5000, 2, "sz")))
 
 
 def test_events_beyond_the_end_are_cut_and_said_or_refused():
-    labels = corpora.parse_events_tsv(tsv((25, 50, "sz")))
-    np.testing.assert_array_equal(corpora.finish(labels, 30.0), [[25, 30]])
+    labels = annotations.parse_events_tsv(tsv((25, 50, "sz")))
+    np.testing.assert_array_equal(annotations.finish(labels, 30.0), [[25, 30]])
     assert "cut at the recording's end" in labels.notes[0]
     with pytest.raises(edf.DataError, match="beyond"):
-        corpora.finish(corpora.parse_events_tsv(tsv((31, 5, "sz"))), 30.0)
+        annotations.finish(annotations.parse_events_tsv(tsv((31, 5, "sz"))), 30.0)
     with pytest.raises(edf.DataError, match="not the same recording"):
-        corpora.finish(corpora.parse_events_tsv(tsv((1, 5, "sz", 1, "n/a", "n/a", "600.00"))), 30.0)
+        annotations.finish(annotations.parse_events_tsv(tsv((1, 5, "sz", 1, "n/a", "n/a", "600.00"))), 30.0)
 
 
 CSV = "# version = csv_v1.0.0\n# duration = {} secs\n#\nchannel,start_time,stop_time,label,confidence\n"
@@ -84,18 +85,18 @@ CSV = "# version = csv_v1.0.0\n# duration = {} secs\n#\nchannel,start_time,stop_
 
 def test_tusz_labels():
     text = CSV.format("30.0000") + "TERM,0.0,10.0,bckg,1\nTERM,10.0,15.0,seiz,1\nTERM,15.0,30.0,bckg,1\n"
-    np.testing.assert_array_equal(corpora.finish(corpora.parse_csv(text), 30.0), [[10, 15]])
+    np.testing.assert_array_equal(annotations.finish(annotations.parse_csv(text), 30.0), [[10, 15]])
     union = CSV.format("30.0") + \
         "FP1-F7,5,9,fnsz,1\nF7-T3,7,12,gnsz,1\nT3-T5,0,30,bckg,1\nF3-C3,20,21,tcsz,1\n"
-    np.testing.assert_array_equal(corpora.finish(corpora.parse_csv(union), 30.0), [[5, 12], [20, 21]])
+    np.testing.assert_array_equal(annotations.finish(annotations.parse_csv(union), 30.0), [[5, 12], [20, 21]])
     for rows, reason in (("TERM,15,10,seiz,1\n", "from 15 s to 10 s"), ("TERM,1,2,musc,1\n", "musc"),
                          ("", "no row"),
                          ("TERM,0,30,bckg,1\nTERM,5,9,seiz,1\n", "overlaps"),
                          ("TERM,a,9,seiz,1\n", "not a number")):
         with pytest.raises(edf.DataError, match=reason):
-            corpora.parse_csv(CSV.format("30") + rows)
+            annotations.parse_csv(CSV.format("30") + rows)
     with pytest.raises(edf.DataError, match="not the same"):
-        corpora.finish(corpora.parse_csv(text), 300.0)
+        annotations.finish(annotations.parse_csv(text), 300.0)
 
 
 def test_the_shared_odd_labels(shared):
@@ -105,46 +106,45 @@ def test_the_shared_odd_labels(shared):
              "21": [[10, 15]], "24": np.empty((0, 2)), "06": None, "07": None, "08": None, "12": None,
              "23": None}
     for path in sorted((shared / "eeg" / "odd" / "labels").iterdir()):
-        source = corpora.Source(path, "x", "", "p", "", path)
         if right[path.name[:2]] is None:
             with pytest.raises(edf.DataError):
-                corpora.read_labels(source, None)
+                annotations.read_beside(path, None)
         else:
-            np.testing.assert_array_equal(corpora.finish(corpora.read_labels(source, None), 30.0),
-                                          right[path.name[:2]], path.name)
+            found = annotations.finish(annotations.read_beside(path, None), 30.0)
+            np.testing.assert_array_equal(found, right[path.name[:2]], path.name)
 
 
 def test_chb_summaries_in_both_forms(shared):
     folder = shared / "eeg" / "layouts" / "chbmit"
-    five = corpora.parse_summary(corpora.read_text(folder / "chb05" / "chb05-summary.txt"))
-    assert len(five) == 39 and corpora.summary_labels(five["chb05_06.edf"]).events == [(417.0, 532.0)]
-    assert corpora.summary_labels(five["chb05_01.edf"]).events == []
-    eight = corpora.parse_summary(corpora.read_text(folder / "chb08" / "chb08-summary.txt"))
-    assert corpora.summary_labels(eight["chb08_02.edf"]).events == [(2670.0, 2841.0)]
-    total = [corpora.summary_labels(blocks).events for files in (five, eight) for blocks in files.values()]
+    five = annotations.parse_summary(annotations.read_text(folder / "chb05" / "chb05-summary.txt"))
+    assert len(five) == 39 and annotations.summary_labels(five["chb05_06.edf"]).events == [(417.0, 532.0)]
+    assert annotations.summary_labels(five["chb05_01.edf"]).events == []
+    eight = annotations.parse_summary(annotations.read_text(folder / "chb08" / "chb08-summary.txt"))
+    assert annotations.summary_labels(eight["chb08_02.edf"]).events == [(2670.0, 2841.0)]
+    total = [annotations.summary_labels(blocks).events for files in (five, eight) for blocks in files.values()]
     assert sum(map(len, total)) == 10
     block = " a.edf\nNumber of Seizures in File: {}\nSeizure 1 Start Time:   3 seconds\n" \
         "Seizure 1 End Time: 9 seconds\n"
     with pytest.raises(edf.DataError, match="2 seizures announced"):
-        corpora.summary_labels([block.format(2)])
-    no_clock = corpora.summary_labels([block.format(1).replace(" 1 ", " ")])
+        annotations.summary_labels([block.format(2)])
+    no_clock = annotations.summary_labels([block.format(1).replace(" 1 ", " ")])
     assert no_clock.events == [(3.0, 9.0)] and no_clock.seconds is None
 
 
 def test_siena_lists_are_read_over_midnight_and_contradictions_refused(shared):
     folder = shared / "eeg" / "layouts" / "siena"
-    files = corpora.parse_siena(corpora.read_text(folder / "PN00" / "Seizures-list-PN00.txt"))
+    files = annotations.parse_siena(annotations.read_text(folder / "PN00" / "Seizures-list-PN00.txt"))
     assert sorted(files) == [f"PN00-{i}.edf" for i in range(1, 6)]
-    assert corpora.siena_times(files["PN00-1.edf"][0], "") == (70773, 2605.0, 1143.0, 1213.0)
+    assert annotations.siena_times(files["PN00-1.edf"][0], "") == (70773, 2605.0, 1143.0, 1213.0)
     with pytest.raises(edf.DataError, match="a seizure from 765 s to 4425 s in a recording of 2489 s"):
-        corpora.siena_times(files["PN00-3.edf"][0], "PN00-3")      # the list itself is wrong there
-    night = corpora.parse_siena(corpora.read_text(folder / "PN16" / "Seizures-list-PN16.txt"))
-    assert corpora.siena_times(night["PN16-1.edf"][0], "")[1:] == (8270.0, 7184.0, 7307.0)
+        annotations.siena_times(files["PN00-3.edf"][0], "PN00-3")      # the list itself is wrong there
+    night = annotations.parse_siena(annotations.read_text(folder / "PN16" / "Seizures-list-PN16.txt"))
+    assert annotations.siena_times(night["PN16-1.edf"][0], "")[1:] == (8270.0, 7184.0, 7307.0)
     over = {"registration start": "23.00.00", "registration end": "01.00.00", "start": "00.10.00",
             "end": "00:11:30"}
-    assert corpora.siena_times(over, "") == (82800, 7200.0, 4200.0, 4290.0)
+    assert annotations.siena_times(over, "") == (82800, 7200.0, 4200.0, 4290.0)
     with pytest.raises(edf.DataError, match="not a time"):
-        corpora.siena_times({**over, "end": "0011"}, "")
+        annotations.siena_times({**over, "end": "0011"}, "")
 
 
 def test_siena_recording_whose_name_the_list_misspells(tmp_path):
@@ -161,10 +161,10 @@ def test_siena_recording_whose_name_the_list_misspells(tmp_path):
 
 def test_seizeit_annotations(shared):
     text = (shared / "eeg" / "layouts" / "seizeit" / "P_ID64" / "P_ID64_r3_a1.tsv").read_text()
-    assert corpora.parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
-    assert corpora.parse_seizeit("# Source: SeizeIt1\n \n").events == []
+    assert annotations.parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
+    assert annotations.parse_seizeit("# Source: SeizeIt1\n \n").events == []
     with pytest.raises(edf.DataError, match="no end"):
-        corpora.parse_seizeit("8971\tNone\tFIA\tHem:L\n")
+        annotations.parse_seizeit("8971\tNone\tFIA\tHem:L\n")
 
 
 # ---- layouts ----
@@ -257,7 +257,7 @@ def test_import_resumes_and_notices_changes(tmp_path):
     (src / "b_1_events.tsv").write_text(tsv((2, 3, "sz")))      # an annotation that was not there
     again = corpora.import_corpus(src, out, **quiet)
     assert sorted(again.read) == ["a_1", "b_1"] and again.kept == 1
-    assert len(corpora.import_corpus(src, out, notch="50", **quiet).read) == 3
+    assert len(corpora.import_corpus(src, out, notch="50", replace=True, **quiet).read) == 3
     (src / "b_1.edf").write_bytes(b"damaged")           # what an earlier state gave must not live on
     assert len(corpora.import_corpus(src, out, notch="50", **quiet).refused) == 1
     assert [r.name for r in data.open_corpus(out)] == ["a_1", "c_1"]

@@ -16,8 +16,14 @@ import torch
 import checkpoint
 import config
 from conftest import ROOT
+from helpers import last, loaded, rows, same, wait_for
 from model import SMALL
-from test_train import corpus, last, loaded, rows, same, wait_for      # noqa: F401  (corpus is a fixture)
+
+
+@pytest.fixture(scope="session")
+def corpus(small_corpus):
+    return small_corpus
+
 
 STILL = {**SMALL, "dropout": 0.0}                       # dropout draws from each process's own random state
 
@@ -50,7 +56,7 @@ def close_to(a, b, tolerance):
 
 
 @pytest.fixture(scope="module")
-def alone(corpus, tmp_path_factory):                    # noqa: F811
+def alone(corpus, tmp_path_factory):
     """One process, two epochs, no dropout."""
     import train
     results = tmp_path_factory.mktemp("alone")
@@ -58,7 +64,7 @@ def alone(corpus, tmp_path_factory):                    # noqa: F811
     return results
 
 
-def prepare(corpus, results, **changes):                # noqa: F811
+def prepare(corpus, results, **changes):
     import yaml
     config = loaded(corpus, results, **changes)
     config["model"] |= STILL
@@ -66,7 +72,7 @@ def prepare(corpus, results, **changes):                # noqa: F811
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus, alone, tmp_path, processes):  # noqa: F811
+def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus, alone, tmp_path, processes):
     prepare(corpus, tmp_path)
     finish(torchrun(tmp_path, processes))
     assert close_to(last(tmp_path)["model"], last(alone)["model"], 1e-3)
@@ -78,7 +84,7 @@ def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus
 
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])     # sums of two have no order to lose
-def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path, processes):  # noqa: F811
+def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path, processes):
     prepare(corpus, tmp_path / "whole")
     finish(torchrun(tmp_path / "whole", processes))
     prepare(corpus, tmp_path / "cut")
@@ -93,7 +99,7 @@ def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identi
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
-def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_path):                          # noqa: F811
+def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_path):
     prepare(corpus, tmp_path, training__epochs=50)
     process = torchrun(tmp_path, 2, minutes="30")
     wait_for(process, "batch 3/")
@@ -104,7 +110,7 @@ def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_pat
     assert state["batch"] >= 3 and len(state["rng"]) == 2
 
 
-def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_reason(corpus, tmp_path):   # noqa: F811
+def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_reason(corpus, tmp_path):
     import data
     shutil.copytree(corpus, tmp_path / "h5")
     prepare(tmp_path / "h5", tmp_path, training__epochs=50)
@@ -118,7 +124,7 @@ def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_
 
 
 @pytest.mark.slow
-def test_two_then_three_then_two_processes_see_every_window_once_and_say_that_rounding_may_differ(corpus, alone, tmp_path):  # noqa: F811,E501
+def test_two_then_three_then_two_processes_see_every_window_once_and_say_that_rounding_may_differ(corpus, alone, tmp_path):
     prepare(corpus, tmp_path)
     for processes, text in ((2, "batch 2/"), (3, "batch 4/")):
         process = torchrun(tmp_path, processes, "--resume", minutes="30")

@@ -315,7 +315,7 @@ REFUSED = {"huge int": 1 << 2048, "negative huge int": -(1 << 3000), "ints, one 
            "subclass": torch.randn(3).as_subclass(type("Mine", (torch.Tensor,), {})), "freed": freed(),
            "int4": torch.int4, "sparse": torch.eye(3).to_sparse(), "meta": torch.empty(3, device="meta"),
            "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "long double": np.longdouble(1.5),
-           "date": np.datetime64("2020-01-01"), "objects": np.array([None, "x"]), "ufunc": np.add, "namedtuple": Pair(1, 2),
+           "date": np.datetime64("2020-01-01"), "time": np.datetime64(7, "ns"), "objects": np.array([None, "x"]), "ufunc": np.add, "namedtuple": Pair(1, 2),
            "defaultdict": defaultdict(list), "frozenset": frozenset({1}), "range": range(3), "lambda": lambda: 0, "class": dict,
            "lazy": torch.nn.UninitializedParameter(), "generator": torch.Generator(), "module": torch.nn.Linear(1, 1)}
 

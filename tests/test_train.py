@@ -26,82 +26,13 @@ import data
 import synth
 import train
 from conftest import ROOT
+from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
 from model import SMALL
-
-PYTHON = [sys.executable, str(ROOT / "train.py")]
-TIMES = {"seconds", "waited", "time"}
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """Twenty minutes of four synthetic patients, imported."""
-    root = tmp_path_factory.mktemp("corpus")
-    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
-    corpora.import_corpus(root / "edf", root / "h5")
-    return root / "h5"
-
-
-def settings(corpus, results, **changes):
-    config = {
-        "experiment": {"name": "t", "seed": 1, "results": str(results)},
-        "data": {"path": str(corpus), "window_seconds": 10.0, "stride_seconds": 10.0, "dev_fraction": 0.3,
-                 "background_per_partial": 1.0, "buffers": 2},
-        "model": SMALL,
-        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "best_metric": "auroc", "log_every": 1,
-                     "device": "cpu"},
-        "evaluation": {"window_seconds": 60.0}}
-    for key, value in changes.items():
-        section, name = key.split("__")
-        config[section][name] = value
-    return config
-
-
-def loaded(corpus, results, **changes):
-    path = Path(results, "config.yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings(corpus, results, **changes)))
-    return train.load_config(path)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def last(results, name="last.pt"):
-    return checkpoint.load(Path(results, "t", "checkpoints", name))
-
-
-def rows(results):
-    text = Path(results, "t", "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
-
-
-def curves(results):
-    """Every TensorBoard point of every event file, duplicates and all."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    points = []
-    for path in sorted(Path(results, "t", "tensorboard").glob("events*")):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tag.split("/")[-1] not in TIMES:
-                    points.append((event.step, value.tag, value.tensor.float_val[0]))
-    return sorted(points)
-
-
-def assert_same_run(results, reference):
-    mine, theirs = last(results), last(reference)
-    for key in ("model", "optimizer", "scheduler", "scaler", "epoch", "batch", "global_step", "rng", "sampler", "running",
-                "skipped", "stopping", "scores", "metric"):
-        assert same(mine[key], theirs[key]), f"{key} differs from the uninterrupted run"
-    assert same(last(results, "best.pt")["model"], last(reference, "best.pt")["model"])
-    assert rows(results) == rows(reference)
-    assert curves(results) == curves(reference)
+def corpus(small_corpus):
+    return small_corpus
 
 
 @pytest.fixture(scope="session")
@@ -160,23 +91,6 @@ def test_five_cuts_in_one_run_by_different_signals_leave_no_trace(corpus, refere
         resume = "true"
     assert train.run(config, "true") == 0
     assert_same_run(tmp_path, reference)
-
-
-def spawn(config_path, *arguments, minutes="0", **environment):
-    return subprocess.Popen([*PYTHON, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
-                            stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
-
-
-def wait_for(process, text, limit=120):
-    """Output lines up to the first that contains `text`."""
-    lines, end = [], time.monotonic() + limit
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-        assert time.monotonic() < end, "".join(lines)
-    raise AssertionError(f"{text!r} never came:\n" + "".join(lines))
 
 
 def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_ends_the_same(corpus, reference, tmp_path):

@@ -1,0 +1,358 @@
+"""The run directory: who holds it, the state found in it, and its records cut back to that state."""
+import contextlib
+import errno
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import checkpoint
+import evaluate
+from config import Refused, compare
+
+
+class Failed(Refused):
+    """A passing fault: nothing was touched either, but the same start may succeed later; exit code
+    1."""
+
+
+# what is wrong with a path until somebody mends it; every other error of the system may pass
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+           errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def fault(error, where):
+    """The OSError `error` as Refused or Failed, in one line."""
+    line = f"{error.filename or where}: {error.strerror or error}"
+    if error.errno is None or error.errno in LASTING:
+        return Refused(line)
+    return Failed(f"{line}; nothing was touched: try again")
+
+
+class Log:
+    """Prints lines, above a progress bar where there is one, and appends them to a file once the
+    run directory is held. Only the main process speaks, unless every process has something to say.
+    """
+
+    def __init__(self, main):
+        self.main, self.path = main, None
+        self.waiting = []               # lines that are not in the file yet
+        self.lock = threading.Lock()    # the writer thread speaks too
+
+    def __call__(self, line, every=False):
+        if not (self.main or every):
+            return
+        with self.lock:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+            self.waiting.append(line)
+            self._append()
+
+    def keep(self, path):
+        """From now on, and with the lines so far, the log is also in the file `path`."""
+        with self.lock:
+            self.path = path
+            self._append()
+
+    def _append(self):
+        if self.path is None or not self.waiting:
+            return
+        # a disk that is full now may have room for these lines later
+        with contextlib.suppress(OSError), open(self.path, "a") as file:
+            file.write("".join(f"{line}\n" for line in self.waiting))
+            self.waiting = []
+
+
+def launch():
+    """Who started this process, as text: the same over the restarts of one torchrun, another one
+    for any other start."""
+    parent, born = os.getppid(), ""
+    with contextlib.suppress(OSError):  # where there is /proc: process ids come again
+        stat = Path(f"/proc/{parent}/stat").read_text()
+        born = stat.rsplit(")", 1)[1].split()[19]
+    return f"{socket.gethostname()} {parent} {born}"
+
+
+class Home:
+    """results/<name> in the hands of the main process, from taking it to giving it up.
+
+    `saver` holds its lock; `state` is what to continue from (None: start at the beginning), at
+    `position`; `chosen` is true where that is a file that --resume named; `record` stands at that
+    state. Raises Refused; Failed for what may pass."""
+
+    def __init__(self, config, fingerprint, resume, fresh, hook, watch, say):
+        self.config, self.fingerprint, self.hook = config, fingerprint, hook
+        self.watch, self.say = watch, say
+        self.directory = run_directory(config)
+        self.checkpoints = self.directory / "checkpoints"
+        self.save_began, self.slowest_save = 0.0, 0.0       # seconds until durable
+        self.last_save = "none in this process"
+        if self._restarted() and resume != "true":
+            say("torchrun restarted this job: resuming")
+            resume, fresh = "true", False
+        if resume == "false" and not fresh and holds_checkpoints(self.checkpoints):
+            raise Refused(f"{self.checkpoints} already holds checkpoints: "
+                          f"--resume continues that run, --fresh moves it aside")
+        self.chosen = resume not in ("true", "false")
+        try:
+            self._expect_environment()
+            if self.chosen:
+                self.saver, self.state = self._take_with(resume)
+            else:
+                self.saver, self.state = self._take(resume, fresh)
+        except (checkpoint.CorruptCheckpoint, checkpoint.InUse, ValueError) as error:
+            raise Refused(str(getattr(error, "strerror", None) or error)) from None
+        except OSError as error:
+            raise fault(error, self.directory) from None
+        self.position = self.saver.position
+        try:
+            self.record = self._cut_records()
+        except OSError as error:
+            self.saver.close()
+            raise fault(error, self.directory) from None
+        self.saver.before_save = self.record.sync
+        self.saver.on_saved = self.saved
+
+    def _restarted(self):
+        """torchrun started this process again, and what it did before had begun here. Arguments
+        that were refused are refused again; --resume FILE and --fresh are not done twice."""
+        if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            return False
+        try:
+            return json.loads((self.directory / "started.json").read_text()) == launch()
+        except (OSError, ValueError):
+            return False
+
+    def begin(self):
+        """Note on the disk that this launch goes on here, for its restarts."""
+        with tolerated(self.say, "started.json", "a restart by torchrun will not resume by itself"):
+            checkpoint.write_json(self.directory / "started.json", launch())
+
+    def _expect_environment(self):
+        """Refuse what the saver would refuse, before anything is moved aside."""
+        s = self.config["training"]
+        checkpoint.environment(s["mid_epoch_minutes"], s["mid_epoch_keep"], lambda line: None)
+
+    def _take(self, resume, fresh):
+        """The directory as it stands, moved aside where it must not be overwritten."""
+        if fresh:
+            move_aside(self.directory, self.say)
+        saver = self._open_saver()
+        try:
+            state = saver.resume() if resume == "true" else None
+            if state:
+                self._check(state, "the checkpoint")
+                return saver, state
+        except BaseException:
+            saver.close()
+            raise
+        if holds_checkpoints(self.checkpoints):     # all damaged: nothing may be overwritten
+            saver.close()
+            move_aside(self.directory, self.say)
+            saver = self._open_saver()
+        return saver, None
+
+    def _take_with(self, path):
+        """The directory, continued from the checkpoint `path` instead of its own newest."""
+        state = checkpoint.load(path)
+        self._check(state, path)
+        saver = self._open_saver()
+        saver.adopt(state, path)
+        self.say(f"resume: {path} as asked; later resumes follow this line")
+        return saver, state
+
+    def _open_saver(self):
+        s = self.config["training"]
+        return checkpoint.Checkpointer(
+            self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
+            s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
+            say=self._saver_says)
+
+    def _saver_says(self, line):
+        self.watch.did("save")          # a save that failed has ended too
+        self.say(line)
+
+    def _check(self, state, where):
+        """Refuse a state that is not one of this run: not of training, of other config or data."""
+        needed = ("model", "optimizer", "rng", "sampler", "config", "data")
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
+        compare(state["config"], self.config, self.say)
+        if state["data"] != self.fingerprint:
+            raise Refused("the recordings differ from those of the checkpoint (names, lengths, "
+                          "preparation or events): restore them, or start another run with --fresh")
+
+    def _cut_records(self):
+        """The effective config and the records, the latter cut back to the resumed step."""
+        text = yaml.safe_dump(self.config, sort_keys=False)
+        checkpoint.atomic_write(self.directory / "config.yaml", [text.encode()])
+        if not self.state:
+            return Record(self.directory, 0, True, self.say)
+        ended = self.state.get("kind") == "epoch" or not self.state["batch"]
+        record = Record(self.directory, self.state["global_step"], ended, self.say)
+        record.event("resume", self.saver.resumed, self.state)
+        return record
+
+    def save_mid(self, state):
+        self.save_began = time.monotonic()
+        self.record.flush()
+        self.saver.save_mid(state)
+
+    def save_epoch(self, state, value, name):
+        self.save_began = time.monotonic()
+        self.record.flush()
+        self.saver.save_epoch(state, value, name)
+
+    def saved(self, path):
+        """In the writer thread, once a checkpoint is durable."""
+        self.watch.did("save")
+        self.slowest_save = max(self.slowest_save, time.monotonic() - self.save_began)
+        self.last_save = f"{path.name} at {time.strftime('%H:%M:%S')}"
+        self.record.event("save", path, checkpoint.peek(path), self.saver.blocked)
+        if self.hook:
+            self.hook(path)
+
+    def close(self):
+        try:
+            self.saver.close()
+        finally:
+            self.record.close()
+
+
+def run_directory(config):
+    """Its whole path: relative ones depend on where a command was started."""
+    return Path(config["experiment"]["results"], config["experiment"]["name"]).absolute()
+
+
+def holds_checkpoints(directory):
+    if not directory.is_dir():
+        return False
+    return any(checkpoint.NAME.fullmatch(n) or n == "best.pt" for n in os.listdir(directory))
+
+
+def move_aside(run_directory, say):
+    number = 1
+    while os.path.lexists(f"{run_directory}.{number}"):
+        number += 1
+    with contextlib.suppress(FileNotFoundError):
+        # raises InUse where a process works there
+        held = checkpoint.lock(run_directory / "checkpoints")
+        try:
+            os.rename(run_directory, f"{run_directory}.{number}")
+        finally:
+            held.close()
+        say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
+
+
+@contextlib.contextmanager
+def tolerated(say, what, consequence=""):
+    """A disk that refuses `what` is said and survived: checkpoints come first."""
+    try:
+        yield
+    except OSError as error:
+        line = f"{what}: {error.strerror}"
+        if consequence:
+            line += f": {consequence}"
+        say(line)
+
+
+class Record:
+    """metrics.jsonl, saves.jsonl and TensorBoard of one run directory. metrics.jsonl is the truth:
+    a resume cuts it back to the resumed step and writes TensorBoard anew from it, so no step stands
+    twice in either.
+
+    step        the resumed one; rows beyond it go to metrics.abandoned.jsonl
+    complete    the epoch ended with it, so that its validation row stays too"""
+
+    def __init__(self, directory, step, complete, say):
+        self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
+        self.pending = []               # lines that a full disk refused
+        checkpoint.sweep_temps(directory)
+        kept, dropped = [], []
+        for row in self._rows():
+            before = row["step"] < step
+            at = row["step"] == step and (complete or row["kind"] == "train")
+            (kept if before or at else dropped).append(row)
+        if dropped:                     # trained again, or of a line that --resume FILE left
+            with open(directory / "metrics.abandoned.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in dropped)
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        checkpoint.atomic_write(self.path, [text.encode()])
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        board = directory / "tensorboard"
+        for old in board.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.board = SummaryWriter(board)
+        for row in kept:
+            self._chart(row)
+
+    def _rows(self):
+        for row in checkpoint.read_json_lines(self.path, self.say):
+            try:
+                yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
+            except (ValueError, TypeError, KeyError):
+                self.say(f"metrics.jsonl: dropped a row that cannot be read: "
+                         f"{json.dumps(row)[:60]!r}")
+
+    def write(self, **row):
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[key] = None         # JSON knows no NaN
+        self.pending.append(json.dumps(row) + "\n")
+        self.flush()
+        later = "the next start draws it anew from metrics.jsonl"
+        with tolerated(self.say, "tensorboard", later):
+            self._chart(row)
+
+    def flush(self):
+        """Rows to the file, whole lines or nothing: a full disk keeps them here until there is
+        room."""
+        size = os.fstat(self.file).st_size
+        try:
+            while self.pending:
+                line = self.pending[0].encode()
+                rest = line
+                while rest:
+                    rest = rest[os.write(self.file, rest):]
+                size += len(line)
+                del self.pending[0]
+        except OSError as error:
+            os.ftruncate(self.file, size)
+            self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
+
+    def _chart(self, row):
+        axes = ("step", "epoch", "batch", "batches", "time")
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key not in axes:
+                self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"],
+                                      walltime=row.get("time"))
+
+    def event(self, kind, path, facts, seconds=0.0):
+        """A line of saves.jsonl: where a save or a resume stands."""
+        row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"],
+               "batch": facts["batch"], "step": facts["global_step"], "seconds": seconds,
+               "time": time.time()}
+        with tolerated(self.say, "saves.jsonl", f"this {kind} is not listed"):
+            with open(self.directory / "saves.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def sync(self):
+        """On the disk before the checkpoint that counts on it; in the writer thread, an fsync takes
+        its time."""
+        with tolerated(self.say, "metrics.jsonl", "its last rows may be lost"):
+            os.fsync(self.file)
+
+    def close(self):
+        self.flush()
+        os.close(self.file)
+        with tolerated(self.say, "tensorboard"):
+            self.board.close()

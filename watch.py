@@ -1,0 +1,123 @@
+"""A run that stands still ends by itself, with the reason written down.
+
+    with Watchdog(30.0, "results/v3/hang.txt", print) as watch:
+        for batch in loader:
+            with watch.during("in a step"):     # what the stacks will be explained with
+                step(batch)
+            watch.did("step")                   # progress: the clock starts anew
+
+When nothing has been done for the limit, the stack of every thread is printed and written to the
+file, and the process ends with exit code 70; a save in progress is a temp file, so a resume goes on.
+The limit adapts: never below 10 times the slowest thing done so far.
+"""
+import contextlib
+import faulthandler
+import os
+import socket
+import tempfile
+import threading
+import time
+
+EXIT_CODE = 70                          # EX_SOFTWARE of sysexits.h
+PATIENCE = 10                           # times the slowest thing done so far
+OTHERS = 5.0                            # seconds in which the other processes of the job may write
+
+
+class Watchdog:
+    """Watches this process from a thread of its own, which a main thread stuck in C does not hold
+    up (one that also keeps Python's global lock does; torch, NumPy and file reads let go of it).
+
+    minutes     without progress that end the process; 0 = never
+    path        file to which the stacks go, where its folder exists
+    say         prints a line
+    name        this process among those of a job, e.g. "process 1 of 8"; several: they wait a
+                moment for each other's words, since all stand still when one does
+
+    Time in which the whole process was stopped (SIGSTOP, a closed lid, a paused machine) does not
+    count: the thread counts the ticks that it lived through, not the clock."""
+
+    def __init__(self, minutes, path, say, name=""):
+        self.limit, self.path, self.say, self.name = 60 * minutes, path, say, name
+        self.what, self.last = "starting", "nothing yet"
+        self.facts = lambda: "not in the loop yet"      # where the run stands, from its owner
+        self.still = 0.0                # seconds since the last progress
+        self.slowest = 0.0
+        self.waits = False
+        self.closed = threading.Event()
+
+    def __enter__(self):
+        if self.limit:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.closed.set()
+
+    @contextlib.contextmanager
+    def during(self, what):
+        """Within it the process is `what`: "waiting for data"."""
+        before, self.what = self.what, what
+        try:
+            yield
+        finally:
+            self.what = before
+
+    @contextlib.contextmanager
+    def excused(self):
+        """Within it this process waits for another one, which watches itself."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+            self.did("wait")
+
+    def did(self, what):
+        """Something ended: the clock starts anew."""
+        self.slowest = max(self.slowest, self.still)
+        self.still = 0.0
+        self.last = what
+
+    def allowed(self):
+        return max(self.limit, PATIENCE * self.slowest)
+
+    def _watch(self):
+        tick = min(1.0, self.limit / 10)
+        before = time.monotonic()
+        while not self.closed.wait(tick):
+            now = time.monotonic()
+            # a longer gap than a busy machine explains: all of the process was stopped
+            self.still += min(now - before, 2 * tick)
+            before = now
+            if self.waits:
+                self.still = 0.0
+            if self.still > self.allowed():
+                self._end()
+
+    def _end(self):
+        # a dead disk or terminal may hold up the report, but not the end
+        report = threading.Thread(target=self._report, daemon=True)
+        report.start()
+        report.join(20)
+        if self.name:
+            time.sleep(OTHERS)
+        os._exit(EXIT_CODE)
+
+    def _report(self):
+        who = f"{self.name} process id {os.getpid()} on {socket.gethostname()}".strip()
+        line = (f"standstill: {who}: nothing has ended for {self.still / 60:.1f} min "
+                f"(allowed: {self.allowed() / 60:.1f}); it was {self.what}; "
+                f"last done: {self.last}; {self.facts()}")
+        text = f"{line}\n{stacks()}"
+        # the file first: what prints may wait for whoever reads it
+        with contextlib.suppress(OSError), open(self.path, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.say(f"{text}standstill: written to {self.path}; --resume goes on", every=True)
+
+
+def stacks():
+    """The stack of every thread, as text. Works while threads are stuck in C."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
