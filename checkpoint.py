@@ -1627,6 +1627,7 @@ class Checkpointer:
     def save_mid(self, state):
         """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained in it."""
         _check_progress(state, ("epoch", "batch"))
+        state = {**state, "holdfast": {}}   # a state that was resumed brings its own along
         self._start(state, "mid_epoch", [KINDS["mid_epoch"].name.format(**_numbers(state))])
 
     def save_epoch(self, state, metric=None, name="metric"):
@@ -1636,13 +1637,14 @@ class Checkpointer:
         names = [KINDS["last"].name]
         if self.interval and state["epoch"] % self.interval == 0:
             names.insert(0, KINDS["checkpoint_epoch"].name.format(**_numbers(state)))
-        note = None
+        ours = {}
+        improved = False
         if metric is not None:
-            note = {"name": name, "value": float(metric)}
-        improved = note is not None and self._is_best(note["value"], name)
+            ours["metric"] = {"name": name, "value": float(metric)}
+            improved = self._is_best(float(metric), name)
         if improved:
             names.append(KINDS["best"].name)
-        self._start(state, "epoch", names, note)
+        self._start({**state, "holdfast": ours}, "epoch", names)
         return improved
 
     def _is_best(self, value, name):
@@ -1662,7 +1664,7 @@ class Checkpointer:
             return not math.isnan(value)
         return better(value, stored["value"], self.mode)
 
-    def _start(self, state, kind, names, metric=None):
+    def _start(self, state, kind, names):
         began = time.monotonic()
         self.wait()
         if self._epoch_waits():             # perhaps the best: no snapshot may take its place in memory
@@ -1672,9 +1674,7 @@ class Checkpointer:
                 return
         self._failed = None
         self.counter += 1
-        ours = {"kind": kind, "run": self.run}
-        if metric:
-            ours["metric"] = metric
+        ours = {**state["holdfast"], "kind": kind, "run": self.run}
         try:
             self._image.fill({**ours, **state, "save_counter": self.counter, "holdfast": ours})
         finally:
