@@ -686,8 +686,9 @@ def _data_name(number):
 
 
 def _finite(values):
-    if not values.is_floating_point() and not values.is_complex():
-        return True
+    numbers = values.is_floating_point() or values.is_complex()
+    if not numbers or values.dtype == getattr(torch, "float4_e2m1fn_x2", None):
+        return True                         # four bits hold no infinity
     values = _widened(values)
     # a sum carries every infinity and NaN along, and finite values may add up to one
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
@@ -773,7 +774,7 @@ def atomic_write(path, buffers):
             # before close: closing gives up the lock that marks this temp as alive
             _sync_and_replace(fd, temp, path)
         finally:
-            os.close(fd)
+            _let_go(fd)
     except BaseException:
         _unlink(temp)
         raise
@@ -807,13 +808,23 @@ def durable_link(source, target):
         os.replace(temp, target)
     finally:
         _unlink(temp)
-        os.close(fd)
+        _let_go(fd)
     _sync_directory(target.parent)
 
 
 def _sync_and_replace(fd, temp, target):
     os.fsync(fd)
     os.replace(temp, target)
+
+
+def _let_go(fd):
+    """Unlock and close: closing alone would leave the lock to a child that was forked meanwhile."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    except OSError:
+        pass                                # no locks here: nothing was taken
+    finally:
+        os.close(fd)
 
 
 def _lock_shared(fd):
@@ -1193,7 +1204,7 @@ def peek(path):
             note = _note(comment) if comment else None
         except CorruptCheckpoint as damage:
             raise CorruptCheckpoint(f"{path}: {damage}") from None
-    facts = _facts(_checked(path, "cpu") if note is None else note)
+    facts = _facts(_checked(path, "meta") if note is None else note)
     progress = {key: facts.get(key, 0) for key in PROGRESS}
     for key, value in progress.items():
         if value is None or not 0 <= value < 2**63:

@@ -15,7 +15,7 @@ import annotations
 import corpora
 import data
 import edf
-from conftest import ROOT, write_edf
+from conftest import ROOT, plus, write_edf
 
 HEAD = "onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration\n"
 
@@ -394,3 +394,198 @@ def test_the_real_recordings_import_in_the_bipolar_montage(shared, tmp_path):
     assert sum(len(r.events) for r in recordings) == 17
     w = data.Windows(train)
     assert len(w.epoch(0, 1)) > 0 and set(w.kind) == {0, 1, 2}
+
+
+# ---- annotations inside EDF+ ----
+
+def mark(onset, text, duration=None):
+    """Bytes of one EDF+ annotation."""
+    length = "" if duration is None else f"\x15{duration:g}"
+    return f"{onset:+g}{length}\x14{text}\x14\0".encode()
+
+
+def said(src, out, **options):
+    """(Report, the lines that an import prints)."""
+    lines = []
+    report = corpora.import_corpus(src, out, say=lines.append, **options)
+    return report, "\n".join(lines)
+
+
+def test_annotations_inside_edf_plus_label_a_recording(tmp_path):
+    """A text with a duration, a pair, a bare text with an end, several of them, a text that says background."""
+    cases = {"duration": ({2: mark(2, "Seizure", 3)}, [[2, 5]]),
+             "pair": ({1: mark(1, "Seizure start"), 6: mark(6, "SEIZURE END")}, [[1, 6]]),
+             "bare": ({1: mark(1.5, "sz"), 6: mark(6.25, "sz_end")}, [[1.5, 6.25]]),
+             "numbered": ({1: mark(1, "Seizure 1 onset"), 3: mark(3, "seizure 1 offset"), 5: mark(5, "sz 2", 2)},
+                          [[1, 3], [5, 7]]),
+             "ilae": ({2: mark(2, "sz_foc_ia_nm", 3), 3: mark(3, "fnsz", 4)}, [[2, 7]]),
+             "german": ({1: mark(1, "Anfall Beginn"), 6: mark(6, "Anfall Ende")}, [[1, 6]]),
+             "none": ({1: mark(1, "background")}, [])}
+    for name, (texts, _) in cases.items():
+        plus(tmp_path / "src" / f"{name}_1.edf", range(10), "EDF+C", texts)
+    plus(tmp_path / "src" / "quiet_1.edf", range(10), "EDF+C", {1: mark(1, "eyes open")})
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert not report.refused and report.unlabelled == 1
+    assert "1 x 'eyes open'" in text and "--seizure-label TEXT" in text and "seizure start" not in text.lower()
+    recordings = {r.patient: r for r in data.open_corpus(tmp_path / "out")}
+    for name, (_, events) in cases.items():
+        assert recordings[name].labelled and recordings[name].events.tolist() == events, name
+    assert not recordings["quiet"].labelled
+    again, text = said(tmp_path / "src", tmp_path / "out")
+    assert again.kept == 8 and "1 x 'eyes open'" in text
+
+
+@pytest.mark.parametrize("texts, why", [
+    ({2: mark(2, "seizure")}, "'seizure' at 2 s has no end"),
+    ({2: mark(2, "seizure end")}, "'seizure end' at 2 s has no start"),
+    ({2: mark(2, "sz start"), 4: mark(4, "sz start"), 6: mark(6, "sz end")}, "'sz start' at 2 s has no end"),
+    ({2: mark(2, "sz", 0)}, "'sz' at 2 s has no end"),
+    ({2: mark(2, "sz", 3) + b"+x"}, "record 3 cannot be read"),
+    ({2: mark(-2, "sz", 3)}, "event from -2 s"),
+    ({2: mark(20, "sz", 3)}, "beyond the recording's 10 s")])
+def test_annotations_that_contradict_themselves_leave_a_recording_unlabelled_and_are_said(tmp_path, texts, why):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", texts)
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert report.unlabelled == 1 and why in text
+    assert not data.open_corpus(tmp_path / "out")[0].labelled
+
+
+@pytest.mark.parametrize("text", ["no seizure", "Seizure?", "possible seizure", "post seizure", "seizure meds given",
+                                  "sz detected by software", "seizures", "szene"])
+def test_texts_that_speak_of_seizures_are_not_taken_for_one(tmp_path, text):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, text, 3)})
+    corpora.import_corpus(tmp_path / "src", tmp_path / "out", say=lambda text: None)
+    r = data.open_corpus(tmp_path / "out")[0]
+    assert r.labelled == (text == "no seizure") and not len(r.events)
+
+
+def test_texts_given_by_the_user_label_and_a_change_of_them_is_noticed(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    plus(src / "a.edf", range(10), "EDF+C", {2: mark(2, "EVENT red-button", 3)})
+    plus(src / "b.edf", range(10), "EDF+C", {1: mark(1, "on set"), 4: mark(4, "off set")})
+    plus(src / "c.edf", range(10), "EDF+C", {0: mark(0, "Reviewed")})
+    write_edf(src / "d.edf", 10)
+    (src / "d_events.tsv").write_text(tsv((2, 3, "sz")))
+    assert said(src, out)[0].unlabelled == 3
+    done = command("import", src, out, "--seizure-label", "event Red-Button", "--seizure-label", "On Set..Off Set",
+                   "--background-label", "reviewed", "--background-label", "never there")
+    assert done.returncode == 0 and "3 read, 0 repaired, 1 already there" in done.stdout, done.stdout
+    assert "hint: no EDF+ annotation is 'never there'" in done.stdout
+    assert [r.events.tolist() for r in data.open_corpus(out)] == [[[2, 5]], [[1, 4]], [], [[2, 5]]]
+    assert all(r.labelled for r in data.open_corpus(out))
+    for seizure, background in (("a..a", []), ("", []), ("x..y..z", []), ("a b", ["A_B"]), ("..b", []), ("a", ["-"])):
+        with pytest.raises(edf.DataError, match="-label"):
+            corpora.import_corpus(src, out, seizure_labels=[seizure], background_labels=background)
+
+
+def test_an_annotation_file_beside_an_edf_plus_counts_alone(tmp_path):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, "sz", 3)})
+    (tmp_path / "src" / "a_events.tsv").write_text(tsv((6, 1, "sz")))
+    corpora.import_corpus(tmp_path / "src", tmp_path / "out", say=lambda text: None)
+    assert data.open_corpus(tmp_path / "out")[0].events.tolist() == [[6, 7]]
+
+
+def test_a_long_list_of_texts_does_not_swell_the_table_or_the_file(tmp_path):
+    plus(tmp_path / "src" / "a.edf", range(200), "EDF+C", {i: mark(i, f"note {i}" + "x" * 30) for i in range(200)})
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert not report.refused and "and 80 other texts" in text and len(text.splitlines()) < 30
+
+
+# ---- what the user may have meant otherwise ----
+
+def test_another_preparation_over_a_folder_is_refused_naming_both_unless_asked_for(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_edf(src / "a.edf")
+    said(src, out)
+    before = (out / "a.h5").read_bytes()
+    done = command("import", src, out, "--montage", "reduced", "--channels", "Cz,F7-T7")
+    assert done.returncode == 2 and "--replace" in done.stderr
+    assert "montage referential, notch both" in done.stderr
+    assert "montage reduced of Cz, F7-T3, notch both" in done.stderr
+    for options in (dict(montage="bipolar"), dict(notch="50"), dict(blank_unit="mV")):
+        with pytest.raises(edf.DataError, match="of montage referential, notch both, this import is of"):
+            said(src, out, **options)
+    (out / corpora.INDEX).unlink()                      # told by the recordings too
+    with pytest.raises(edf.DataError, match="--replace"):
+        said(src, out, notch="50")
+    assert (out / "a.h5").read_bytes() == before
+    done = command("import", src, out, "--montage", "reduced", "--channels", "Cz,F7-T3", "--replace")
+    assert done.returncode == 0 and data.open_corpus(out)[0].channels == ("Cz", "F7-T3")
+    with pytest.raises(edf.DataError, match="of montage reduced of Cz, F7-T3, notch both, this import"):
+        said(src, out)
+
+
+def test_a_corpus_of_a_wearables_channels_is_imported_and_gives_windows(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    for name in "ab":
+        write_edf(src / f"{name}_1.edf", 120, labels=["F7-T3", "F8-T4", "T3-T5", "T4-T6"])
+        (src / f"{name}_1_events.tsv").write_text(tsv((20, 30, "sz")))
+    assert "--montage reduced --channels F7-T3,F8-T4,T3-T5,T4-T6" in said(src, out)[1]
+    assert not said(src, out, montage="reduced", channels=("F7-T3", "F8-T4"))[0].refused
+    recordings = data.open_corpus(out)
+    assert {r.channels for r in recordings} == {("F7-T3", "F8-T4")}
+    loader = data.Loader(data.Windows(recordings, 60, 10), augment=True)
+    x, y, mask = next(loader.batches([[0, 1]], 1))
+    assert x.shape == (2, 2, 60 * 256) and data.mirror(recordings[0].channels).tolist() == [1, 0]
+    assert data.mirror(("Cz", "F7-T3")).tolist() == [0, 1]      # nothing to change sides with
+
+
+def test_files_refused_for_one_reason_share_a_line(tmp_path):
+    for i in range(5):
+        write_edf(tmp_path / "src" / f"{i}.edf", unit="")
+    write_edf(tmp_path / "src" / "odd.edf", signals="0")
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    assert text.count("has no unit") == 1 and "5 files: Fp1 has no unit" in text
+    assert "odd.edf: the header says 0 signals" in text and "6 refused:" in text
+    assert len(corpora.read_report(tmp_path / "out")) == 6
+
+
+def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
+    write_edf(tmp_path / "src" / "night1.edf")
+    (tmp_path / "src" / "night_1_events.tsv").write_text(tsv((2, 3, "sz")))
+    report, text = said(tmp_path / "src", tmp_path / "out", layout="siena")
+    assert "hint: no file is named as in siena (PN00-1.edf): leave --layout away" in text
+    report, text = said(tmp_path / "src", tmp_path / "out2")
+    assert "hint: 1 annotation files belong to no EDF, night_1_events.tsv" in text
+    shutil.move(tmp_path / "src" / "night_1_events.tsv", tmp_path / "src" / "night1_events.tsv")
+    report, text = said(tmp_path / "src", tmp_path / "out2")
+    assert not report.hints and not report.unlabelled
+
+
+def test_raw_edf_files_in_place_of_an_imported_folder_are_told_apart(tmp_path):
+    write_edf(tmp_path / "src" / "p1" / "a.EDF")
+    with pytest.raises(edf.DataError, match="not imported: run python data.py import"):
+        data.open_corpus(tmp_path / "src")
+
+
+# ---- version and time ----
+
+def test_the_corpus_version_is_printed_stored_and_shown(tmp_path):
+    folder = tmp_path / "tuh_eeg_seizure" / "v2.0.3" / "edf" / "train" / "aaaaaaaa" / "s001_2010" / "01_tcp_ar"
+    write_edf(folder / "aaaaaaaa_s001_t000.edf", 30, date="02.03.10", time="11.12.13")
+    (folder / "aaaaaaaa_s001_t000.csv_bi").write_text(CSV.format("30.0") + "TERM,0,30,bckg,1\n")
+    src = tmp_path / "tuh_eeg_seizure" / "v2.0.3" / "edf"
+    assert "version 2.0.3, labels csv_v1.0.0" in said(src, tmp_path / "a")[1]
+    (src.parent / "AAREADME.txt").write_text("File: AAREADME.txt\nDatabase: TUSZ\nVersion: 2.0.3\n\n"
+                                             "20240207: released\n2025-06-18: annotations mended\n")
+    said_of = "version 2.0.3, newest date in its README 2025-06-18, labels csv_v1.0.0"
+    assert said_of in said(src, tmp_path / "b")[1]
+    r = data.open_corpus(tmp_path / "b")[0]
+    assert r.release == said_of and r.began == "2010-03-02 11:12:13" and r.split == "train"
+    assert said_of + ": 1 recordings" in command("info", tmp_path / "b").stdout
+
+
+def test_versions_of_other_corpora_and_files_that_say_nothing(tmp_path):
+    for name, wanted in (("siena-scalp-eeg-database-1.0.0", "version 1.0.0"), ("mine", ""), ("2024-01.02", "")):
+        (tmp_path / name).mkdir()
+        assert annotations.release(tmp_path / name, []) == wanted, name
+    for content, wanted in (("Mine, 2024-01-02, 20199999", ""), ("Version 1.4 of 20240103 and 20249999",
+                                                              "version 1.4, newest date in its README 2024-01-03")):
+        (tmp_path / "mine" / "README.md").write_text(content)
+        assert annotations.release(tmp_path / "mine", []) == wanted, content
+    bids = tmp_path / "bids"
+    bids.mkdir()
+    for content, wanted in (('{"Name": "Own\\nset", "DatasetVersion": "1.2"}', "Own set 1.2"), ("{half", ""),
+                            ("[]", ""), ('{"BIDSVersion": "1.8"}', "")):
+        (bids / "dataset_description.json").write_text(content)
+        assert annotations.release(bids, []) == wanted, content

@@ -1,7 +1,6 @@
 """The trainer: configuration, exit codes, and runs that end bit-identical wherever they were cut."""
 import contextlib
 import fcntl
-import json
 import math
 import os
 import re
@@ -21,9 +20,7 @@ import yaml
 
 import checkpoint
 import config
-import corpora
 import data
-import synth
 import train
 from conftest import ROOT
 from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
@@ -562,3 +559,38 @@ def test_a_compiled_run_resumes_uncompiled_and_says_so(corpus, tmp_path, capsys,
         assert train.run(loaded(corpus, tmp_path, training__compile=True, training__epochs=1)) == 143
     assert train.run(loaded(corpus, tmp_path, training__epochs=1), "true") == 0
     assert "compile True -> False: same data order and state" in capsys.readouterr().out
+
+
+def test_windows_longer_than_every_recording_and_batches_larger_than_an_epoch_are_said_with_numbers(corpus, tmp_path):
+    recordings, said = data.open_corpus(corpus), []
+    train.Split(loaded(corpus, tmp_path), recordings, said.append)
+    assert not [line for line in said if line.startswith("warning")]
+    odd = loaded(corpus, tmp_path, training__batch_size=500, data__window_seconds=3600.0, data__balanced=False)
+    split = train.Split(odd, recordings, said.append)
+    longest = max(r.seconds for r in split.train)
+    assert f"window_seconds 3600 is longer than every recording (the longest has {longest:g} s)" in said[-2]
+    assert f"batch_size 500 is larger than an epoch ({len(split.order(1))} windows)" in said[-1]
+
+
+HUNGRY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import train
+config = train.load_config(sys.argv[2])
+healthy = train.Trainer.train_epoch
+
+def hungry(trainer):                    # from the first step on, the memory that it has and 100 MB
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100 * 2**20, resource.RLIM_INFINITY))
+    healthy(trainer)
+
+train.Trainer.train_epoch = hungry
+sys.exit(train.run(config))
+"""
+
+
+def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumulate(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__batch_size=64, data__window_seconds=60.0)
+    done = subprocess.run([sys.executable, "-c", HUNGRY, ROOT, tmp_path / "config.yaml"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "stopped: out of memory with training.batch_size 64, training.accumulate 1" in done.stdout, done.stdout
