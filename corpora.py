@@ -295,7 +295,7 @@ class Report:
 
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="",
                   workers=0, say=print, channels=(), seizure_labels=(), background_labels=(),
-                  replace=False):
+                  replace=False, progress=lambda what: None):
     """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished.
     Returns the Report.
 
@@ -324,7 +324,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         task = Task(out, recipe, texts, said)
         if task.release:
             say(f"{src}: {task.release}")
-        _import_all(report, sources, task, workers, say)
+        _import_all(report, sources, task, workers, say, progress)
         _write_report(out, files, report)
         entries(out)                                    # writes the index
     finally:
@@ -413,7 +413,7 @@ def describe(entry):
     return f"montage {entry['montage']}, prepared by another version of edf.py"
 
 
-def _import_all(report, sources, task, workers, say):
+def _import_all(report, sources, task, workers, say, progress):
     size = sum(_size(source.path) for source in sources)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not workers:
@@ -423,6 +423,7 @@ def _import_all(report, sources, task, workers, say):
     with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not terminal) as bar:
         for number, outcome in enumerate(_outcomes(sources, task, workers), 1):
             report.add(outcome)
+            progress("imported recording")
             read = _size(outcome.source.path)
             done += read
             bar.set_postfix_str(outcome.source.name[-40:], refresh=False)
