@@ -151,6 +151,11 @@ def shown(path):
     return os.fsencode(path).decode(errors="replace").replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
+def one_line(error):
+    """Its message without what would break a line or a terminal: headers and labels may hold anything."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", "?", str(error))
+
+
 def stamps(source):
     """Sizes and times of the files a recording is made of: [[name, size, mtime_ns], ...]."""
     files = [file for file in (source.path, source.annotation) if file]
@@ -193,10 +198,10 @@ def import_one(source, task):
     try:
         return finished(target, source, task) or _convert(source, task, target)
     except Occupied as refusal:
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
     except DataError as refusal:
         target.unlink(missing_ok=True)                  # what an earlier state of the source gave
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
 
 
 def _convert(source, task, target):
@@ -227,7 +232,7 @@ def _convert(source, task, target):
         "began": header.began,
         "release": task.release,
         "annotations": json.dumps(texts),
-        "repaired": "; ".join(dict.fromkeys(header.notes))}
+        "repaired": one_line("; ".join(dict.fromkeys(header.notes)))}
     write_recording(target, signal.eeg, np.empty((0, 2)) if events is None else events, attributes)
     kind = "repaired" if header.notes else "read"
     return Outcome(source, kind, attributes["repaired"], header.seconds, events is not None, texts)
@@ -290,7 +295,7 @@ class Report:
 
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="",
                   workers=0, say=print, channels=(), seizure_labels=(), background_labels=(),
-                  replace=False):
+                  replace=False, progress=lambda what: None):
     """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished.
     Returns the Report.
 
@@ -319,7 +324,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         task = Task(out, recipe, texts, said)
         if task.release:
             say(f"{src}: {task.release}")
-        _import_all(report, sources, task, workers, say)
+        _import_all(report, sources, task, workers, say, progress)
         _write_report(out, files, report)
         entries(out)                                    # writes the index
     finally:
@@ -408,7 +413,7 @@ def describe(entry):
     return f"montage {entry['montage']}, prepared by another version of edf.py"
 
 
-def _import_all(report, sources, task, workers, say):
+def _import_all(report, sources, task, workers, say, progress):
     size = sum(_size(source.path) for source in sources)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not workers:
@@ -418,6 +423,7 @@ def _import_all(report, sources, task, workers, say):
     with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not terminal) as bar:
         for number, outcome in enumerate(_outcomes(sources, task, workers), 1):
             report.add(outcome)
+            progress("imported recording")
             read = _size(outcome.source.path)
             done += read
             bar.set_postfix_str(outcome.source.name[-40:], refresh=False)

@@ -2,7 +2,6 @@
 import contextlib
 import errno
 import fcntl
-import json
 import math
 import os
 import re
@@ -22,9 +21,7 @@ import yaml
 
 import checkpoint
 import config
-import corpora
 import data
-import synth
 import train
 from conftest import ROOT
 from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
@@ -258,7 +255,8 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves_with_every_earli
         if self._failures:
             self._due_at = 0
     monkeypatch.setattr(checkpoint.Checkpointer, "check", check)
-    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2)) == 1
+    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2,
+                            training__save_patience_minutes=0.0)) == 1
     assert "then --resume" in capsys.readouterr().out
     for path in (small_disk / "t/checkpoints").glob("*.pt"):
         assert checkpoint.verify(path)
@@ -276,7 +274,7 @@ def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(co
         original(self, state, kind, names)
     monkeypatch.setattr(checkpoint.Checkpointer, "_start", start)
     with cut_at(12) if ending == "a signal" else contextlib.nullcontext():
-        assert train.run(loaded(corpus, small_disk)) == 1
+        assert train.run(loaded(corpus, small_disk, training__save_patience_minutes=0.0)) == 1
     out = capsys.readouterr().out
     assert "save failed (3 in a row)" in out and "free the disk or mend it, then --resume" in out
     assert "stopped by" not in out and "names," not in out
