@@ -60,6 +60,12 @@ KEYS = {
     "data.augment": Key(
         True, "random gain and left-right mirror, keyed by (seed, epoch, window)"),
     "data.buffers": Key(4, "batches read ahead", (1, 1000), CHANGES),
+    "data.readers": Key(
+        16, "threads that read windows; more help where each read waits, as on a network",
+        (1, 256), CHANGES),
+    "data.copy_to": Key(
+        "", "folder on a local disk to which the recordings are copied at the start; empty = read "
+        "them where they lie", PATH, CHANGES),
 
     "training.epochs": Key(100, "passes over the training set", COUNT, CHANGES),
     "training.batch_size": Key(
@@ -98,6 +104,8 @@ KEYS = {
         5, "newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides", COUNT_OR_0, CHANGES),
     "training.init": Key(
         "", "a checkpoint or stripped file whose weights a fresh run starts from", PATH, CHANGES),
+    "training.init_sha256": Key(
+        "", "SHA-256 of that file: checked where given, filled in by the run", None, CHANGES),
     "training.mirror": Key(
         "", "folder for a second copy of the newest states and the records", PATH, CHANGES),
     "training.save_patience_minutes": Key(

@@ -2,7 +2,8 @@
 speed of memory or of the disk.
 
     python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit]
-                                   [--montage referential|bipolar] [--notch both|50|60|0] [--skip-bad]
+                                   [--montage referential|bipolar|reduced] [--channels F7-T3,...]
+                                   [--notch both|50|60|0] [--seizure-label TEXT] [--skip-bad] [--replace]
     python data.py synth OUT [--hours H] [--patients N] [--seed S]
     python data.py info OUT [--speed]
 
@@ -17,15 +18,18 @@ lie on a network; which thread reads what changes nothing in the batches.
 """
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +37,11 @@ import numpy as np
 import corpora
 import synth
 from corpora import CHUNK
-from edf import CHANNELS, FS, NOTCH, DataError
+from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers
+SLOW = 0.05                             # share of a step's time; beyond it waiting for data is worth a word
 
 
 class ReadFailed(DataError):
@@ -67,6 +72,8 @@ class Recording:
     source_fs: float = 0.0
     offset: int = 0                     # of the samples in the file, bytes
     state: tuple = ()                   # size and mtime_ns of the file when the corpus was opened
+    began: str = ""                     # YYYY-MM-DD hh:mm:ss by the EDF's header, "" where it says none
+    release: str = ""                   # what the corpus said of its version at import
     digest: str = ""                    # what header must still prove that the file is the index's
 
     @property
@@ -78,16 +85,17 @@ class Recording:
         """Events in samples: int64 (N, 2)."""
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
 
-    def read_chunks(self, start, out):
-        """Fill out int16 (K, C, CHUNK) with the chunks from that of sample `start` on, zeros beyond the
-        end. ReadFailed or DataError where the file is not what it was."""
+    def read_chunks(self, start, n, out):
+        """The chunks that hold `n` samples from `start` on, into the first of out int16 (K, C, CHUNK); zeros
+        beyond the end. ReadFailed or DataError where the file is not what it was."""
         if start < 0:
             raise ValueError(f"{self.name}: start {start} is before the recording")
         first = start // CHUNK
-        count = max(0, min(len(out), whole_chunks(self.samples) - first))
+        wanted = whole_chunks(start % CHUNK + n)
+        count = max(0, min(wanted, whole_chunks(self.samples) - first))
         if count:
             self._read_bytes(self.offset + first * out[0].nbytes, out[:count])
-        out[count:] = 0
+        out[count:wanted] = 0
 
     def _read_bytes(self, position, out):
         """Fill the array `out` from `position` in the file on."""
@@ -122,7 +130,7 @@ class Recording:
         """int16 (C, n), zeros beyond the end; times scale it is uV."""
         skipped = start % CHUNK
         chunks = np.empty((whole_chunks(skipped + n), len(self.channels), CHUNK), np.int16)
-        self.read_chunks(start, chunks)
+        self.read_chunks(start, n, chunks)
         return chunks.transpose(1, 0, 2).reshape(len(self.channels), -1)[:, skipped:skipped + n]
 
     def labels(self, start, n):
@@ -147,6 +155,10 @@ def open_corpus(path):
     entries = corpora.entries(root).items()
     recordings = [_recording(f"{root}/{name}.h5", name, *entry) for name, entry in entries]
     if not recordings:
+        raw = next((file for file in root.rglob("*") if file.suffix.lower() == ".edf"), None)
+        if raw:
+            raise DataError(f"{path} holds EDF files that were not imported: run "
+                            f"python data.py import {path} OUT, and open OUT")
         refused = [f"; {file}: {why}" for file, why in corpora.read_report(root)[:3]]
         raise DataError(f"{path} holds no recording" + "".join(refused))
     _check_alike(path, recordings)
@@ -339,8 +351,8 @@ class Loader:
     `buffers` batches, into a ring of int16 buffers (pinned for CUDA); they are put in order of channels and
     scaled on the device. Needs no worker processes: they would copy every batch once more.
 
-    waited: seconds that the consumer has waited for batches; reading, windows: seconds that reads took, of so
-    many windows."""
+    waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read: seconds that
+    the readers took, for so many windows."""
 
     def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4, readers=READERS):
         # in this class alone: import workers and commands start in a third of the time
@@ -348,8 +360,9 @@ class Loader:
         self.device = torch.device(device)
         self.windows, self.seed, self.augment = windows, seed, augment
         self.buffers, self.readers = buffers, readers
-        self.waited = self.reading = 0.0
+        self.waited = self.reading = self.lasted = 0.0
         self.read = 0
+        self.said = 0.0, 0.0            # waited and lasted at the last share()
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
         self.mirror = torch.from_numpy(mirror(windows.recordings[0].channels)).to(self.device)
@@ -370,11 +383,12 @@ class Loader:
             begun.append((slot, [pool.submit(self._fill, slot, i, window, epoch) for i, window in places]))
 
         try:
+            clock = time.perf_counter()
             for number in range(min(len(ring), len(lists))):
                 begin(number)
             for number, ids in enumerate(lists):
                 slot, fills = begun.popleft()
-                self._wait(fills)
+                clock = self._wait(fills, clock)
                 batch = [self._to_device(slot, len(ids)) if len(ids) else None]
                 slot.copied = self._copied()
                 if number + len(ring) < len(lists):
@@ -416,7 +430,7 @@ class Loader:
         if slot.copied is not None:
             slot.copied.synchronize()
         began = time.perf_counter()
-        recording.read_chunks(start, host["eeg"][place])
+        recording.read_chunks(start, self.windows.length, host["eeg"][place])
         took = time.perf_counter() - began
         host["start"][place] = start % CHUNK
         host["real"][place] = min(self.windows.length, recording.samples - start)
@@ -430,13 +444,30 @@ class Loader:
             host["mirrored"][place] = rng.random() < 0.5
         return took
 
-    def _wait(self, fills):
-        """Until a batch is read; raises what its reading raised."""
+    def _wait(self, fills, last):
+        """Until a batch is read; raises what its reading raised. Returns the time, to be given as `last`."""
         began = time.perf_counter()
         for fill in fills:
             self.reading += fill.result()
-        self.waited += time.perf_counter() - began
+        now = time.perf_counter()
+        self.waited += now - began
+        self.lasted += now - last
         self.read += len(fills)
+        return now
+
+    def share(self):
+        """Share of the time since the last call that the consumer waited for batches."""
+        waited, lasted = self.waited - self.said[0], self.lasted - self.said[1]
+        self.said = self.waited, self.lasted
+        return waited / lasted if lasted else 0.0
+
+    def advice(self, share):
+        """What to do where training waits for data for `share` of the time: one line."""
+        folder = os.path.dirname(self.windows.recordings[0].path)
+        cost = 1e3 * self.reading / max(1, self.read)
+        return (f"training waited for data {100 * share:.0f} % of the time: a window takes {cost:.1f} ms to read from {folder} "
+                f"({file_system(folder)}), {self.readers} at a time; raise data.readers, or set data.copy_to to a "
+                "folder on a local disk")
 
     def _to_device(self, slot, count):
         """(x, y, mask) of the first `count` windows of a slot."""
@@ -465,10 +496,13 @@ class Loader:
 
 
 def mirror(channels):
-    """Index of each channel's left-right counterpart: int64 (C,)."""
+    """Index of each channel's left-right counterpart: int64 (C,). Where one has none, as in a reduced montage,
+    every channel stays in its place."""
     swap = dict(zip("Fp1 F3 C3 P3 O1 F7 T3 T5".split(), "Fp2 F4 C4 P4 O2 F8 T4 T6".split()))
     swap |= {right: left for left, right in swap.items()}
     other = ["-".join(swap.get(part, part) for part in name.split("-")) for name in channels]
+    if set(other) != set(channels):
+        return np.arange(len(channels))
     return np.array([list(channels).index(name) for name in other])
 
 
@@ -488,6 +522,127 @@ def read_ahead(windows, n, depth=32, readers=READERS):
         pool.shutdown(cancel_futures=True)
 
 
+# ---- where the recordings lie ----
+
+def file_system(path):
+    """Type of the file system that holds `path`, as the kernel names it."""
+    place = os.path.realpath(path)
+    found = "unknown file system"
+    longest = 0
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            mount, kind = line.split()[1:3]
+            inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+            if inside and len(mount) >= longest:
+                found, longest = kind, len(mount)
+    return found
+
+
+def copy_corpus(path, folder, say=print, copied=lambda: None):
+    """Copy an imported folder below `folder`, on a faster disk, and return the copy's path. What an earlier
+    call has copied stays; DataError without room, or where other recordings lie in the way. copied() is called
+    after each file."""
+    import checkpoint                   # here: torch takes a command a second
+    source = Path(path).resolve()
+    target = Path(folder).resolve() / source.name
+    if target == source:
+        raise DataError(f"data.copy_to {folder} is where {path} lies already")
+    sizes = {f"{name}.h5": state for name, (state, _) in corpora.entries(source).items()}
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        held = checkpoint.lock(target)
+    except checkpoint.InUse as error:
+        raise DataError(f"{target}: another process copies there: {error}") from None
+    try:
+        strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in sizes]
+        if strange:
+            raise DataError(f"{strange[0]} is not in {path}: give data.copy_to a folder of its own")
+        missing = {name: size for name, (size, mtime) in sizes.items()
+                   if not _is_copied(target / name, (size, mtime))}
+        room = shutil.disk_usage(target).free
+        needed = sum(missing.values())
+        if needed > 0.98 * room:
+            raise DataError(f"data.copy_to {folder}: {needed / 1e9:.1f} GB to copy, {room / 1e9:.1f} GB free")
+        _copy_files(source, target, missing, say, copied)
+        for name in (corpora.INDEX, corpora.REPORT):
+            if (source / name).exists():
+                shutil.copy2(source / name, target / name)
+    finally:
+        held.close()
+    return str(target)
+
+
+def _is_copied(path, state):
+    return path.exists() and corpora.file_state(path.stat()) == state
+
+
+def _copy_files(source, target, sizes, say, copied):
+    """Each file under its name only when it is whole, and with its time, which the index knows."""
+    from checkpoint import durable_replace
+    total, done = sum(sizes.values()), 0
+    if sizes:
+        say(f"copying {len(sizes)} recordings, {total / 1e9:.2f} GB, to {target}")
+    said = time.monotonic()
+
+    def copy(name):
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temp = place.with_name(place.name + ".copying")
+        shutil.copy2(source / name, temp)
+        durable_replace(temp, place)
+        return sizes[name]
+
+    pool = ThreadPoolExecutor(READERS, "copy")
+    try:
+        for size in pool.map(copy, sizes):
+            done += size
+            copied()
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                say(f"copying to {target}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def speed(path, seconds=10.0, say=print):
+    """Measure how fast windows of 60 s are read from an imported folder in random order: from the disk, each
+    once, and again from memory."""
+    recordings = open_corpus(path)
+    length = 60 * FS
+    places = [(r, start) for r in recordings for start in range(0, max(1, r.samples - length), length)]
+    places = [places[i] for i in np.random.default_rng().permutation(len(places))]
+    for r in recordings:
+        with open(r.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    say(f"{path} on {file_system(path)}, {READERS} readers, windows of 60 s in random order")
+    count, rate, ratio = _rate(places, length, 0.6 * seconds)
+    from_disk = f"{ratio:.2f} bytes from the disk per byte used" if ratio else "this disk's reads are not counted"
+    say(f"  cold: {rate:,.0f} windows/s ({count} windows), {from_disk}")
+    count, rate, _ = _rate(itertools.cycle(places[:min(count, 1000)]), length, 0.3 * seconds)
+    say(f"  warm: {rate:,.0f} windows/s")
+
+
+def _rate(windows, length, seconds):
+    """(windows read, windows/s, bytes read from the disk per byte of windows)."""
+    before = disk_bytes()
+    began = time.monotonic()
+    count = used = 0
+    with contextlib.closing(read_ahead(windows, length)) as ahead:
+        for eeg in ahead:
+            count += 1
+            used += eeg.nbytes
+            lasted = time.monotonic() - began
+            if lasted > seconds:
+                break
+    return count, count / lasted, (disk_bytes() - before) / used
+
+
+def disk_bytes():
+    """Bytes that this process has read from block devices so far."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
+
+
 # ---- command line ----
 
 def info(path, say=print):
@@ -497,6 +652,8 @@ def info(path, say=print):
     say(f"{path}: {len(recordings)} recordings of {len({person(r.patient) for r in recordings})} patients, "
         f"{sum(r.seconds for r in recordings) / 3600:.2f} h, montage {recordings[0].montage}, {FS} Hz, "
         f"prepared {recordings[0].prepared}")
+    for release in sorted({r.release for r in recordings if r.release}):
+        say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
         say(f"  {split or 'no split':8} {len(part)} recordings, "
@@ -525,12 +682,20 @@ def arguments():
     p = commands.add_parser("import", help="EDF files and their annotations to one HDF5 file per recording")
     p.add_argument("src", help="corpus folder, any folder of EDF files, or one EDF")
     p.add_argument("out")
-    p.add_argument("--layout", choices=corpora.LAYOUTS, default="auto")
-    p.add_argument("--montage", choices=sorted(CHANNELS, reverse=True), default="referential")
+    p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto")
+    p.add_argument("--montage", choices=MONTAGES, default="referential",
+                   help="19 electrodes, 18 double-banana derivations, or what --channels names")
+    p.add_argument("--channels", type=channel_names, default=(), metavar="F7-T3,...",
+                   help="of --montage reduced: electrodes, pairs of them, or labels of the EDF")
     p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",
                    help="mains to take out, Hz")
-    p.add_argument("--blank-unit", choices=("uV", "mV", "V", "nV"), default="",
+    p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
                    help="unit where the EDF names none")
+    p.add_argument("--seizure-label", action="append", default=[], metavar="TEXT",
+                   help="EDF+ annotation that marks a seizure; START..END for a pair; may be repeated")
+    p.add_argument("--background-label", action="append", default=[], metavar="TEXT",
+                   help="EDF+ annotation of a recording that was read and holds no other seizure")
+    p.add_argument("--replace", action="store_true", help="make recordings of another preparation anew")
     p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
     p.add_argument("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
@@ -538,7 +703,9 @@ def arguments():
     p.add_argument("--hours", type=float, default=1.0, help="in all")
     p.add_argument("--patients", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
-    commands.add_parser("info", help="hours, patients, seizures, balance, refusals").add_argument("out")
+    p = commands.add_parser("info", help="hours, patients, seizures, balance, refusals")
+    p.add_argument("out")
+    p.add_argument("--speed", action="store_true", help="measure for 10 s how fast windows are read")
     return parser.parse_args()
 
 
@@ -549,9 +716,14 @@ def main():
             synth.synth(args.out, args.hours, args.patients, args.seed)
         elif args.command == "info":
             info(args.out)
+            if args.speed:
+                speed(args.out)
         else:
-            report = corpora.import_corpus(args.src, args.out, args.layout, args.montage, args.notch,
-                                   args.blank_unit, args.workers)
+            report = corpora.import_corpus(
+                args.src, args.out, layout=args.layout, montage=args.montage, notch=args.notch,
+                blank_unit=args.blank_unit, workers=args.workers, channels=args.channels,
+                seizure_labels=args.seizure_label, background_labels=args.background_label,
+                replace=args.replace)
             return int(bool(report.refused) and not args.skip_bad)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)

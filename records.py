@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import re
+import signal
 import socket
 import sys
 import threading
@@ -35,6 +37,25 @@ def fault(error, where):
     if error.errno is None or error.errno in LASTING:
         return Refused(line)
     return Failed(f"{line}; nothing was touched: try again")
+
+
+def in_use(line):
+    """Refused, or Failed where the process that holds the directory is on its way out."""
+    holder = re.search(r"in use by process (\d+) on (\S+?):", line)
+    if holder and holder[2] == socket.gethostname() and leaving(int(holder[1])):
+        return Failed(f"{line}; it is ending: try again")
+    return Refused(line)
+
+
+def leaving(pid):
+    """Gone, dead, or killed and still busy in the kernel, with a GPU or a disk that hangs."""
+    try:
+        facts = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return Path("/proc").is_dir()
+    facts = dict(re.findall(r"(State|SigPnd|ShdPnd):\s+(\S+)", facts))
+    pending = int(facts["SigPnd"], 16) | int(facts["ShdPnd"], 16)
+    return facts["State"] in "ZX" or bool(pending & 1 << (signal.SIGKILL - 1))
 
 
 class Log:
@@ -108,7 +129,9 @@ class Home:
                 self.saver, self.state = self._take_with(resume)
             else:
                 self.saver, self.state = self._take(resume, fresh)
-        except (checkpoint.CorruptCheckpoint, checkpoint.InUse, ValueError) as error:
+        except checkpoint.InUse as error:
+            raise in_use(error.strerror) from None
+        except (checkpoint.CorruptCheckpoint, ValueError) as error:
             raise Refused(str(getattr(error, "strerror", None) or error)) from None
         except OSError as error:
             raise fault(error, self.directory) from None
@@ -174,7 +197,7 @@ class Home:
         return checkpoint.Checkpointer(
             self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
             s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
-            say=self._saver_says)
+            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"])
 
     def _saver_says(self, line):
         self.watch.did("save")          # a save that failed has ended too
@@ -186,10 +209,19 @@ class Home:
         missing = [key for key in needed if key not in state]
         if missing:
             raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
+        self._keep_origin(state["config"]["training"])
         compare(state["config"], self.config, self.say)
         if state["data"] != self.fingerprint:
             raise Refused("the recordings differ from those of the checkpoint (names, lengths, "
                           "preparation or events): restore them, or start another run with --fresh")
+
+    def _keep_origin(self, before):
+        """The weights that a run began with stay those; training.init is for a fresh start."""
+        now = self.config["training"]
+        origin = before.get("init", "")
+        if now["init"] not in ("", origin):
+            self.say(f"resume: training.init {now['init']} is for a fresh start: not read")
+        now["init"], now["init_sha256"] = origin, before.get("init_sha256", "")
 
     def _cut_records(self):
         """The effective config and the records, the latter cut back to the resumed step."""

@@ -80,7 +80,7 @@ class Held(data.Recording):
     """A recording without a file: its samples, int16 (C, T), are in memory."""
     memory: np.ndarray = None
 
-    def read_chunks(self, start, out):
+    def read_chunks(self, start, n, out):
         piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
         rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
         rows[:, :piece.shape[1]] = piece
@@ -90,15 +90,16 @@ class Held(data.Recording):
 def prepare(path, montage="referential", **settings):
     """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names file and
     reason."""
-    source = corpora.Source(Path(path), Path(path).stem, "", Path(path).stem.split("_")[0], "", None)
-    settings = edf.Settings(montage, **settings)
+    recipe = edf.Recipe(montage, **settings)
     try:
-        p, _, events = corpora.prepare_source(source, settings)
+        header = edf.read_header(path)
+        signal = edf.prepare_edf(header, recipe)
     except edf.DataError as error:
         raise edf.DataError(f"{path}: {error}") from None
-    return Held(str(path), source.name, source.patient, "", montage, edf.CHANNELS[montage], edf.FS,
-                p.eeg.shape[1], p.scale, p.norm, False, events, settings.hash, "; ".join(p.header.notes), p.rate,
-                memory=p.eeg)
+    stem = Path(path).stem
+    return Held(str(path), stem, stem.split("_")[0], "", montage, recipe.channels, edf.FS, signal.eeg.shape[1],
+                signal.scale, signal.amplitude, False, np.empty((0, 2)), recipe.hash, "; ".join(header.notes),
+                signal.rate, memory=signal.eeg)
 
 
 class Track:
@@ -126,6 +127,19 @@ def probability_of(track, events, height=0.99):
     for begin, end in events:
         p[round(begin * edf.FS):round(end * edf.FS)] = height
     return p
+
+
+def plus(path, onsets, kind="EDF+D", annotations=(), **fields):
+    """EDF+ with an annotation signal that gives each record its onset, and {record: further bytes}."""
+    eeg = np.random.default_rng(0).integers(-900, 900, (len(onsets), 19 * 256)).astype("<i2")
+    rows = []
+    for i, onset in enumerate(onsets):
+        raw = f"+{onset:g}\x14\x14\0".encode() + dict(annotations).get(i, b"")
+        rows.append(eeg[i].tobytes() + raw.ljust(64, b"\0")[:64])
+    usual = dict(count={19: "32"}, reserved=kind, pmin={19: "-1"}, pmax={19: "1"}, unit={19: ""},
+                 dmin={19: "-32768"})
+    return write_edf(path, len(onsets), labels=[*NAMES, "EDF Annotations"],
+                     eeg=np.zeros((20, len(onsets) * 256)), body=b"".join(rows), **(usual | fields))
 
 
 def microvolts(recording):

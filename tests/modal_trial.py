@@ -28,8 +28,10 @@ STAND_IN = ROOT.parent / "shared" / "modal" / "fake_modal.py"
 EPOCHS, BATCHES = 3, 20
 CONFIG = {"experiment": {"name": "toy", "results": "/results", "seed": 1},
           "data": {"path": "/tmp/none", "synth_hours": 1.0},
-          "training": {"epochs": EPOCHS, "time_limit_hours": 0.0, "mid_epoch_minutes": 0.005},
-          "toy": {"batches": BATCHES, "seconds": 0.1, "crash_at": 0, "drain": 0.0}}
+          "training": {"epochs": EPOCHS, "time_limit_hours": 0.0, "mid_epoch_minutes": 0.005, "device": "cpu",
+                       "mirror": ""},
+          "toy": {"batches": BATCHES, "seconds": 0.1, "crash_at": 0, "drain": 0.0, "start": 0.0,
+                  "refuse_in": 0}}
 
 TOY = '''
 import json, os, signal, sys, time
@@ -41,6 +43,9 @@ import checkpoint
 
 class Refused(Exception):
     pass
+
+class Signals:
+    number = 0
 
 def load_config(path, overrides=()):
     try:
@@ -56,10 +61,24 @@ def move_aside(run, say):
         os.rename(run, f"{run}.1")
         say(f"moved {run} aside")
 
-def run(config, resume="false", fresh=False, on_saved=None):
+def run(config, resume="false", fresh=False, on_saved=None, signals=None):
     toy, settings, caught, began = config["toy"], config["training"], [], time.monotonic()
+    directory = Path(config["experiment"]["results"], config["experiment"]["name"])
+    if len(list(directory.glob("attempts/*.json"))) == toy["refuse_in"]:
+        raise Refused("a file could not be read")
+    print("toy starts", flush=True)
+    time.sleep(toy["start"])            # nothing at stake yet: SIGINT raises here
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in numbers}
+
+    def catch(number, frame):
+        if not caught:
+            caught.append(number)
+            signals.number = number
+        elif number in before:          # the second one acts as if nobody listened
+            signal.signal(number, before.pop(number))
+            os.kill(os.getpid(), number)
+
+    before = {n: signal.signal(n, catch) for n in numbers}
     try:
         deadline = began + 3600 * settings["time_limit_hours"]
         return fit(config, toy, settings, resume, on_saved, caught, deadline)
@@ -137,9 +156,18 @@ class Trial:
 
     def grace(self, seconds):
         """Shorten how long an attempt waits for a predecessor that did not say that it left."""
-        text = (ROOT / "modal_app.py").read_text()
-        assert "GRACE = 35 " in text
-        (self.project / "modal_app.py").write_text(text.replace("GRACE = 35 ", f"GRACE = {seconds} "))
+        self.change(r"GRACE = \d+ ", f"GRACE = {seconds} ")
+
+    def change(self, before, after):
+        """Another constant, or another line, in this trial's copy of modal_app.py. before: a pattern."""
+        place = self.project / "modal_app.py"
+        text = (place if place.exists() else ROOT / "modal_app.py").read_text()
+        assert re.search(before, text), before
+        place.write_text(re.sub(before, lambda found: after, text))
+
+    def card(self, expression):
+        """What the container takes for the name of its GPU: a Python expression."""
+        self.change(r"return torch.cuda.get_device_name\(\) .*", f"return {expression}")
 
     def config(self, **changes):
         """Write config.yaml with `section={key: value}` changes; JSON is YAML."""
@@ -164,6 +192,7 @@ class Trial:
         """The real modules in place of the toy, and the smoke configuration on less data."""
         for script in set(ROOT.glob("*.py")) - {ROOT / "modal_app.py"}:
             shutil.copy(script, self.project)
+        shutil.copytree(ROOT / "configs", self.project / "configs")
         config = yaml.safe_load((ROOT / "configs" / "modal" / "smoke.yaml").read_text())
         config["data"].update(synth_hours=0.3, window_seconds=10.0)
         config["evaluation"].update(window_seconds=10.0)
@@ -239,11 +268,14 @@ async def finished(trial):
         assert function.retry_policy.retries == 10 and function.single_use_containers
         assert (function.resources.milli_cpu, function.resources.memory_mb) == (8000, 32768)
         mounts = {m.mount_path: (fake.volumes[m.volume_id].name, m.read_only) for m in function.volume_mounts}
-        assert mounts == {"/results": ("holdfast-results", False), "/data": ("holdfast-data", True)}
-        files = {f"/root/{file.name}" for file in trial.project.glob("*.py")}
+        assert mounts == {"/results": ("holdfast-results", False), "/mirror": ("holdfast-mirror", False),
+                          "/data": ("holdfast-data", True)}
+        files = {f"/root/{path.name}" for path in trial.project.glob("*.py")}
         assert set(fake.uploaded(function)) == files
         layers = " ".join(fake.dockerfile(function.image_id))
-        assert "torch==2.13.0" in layers and "pytest" not in layers, layers
+        assert "torch==2.13.0" in layers and "gcc" in layers and "pytest" not in layers, layers
+        versions = {fake.volumes[m.volume_id].name: fake.volumes[m.volume_id].version for m in function.volume_mounts}
+        assert versions["holdfast-results"] == 1 and versions["holdfast-mirror"] == 2, versions
         code, out = await fake.launch(resume="true")
         assert code == 0 and "it was already" in out, out
         assert steps(fake)[-1] == []
@@ -285,7 +317,8 @@ async def killed(trial):
 
 async def handed_over(trial):
     """The soft deadline: saved, one retry per container, nothing repeated."""
-    trial.config(training={"time_limit_hours": 4 / 3600})
+    trial.change(r"MARGIN = 0.25 ", f"MARGIN = {24 - 4 / 3600} ")
+    trial.config()
     async with trial.modal() as fake:
         code, out = await fake.launch()
         assert code == 0, out
@@ -320,7 +353,7 @@ async def refused(trial):
         assert (await fake.launch())[0] == 0
         code, out = await fake.launch()
         assert code == 2 and "--resume true" in out, out
-        assert len(fake.tasks) == 2
+        assert len(fake.tasks) == 1, "refused here, before a container was paid for"
     trial.config()
     async with trial.modal(preempt_after=[6.0]) as fake:
         code, out = await fake.launch("--fresh", "true")
@@ -408,8 +441,176 @@ async def real_training(trial):
     assert ends[0][0] == ends[1][0] and all(ends[0][1][k].equal(ends[1][1][k]) for k in ends[0][1])
 
 
+async def no_gpu(trial):
+    """A container without a GPU, or one that cannot read the Volume, costs a retry: the run goes on in the next."""
+    trial.card('"NVIDIA A100-SXM4-80GB" if had_its_turn() else ""')
+    trial.change(r"\ndef card\(\):", """
+def had_its_turn():
+    if len(list(Path("/results/toy/attempts").glob("*.json"))) != 1:
+        return True
+    mark = Path("/results/no_gpu")
+    seen = mark.exists()
+    mark.touch()
+    return seen
+
+
+def card():""")
+    trial.config(toy={"seconds": 0.05, "refuse_in": 2}, training={"device": "auto"})
+    async with trial.modal() as fake:
+        interruption = asyncio.create_task(interrupt(fake, "toy step 10\n"))
+        code, out = await fake.launch()
+        assert code == 0 and interruption.done(), out
+        expect_whole(trial, fake)
+        assert "no GPU answers" in out and "a file could not be read" in out, out
+        assert [a["left"] for a in trial.attempts()] == ["preempted", "failed", "refused", "finished"] or \
+            [a["left"] for a in trial.attempts()] == ["preempted", "refused", "finished"], trial.attempts()
+
+
+async def short_deaths(trial):
+    """Containers that die in their first seconds, three without a word and two preempted, end nothing."""
+    trial.config(toy={"start": 6.0, "seconds": 0.01}, training={"mid_epoch_minutes": 5.0})
+    trial.grace(1)
+    async with trial.modal(kill_after=[5.0, 5.0, 5.0], grace=3.0) as fake:
+        interruptions = [asyncio.create_task(interrupt(fake, "toy starts", number)) for number in (3, 4)]
+        code, out = await fake.launch()
+        assert code == 0 and all(task.done() for task in interruptions), out
+        expect_whole(trial, fake)
+        ends = [a["left"] for a in trial.attempts()]
+        assert ends[-3:] == ["preempted", "preempted", "finished"] and set(ends[:-3]) <= {""}, ends
+
+
+async def time_limit(trial):
+    """training.time_limit_hours is the whole run's, over its attempts: then it ends, saved, with exit code 75."""
+    trial.config(toy={"seconds": 0.5}, training={"time_limit_hours": 8 / 3600})
+    async with trial.modal() as fake:
+        interruption = asyncio.create_task(interrupt(fake, "toy step 6\n"))
+        code, out = await fake.launch()
+        assert code == 75 and interruption.done() and "training.time_limit_hours reached, saved" in out, out
+        assert [a["left"] for a in trial.attempts()] == ["preempted", "time limit"], trial.attempts()
+        names = [path.name for path in (trial.committed() / "checkpoints").glob("mid_epoch_001_*.pt")]
+        last = max(int(name[-9:-3]) for name in names)
+        assert 6 < last < EPOCHS * BATCHES, names
+
+
+async def unknown_card(trial):
+    """A GPU without a list price runs, and its bill says so; of a list, what the container got is billed."""
+    trial.config(toy={"seconds": 0.01}, training={"device": "auto"})
+    trial.change(r'GPU = "A100-80GB" ', 'GPU = ["NEXT-GPU", "H100"] ')
+    trial.card('"NVIDIA Next GPU"')
+    async with trial.modal() as fake:
+        code, out = await fake.launch()
+        assert code == 0 and "price unknown" in out, out
+    trial.card_is = '"NVIDIA H100 80GB HBM3"'
+    trial.change(r'return "NVIDIA Next GPU"', f"return {trial.card_is}")
+    async with trial.modal() as fake:
+        code, out = await fake.launch("--fresh", "true")
+        assert code == 0, out
+        assert abs(trial.attempts()[-1]["dollars"] - (3.95 + 8 * 0.047 + 32 * 0.008)) < 1e-9, trial.attempts()
+
+
+async def cannot_ask(trial):
+    """A second launch that cannot learn whether the first still works is refused, and told what to do."""
+    trial.config(toy={"seconds": 0.2})
+    original = stand_in().FakeModal.FunctionGetOutputs
+
+    async def outputs(self, stream):
+        if self.bound_task is not None:
+            raise stand_in().GRPCError(stand_in().Status.PERMISSION_DENIED, "not your call")
+        await original(self, stream)
+
+    stand_in().FakeModal.FunctionGetOutputs = outputs
+    try:
+        async with trial.modal() as fake:
+            line = "-m modal run --detach modal_app.py --action train --config config.yaml".split()
+            quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
+            first = await fake.cli(sys.executable, *line, cwd=trial.project, **quiet)
+            while not (fake.tasks and "toy step 3\n" in next(iter(fake.tasks.values())).log()):
+                await asyncio.sleep(0.1)
+            first.kill()
+            code, out = await fake.launch(resume="true")
+            assert code == 2 and "cannot be told" in out and "modal app list" in out, out
+            await fake.drain()
+            expect_whole(trial, fake)
+    finally:
+        stand_in().FakeModal.FunctionGetOutputs = original
+
+
+async def evaluate_commits(trial):
+    """evaluate answers only after its commit; one that fails is tried again."""
+    trial.config(toy={"seconds": 0.01})
+    async with trial.modal() as fake:
+        assert (await fake.launch())[0] == 0
+    original, failing = stand_in().FakeModal.VolumeCommit, []
+
+    async def commit(self, stream):
+        failing.append(1)
+        if len(failing) == 1:
+            raise stand_in().GRPCError(stand_in().Status.FAILED_PRECONDITION, "no commit today")
+        await original(self, stream)
+
+    stand_in().FakeModal.VolumeCommit = commit
+    try:
+        async with trial.modal() as fake:
+            code, out = await fake.launch(action="evaluate")
+            assert code == 0 and len(failing) >= 2, out
+            assert only_input(fake).user_retries == 1
+    finally:
+        stand_in().FakeModal.VolumeCommit = original
+
+
+async def connection_lost(trial):
+    """A client that loses its connection says that the detached call goes on, not that it ended."""
+    trial.config()
+    original, asked = stand_in().FakeModal.FunctionGetOutputs, []
+
+    async def outputs(self, stream):
+        if self.bound_task is None:
+            asked.append(1)
+            raise stand_in().GRPCError(stand_in().Status.UNAUTHENTICATED, "the token expired")
+        await original(self, stream)
+
+    stand_in().FakeModal.FunctionGetOutputs = outputs
+    try:
+        async with trial.modal() as fake:
+            code, out = await fake.launch()
+            assert code == 1 and "no more news of call" in out and "it goes on at Modal" in out, out
+            assert "ended with" not in out, out
+            await fake.drain()
+            expect_whole(trial, fake)
+    finally:
+        stand_in().FakeModal.FunctionGetOutputs = original
+
+
+async def second_signal(trial):
+    """A second SIGINT, while the first one's save is committed, does not cost the exit commit."""
+    trial.config(toy={"drain": 1.0}, training={"mid_epoch_minutes": 5.0})
+    async with trial.modal(commit_seconds=2.0, grace=20.0) as fake:
+        async def twice():
+            await interrupt(fake, "toy step 8\n")
+            await interrupt(fake, "saved mid_epoch")
+        signals = asyncio.create_task(twice())
+        code, out = await fake.launch()
+        assert code == 0 and signals.done(), out
+        expect_whole(trial, fake)
+        first = trial.attempts()[0]
+        assert first["left"] == "preempted", trial.attempts()
+        log = next(iter(fake.tasks.values())).log()
+        assert log.count("committed") == 1, log         # the start; what came after it is the exit commit's
+
+
+async def acceptance(trial):
+    """smoke measures the platform before it trains, and ends with what is not ready."""
+    trial.real(epochs=1)
+    async with trial.modal(grace=30.0) as fake:
+        code, out = await fake.launch("--fresh", "true", action="smoke")
+        for line in ("bf16 product of", "hard links: yes", "fsync: yes", "committed in", "training:"):
+            assert line in out, (line, out)
+        assert code == 1 and "not ready: /data/tusz is not on the data Volume" in out, out
+
+
 CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail,
-         two_launches, other_actions, real_training]
+         two_launches, other_actions, no_gpu, short_deaths, time_limit, unknown_card, cannot_ask,
+         evaluate_commits, connection_lost, second_signal, acceptance, real_training]
 
 
 def run_case(case, folder):

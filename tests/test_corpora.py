@@ -11,10 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
+import annotations
 import corpora
 import data
 import edf
-from conftest import ROOT, write_edf
+from conftest import ROOT, plus, write_edf
 
 HEAD = "onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration\n"
 
@@ -35,48 +36,48 @@ def test_szcore_events(shared):
     good = tsv((20, 2, "sz"), (5, 10, "sz_foc_ia_nm"), (8, 12, "sz_gen_m_tonicClonic"), (0, 30, "bckg"))
     for text in (good, good.replace("\n", "\r\n"), "\ufeff" + good):
         text = text.encode().decode("utf-8-sig").replace("\r\n", "\n")
-        np.testing.assert_array_equal(corpora.finish(corpora.parse_events_tsv(text), 30.0), [[5, 22]])
+        np.testing.assert_array_equal(annotations.finish(annotations.parse_events_tsv(text), 30.0), [[5, 22]])
     for row, reason in (((5, 2, "spkz"), "spkz"), ((5, -2, "sz"), "lasts -2"), ((5, 0, "sz"), "lasts 0"),
                         ((-1, 2, "sz"), "-1"),
                         (("n/a", 2, "sz"), "not a number"), (("5,5", 2, "sz"), "not a number"),
                         ((5, "nan", "sz"), "number"),
                         ((5, 2, "sz_"), "sz_"), ((5, 2, "SZ"), "SZ"), ((5,), "incomplete")):
         with pytest.raises(edf.DataError, match=reason):
-            corpora.parse_events_tsv(tsv(row))
+            annotations.parse_events_tsv(tsv(row))
     with pytest.raises(edf.DataError, match="no row"):
-        corpora.parse_events_tsv(HEAD)
+        annotations.parse_events_tsv(HEAD)
     with pytest.raises(edf.DataError, match="eventType"):
-        corpora.parse_events_tsv("onset\tduration\n1\t2\n")
+        annotations.parse_events_tsv("onset\tduration\n1\t2\n")
     with pytest.raises(edf.DataError, match="impedance"):
-        corpora.parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
-    assert "impedance test" in corpora.parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
+        annotations.parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
+    assert "impedance test" in annotations.parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
 
 
 def test_a_lone_quote_swallows_no_event():
     text = tsv((5, 2, "sz", 1, '"Fp1'), (10, 2, "sz"))
-    assert corpora.parse_events_tsv(text).events == [(5, 7), (10, 12)]
+    assert annotations.parse_events_tsv(text).events == [(5, 7), (10, 12)]
 
 
 def test_label_files_that_were_cut_or_contradict_themselves_are_refused():
     for text in (tsv((5, 2, "sz"), (9, 2, "sz", 1))[:-1], tsv((5, 2, "sz", 1, "n/a"))[:-2]):
         with pytest.raises(edf.DataError, match="incomplete row"):
-            corpora.parse_events_tsv(text)
+            annotations.parse_events_tsv(text)
     with pytest.raises(edf.DataError, match="incomplete row"):
-        corpora.parse_csv(CSV.format("30") + "TERM,5,9,seiz")
+        annotations.parse_csv(CSV.format("30") + "TERM,5,9,seiz")
     with pytest.raises(edf.DataError, match="60 s and 30 s"):
-        corpora.parse_events_tsv(tsv((5, 2, "sz", 1, "n/a", "n/a", 60), (5, 2, "sz", 1, "n/a", "n/a", 30)))
+        annotations.parse_events_tsv(tsv((5, 2, "sz", 1, "n/a", "n/a", 60), (5, 2, "sz", 1, "n/a", "n/a", 30)))
     with pytest.raises(edf.DataError, match="not a number"):
-        corpora.parse_events_tsv(tsv(("9" * 5000, 2, "sz")))
+        annotations.parse_events_tsv(tsv(("9" * 5000, 2, "sz")))
 
 
 def test_events_beyond_the_end_are_cut_and_said_or_refused():
-    labels = corpora.parse_events_tsv(tsv((25, 50, "sz")))
-    np.testing.assert_array_equal(corpora.finish(labels, 30.0), [[25, 30]])
+    labels = annotations.parse_events_tsv(tsv((25, 50, "sz")))
+    np.testing.assert_array_equal(annotations.finish(labels, 30.0), [[25, 30]])
     assert "cut at the recording's end" in labels.notes[0]
     with pytest.raises(edf.DataError, match="beyond"):
-        corpora.finish(corpora.parse_events_tsv(tsv((31, 5, "sz"))), 30.0)
+        annotations.finish(annotations.parse_events_tsv(tsv((31, 5, "sz"))), 30.0)
     with pytest.raises(edf.DataError, match="not the same recording"):
-        corpora.finish(corpora.parse_events_tsv(tsv((1, 5, "sz", 1, "n/a", "n/a", "600.00"))), 30.0)
+        annotations.finish(annotations.parse_events_tsv(tsv((1, 5, "sz", 1, "n/a", "n/a", "600.00"))), 30.0)
 
 
 CSV = "# version = csv_v1.0.0\n# duration = {} secs\n#\nchannel,start_time,stop_time,label,confidence\n"
@@ -84,18 +85,18 @@ CSV = "# version = csv_v1.0.0\n# duration = {} secs\n#\nchannel,start_time,stop_
 
 def test_tusz_labels():
     text = CSV.format("30.0000") + "TERM,0.0,10.0,bckg,1\nTERM,10.0,15.0,seiz,1\nTERM,15.0,30.0,bckg,1\n"
-    np.testing.assert_array_equal(corpora.finish(corpora.parse_csv(text), 30.0), [[10, 15]])
+    np.testing.assert_array_equal(annotations.finish(annotations.parse_csv(text), 30.0), [[10, 15]])
     union = CSV.format("30.0") + \
         "FP1-F7,5,9,fnsz,1\nF7-T3,7,12,gnsz,1\nT3-T5,0,30,bckg,1\nF3-C3,20,21,tcsz,1\n"
-    np.testing.assert_array_equal(corpora.finish(corpora.parse_csv(union), 30.0), [[5, 12], [20, 21]])
+    np.testing.assert_array_equal(annotations.finish(annotations.parse_csv(union), 30.0), [[5, 12], [20, 21]])
     for rows, reason in (("TERM,15,10,seiz,1\n", "from 15 s to 10 s"), ("TERM,1,2,musc,1\n", "musc"),
                          ("", "no row"),
                          ("TERM,0,30,bckg,1\nTERM,5,9,seiz,1\n", "overlaps"),
                          ("TERM,a,9,seiz,1\n", "not a number")):
         with pytest.raises(edf.DataError, match=reason):
-            corpora.parse_csv(CSV.format("30") + rows)
+            annotations.parse_csv(CSV.format("30") + rows)
     with pytest.raises(edf.DataError, match="not the same"):
-        corpora.finish(corpora.parse_csv(text), 300.0)
+        annotations.finish(annotations.parse_csv(text), 300.0)
 
 
 def test_the_shared_odd_labels(shared):
@@ -105,46 +106,45 @@ def test_the_shared_odd_labels(shared):
              "21": [[10, 15]], "24": np.empty((0, 2)), "06": None, "07": None, "08": None, "12": None,
              "23": None}
     for path in sorted((shared / "eeg" / "odd" / "labels").iterdir()):
-        source = corpora.Source(path, "x", "", "p", "", path)
         if right[path.name[:2]] is None:
             with pytest.raises(edf.DataError):
-                corpora.read_labels(source, None)
+                annotations.read_beside(path, None)
         else:
-            np.testing.assert_array_equal(corpora.finish(corpora.read_labels(source, None), 30.0),
-                                          right[path.name[:2]], path.name)
+            found = annotations.finish(annotations.read_beside(path, None), 30.0)
+            np.testing.assert_array_equal(found, right[path.name[:2]], path.name)
 
 
 def test_chb_summaries_in_both_forms(shared):
     folder = shared / "eeg" / "layouts" / "chbmit"
-    five = corpora.parse_summary(corpora.read_text(folder / "chb05" / "chb05-summary.txt"))
-    assert len(five) == 39 and corpora.summary_labels(five["chb05_06.edf"]).events == [(417.0, 532.0)]
-    assert corpora.summary_labels(five["chb05_01.edf"]).events == []
-    eight = corpora.parse_summary(corpora.read_text(folder / "chb08" / "chb08-summary.txt"))
-    assert corpora.summary_labels(eight["chb08_02.edf"]).events == [(2670.0, 2841.0)]
-    total = [corpora.summary_labels(blocks).events for files in (five, eight) for blocks in files.values()]
+    five = annotations.parse_summary(annotations.read_text(folder / "chb05" / "chb05-summary.txt"))
+    assert len(five) == 39 and annotations.summary_labels(five["chb05_06.edf"]).events == [(417.0, 532.0)]
+    assert annotations.summary_labels(five["chb05_01.edf"]).events == []
+    eight = annotations.parse_summary(annotations.read_text(folder / "chb08" / "chb08-summary.txt"))
+    assert annotations.summary_labels(eight["chb08_02.edf"]).events == [(2670.0, 2841.0)]
+    total = [annotations.summary_labels(blocks).events for files in (five, eight) for blocks in files.values()]
     assert sum(map(len, total)) == 10
     block = " a.edf\nNumber of Seizures in File: {}\nSeizure 1 Start Time:   3 seconds\n" \
         "Seizure 1 End Time: 9 seconds\n"
     with pytest.raises(edf.DataError, match="2 seizures announced"):
-        corpora.summary_labels([block.format(2)])
-    no_clock = corpora.summary_labels([block.format(1).replace(" 1 ", " ")])
+        annotations.summary_labels([block.format(2)])
+    no_clock = annotations.summary_labels([block.format(1).replace(" 1 ", " ")])
     assert no_clock.events == [(3.0, 9.0)] and no_clock.seconds is None
 
 
 def test_siena_lists_are_read_over_midnight_and_contradictions_refused(shared):
     folder = shared / "eeg" / "layouts" / "siena"
-    files = corpora.parse_siena(corpora.read_text(folder / "PN00" / "Seizures-list-PN00.txt"))
+    files = annotations.parse_siena(annotations.read_text(folder / "PN00" / "Seizures-list-PN00.txt"))
     assert sorted(files) == [f"PN00-{i}.edf" for i in range(1, 6)]
-    assert corpora.siena_times(files["PN00-1.edf"][0], "") == (70773, 2605.0, 1143.0, 1213.0)
+    assert annotations.siena_times(files["PN00-1.edf"][0], "") == (70773, 2605.0, 1143.0, 1213.0)
     with pytest.raises(edf.DataError, match="a seizure from 765 s to 4425 s in a recording of 2489 s"):
-        corpora.siena_times(files["PN00-3.edf"][0], "PN00-3")      # the list itself is wrong there
-    night = corpora.parse_siena(corpora.read_text(folder / "PN16" / "Seizures-list-PN16.txt"))
-    assert corpora.siena_times(night["PN16-1.edf"][0], "")[1:] == (8270.0, 7184.0, 7307.0)
+        annotations.siena_times(files["PN00-3.edf"][0], "PN00-3")      # the list itself is wrong there
+    night = annotations.parse_siena(annotations.read_text(folder / "PN16" / "Seizures-list-PN16.txt"))
+    assert annotations.siena_times(night["PN16-1.edf"][0], "")[1:] == (8270.0, 7184.0, 7307.0)
     over = {"registration start": "23.00.00", "registration end": "01.00.00", "start": "00.10.00",
             "end": "00:11:30"}
-    assert corpora.siena_times(over, "") == (82800, 7200.0, 4200.0, 4290.0)
+    assert annotations.siena_times(over, "") == (82800, 7200.0, 4200.0, 4290.0)
     with pytest.raises(edf.DataError, match="not a time"):
-        corpora.siena_times({**over, "end": "0011"}, "")
+        annotations.siena_times({**over, "end": "0011"}, "")
 
 
 def test_siena_recording_whose_name_the_list_misspells(tmp_path):
@@ -161,10 +161,10 @@ def test_siena_recording_whose_name_the_list_misspells(tmp_path):
 
 def test_seizeit_annotations(shared):
     text = (shared / "eeg" / "layouts" / "seizeit" / "P_ID64" / "P_ID64_r3_a1.tsv").read_text()
-    assert corpora.parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
-    assert corpora.parse_seizeit("# Source: SeizeIt1\n \n").events == []
+    assert annotations.parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
+    assert annotations.parse_seizeit("# Source: SeizeIt1\n \n").events == []
     with pytest.raises(edf.DataError, match="no end"):
-        corpora.parse_seizeit("8971\tNone\tFIA\tHem:L\n")
+        annotations.parse_seizeit("8971\tNone\tFIA\tHem:L\n")
 
 
 # ---- layouts ----
@@ -257,7 +257,7 @@ def test_import_resumes_and_notices_changes(tmp_path):
     (src / "b_1_events.tsv").write_text(tsv((2, 3, "sz")))      # an annotation that was not there
     again = corpora.import_corpus(src, out, **quiet)
     assert sorted(again.read) == ["a_1", "b_1"] and again.kept == 1
-    assert len(corpora.import_corpus(src, out, notch="50", **quiet).read) == 3
+    assert len(corpora.import_corpus(src, out, notch="50", replace=True, **quiet).read) == 3
     (src / "b_1.edf").write_bytes(b"damaged")           # what an earlier state gave must not live on
     assert len(corpora.import_corpus(src, out, notch="50", **quiet).refused) == 1
     assert [r.name for r in data.open_corpus(out)] == ["a_1", "c_1"]
@@ -294,26 +294,35 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path):
-    for i in range(6):
-        write_edf(tmp_path / "src" / f"p{i}" / "x.edf", 300)
-    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
-                 "--workers", "2"]
-    for wait in (2.0, 3.5):
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kills):
+    """Killed when a recording is begun or just finished, and a little later: what stands under a final name is
+    whole, and the same command goes on."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    for i in range(kills + 4):
+        write_edf(src / f"p{i}" / "x.edf", 300)
+    arguments = [sys.executable, ROOT / "data.py", "import", src, out, "--workers", "2"]
+    rng, done = np.random.default_rng(0), set()
+    for kill in range(kills):
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        began = time.monotonic()
+        while not (set(out.rglob("*.part")) if kill % 2 else set(out.rglob("*.h5")) - done):
+            assert process.poll() is None and time.monotonic() - began < 300, process.communicate()[0]
+        time.sleep(rng.uniform(0, 0.05))
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
-        process.wait()
-        end = time.monotonic() + 10
+        process.communicate()
+        began = time.monotonic()
         while any(alive(pid) for pid in workers):       # they follow the import
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        for path in (tmp_path / "out").rglob("*.h5"):
+            assert time.monotonic() - began < 300
+            time.sleep(0.02)
+        done = set(out.rglob("*.h5"))
+        for path in done:
             assert corpora.load_recording(path)["samples"] == 300 * 256
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
-    assert len(data.open_corpus(tmp_path / "out")) == 6
-    assert not list((tmp_path / "out").rglob("*.part"))
+    ended = subprocess.run(arguments, capture_output=True, text=True)
+    assert ended.returncode == 0 and f"{len(done)} already there" in ended.stdout, ended.stdout + ended.stderr
+    assert len(data.open_corpus(out)) == kills + 4
+    assert not list(out.rglob("*.part"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -324,9 +333,10 @@ def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
                  "--workers", str(workers)]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not any((tmp_path / "out").glob("*.h5")):
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and "Traceback" not in error
     assert error.splitlines()[-1] == "data.py: stopped: interrupted; the same command goes on from here"
     assert not list((tmp_path / "out").glob("*.part"))
@@ -394,3 +404,256 @@ def test_the_real_recordings_import_in_the_bipolar_montage(shared, tmp_path):
     assert sum(len(r.events) for r in recordings) == 17
     w = data.Windows(train)
     assert len(w.epoch(0, 1)) > 0 and set(w.kind) == {0, 1, 2}
+
+
+# ---- annotations inside EDF+ ----
+
+def mark(onset, text, duration=None):
+    """Bytes of one EDF+ annotation."""
+    length = "" if duration is None else f"\x15{duration:g}"
+    return f"{onset:+g}{length}\x14{text}\x14\0".encode()
+
+
+def said(src, out, **options):
+    """(Report, the lines that an import prints)."""
+    lines = []
+    report = corpora.import_corpus(src, out, say=lines.append, **options)
+    return report, "\n".join(lines)
+
+
+def test_annotations_inside_edf_plus_label_a_recording(tmp_path):
+    """A text with a duration, a pair, a bare text with an end, several of them, a text that says background."""
+    cases = {"duration": ({2: mark(2, "Seizure", 3)}, [[2, 5]]),
+             "pair": ({1: mark(1, "Seizure start"), 6: mark(6, "SEIZURE END")}, [[1, 6]]),
+             "bare": ({1: mark(1.5, "sz"), 6: mark(6.25, "sz_end")}, [[1.5, 6.25]]),
+             "numbered": ({1: mark(1, "Seizure 1 onset"), 3: mark(3, "seizure 1 offset"), 5: mark(5, "sz 2", 2)},
+                          [[1, 3], [5, 7]]),
+             "ilae": ({2: mark(2, "sz_foc_ia_nm", 3), 3: mark(3, "fnsz", 4)}, [[2, 7]]),
+             "german": ({1: mark(1, "Anfall Beginn"), 6: mark(6, "Anfall Ende")}, [[1, 6]]),
+             "none": ({1: mark(1, "background")}, [])}
+    for name, (texts, _) in cases.items():
+        plus(tmp_path / "src" / f"{name}_1.edf", range(10), "EDF+C", texts)
+    plus(tmp_path / "src" / "quiet_1.edf", range(10), "EDF+C", {1: mark(1, "eyes open")})
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert not report.refused and report.unlabelled == 1
+    assert "1 x 'eyes open'" in text and "--seizure-label TEXT" in text and "seizure start" not in text.lower()
+    recordings = {r.patient: r for r in data.open_corpus(tmp_path / "out")}
+    for name, (_, events) in cases.items():
+        assert recordings[name].labelled and recordings[name].events.tolist() == events, name
+    assert not recordings["quiet"].labelled
+    again, text = said(tmp_path / "src", tmp_path / "out")
+    assert again.kept == 8 and "1 x 'eyes open'" in text
+
+
+@pytest.mark.parametrize("texts, why", [
+    ({2: mark(2, "seizure")}, "'seizure' at 2 s has no end"),
+    ({2: mark(2, "seizure end")}, "'seizure end' at 2 s has no start"),
+    ({2: mark(2, "sz start"), 4: mark(4, "sz start"), 6: mark(6, "sz end")}, "'sz start' at 2 s has no end"),
+    ({2: mark(2, "sz", 0)}, "'sz' at 2 s has no end"),
+    ({2: mark(2, "sz", 3) + b"+x"}, "record 3 cannot be read"),
+    ({2: mark(-2, "sz", 3)}, "event from -2 s"),
+    ({2: mark(20, "sz", 3)}, "beyond the recording's 10 s")])
+def test_annotations_that_contradict_themselves_leave_a_recording_unlabelled_and_are_said(tmp_path, texts, why):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", texts)
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert report.unlabelled == 1 and why in text
+    assert not data.open_corpus(tmp_path / "out")[0].labelled
+
+
+@pytest.mark.parametrize("text", ["no seizure", "Seizure?", "possible seizure", "post seizure", "seizure meds given",
+                                  "sz detected by software", "seizures", "szene"])
+def test_texts_that_speak_of_seizures_are_not_taken_for_one(tmp_path, text):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, text, 3)})
+    corpora.import_corpus(tmp_path / "src", tmp_path / "out", say=lambda text: None)
+    r = data.open_corpus(tmp_path / "out")[0]
+    assert r.labelled == (text == "no seizure") and not len(r.events)
+
+
+def test_texts_given_by_the_user_label_and_a_change_of_them_is_noticed(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    plus(src / "a.edf", range(10), "EDF+C", {2: mark(2, "EVENT red-button", 3)})
+    plus(src / "b.edf", range(10), "EDF+C", {1: mark(1, "on set"), 4: mark(4, "off set")})
+    plus(src / "c.edf", range(10), "EDF+C", {0: mark(0, "Reviewed")})
+    write_edf(src / "d.edf", 10)
+    (src / "d_events.tsv").write_text(tsv((2, 3, "sz")))
+    assert said(src, out)[0].unlabelled == 3
+    done = command("import", src, out, "--seizure-label", "event Red-Button", "--seizure-label", "On Set..Off Set",
+                   "--background-label", "reviewed", "--background-label", "never there")
+    assert done.returncode == 0 and "3 read, 0 repaired, 1 already there" in done.stdout, done.stdout
+    assert "hint: no EDF+ annotation is 'never there'" in done.stdout
+    assert [r.events.tolist() for r in data.open_corpus(out)] == [[[2, 5]], [[1, 4]], [], [[2, 5]]]
+    assert all(r.labelled for r in data.open_corpus(out))
+    for seizure, background in (("a..a", []), ("", []), ("x..y..z", []), ("a b", ["A_B"]), ("..b", []), ("a", ["-"])):
+        with pytest.raises(edf.DataError, match="-label"):
+            corpora.import_corpus(src, out, seizure_labels=[seizure], background_labels=background)
+
+
+def test_an_annotation_file_beside_an_edf_plus_counts_alone(tmp_path):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, "sz", 3)})
+    (tmp_path / "src" / "a_events.tsv").write_text(tsv((6, 1, "sz")))
+    corpora.import_corpus(tmp_path / "src", tmp_path / "out", say=lambda text: None)
+    assert data.open_corpus(tmp_path / "out")[0].events.tolist() == [[6, 7]]
+
+
+def test_a_long_list_of_texts_does_not_swell_the_table_or_the_file(tmp_path):
+    plus(tmp_path / "src" / "a.edf", range(200), "EDF+C", {i: mark(i, f"note {i}" + "x" * 30) for i in range(200)})
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert not report.refused and "and 80 other texts" in text and len(text.splitlines()) < 30
+
+
+# ---- what the user may have meant otherwise ----
+
+def test_another_preparation_over_a_folder_is_refused_naming_both_unless_asked_for(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_edf(src / "a.edf")
+    said(src, out)
+    before = (out / "a.h5").read_bytes()
+    done = command("import", src, out, "--montage", "reduced", "--channels", "Cz,F7-T7")
+    assert done.returncode == 2 and "--replace" in done.stderr
+    assert "montage referential, notch both" in done.stderr
+    assert "montage reduced of Cz, F7-T3, notch both" in done.stderr
+    for options in (dict(montage="bipolar"), dict(notch="50"), dict(blank_unit="mV")):
+        with pytest.raises(edf.DataError, match="of montage referential, notch both, this import is of"):
+            said(src, out, **options)
+    (out / corpora.INDEX).unlink()                      # told by the recordings too
+    with pytest.raises(edf.DataError, match="--replace"):
+        said(src, out, notch="50")
+    assert (out / "a.h5").read_bytes() == before
+    done = command("import", src, out, "--montage", "reduced", "--channels", "Cz,F7-T3", "--replace")
+    assert done.returncode == 0 and data.open_corpus(out)[0].channels == ("Cz", "F7-T3")
+    with pytest.raises(edf.DataError, match="of montage reduced of Cz, F7-T3, notch both, this import"):
+        said(src, out)
+
+
+def test_a_corpus_of_a_wearables_channels_is_imported_and_gives_windows(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    for name in "ab":
+        write_edf(src / f"{name}_1.edf", 120, labels=["F7-T3", "F8-T4", "T3-T5", "T4-T6"])
+        (src / f"{name}_1_events.tsv").write_text(tsv((20, 30, "sz")))
+    assert "--montage reduced --channels F7-T3,F8-T4,T3-T5,T4-T6" in said(src, out)[1]
+    assert not said(src, out, montage="reduced", channels=("F7-T3", "F8-T4"))[0].refused
+    recordings = data.open_corpus(out)
+    assert {r.channels for r in recordings} == {("F7-T3", "F8-T4")}
+    loader = data.Loader(data.Windows(recordings, 60, 10), augment=True)
+    x, y, mask = next(loader.batches([[0, 1]], 1))
+    assert x.shape == (2, 2, 60 * 256) and data.mirror(recordings[0].channels).tolist() == [1, 0]
+    assert data.mirror(("Cz", "F7-T3")).tolist() == [0, 1]      # nothing to change sides with
+
+
+def test_files_refused_for_one_reason_share_a_line(tmp_path):
+    for i in range(5):
+        write_edf(tmp_path / "src" / f"{i}.edf", unit="")
+    write_edf(tmp_path / "src" / "odd.edf", signals="0")
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    assert text.count("has no unit") == 1 and "5 files: Fp1 has no unit" in text
+    assert "odd.edf: the header says 0 signals" in text and "6 refused:" in text
+    assert len(corpora.read_report(tmp_path / "out")) == 6
+
+
+def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
+    write_edf(tmp_path / "src" / "night1.edf")
+    (tmp_path / "src" / "night_1_events.tsv").write_text(tsv((2, 3, "sz")))
+    report, text = said(tmp_path / "src", tmp_path / "out", layout="siena")
+    assert "hint: no file is named as in siena (PN00-1.edf): leave --layout away" in text
+    report, text = said(tmp_path / "src", tmp_path / "out2")
+    assert "hint: 1 annotation files belong to no EDF, night_1_events.tsv" in text
+    shutil.move(tmp_path / "src" / "night_1_events.tsv", tmp_path / "src" / "night1_events.tsv")
+    report, text = said(tmp_path / "src", tmp_path / "out2")
+    assert not report.hints and not report.unlabelled
+
+
+def test_raw_edf_files_in_place_of_an_imported_folder_are_told_apart(tmp_path):
+    write_edf(tmp_path / "src" / "p1" / "a.EDF")
+    with pytest.raises(edf.DataError, match="not imported: run python data.py import"):
+        data.open_corpus(tmp_path / "src")
+
+
+# ---- version and time ----
+
+def test_the_corpus_version_is_printed_stored_and_shown(tmp_path):
+    folder = tmp_path / "tuh_eeg_seizure" / "v2.0.3" / "edf" / "train" / "aaaaaaaa" / "s001_2010" / "01_tcp_ar"
+    write_edf(folder / "aaaaaaaa_s001_t000.edf", 30, date="02.03.10", time="11.12.13")
+    (folder / "aaaaaaaa_s001_t000.csv_bi").write_text(CSV.format("30.0") + "TERM,0,30,bckg,1\n")
+    src = tmp_path / "tuh_eeg_seizure" / "v2.0.3" / "edf"
+    assert "version 2.0.3, labels csv_v1.0.0" in said(src, tmp_path / "a")[1]
+    (src.parent / "AAREADME.txt").write_text("File: AAREADME.txt\nDatabase: TUSZ\nVersion: 2.0.3\n\n"
+                                             "20240207: released\n2025-06-18: annotations mended\n")
+    said_of = "version 2.0.3, newest date in its README 2025-06-18, labels csv_v1.0.0"
+    assert said_of in said(src, tmp_path / "b")[1]
+    r = data.open_corpus(tmp_path / "b")[0]
+    assert r.release == said_of and r.began == "2010-03-02 11:12:13" and r.split == "train"
+    assert said_of + ": 1 recordings" in command("info", tmp_path / "b").stdout
+
+
+def test_versions_of_other_corpora_and_files_that_say_nothing(tmp_path):
+    for name, wanted in (("siena-scalp-eeg-database-1.0.0", "version 1.0.0"), ("mine", ""), ("2024-01.02", "")):
+        (tmp_path / name).mkdir()
+        assert annotations.release(tmp_path / name, []) == wanted, name
+    for content, wanted in (("Mine, 2024-01-02, 20199999", ""), ("Version 1.4 of 20240103 and 20249999",
+                                                              "version 1.4, newest date in its README 2024-01-03")):
+        (tmp_path / "mine" / "README.md").write_text(content)
+        assert annotations.release(tmp_path / "mine", []) == wanted, content
+    bids = tmp_path / "bids"
+    bids.mkdir()
+    for content, wanted in (('{"Name": "Own\\nset", "DatasetVersion": "1.2"}', "Own set 1.2"), ("{half", ""),
+                            ("[]", ""), ('{"BIDSVersion": "1.8"}', "")):
+        (bids / "dataset_description.json").write_text(content)
+        assert annotations.release(bids, []) == wanted, content
+
+
+# ---- anything else that a label file or an annotation signal may hold ----
+
+def test_label_files_of_other_editors_are_read(tmp_path):
+    for k, encoding in enumerate(("utf-8", "utf-8-sig", "utf-16", "utf-16-be", "latin-1")):
+        path = tmp_path / f"{k}_events.tsv"
+        text = tsv((2, 3, "sz", 1, "F\xfc"))
+        path.write_bytes((b"\xfe\xff" if encoding == "utf-16-be" else b"") + text.encode(encoding))
+        assert annotations.read_beside(path, None).events == [(2, 5)], encoding
+
+
+def test_control_characters_of_a_label_file_do_not_break_the_table(tmp_path):
+    write_edf(tmp_path / "src" / "a.edf", 10)
+    (tmp_path / "src" / "a_events.tsv").write_bytes("on\0set\x0b\x85\u2028\x1b[2Jevil\tduration\n1\t2\n".encode())
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    line = next(line for line in text.splitlines() if "a.edf" in line)
+    assert "no column onset" in line and "evil" in line and "\x1b" not in text
+
+
+def test_any_list_of_annotations_gives_right_events_none_or_a_reason():
+    """Events lie inside the recording, are disjoint and sorted, and each begins where a text of a seizure does;
+    every seizure that has a duration lies inside one."""
+    rng, read = np.random.default_rng(0), 0
+    kinds = ("sz", "seizure start", "seizure end", "bckg", "eyes open", "fnsz", "Seizure 2", "end of seizure")
+    for _ in range(2000):
+        found = [(float(rng.choice([rng.uniform(-1, 25), rng.integers(20)])), rng.choice([None, 0.0, rng.uniform(0, 9)]),
+                  str(rng.choice(kinds))) for _ in range(rng.integers(1, 6))]
+        try:
+            labels = annotations.parse_annotations(found, annotations.Texts())
+            if labels is None:
+                assert all(text == "eyes open" for _, _, text in found)
+                continue
+            events = annotations.finish(labels, 20.0)
+        except edf.DataError as reason:
+            assert str(reason)
+            continue
+        read += len(events)
+        assert (events[:, 0] >= 0).all() and (events[:, 1] <= 20).all() and (events[:, 0] < events[:, 1]).all()
+        assert (events[1:, 0] > events[:-1, 1]).all()
+        assert set(events[:, 0]) <= {onset for onset, _, text in found if text not in ("bckg", "eyes open")}
+        for onset, duration, text in found:
+            if duration and text in ("sz", "fnsz", "Seizure 2"):
+                assert any(begin <= onset and min(onset + duration, 20) <= end for begin, end in events)
+    assert read > 200
+
+
+def test_any_bytes_among_the_annotations_are_read_or_said_never_a_traceback(tmp_path):
+    rng, pieces = np.random.default_rng(0), [b"+1", b"-", b"\x14", b"\x15", b"\0", b"sz", b"2.5", b" ", b"\xff", b"\n"]
+    for _ in range(300):
+        raw = b"".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(1, 12)))
+        header = edf.read_header(plus(tmp_path / "a.edf", range(2), "EDF+C", {1: raw}))
+        try:
+            found = edf.read_annotations(header)
+        except edf.DataError as reason:
+            assert "cannot be read" in str(reason)
+            continue
+        assert all(text and "\x14" not in text and "\n" not in text for _, _, text in found), raw

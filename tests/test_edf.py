@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import edf
-from conftest import NAMES, microvolts, prepare, write_edf
+from conftest import NAMES, microvolts, plus, prepare, write_edf
 
 
 def refusal(path, montage="referential", **settings):
@@ -83,7 +83,7 @@ def test_rounding_error_is_below_the_amplifiers_step(tmp_path):
     header = edf.read_header(path)
     records = np.memmap(path, "<i2", "r", header.offset, (30, 19 * 256))
     for c in (2, 3):
-        x = edf._block(header, records, c).reshape(-1).astype(np.float32) * np.float32(0.1)
+        x = header.block(records, c).reshape(-1).astype(np.float32) * np.float32(0.1)
         exact = edf.prepare_row(x, Fraction(256), (50, 60))
         assert abs(microvolts(r)[c] - exact).max() <= 0.1
 
@@ -161,6 +161,47 @@ def test_missing_fz_and_pz_are_interpolated_like_mne_does_and_recorded(tmp_path)
     assert "Cz" in refusal(write_edf(tmp_path / "c.edf", labels=["X" if n == "Cz" else n for n in NAMES]))
 
 
+def opinion(path):
+    """[(label, samples, physical and digital minimum and maximum)] of the EEG signals by pyedflib; None where
+    it refuses the file."""
+    import pyedflib
+    try:
+        reader = pyedflib.EdfReader(str(path), pyedflib.DO_NOT_READ_ANNOTATIONS)
+    except OSError:
+        return None
+    with reader:
+        ranges = (reader.getPhysicalMinimum, reader.getPhysicalMaximum, reader.getDigitalMinimum,
+                  reader.getDigitalMaximum)
+        return [(reader.getLabel(i).strip(), int(reader.getNSamples()[i]), *(get(i) for get in ranges))
+                for i in range(reader.signals_in_file)]
+
+
+def ours(path):
+    header = edf.read_header(path)
+    fields = header.signals
+    return [(fields["label"][i], header.records * fields["count"][i],
+             *(float(edf.number(fields[key][i], key, [])) for key in ("pmin", "pmax", "dmin", "dmax")))
+            for i in range(len(fields["label"])) if fields["label"][i] != "EDF Annotations"]
+
+
+def test_where_pyedflib_opens_a_file_too_it_sees_the_same_signals(tmp_path, shared):
+    """Labels, lengths and ranges of every real, odd or hand-made file that both readers take."""
+    paths = sorted((shared / "eeg").rglob("*.edf"))[::3]
+    paths += [write_edf(tmp_path / f"{kind}.edf", **fields) for kind, (fields, _) in MENDED.items()]
+    compared = 0
+    for path in paths:
+        try:
+            mine = ours(path)
+        except edf.DataError:
+            continue
+        theirs = opinion(path)
+        if theirs is not None:
+            compared += 1
+            assert [row[:2] for row in mine] == [row[:2] for row in theirs], path
+            np.testing.assert_allclose([row[2:] for row in mine], [row[2:] for row in theirs], err_msg=str(path))
+    assert compared > 100
+
+
 BROKEN = {
     "truncated": (dict(records="21"), "truncated"),
     "half": (dict(records="40"), "truncated"),
@@ -224,9 +265,9 @@ MENDED = {
                                       "unfinished last record left out"),
     "garbage at the end": (dict(tail=b"\1" * 1234), "1234 bytes after the last record"),
     "header length": (dict(bytes="512"), "header length 512 read as 5120"),
-    "date with colons": (dict(date="01:01:85"), "pyedflib refuses"),
+    "date with colons": (dict(date="01:01:85"), ""),
     "decimal comma": (dict(pmin="-3276,8", pmax="3276,7"), "decimal comma"),
-    "latin-1 patient": (dict(patient="M\xfcller"), "pyedflib refuses"),
+    "latin-1 patient": (dict(patient="M\xfcller"), ""),
     "micro sign": (dict(unit="\xb5V"), None),
     "utf-8 micro sign": (dict(unit="\xc2\xb5V"), None),
     "millivolts": (dict(unit="mV", pmin="-3.2768", pmax="3.2767"), ""),
@@ -283,17 +324,6 @@ def test_mixed_rates_of_eeg_channels_are_refused_and_of_others_ignored(tmp_path)
                                                       count={4: "128"}))
 
 
-def plus(path, onsets, kind="EDF+D"):
-    """EDF+ with an annotation signal that gives each record its onset."""
-    eeg = np.random.default_rng(0).integers(-900, 900, (len(onsets), 19 * 256)).astype("<i2")
-    body = b"".join(row.tobytes() + f"+{t:g}\x14\x14\0".encode().ljust(32, b"\0")
-                    for row, t in zip(eeg, onsets))
-    return write_edf(path, len(onsets), labels=[*NAMES, "EDF Annotations"], eeg=np.zeros((20, len(onsets) * 256)),
-               body=body,
-               count={19: "16"}, reserved=kind, pmin={19: "-1"}, pmax={19: "1"}, unit={19: ""},
-               dmin={19: "-32768"})
-
-
 def test_gaps_are_refused_also_where_the_file_calls_itself_continuous(tmp_path):
     for kind in ("EDF+D", "EDF+C"):
         assert "gap of 10 s after 5 s" in refusal(plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], kind))
@@ -304,6 +334,98 @@ def test_gaps_are_refused_also_where_the_file_calls_itself_continuous(tmp_path):
     assert prepare(plus(tmp_path / "e.edf", np.arange(10) + 0.25, "EDF+C")).repaired == ""
     (tmp_path / "f.edf").write_bytes((tmp_path / "d.edf").read_bytes().replace(b"+3\x14", b"xx\x14"))
     assert "no onset" in refusal(tmp_path / "f.edf")
+
+
+def test_annotations_are_those_of_mne_and_pyedflib(tmp_path):
+    """Written by pyedflib: texts beyond ASCII, without and with a duration, between two samples."""
+    import pyedflib
+    path = tmp_path / "a.edf"
+    wanted = [(0.0, None, "Recording starts"), (2.5, 1.25, "Anfall \xe4\xf6"), (2.5, None, "eyes \u0394"),
+              (7.125, 12.5, "sz")]
+    with pyedflib.EdfWriter(str(path), 1, pyedflib.FILETYPE_EDFPLUS) as writer:
+        writer.setSignalHeader(0, {"label": "F7", "dimension": "uV", "sample_frequency": 256,
+                                   "physical_min": -3000, "physical_max": 3000, "digital_min": -32768,
+                                   "digital_max": 32767, "transducer": "", "prefilter": ""})
+        writer.writeSamples([np.zeros(20 * 256)])
+        for onset, duration, text in wanted:
+            writer.writeAnnotation(onset, -1 if duration is None else duration, text)
+    found = edf.read_annotations(edf.read_header(path))
+    assert sorted(found, key=str) == sorted(wanted, key=str)
+    with pyedflib.EdfReader(str(path)) as reader:
+        onsets, durations, texts = reader.readAnnotations()
+    assert sorted(zip(onsets, texts)) == sorted((onset, text) for onset, _, text in found)
+    mne = pytest.importorskip("mne")
+    theirs = mne.read_annotations(path)
+    assert sorted(theirs.description) == sorted(text for _, _, text in found)
+    assert sorted(theirs.onset) == sorted(onset for onset, _, _ in found)
+
+
+@pytest.mark.parametrize("raw, wanted", [
+    (b"+1\x14a\x14b\x14\0", [(1, None, "a"), (1, None, "b")]),      # two texts of one onset
+    (b"+1.50\x152.5\x14a\x14\0+2\x14c\x14\0", [(1.5, 2.5, "a"), (2, None, "c")]),
+    (b"-0.5\x14before\x14\0", [(-0.5, None, "before")]),
+    (b"+1\x14\x14\0", []),                                         # another time mark
+    (b"+1\x14 two\n lines \x14\0", [(1, None, "two lines")]),
+    (b"+1\x14f\xfcnf\x14\0", [(1, None, "f\xfcnf")]),             # Latin-1, against the standard
+    (b"+1\x14text\0", "annotations of record 1 cannot be read"),   # not closed
+    (b"1\x14text\x14\0", "annotations of record 1 cannot be read"),
+    (b"+1,5\x14text\x14\0", "annotations of record 1 cannot be read"),
+    (b"+1\x15x\x14text\x14\0", "annotations of record 1 cannot be read"),
+    (b"+1\x14" + b"a" * 80, "annotations of record 1 cannot be read")])     # runs into the next record
+def test_annotation_lists_are_read_to_the_letter_or_refused(tmp_path, raw, wanted):
+    path = plus(tmp_path / "a.edf", range(5), "EDF+C", {0: raw})
+    if isinstance(wanted, str):
+        with pytest.raises(edf.DataError, match=wanted):
+            edf.read_annotations(edf.read_header(path))
+    else:
+        assert edf.read_annotations(edf.read_header(path)) == wanted
+
+
+def test_annotations_count_from_the_first_sample_and_may_lie_in_several_signals(tmp_path):
+    """The first record begins 0.25 s after the header's start time: so do all onsets. A plain EDF has none."""
+    path = plus(tmp_path / "a.edf", np.arange(5) + 0.25, "EDF+C", {2: b"+3.25\x151\x14sz\x14\0"})
+    assert edf.read_annotations(edf.read_header(path)) == [(3, 1, "sz")]
+    assert edf.read_annotations(edf.read_header(write_edf(tmp_path / "b.edf"))) == []
+    eeg = np.zeros((5, 19 * 256), "<i2")
+    rows = [f"+{i}\x14\x14".encode().ljust(32, b"\0") + f"+{i}.5\x14mark\x14".encode().ljust(32, b"\0")
+            for i in range(5)]
+    both = write_edf(tmp_path / "c.edf", 5, labels=[*NAMES, "EDF Annotations", "EDF Annotations"],
+                     eeg=np.zeros((21, 5 * 256)), body=b"".join(a.tobytes() + b for a, b in zip(eeg, rows)),
+                     count={19: "16", 20: "16"}, reserved="EDF+C")
+    assert edf.read_annotations(edf.read_header(both)) == [(i + 0.5, None, "mark") for i in range(5)]
+
+
+def test_the_start_is_the_headers_where_it_is_a_date(tmp_path):
+    for date, time, began in (("02.03.24", "23.59.58", "2024-03-02 23:59:58"), ("01.01.85", "00.00.00", "1985-01-01 00:00:00"),
+                              ("01:01:85", "10:00:01", "1985-01-01 10:00:01"), ("31.02.24", "10.00.00", ""),
+                              ("XX.XX.yy", "10.00.00", ""), ("02.03.24", "25.00.00", ""), ("", "", "")):
+        assert edf.read_header(write_edf(tmp_path / "a.edf", date=date, time=time)).began == began
+
+
+def test_a_reduced_montage_takes_derivations_electrodes_and_labels_by_name(tmp_path):
+    """Four channels of a wearable: a derivation of the file, the difference of two electrodes, an electrode,
+    and a label outside the 10-20 system; refused are names that the file has not, or twice."""
+    eeg = np.random.default_rng(0).normal(0, 300, (5, 20 * 256))
+    labels = ["F8-T8", "EEG F7-REF", "EEG T7-REF", "BTEleft SD", "EKG"]
+    path = write_edf(tmp_path / "a.edf", labels=labels, eeg=eeg)
+    names = edf.channel_names("f8-t4, F7-T7,T3, bteLEFT sd")
+    assert names == ("F8-T4", "F7-T3", "T3", "bteLEFT sd")
+    r = prepare(path, "reduced", reduced=names)
+    assert r.channels == names and r.memory.shape[0] == 4
+    alone = prepare(path, "reduced", reduced=("F7", "T3", "F8-T4"))
+    x, y = microvolts(r), microvolts(alone)
+    np.testing.assert_allclose(x[1], y[0] - y[1], atol=0.3)
+    np.testing.assert_array_equal(x[0], y[2])
+    assert "channel missing: Cz" in refusal(path, "reduced", reduced=("Cz",))
+    assert "--montage reduced --channels" in refusal(path)
+    write_edf(path, labels=["X", "x", "Cz", "Fz-Pz", "Pz-LE"], eeg=eeg)
+    assert "channel missing: X" in refusal(path, "reduced", reduced=("X",))
+    assert "different references" in refusal(write_edf(path, labels=["F7-REF", "T3-LE", "X", "Y", "Z"], eeg=eeg),
+                                             "reduced", reduced=("F7-T3",))
+    for wrong in (dict(montage="reduced"), dict(reduced=("F7",)), dict(montage="reduced", reduced=("F7", "F7")),
+                  dict(montage="laplacian"), dict(notch="55")):
+        with pytest.raises(edf.DataError):
+            edf.Recipe(**wrong)
 
 
 def test_a_gap_is_refused_where_the_header_has_lost_its_mark(tmp_path):

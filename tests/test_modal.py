@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,12 +46,12 @@ class Runs:
         self.trial, self.results = trial, trial.folder / "results"
         self.directory = self.results / "toy"
 
-    def attempt(self, *attempts, sends=None, seconds=0.0, crash_at=0, hours=0.0):
+    def attempt(self, *attempts, sends=None, seconds=0.0, crash_at=0):
         """One process that makes `attempts`, each [launch, resume, fresh]: how each ended, and its log.
 
         sends: a signal, sent once the log tells of step 5."""
         config = {section: dict(values) for section, values in modal_trial.CONFIG.items()}
-        config["experiment"]["results"], config["training"]["time_limit_hours"] = str(self.results), hours
+        config["experiment"]["results"] = str(self.results)
         config["toy"] |= {"seconds": seconds, "crash_at": crash_at}
         command = [sys.executable, "-u", "-c", DRIVER, json.dumps(config), json.dumps(attempts)]
         process = subprocess.Popen(command, cwd=self.trial.project, text=True, stdout=subprocess.PIPE,
@@ -113,11 +114,13 @@ def test_functions_are_defined_with_the_gpu_volumes_timeout_and_retries_of_the_c
     if not callable(getattr(modal_app.train, "info", None)):
         pytest.skip("this modal cannot tell its definitions offline (1.6 can); the trial asks the stand-in")
     train, smoke, ls = (getattr(modal_app, name).info() for name in ("train", "smoke", "ls"))
-    assert train.gpus == [("A100-80GB", 1)] and smoke.gpus == [("L4", 1)] and not ls.gpus
+    assert train.gpus == smoke.gpus == [("A100-80GB", 1)] and not ls.gpus
+    assert modal_app.evaluate.info().gpus == [("L4", 1)]
     assert (train.timeout, train.max_retries, train.single_use_containers) == (24 * 3600, 10, True)
     assert (train.cpu, train.memory_mib) == (8, 32 * 1024)
     assert {path: (v.name, v.read_only) for path, v in train.volumes.items()} == {
-        "/results": ("holdfast-results", False), "/data": ("holdfast-data", True)}
+        "/results": ("holdfast-results", False), "/mirror": ("holdfast-mirror", False),
+        "/data": ("holdfast-data", True)}
     assert ls.volumes["/results"].read_only
 
 
@@ -170,7 +173,8 @@ def test_a_cancelled_call_saves_and_ends_as_cancelled(runs):
 
 
 def test_the_hand_over_before_the_timeout_is_an_exception_and_costs_no_step(runs):
-    (end, first), (_, second) = runs.attempt(ONE, ONE, seconds=0.05, hours=0.5 / 3600)
+    runs.trial.change(r"MARGIN = 0.25 ", f"MARGIN = {24 - 0.5 / 3600} ")
+    (end, first), (_, second) = runs.attempt(ONE, ONE, seconds=0.05)
     assert end.startswith("RuntimeError time limit") and runs.records()[0]["left"] == "handed over"
     last = int(re.findall(r"toy step (\d+)", first)[-1])
     assert int(re.findall(r"toy step (\d+)", second)[0]) == last + 1
@@ -178,7 +182,7 @@ def test_the_hand_over_before_the_timeout_is_an_exception_and_costs_no_step(runs
 
 def test_three_attempts_without_progress_are_stuck_and_a_new_launch_tries_again(runs):
     *tries, (end, log), (again, _) = runs.attempt(ONE, ONE, ONE, ONE, ["two", "true", "false"], crash_at=7)
-    assert all(e.startswith("ValueError the toy crashes here") for e, _ in [*tries, (again, "")])
+    assert all(e.startswith("RuntimeError ValueError: the toy crashes here") for e, _ in [*tries, (again, "")])
     assert '"stuck"' in end and "toy step" not in log
 
 
@@ -189,15 +193,48 @@ def test_a_killed_attempt_leaves_no_sign_and_its_successor_waits_for_its_commits
     assert '"finished"' in end and "did not say that it left" in log
 
 
+CONFIG = {"training": {"time_limit_hours": 0.0}}
+
+
+def leave_records(run, minutes, **record):
+    """Attempts of launch `one`, each `minutes` long by the start of the next."""
+    for number in range(1, len(minutes) + 1):
+        began = time.time() - 60 * sum(minutes[number - 1:])
+        common = {"launch": "one", "call": None, "progress": [0, False, 0], "began": began, "seen": began}
+        modal_app.put(run / "attempts" / f"{number:03d}.json", common | record)
+
+
 def test_preemptions_do_not_count_as_attempts_without_progress(tmp_path):
-    record = {"launch": "one", "call": None, "progress": [0, False, 0], "left": "preempted"}
-    for number in range(1, 6):
-        modal_app.put(tmp_path / "attempts" / f"{number:03d}.json", record)
-    assert modal_app.decided(tmp_path, {}, "one", "false") is None
-    for number in range(1, 4):
-        modal_app.put(tmp_path / "attempts" / f"{number:03d}.json", record | {"left": ""})
-    assert modal_app.decided(tmp_path, {}, "one", "false")["status"] == "stuck"
-    assert modal_app.decided(tmp_path, {}, "two", "false") is None
+    preempted, died = tmp_path / "preempted", tmp_path / "died"
+    leave_records(preempted, [60] * 5, left="preempted")
+    assert modal_app.decided(preempted, CONFIG, "one", "false") is None
+    leave_records(died, [60] * 3, left="")
+    assert modal_app.decided(died, CONFIG, "one", "false")["status"] == "stuck"
+    assert modal_app.decided(died, CONFIG, "two", "false") is None
+
+
+def test_deaths_without_a_word_in_the_first_minutes_do_not_count_unless_there_are_many(tmp_path):
+    some, many, half = tmp_path / "some", tmp_path / "many", modal_app.SHORT / 2
+    leave_records(some, [half] * (modal_app.SHORT_DEATHS - 1), left="")
+    assert modal_app.decided(some, CONFIG, "one", "false") is None
+    leave_records(many, [half] * modal_app.SHORT_DEATHS, left="")
+    verdict = modal_app.decided(many, CONFIG, "one", "false")
+    assert verdict["status"] == "stuck" and "died without a word" in verdict["why"]
+
+
+def test_the_time_limit_is_the_runs_over_all_attempts_of_a_launch(tmp_path):
+    config = {"training": {"time_limit_hours": 2.0}}
+    record = {"launch": "one", "began": 0, "seen": 1.5 * 3600, "left": "preempted", "progress": [0, False, 0]}
+    modal_app.put(tmp_path / "attempts" / "001.json", record)
+    assert modal_app.decided(tmp_path, config, "one", "false") is None
+    assert modal_app.limit_attempt(config, tmp_path, "one", 24)
+    assert config["training"]["time_limit_hours"] == pytest.approx(0.5)
+    config["training"]["time_limit_hours"] = 2.0
+    modal_app.put(tmp_path / "attempts" / "002.json", record | {"seen": 0.5 * 3600})
+    assert modal_app.decided(tmp_path, config, "one", "false")["status"] == "time limit"
+    assert modal_app.decided(tmp_path, config, "two", "false") is None
+    assert modal_app.limit_attempt(config, tmp_path, "two", 1) is False
+    assert config["training"]["time_limit_hours"] == pytest.approx(0.75)
 
 
 def test_the_bill_adds_up_the_attempts_and_foretells_the_run_from_the_measured_speed(tmp_path):
@@ -215,6 +252,12 @@ def test_the_bill_adds_up_the_attempts_and_foretells_the_run_from_the_measured_s
 def test_an_hour_costs_what_gpu_cores_and_memory_cost():
     assert modal_app.hourly("A100-80GB") == pytest.approx(2.50 + 8 * 0.047 + 32 * 0.008)
     assert modal_app.hourly(["A100-80GB", "H100"]) == modal_app.hourly("A100-80GB")
+    assert modal_app.hourly("NVIDIA A100-SXM4-80GB") == modal_app.hourly("A100-80GB")
+    assert modal_app.hourly("NVIDIA A100-SXM4-40GB") == modal_app.hourly("A100-40GB")
+    assert modal_app.hourly("NVIDIA H100 80GB HBM3") == modal_app.hourly("H100!")
+    assert modal_app.hourly("NVIDIA L4") < modal_app.hourly("NVIDIA L40S")
+    assert modal_app.hourly("H100:2") == pytest.approx(2 * 3.95 + 8 * 0.047 + 32 * 0.008)
+    assert modal_app.hourly("NEXT-GPU") is None and modal_app.hourly("NVIDIA Next") is None
 
 
 def test_a_preempted_run_against_the_stand_in(shared, tmp_path):

@@ -182,7 +182,7 @@ class States:
 def test_whatever_state_is_saved_comes_back_as_it_was_and_as_torch_save_brings_it_back(tmp_path, part):
     warnings.filterwarnings("ignore", message="ComplexHalf")
     compared = 0
-    for seed in range(part * 100, part * 100 + 100):
+    for seed in range(part * 60, part * 60 + 60):
         numpy = seed % 2 == 1
         state = States(seed, numpy).state()
         try:
@@ -204,7 +204,7 @@ def test_whatever_state_is_saved_comes_back_as_it_was_and_as_torch_save_brings_i
         except Exception:
             print(f"seed {seed}")
             raise
-    assert compared > 25
+    assert compared > 12
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -302,6 +302,12 @@ def freed():
     return tensor
 
 
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # the layout is a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 def deep():
     value = []
     for _ in range(5000):
@@ -314,7 +320,7 @@ REFUSED = {"huge int": 1 << 2048, "negative huge int": -(1 << 3000), "ints, one 
            "key": {1 << 2048: 0}, "tuple key": {(1, 1 << 2048): 0}, "wrapper": Wrapped(torch.randn(3)),
            "subclass": torch.randn(3).as_subclass(type("Mine", (torch.Tensor,), {})), "freed": freed(),
            "int4": torch.int4, "sparse": torch.eye(3).to_sparse(), "meta": torch.empty(3, device="meta"),
-           "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "long double": np.longdouble(1.5),
+           "nested": nested(), "long double": np.longdouble(1.5),
            "date": np.datetime64("2020-01-01"), "time": np.datetime64(7, "ns"), "objects": np.array([None, "x"]), "ufunc": np.add, "namedtuple": Pair(1, 2),
            "defaultdict": defaultdict(list), "frozenset": frozenset({1}), "range": range(3), "lambda": lambda: 0, "class": dict,
            "lazy": torch.nn.UninitializedParameter(), "generator": torch.Generator(), "module": torch.nn.Linear(1, 1)}
