@@ -80,7 +80,7 @@ class Held(data.Recording):
     """A recording without a file: its samples, int16 (C, T), are in memory."""
     memory: np.ndarray = None
 
-    def read_chunks(self, start, out):
+    def read_chunks(self, start, n, out):
         piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
         rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
         rows[:, :piece.shape[1]] = piece
