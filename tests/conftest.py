@@ -1,5 +1,6 @@
 """Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, slow tests asked for by
 name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
+import collections
 import os
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="long sweep: run with --slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped, one line for each reason."""
+    reasons = collections.Counter(str(report.longrepr[2]).removeprefix("Skipped: ")
+                                  for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import config
 import data
 import train
 from conftest import ROOT
-from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
+from helpers import LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, wait_for
 from model import SMALL
 
 
@@ -92,14 +92,14 @@ def test_five_cuts_in_one_run_by_different_signals_leave_no_trace(corpus, refere
 
 def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_ends_the_same(corpus, reference, tmp_path):
     loaded(corpus, tmp_path)
-    for text in ("batch 2/", "batch 4/", "epoch 1/2: auroc"):
-        process = spawn(tmp_path / "config.yaml", "--resume")
-        wait_for(process, text)
+    for place in (("after_step", 2), ("score", 2), ("after_step", 2)):
+        process = spawn(tmp_path / "config.yaml", "--resume", held=(*place, tmp_path / "never"))
+        wait_for(process, "held")
         process.kill()
         process.wait()
     process = spawn(tmp_path / "config.yaml", "--resume")
     lines = wait_for(process, "resumed: epoch")
-    assert process.communicate()[0] is not None and process.returncode == 0
+    assert rest(process) is not None and process.returncode == 0
     assert any("resume: chose" in line for line in lines)
     assert_same_run(tmp_path, reference)
 
@@ -131,12 +131,15 @@ def test_when_every_file_is_damaged_the_run_starts_afresh_and_keeps_the_old_file
 # ---- stopping ----
 
 def test_a_second_signal_exits_at_once(corpus, tmp_path):
-    loaded(corpus, tmp_path, training__epochs=500)
-    process = spawn(tmp_path / "config.yaml", minutes="30")
-    wait_for(process, "batch 1/")
-    process.send_signal(signal.SIGTERM), process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    loaded(corpus, tmp_path)
+    process = spawn(tmp_path / "config.yaml", minutes="30", held=("after_step", 1, tmp_path / "never"))
+    wait_for(process, "held")
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, "SIGTERM: saving at the next step")
+    time.sleep(1.1 * train.Signals.APART)                       # sooner it would not count as a second one
+    process.send_signal(signal.SIGTERM)
+    rest(process)
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_the_time_limit_saves_exits_75_and_the_resumed_run_ends_the_same(corpus, reference, tmp_path, capsys):
@@ -197,7 +200,7 @@ def test_a_terminal_that_dies_like_a_killed_tmux_session_loses_at_most_the_step_
     if pid == 0:
         os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    seen, end = b"", time.monotonic() + 60
+    seen, end = b"", time.monotonic() + LIMIT
     while b"loss=" not in seen:                                             # the progress bar after a first step
         seen += os.read(master, 4096)
         assert time.monotonic() < end, seen[-2000:]
@@ -351,7 +354,7 @@ def test_a_kill_while_the_synthetic_recordings_are_made_or_imported_costs_only_t
         process.kill()
         process.communicate()
     process = spawn(tmp_path / "config.yaml", "--resume")
-    out = process.communicate()[0]
+    out = rest(process)
     assert process.returncode == 0 and "names," in out, out
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [".lock", "h5", "h5_edf"]
 
