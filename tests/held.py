@@ -1,27 +1,38 @@
-"""train.py that stands still before the N-th call of a Trainer's method until a file appears, so that what a test does in the
-middle of a run happens there on any machine: python held.py METHOD N FILE (train.py's own arguments)."""
+"""train.py or an import that stands still until a file appears, so that what a test does in the middle happens there on any
+machine: before the N-th call of a Trainer's method, or of the writing of a recording in each process of an import.
+
+    HELD="METHOD N FILE" python held.py (train.py's arguments)
+    HELD="write_recording N FILE" python held.py (data.py's arguments)
+"""
 import os
 import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import train  # noqa: E402
 
+def hold(owner, method, number, gate):
+    original, calls = getattr(owner, method), []
 
-def hold(method, number, gate):
-    original, calls = getattr(train.Trainer, method), []
-
-    def wrapped(self, *arguments):
+    def wrapped(*arguments):
         calls.append(1)
         if len(calls) == number and not os.path.exists(gate):
             print("held", flush=True)
             while not os.path.exists(gate):
                 time.sleep(0.02)
-        return original(self, *arguments)
-    setattr(train.Trainer, method, wrapped)
+        return original(*arguments)
+    setattr(owner, method, wrapped)
 
+
+method, number, gate = os.environ["HELD"].split(" ", 2)
+if method == "write_recording":
+    import corpora
+    import data as program
+    owner = corpora
+else:
+    import train as program
+    owner = program.Trainer
+hold(owner, method, int(number), gate)          # in the workers of an import too: they read this file again
 
 if __name__ == "__main__":
-    hold(sys.argv[1], int(sys.argv[2]), sys.argv[3])
-    sys.exit(train.main(sys.argv[4:]))
+    sys.exit(program.main())

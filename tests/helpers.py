@@ -88,7 +88,8 @@ def assert_same_run(results, reference):
 
 def spawn(config_path, *arguments, minutes="0", held=(), **environment):
     """train.py as a process of its own; held: (method of Trainer, which call of it, file) as in held.py."""
-    command = [sys.executable, str(ROOT / "tests" / "held.py"), *map(str, held)] if held else PYTHON
+    command = [sys.executable, str(ROOT / "tests" / "held.py")] if held else PYTHON
+    environment |= {"HELD": " ".join(map(str, held))}
     return subprocess.Popen([*command, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
                             stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})

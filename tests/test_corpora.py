@@ -16,6 +16,7 @@ import corpora
 import data
 import edf
 from conftest import ROOT, plus, write_edf
+from helpers import LIMIT, rest, wait_for
 
 HEAD = "onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration\n"
 
@@ -294,43 +295,46 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path):
+def held_import(folder, number, workers, gate):
+    """An import whose processes stand still before they write their `number`-th recording, once one does."""
+    process = subprocess.Popen([sys.executable, ROOT / "tests" / "held.py", "import", folder / "src", folder / "out",
+                                "--workers", str(workers)], env={**os.environ, "HELD": f"write_recording {number} {gate}"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    wait_for(process, "held")
+    return process
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_import_killed_in_the_middle_leaves_only_whole_recordings(tmp_path, number):
     for i in range(6):
-        write_edf(tmp_path / "src" / f"p{i}" / "x.edf", 300)
-    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
-                 "--workers", "2"]
-    for wait in (2.0, 3.5):
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.kill()
-        process.wait()
-        end = time.monotonic() + 10
-        while any(alive(pid) for pid in workers):       # they follow the import
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        for path in (tmp_path / "out").rglob("*.h5"):
-            assert corpora.load_recording(path)["samples"] == 300 * 256
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
+        write_edf(tmp_path / "src" / f"p{i}" / "x.edf", 60)
+    process = held_import(tmp_path, number, 2, tmp_path / "never")
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    end = time.monotonic() + LIMIT
+    while any(alive(pid) for pid in workers):           # they follow the import
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    for path in (tmp_path / "out").rglob("*.h5"):
+        assert corpora.load_recording(path)["samples"] == 60 * 256
+    assert command("import", tmp_path / "src", tmp_path / "out").returncode == 0
     assert len(data.open_corpus(tmp_path / "out")) == 6
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
-    for i in range(16):
-        write_edf(tmp_path / "src" / f"{i}.edf", 120)
-    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
-                 "--workers", str(workers)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not any((tmp_path / "out").glob("*.h5")):
-        time.sleep(0.02)
+    for i in range(5):
+        write_edf(tmp_path / "src" / f"{i}.edf", 20)
+    process = held_import(tmp_path, 2, workers, tmp_path / "gate")
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    (tmp_path / "gate").touch()                         # a worker ends what it has begun
+    error = rest(process)
     assert process.returncode == 130 and "Traceback" not in error
     assert error.splitlines()[-1] == "data.py: stopped: interrupted; the same command goes on from here"
     assert not list((tmp_path / "out").glob("*.part"))
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert command("import", tmp_path / "src", tmp_path / "out").returncode == 0
 
 
 def test_two_imports_at_once_are_refused(tmp_path):

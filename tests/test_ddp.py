@@ -26,12 +26,13 @@ STILL = {**SMALL, "dropout": 0.0}                       # dropout draws from eac
 
 
 def torchrun(results, processes, *arguments, restarts=0, minutes="0", held=()):
-    program = ["held.py", *map(str, held)] if held else ["../train.py"]
+    program = ROOT / "tests" / "held.py" if held else ROOT / "train.py"
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
-               "--master-addr=127.0.0.1", f"--master-port={free_port()}", str(ROOT / "tests" / program[0]), *program[1:],
-               "--config", str(Path(results, "config.yaml")), *arguments]
+               "--master-addr=127.0.0.1", f"--master-port={free_port()}", str(program), "--config",
+               str(Path(results, "config.yaml")), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BGB_MID_EPOCH_MINUTES": minutes})
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BGB_MID_EPOCH_MINUTES": minutes,
+                                 "HELD": " ".join(map(str, held))})
 
 
 def finish(process):

@@ -186,7 +186,7 @@ def test_pipes_links_and_folders_named_like_temps_or_checkpoints_hang_nothing_an
     pid = os.fork()
     if pid == 0:
         os._exit(crash.run_child(child) != "done")
-    for _ in range(3000):                   # a minute and more: a hang is a failure, not a long wait
+    for _ in range(30000):                  # ten minutes: a hang is a failure, not a long wait
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
