@@ -2,6 +2,7 @@
 name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
 import collections
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,13 @@ import edf  # noqa: E402
 import synth  # noqa: E402
 
 NAMES = edf.CHANNELS["referential"]
+
+
+# what a background job (&) or nohup ignores, every child process would ignore too: with a handler
+# of its own this process still goes on, and children begin with the default
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 
 def pytest_addoption(parser):
