@@ -160,8 +160,8 @@ def attempt(config, launch, resume, fresh, timeout, gpu):
         if verdict is None:
             verdict = work(trainer, run, config, launch, resume, fresh, timeout, gpu)
     except trainer.Refused as refusal:
-        if begun:
-            raise RuntimeError(f"refused, though this launch trained before: {refusal}") from None
+        if begun or isinstance(refusal, trainer.Failed):
+            raise RuntimeError(f"a fault that may pass: {refusal}") from None
         verdict = result("refused", str(refusal))
     except RuntimeError:
         raise
@@ -177,20 +177,10 @@ def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
     # done.json knows the run by what was asked for
     asked, config = config, copy.deepcopy(config)
     config["training"]["device"] = gpu_or_raise(config)
-    if get(run / "launch.json").get("launch") == launch:
-        resume = "true"                 # resume=false is part of the input and comes again
-    elif fresh == "true":
-        trainer.move_aside(run, print)
-    elif resume == "false" and trainer.holds_checkpoints(run / "checkpoints"):
-        raise trainer.Refused(
-            f"{run} holds checkpoints: --resume true goes on, --fresh true starts over")
+    resume = take(trainer, run, launch, resume, fresh)
     last = limit_attempt(config, run, launch, timeout)
-    record = {
-        "launch": launch, "call": modal.current_function_call_id(), "left": "",
-        "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
-        "progress": progress(run), "epochs": config["training"]["epochs"],
-        "dollars": hourly(card() or gpu)}
     signals = trainer.Signals()
+    record = new_record(config, run, launch, gpu)
     publish = Publisher(run, len(attempts(run)) + 1, record, signals)
     publish("the start")
     print(f"attempt {publish.number} in {record['task']}: from step {record['progress'][0]}")
@@ -202,6 +192,8 @@ def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
             way = "time limit"
     except KeyboardInterrupt:
         way = "preempted"
+    except trainer.Failed:
+        raise
     except trainer.Refused:
         way = "refused"
         raise
@@ -212,6 +204,27 @@ def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
                 put(run / "done.json", {"launch": launch, "config": asked})
             publish("the end")
     return leave(way)
+
+
+def take(trainer, run, launch, resume, fresh):
+    """How train.py is to begin in the run directory: "true" or "false"."""
+    if get(run / "launch.json").get("launch") == launch:
+        return "true"                   # resume=false is part of the input and comes again
+    if fresh == "true":
+        trainer.move_aside(run, print)
+    elif resume == "false" and trainer.holds_checkpoints(run / "checkpoints"):
+        raise trainer.Refused(
+            f"{run} holds checkpoints: --resume true goes on, --fresh true starts over")
+    return resume
+
+
+def new_record(config, run, launch, gpu):
+    """What the Volume keeps of one attempt; `left` and `seen` follow."""
+    return {
+        "launch": launch, "call": modal.current_function_call_id(), "left": "",
+        "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
+        "progress": progress(run), "epochs": config["training"]["epochs"],
+        "dollars": hourly(card() or gpu)}
 
 
 def limit_attempt(config, run, launch, timeout):
