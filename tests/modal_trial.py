@@ -107,7 +107,7 @@ def fit(config, toy, settings, resume, on_saved, caught, deadline):
         rows = open(directory / "metrics.jsonl", "a", buffering=1)
         for epoch in range(epoch, settings["epochs"] + 1):
             while batch < toy["batches"]:
-                while step == toy["hold"] > 0 and not (directory / "go").exists():
+                while step == toy["hold"] > 0 and not caught and not (directory / "go").exists():
                     time.sleep(0.05)
                 if step + 1 == toy["crash_at"]:
                     raise ValueError("the toy crashes here, always")
