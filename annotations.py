@@ -1,8 +1,11 @@
-"""Seizures of one recording, by the annotation file of its corpus or by the annotations inside an EDF+ file.
+"""What a corpus says beside its signals: the seizures of a recording, by an annotation file or by
+the annotations inside an EDF+, and its own version.
 
-Every reader takes (annotation file, header of the EDF) and returns Labels, or None where the file says
-nothing about this recording. What contradicts itself is refused, never guessed.
+Every reader takes (annotation file, header of the EDF) and returns Labels, or None where the file
+says nothing about this recording. What contradicts itself is refused, never guessed.
 """
+import datetime
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +29,11 @@ class Labels:
 
 
 def finish(labels, seconds):
-    """Labels -> sorted, disjoint events float64 (N, 2) inside a recording of `seconds`; refuses what
-    contradicts it.
+    """Labels -> sorted, disjoint events float64 (N, 2) inside a recording of `seconds`; refuses
+    what contradicts it.
 
-    An event that begins inside and ends beyond the end is cut there, and noted; one wholly beyond is
-    refused."""
+    An event that begins inside and ends beyond the end is cut there, and noted; one wholly beyond
+    is refused."""
     if labels.seconds is not None and abs(labels.seconds - seconds) > labels.slack:
         raise DataError(f"the annotation is of {labels.seconds:g} s, the signal has {seconds:g} s: "
                         "not the same recording")
@@ -58,22 +61,28 @@ def read_text(path):
     raw = Path(path).read_bytes()
     if not raw.strip():
         raise DataError(f"{Path(path).name} is empty")
+    # a mark says UTF-16, what Windows calls Unicode; else UTF-8, and Latin-1 where it is not that
+    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode(encoding)
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def table(text, name, delimiter, columns):
-    """Rows of a delimited table as dicts; comment lines (#) are skipped, the header must hold `columns`."""
+    """Rows of a delimited table as dicts; comment lines (#) are skipped, the header must hold
+    `columns`."""
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
     # nobody quotes; a lone quote must not swallow rows
     rows = [line.split(delimiter) for line in lines]
-    header = [cell.strip() for cell in rows[0]] if rows else []
+    header = []
+    if rows:
+        header = [cell.strip() for cell in rows[0]]
     missing = [column for column in columns if column not in header]
     if missing:
-        raise DataError(f"{name}: no column {', '.join(missing)} (it has {', '.join(header) or 'none'})")
+        raise DataError(f"{name}: no column {', '.join(missing)} "
+                        f"(it has {', '.join(header) or 'none'})")
     needed = 1 + max(header.index(column) for column in columns)
     short = [row for row in rows[1:] if len(row) < needed]
     # a last line without its end: the file was cut here, more rows may have followed
@@ -81,7 +90,11 @@ def table(text, name, delimiter, columns):
         short.append(rows[-1])
     if short:
         raise DataError(f"{name}: incomplete row {delimiter.join(short[0])[:60]!r}")
-    return [dict(zip(header, (cell.strip() for cell in row))) for row in rows[1:]]
+    found = []
+    for row in rows[1:]:
+        cells = [cell.strip() for cell in row]
+        found.append(dict(zip(header, cells)))
+    return found
 
 
 def read_events_tsv(path, header):
@@ -89,12 +102,13 @@ def read_events_tsv(path, header):
 
 
 def parse_events_tsv(text, name="events.tsv"):
-    """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance test) are
-    not."""
+    """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance
+    test) are not."""
     labels, tests = Labels(), []
     rows = table(text, name, "\t", ("onset", "duration", "eventType"))
     if not rows:
-        raise DataError(f"{name} has no row: SzCORE marks a recording without seizure by one bckg row")
+        raise DataError(f"{name} has no row: "
+                        "SzCORE marks a recording without seizure by one bckg row")
     for row in rows:
         kind = row["eventType"]
         _note_length(labels, row.get("recordingDuration"), name)
@@ -111,7 +125,8 @@ def parse_events_tsv(text, name="events.tsv"):
 
     for begin, end in tests:
         if any(onset < end and stop > begin for onset, stop in labels.events):
-            raise DataError(f"{name}: a seizure inside an impedance test (impd, {begin:g} s to {end:g} s)")
+            raise DataError(f"{name}: a seizure inside an impedance test "
+                            f"(impd, {begin:g} s to {end:g} s)")
         labels.notes.append(f"impedance test from {begin:g} s to {end:g} s counted as background")
     return labels
 
@@ -131,7 +146,8 @@ def read_csv(path, header):
 
 
 def parse_csv(text, name="csv"):
-    """TUSZ .csv_bi (one TERM channel) or .csv (a row per derivation): the union of all seizure rows."""
+    """TUSZ .csv_bi (one TERM channel) or .csv (a row per derivation): the union of all seizure
+    rows."""
     labels, background = Labels(), []
     duration = re.search(r"^#\s*duration\s*=\s*(\S+)\s*secs", text, re.M)
     if duration:
@@ -169,7 +185,8 @@ def read_seizeit(path, header):
 
 
 def parse_seizeit(text, name="a1.tsv"):
-    """SeizeIT1 annotation: onset, end (s), type, comment. A seizure whose end is None cannot be labelled."""
+    """SeizeIT1 annotation: onset, end (s), type, comment. A seizure whose end is None cannot be
+    labelled."""
     labels = Labels()
     for line in text.split("\n"):
         row = line.split("\t")
@@ -209,7 +226,8 @@ def parse_summary(text):
 
 
 def summary_labels(blocks, name="summary"):
-    """Labels from the block of one file, both forms ("Seizure Start Time" and "Seizure 1 Start Time")."""
+    """Labels from the block of one file, both forms ("Seizure Start Time" and "Seizure 1 Start
+    Time")."""
     block = blocks[0]
     file = block.split("\n")[0].strip()
     what = f"{name}, {file}"
@@ -221,8 +239,9 @@ def summary_labels(blocks, name="summary"):
     if not count or not int(count[1]) == len(starts) == len(ends):
         raise DataError(f"{what}: {count[1] if count else 'no'} seizures announced, "
                         f"{len(starts)} begin, {len(ends)} end")
-    onsets = [float(number(text, what)) for text in starts]
-    labels = Labels(list(zip(onsets, (float(number(text, what)) for text in ends))))
+    labels = Labels()
+    for start, end in zip(starts, ends):
+        labels.events.append((float(number(start, what)), float(number(end, what))))
 
     # clock times of the file are off by 10 s and more: only a gross difference counts
     begin = re.search(r"^File Start Time:\s*(\S+)", block, re.M)
@@ -238,8 +257,8 @@ SIENA = re.compile(r"\s*(File name|Registration start time|Registration end time
 
 
 def parse_siena(text, name="Seizures-list"):
-    """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end", "start", "end":
-    text}]}."""
+    """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end",
+    "start", "end": text}]}."""
     files, entry = {}, {}
     for found in filter(None, map(SIENA.match, text.split("\n"))):
         key = found[1].lower().removeprefix("seizure ").removesuffix(" time")
@@ -258,7 +277,8 @@ def parse_siena(text, name="Seizures-list"):
 
 
 def siena_times(entry, what):
-    """(registration start in s of the day, its length, seizure onset and end in s after it) of one entry."""
+    """(registration start in s of the day, its length, seizure onset and end in s after it) of one
+    entry."""
     for key in ("registration start", "registration end", "start", "end"):
         if key not in entry:
             raise DataError(f"{what}: no {key} time")
@@ -272,8 +292,9 @@ def siena_times(entry, what):
 
 
 def read_siena(path, header):
-    """Seizures of one Siena recording, from the wall clock. The list spells some names wrongly (O for 0, no
-    number): a lone name left over is taken for the lone recording left over, and noted."""
+    """Seizures of one Siena recording, from the wall clock. The list spells some names wrongly (O
+    for 0, no number): a lone name left over is taken for the lone recording left over, and
+    noted."""
     files = parse_siena(read_text(path), path.name)
     listed = {_siena_name(name): entries for name, entries in files.items()}
     labels, key = Labels(slack=60.0), _siena_name(header.path.name)
@@ -316,8 +337,9 @@ DEFAULT_TEXTS = {                       # what a text means, whole, in any case;
 
 @dataclass(frozen=True)
 class Texts:
-    """What the user says of annotation texts, beside DEFAULT_TEXTS: those that mark a seizure, (start, end)
-    pairs that enclose one, and those of a recording that was read and has no other seizure."""
+    """What the user says of annotation texts, beside DEFAULT_TEXTS: those that mark a seizure,
+    (start, end) pairs that enclose one, and those of a recording that was read and has no other
+    seizure."""
     seizure: tuple = ()
     pairs: tuple = ()
     background: tuple = ()
@@ -350,27 +372,34 @@ def plain(text):
 
 def user_texts(seizure=(), background=()):
     """Texts of the command line's --seizure-label (TEXT or START..END) and --background-label."""
-    pairs = [text.split("..") for text in seizure if ".." in text]
-    if any(len(pair) != 2 or not all(map(plain, pair)) or plain(pair[0]) == plain(pair[1]) for pair in pairs):
-        raise DataError("--seizure-label START..END takes two different texts")
-    single = [text for text in seizure if ".." not in text]
-    if not all(map(plain, [*single, *background])):
+    single, pairs = [], []
+    for text in seizure:
+        parts = [plain(part) for part in text.split("..")]
+        if len(parts) == 1:
+            single += parts
+        elif len(parts) == 2 and all(parts) and parts[0] != parts[1]:
+            pairs.append(tuple(parts))
+        else:
+            raise DataError(f"--seizure-label {text}: START..END takes two different texts")
+    background = [plain(text) for text in background]
+    if not all([*single, *background]):
         raise DataError("--seizure-label and --background-label take a text")
-    both = {plain(text) for text in seizure} & {plain(text) for text in background}
+    both = {*single, *(text for pair in pairs for text in pair)} & {*background}
     if both:
         raise DataError(f"{both.pop()!r} is a --seizure-label and a --background-label")
-    return Texts(
-        seizure=tuple(map(plain, single)),
-        pairs=tuple((plain(start), plain(end)) for start, end in pairs),
-        background=tuple(map(plain, background)))
+    return Texts(tuple(single), tuple(pairs), tuple(background))
 
 
 def parse_annotations(found, texts):
-    """Labels of what read_annotations gives; None where no text says that the recording was read for seizures.
+    """Labels of what read_annotations gives; None where no text says that the recording was read
+    for seizures.
 
-    A seizure is a text with a duration, or lies between a start and an end; a seizure's text without a
-    duration counts as a start. DataError for a start without an end and an end without a start."""
-    labels, begun, labelled = Labels(), {}, False
+    A seizure is a text with a duration, or lies between a start and an end; a seizure's text
+    without a duration counts as a start. DataError for a start without an end and an end without a
+    start."""
+    labels = Labels()
+    begun = {}                          # pair -> (onset, text) of a start that waits for its end
+    labelled = False
     for onset, duration, text in sorted(found, key=lambda annotation: annotation[0]):
         meaning, pair = texts.meaning(text)
         if meaning:
@@ -392,3 +421,68 @@ def parse_annotations(found, texts):
 
 def _no_end(onset, text):
     return f"{text!r} at {onset:g} s has no end: neither a duration nor a text that says so"
+
+
+# ---- the corpus's own version ----
+
+# tuh_eeg_seizure/v2.0.3, siena-scalp-eeg-database-1.0.0
+NAMED = re.compile(r"(?:^|[-_])v?(\d+\.\d+\.\d+)$")
+DATE = re.compile(r"\b(20\d\d)[-/]?([01]\d)[-/]?([0-3]\d)\b")
+
+
+def release(root, labels):
+    """What a corpus says of its own version and of its annotations' date, as one line, "" where it
+    says nothing: README (TUSZ: AAREADME.txt), dataset_description.json (BIDS), a folder named
+    v2.0.3, the head of a .csv_bi."""
+    root = Path(root).resolve()
+    said = _of_files(root)
+    for place in (root, *root.parents[:2]):
+        named = NAMED.search(place.name)
+        if named and not said:
+            said = f"version {named[1]}"
+    # TUSZ's label files say their own
+    head = _head(labels[0]) if labels and labels[0] else ""
+    found = re.search(r"^#\s*version\s*=\s*(\S+)", head, re.M)
+    parts = [said, f"labels {found[1]}"] if found else [said]
+    return " ".join(", ".join(filter(None, parts)).split())[:200]
+
+
+def _of_files(root):
+    """Of the files that describe a corpus; what cannot be read says nothing."""
+    for path in sorted(root.glob("*")):
+        if path.name.lower().startswith("readme"):
+            return _of_readme(_head(path))
+    for place in (root, *root.parents[:2]):
+        for path in sorted(place.glob("AAREADME*")):
+            return _of_readme(_head(path))
+    try:
+        described = json.loads(_head(root / "dataset_description.json"))
+        parts = [str(described[key]) for key in ("Name", "DatasetVersion") if key in described]
+        return " ".join(parts)
+    except (ValueError, TypeError):
+        return ""
+
+
+def _head(path):
+    try:
+        with open(path, errors="replace") as f:
+            return f.read(1_000_000)
+    except OSError:
+        return ""
+
+
+def _of_readme(text):
+    """Version and newest date; "" where it names no version, as the README of something else."""
+    version = re.search(r"\bversion\s*[:=]?\s*v?(\d+(?:\.\d+)+)|\bv(\d+\.\d+\.\d+)", text, re.I)
+    if not version:
+        return ""
+    said = f"version {version[1] or version[2]}"
+    dates = []
+    for found in DATE.finditer(text):
+        try:
+            dates.append(datetime.date(*(int(part) for part in found.groups())))
+        except ValueError:
+            continue                    # a number that only looks like one
+    if dates:
+        said += f", newest date in its README {max(dates)}"
+    return said

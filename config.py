@@ -104,6 +104,8 @@ KEYS = {
         5, "newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides", COUNT_OR_0, CHANGES),
     "training.init": Key(
         "", "a checkpoint or stripped file whose weights a fresh run starts from", PATH, CHANGES),
+    "training.init_sha256": Key(
+        "", "SHA-256 of that file: checked where given, filled in by the run", None, CHANGES),
     "training.mirror": Key(
         "", "folder for a second copy of the newest states and the records", PATH, CHANGES),
     "training.save_patience_minutes": Key(

@@ -1,7 +1,8 @@
-"""Corpora of EDF files: how each names its recordings and where its labels lie, and the resumable conversion
-to one HDF5 file per recording.
+"""Corpora of EDF files: how each names its recordings and where its labels lie, and the resumable
+conversion to one HDF5 file per recording.
 
-A corpus layout is a row of LAYOUTS and, where its labels are of a new kind, a reader in annotations.py.
+A corpus layout is a row of LAYOUTS and, where its labels are of a new kind, a reader in
+annotations.py.
 """
 import hashlib
 import json
@@ -24,13 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 import annotations
-from edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, prepare_edf, read_annotations, read_header
+from edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe
+from edf import prepare_edf, read_annotations, read_header
 
 FORMAT = 2                              # version of the HDF5 layout
-CHUNK = 10 * FS                         # samples of a chunk there: windows that begin every 10 s begin a chunk
+CHUNK = 10 * FS                         # samples of a chunk there: windows begin every 10 s
 INDEX, REPORT = "index.json", "import.json"
 WORKER = 200_000_000                    # bytes of EDF that make a further process worth its start
-EQUAL = 3                               # files refused for one reason that are named; more share a line
+EQUAL = 3                               # files refused for one reason; more share a line
 KEPT = 100                              # texts of a recording's EDF+ annotations
 LISTED = 20                             # texts of EDF+ annotations in the table
 SPLITS = ("train", "dev", "eval")
@@ -63,8 +65,8 @@ class Layout(NamedTuple):
     """How a corpus names a recording, where its labels lie, who reads them."""
     name: re.Pattern                    # stem of the EDF; its first group is the patient
     example: str
-    find: Callable                      # EDF path -> places where its annotation may lie, the best first
-    read: Callable                      # (annotation path, Header) -> Labels, None where it does not name it
+    find: Callable                      # EDF path -> where its annotation may lie, the best first
+    read: Callable                      # (annotation path, Header) -> Labels, None: not named there
     lower: bool = False                 # patients are written in small letters
     split: bool = False                 # folders train, dev and eval are the corpus's own split
 
@@ -76,12 +78,13 @@ LAYOUTS = {
                      summary_beside, annotations.read_summary, lower=True),
     "siena": Layout(re.compile(r"(PN\d{2})(-[\d.]*)?$", re.I), "PN00-1.edf",
                     seizure_list, annotations.read_siena),
-    "bids": Layout(re.compile(r"sub-([A-Za-z0-9]+)(?:_[a-zA-Z]+-[A-Za-z0-9]+)*_eeg$"), "sub-01_run-00_eeg.edf",
-                   beside("_events.tsv"), annotations.read_events_tsv),
+    "bids": Layout(re.compile(r"sub-([A-Za-z0-9]+)(?:_[a-zA-Z]+-[A-Za-z0-9]+)*_eeg$"),
+                   "sub-01_run-00_eeg.edf", beside("_events.tsv"), annotations.read_events_tsv),
     "seizeit": Layout(re.compile(r"(P_ID\d+)_r\d+$", re.I), "P_ID01_r1.edf",
                       beside("_a1.tsv"), annotations.read_seizeit)}
 # an EDF of no known corpus
-OTHER = Layout(re.compile("(?!)"), "", beside("_events.tsv", ".csv_bi", ".csv"), annotations.read_beside)
+OTHER = Layout(re.compile("(?!)"), "",
+               beside("_events.tsv", ".csv_bi", ".csv"), annotations.read_beside)
 
 
 @dataclass
@@ -96,9 +99,10 @@ class Source:
 
 
 def identify(path, root, layout="auto"):
-    """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are taken as
-    they come, with the annotation beside them (x_events.tsv, x.csv_bi, x.csv) and the patient named by the
-    folder in `root` or, directly there, by what stands before the first underscore."""
+    """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are
+    taken as they come, with the annotation beside them (x_events.tsv, x.csv_bi, x.csv) and the
+    patient named by the folder in `root` or, directly there, by what stands before the first
+    underscore."""
     relative = path.relative_to(root)
     if layout == "auto":
         layout = next((name for name, row in LAYOUTS.items() if row.name.match(path.stem)), "")
@@ -118,62 +122,6 @@ def identify(path, root, layout="auto"):
     # a dead link counts: labels that cannot be read are no reason to call a recording unlabelled
     annotation = next((place for place in row.find(path) if os.path.lexists(place)), None)
     return Source(path, relative.with_suffix("").as_posix(), layout, patient, split, annotation)
-
-
-# ---- the corpus's own version ----
-
-NAMED = re.compile(r"(?:^|[-_])v?(\d+\.\d+\.\d+)$")     # tuh_eeg_seizure/v2.0.3, siena-scalp-eeg-database-1.0.0
-DATE = re.compile(r"\b(20\d\d)[-/]?([01]\d)[-/]?([0-3]\d)\b|\b([01]?\d)/([0-3]?\d)/(20\d\d)\b")
-
-
-def release(root, sources):
-    """What a corpus says of its own version and of its annotations' date, as one line, "" where it says nothing:
-    README (TUSZ: AAREADME.txt), dataset_description.json (BIDS), a folder named v2.0.3, the head of a .csv_bi."""
-    root = Path(root).resolve()
-    said = _of_files(root) or ""
-    for place in (root, *root.parents[:2]):
-        named = NAMED.search(place.name)
-        if named and not said:
-            said = f"version {named[1]}"
-    labels = next((source.annotation for source in sources if source.layout == "tuh" and source.annotation), None)
-    found = labels and re.search(r"^#\s*version\s*=\s*(\S+)", _head(labels), re.M)
-    if found:
-        said += f"{', ' if said else ''}labels {found[1]}"
-    return " ".join(said.split())[:200]
-
-
-def _of_files(root):
-    """Of the files that describe a corpus; what cannot be read says nothing."""
-    for path in sorted(root.glob("*")):
-        if path.name.lower().startswith("readme"):
-            return _of_readme(_head(path))
-    for place in (root, *root.parents[:2]):
-        for path in sorted(place.glob("AAREADME*")):
-            return _of_readme(_head(path))
-    try:
-        described = json.loads(_head(root / "dataset_description.json"))
-        return " ".join(str(described[key]) for key in ("Name", "DatasetVersion") if key in described)
-    except (ValueError, TypeError):
-        return ""
-
-
-def _head(path):
-    try:
-        with open(path, errors="replace") as f:
-            return f.read(1_000_000)
-    except OSError:
-        return ""
-
-
-def _of_readme(text):
-    version = re.search(r"\bversion\s*[:=]?\s*v?(\d+\.\d+(?:\.\d+)?)|\bv(\d+\.\d+\.\d+)", text, re.I)
-    said = f"version {version[1] or version[2]}" if version else ""
-    dates = []
-    for year, month, day, month2, day2, year2 in DATE.findall(text):
-        dates.append(f"{year or year2}-{int(month or month2):02}-{int(day or day2):02}")
-    if dates:
-        said += f"{', ' if said else ''}newest date in its README {max(dates)}"
-    return said
 
 
 # ---- import: one recording ----
@@ -203,6 +151,11 @@ def shown(path):
     return os.fsencode(path).decode(errors="replace").replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
+def one_line(error):
+    """Its message without what would break a line or a terminal: headers and labels may hold anything."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", "?", str(error))
+
+
 def stamps(source):
     """Sizes and times of the files a recording is made of: [[name, size, mtime_ns], ...]."""
     files = [file for file in (source.path, source.annotation) if file]
@@ -213,13 +166,18 @@ def origin(source, task):
     """Attributes that say what a recording is made of; while they are the same, it is kept."""
     # the map of texts matters only where labels can come from the EDF itself
     meanings = "" if source.annotation else json.dumps(vars(task.texts))
-    return {"format": FORMAT, "prepared": task.recipe.hash, "patient": source.patient, "split": source.split,
-            "source_state": json.dumps(stamps(source)), "meanings": meanings}
+    return {
+        "format": FORMAT,
+        "prepared": task.recipe.hash,
+        "patient": source.patient,
+        "split": source.split,
+        "source_state": json.dumps(stamps(source)),
+        "meanings": meanings}
 
 
 def finished(target, source, task):
-    """Outcome of an earlier import that made `target` from these very files in this way, else None. Occupied
-    where it holds another recording, as sub-01 of a second corpus would be."""
+    """Outcome of an earlier import that made `target` from these very files in this way, else None.
+    Occupied where it holds another recording, as sub-01 of a second corpus would be."""
     try:
         with h5py.File(target, "r") as f:
             made = dict(f.attrs)
@@ -240,10 +198,10 @@ def import_one(source, task):
     try:
         return finished(target, source, task) or _convert(source, task, target)
     except Occupied as refusal:
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
     except DataError as refusal:
         target.unlink(missing_ok=True)                  # what an earlier state of the source gave
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
 
 
 def _convert(source, task, target):
@@ -274,15 +232,16 @@ def _convert(source, task, target):
         "began": header.began,
         "release": task.release,
         "annotations": json.dumps(texts),
-        "repaired": "; ".join(dict.fromkeys(header.notes))}
+        "repaired": one_line("; ".join(dict.fromkeys(header.notes)))}
     write_recording(target, signal.eeg, np.empty((0, 2)) if events is None else events, attributes)
     kind = "repaired" if header.notes else "read"
     return Outcome(source, kind, attributes["repaired"], header.seconds, events is not None, texts)
 
 
 def find_events(source, header, texts):
-    """(events float64 (N, 2) in s, or None for an unlabelled recording; {text of its EDF+ annotations: how
-    often}). An annotation file counts alone; where there is none, what an EDF+ says inside."""
+    """(events float64 (N, 2) in s, or None for an unlabelled recording; {text of its EDF+
+    annotations: how often}). An annotation file counts alone; where there is none, what an EDF+
+    says inside."""
     if source.annotation:
         labels = LAYOUTS.get(source.layout, OTHER).read(source.annotation, header)
         if not labels:
@@ -334,14 +293,15 @@ class Report:
         self.texts.update(outcome.texts)
 
 
-def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="", workers=0,
-                  say=print, channels=(), seizure_labels=(), background_labels=(), replace=False):
-    """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished. Returns
-    the Report.
+def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="",
+                  workers=0, say=print, channels=(), seizure_labels=(), background_labels=(),
+                  replace=False, progress=lambda what: None):
+    """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished.
+    Returns the Report.
 
-    `channels`: of the montage reduced. DataError for bad usage, a missing folder, one that another import is
-    writing, or one that holds recordings of another preparation (`replace` makes them anew); refused files
-    are in the report, not raised."""
+    `channels`: of the montage reduced. DataError for bad usage, a missing folder, one that another
+    import is writing, or one that holds recordings of another preparation (`replace` makes them
+    anew); refused files are in the report, not raised."""
     recipe = Recipe(montage, str(notch), blank_unit, tuple(channels))
     texts = annotations.user_texts(seizure_labels, background_labels)
     if layout not in ("auto", *LAYOUTS):
@@ -358,10 +318,13 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
             stale.unlink()
         report = Report(refused=closed)
         sources = identify_all(files, root, layout, report)
-        task = Task(out, recipe, texts, release(root, sources))
+        labels = [source.annotation for source in sources if source.layout == "tuh"]
+        # of a single EDF the folder around it may be anything
+        said = annotations.release(root, labels) if root == Path(src) else ""
+        task = Task(out, recipe, texts, said)
         if task.release:
             say(f"{src}: {task.release}")
-        _import_all(report, sources, task, workers, say)
+        _import_all(report, sources, task, workers, say, progress)
         _write_report(out, files, report)
         entries(out)                                    # writes the index
     finally:
@@ -383,8 +346,8 @@ def _lock(out):
 
 
 def find_edf(src):
-    """(EDF files below src, root, [(folder, why it cannot be listed)]); links are followed, each folder
-    once."""
+    """(EDF files below src, root, [(folder, why it cannot be listed)]); links are followed, each
+    folder once."""
     src = Path(src)
     if src.is_file() or src.is_symlink() and not src.is_dir():
         return [src], src.parent, []
@@ -425,8 +388,9 @@ def refuse_mixture(out, recipe):
     there = index.values() or filter(None, map(_prepared, out.rglob("*.h5")))
     for entry in there:
         if entry["prepared"] != recipe.hash:
-            raise DataError(f"{out} holds recordings of {describe(entry)}, this import is of {recipe}: "
-                            "import into another folder, or make them anew with --replace")
+            raise DataError(f"{out} holds recordings of {describe(entry)}, this import is of "
+                            f"{recipe}: import into another folder, or make them anew with "
+                            "--replace")
 
 
 def _prepared(path):
@@ -449,7 +413,7 @@ def describe(entry):
     return f"montage {entry['montage']}, prepared by another version of edf.py"
 
 
-def _import_all(report, sources, task, workers, say):
+def _import_all(report, sources, task, workers, say, progress):
     size = sum(_size(source.path) for source in sources)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not workers:
@@ -459,6 +423,7 @@ def _import_all(report, sources, task, workers, say):
     with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not terminal) as bar:
         for number, outcome in enumerate(_outcomes(sources, task, workers), 1):
             report.add(outcome)
+            progress("imported recording")
             read = _size(outcome.source.path)
             done += read
             bar.set_postfix_str(outcome.source.name[-40:], refresh=False)
@@ -478,14 +443,15 @@ def _size(path):
 
 
 def _outcomes(sources, task, workers):
-    """Outcomes of import_one in the order they come; in this process, or in `workers` fresh ones."""
+    """Outcomes of import_one in the order they come; in this process, or in `workers` fresh
+    ones."""
     if workers == 1:
         yield from (import_one(source, task) for source in sources)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
         try:
-            # workers inherit the mask: Ctrl-C, which a terminal sends to all, is this process's to answer
+            # workers inherit the mask: a terminal sends Ctrl-C to all, this process answers it
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 jobs = [pool.submit(import_one, source, task) for source in sources]
@@ -511,15 +477,16 @@ def _die_with_parent():
 def hints(sources, layout, texts, report):
     """Lines on what the user may have meant otherwise."""
     found = []
-    if layout != "auto" and not any(LAYOUTS[layout].name.match(source.path.stem) for source in sources):
-        found.append(f"no file is named as in {layout} ({LAYOUTS[layout].example}): leave --layout away")
+    row = LAYOUTS.get(layout)
+    if row and not any(row.name.match(source.path.stem) for source in sources):
+        found.append(f"no file is named as in {layout} ({row.example}): leave --layout away")
     there = set(map(annotations.plain, report.texts))
     absent = [text for text in texts.given() if text not in there]
     if absent:
-        found.append(f"no EDF+ annotation is {', '.join(map(repr, absent))}; an annotation file beside "
-                     "an EDF counts alone")
-    alone = _labels_alone(sources) if report.unlabelled else []
-    if alone:
+        found.append(f"no EDF+ annotation is {', '.join(map(repr, absent))}; "
+                     "an annotation file beside an EDF counts alone")
+    alone = _labels_alone(sources)
+    if alone and report.unlabelled:
         found.append(f"{len(alone)} annotation files belong to no EDF, {alone[0].name} for one: "
                      "they are read where they are named as the EDF")
     return found
@@ -548,7 +515,8 @@ def _table(report, texts, say):
         say(f"{len(report.refused)} refused:")
         for line in grouped(report.refused):
             say(f"  {line}")
-    unused = {text: count for text, count in report.texts.most_common() if not texts.meaning(text)[0]}
+    counts = report.texts.most_common()
+    unused = {text: count for text, count in counts if not texts.meaning(text)[0]}
     if unused:
         say("EDF+ annotations that label nothing:")
         for text in list(unused)[:LISTED]:
@@ -577,7 +545,8 @@ def grouped(refused):
 
 
 def _write_report(out, files, report):
-    """Keep what was refused, for `info`; of files that were not among these, what an earlier import said."""
+    """Keep what was refused, for `info`; of files that were not among these, what an earlier import
+    said."""
     import checkpoint
     seen = {shown(path) for path in files}
     before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
@@ -597,16 +566,19 @@ def read_report(out):
 def write_recording(target, eeg, events, attributes):
     """One recording, eeg int16 (C, T), under its final name, complete and durable, or not at all.
 
-    Format 2: `eeg` lies in chunks of (C, CHUNK), uncompressed, one after the other behind all else, so that a
-    window of training is one read. Where HDF5 puts them elsewhere, DataError."""
+    Format 2: `eeg` lies in chunks of (C, CHUNK), uncompressed, one after the other behind all else,
+    so that a window of training is one read. Where HDF5 puts them elsewhere, DataError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with h5py.File(temp, "w", libver="latest") as f:
             f.attrs.update(attributes)
             f.create_dataset("events", data=events)
-            _write_chunks(f, eeg)
-            _first_chunk(target, f["eeg"])
+            f.flush()                   # all that stands about the recording takes its place before it
+            _write_chunks(make_dataset(f, *eeg.shape), eeg)
+            end = _first_chunk(target, f["eeg"]) + 2 * len(eeg) * CHUNK * -(-eeg.shape[1] // CHUNK)
+        if os.path.getsize(temp) != end:
+            raise DataError(f"{target}: HDF5 put something behind the samples")
         import checkpoint               # here: torch takes a worker a second
         checkpoint.durable_replace(temp, target)
     except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
@@ -615,9 +587,8 @@ def write_recording(target, eeg, events, attributes):
         temp.unlink(missing_ok=True)
 
 
-def _write_chunks(file, eeg):
-    """The dataset `eeg`; its last chunk is padded with zeros."""
-    channels, samples = eeg.shape
+def make_dataset(file, channels, samples):
+    """The empty dataset `eeg` of an open HDF5 file."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_chunk((channels, CHUNK))
     # all room is taken at once: that puts the chunks in a row
@@ -625,34 +596,39 @@ def _write_chunks(file, eeg):
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     # the shape may not be smaller than a chunk, but what it may grow to counts
     shape = h5py.h5s.create_simple((channels, samples), (channels, max(samples, CHUNK)))
-    dataset = h5py.h5d.create(file.id, b"eeg", h5py.h5t.STD_I16LE, shape, layout)
-    for start in range(0, samples, CHUNK):
-        chunk = np.zeros((channels, CHUNK), "<i2")
+    return h5py.h5d.create(file.id, b"eeg", h5py.h5t.STD_I16LE, shape, layout)
+
+
+def _write_chunks(dataset, eeg):
+    """The last chunk is padded with zeros."""
+    for start in range(0, eeg.shape[1], CHUNK):
         part = eeg[:, start:start + CHUNK]
+        chunk = np.zeros((len(eeg), CHUNK), "<i2")
         chunk[:, :part.shape[1]] = part
         dataset.write_direct_chunk((0, start), chunk.tobytes())
 
 
 def _first_chunk(path, eeg):
-    """Where in the file the samples of the dataset `eeg` begin, bytes. DataError where they are not whole
-    chunks in a row, as write_recording lays them."""
+    """Where in the file the samples of the dataset `eeg` begin, bytes. DataError where they are not
+    whole chunks in a row, as write_recording lays them."""
     size = 2 * eeg.shape[0] * CHUNK
-    wanted = eeg.dtype == np.dtype("<i2") and eeg.chunks == (eeg.shape[0], CHUNK) and eeg.compression is None
     found = []
-    if wanted:
+    plain = eeg.dtype == np.dtype("<i2") and eeg.compression is None
+    if plain and eeg.chunks == (eeg.shape[0], CHUNK):
         eeg.id.chunk_iter(lambda chunk: found.append((chunk.chunk_offset[1], chunk.byte_offset)))
     found.sort()
     offset = found[0][1] if found else 0
     count = -(-eeg.shape[1] // CHUNK)
     if not offset or found != [(k * CHUNK, offset + k * size) for k in range(count)]:
-        raise DataError(f"{path}: its samples are not whole chunks of int16, one after the other: import it again")
+        raise DataError(f"{path}: its samples are not whole chunks of int16, one after the other: "
+                        "import it again")
     return offset
 
 
-ENTRY = set("patient split montage prepared repaired channels fs labelled scale norm source_fs samples offset "
-            "events size mtime digest began release".split())
-OLDER = {1: "a window lay in 19 places of a format 1 file, and reading it from a disk or a network took up to "
-            "100 times as long"}
+ENTRY = set("patient split montage prepared repaired channels fs labelled scale norm source_fs "
+            "samples offset events size mtime digest began release".split())
+OLDER = {1: "a window lay in 19 places of a format 1 file, and reading it from a disk or a network "
+            "took up to 100 times as long"}
 
 
 def load_recording(path):
@@ -662,10 +638,12 @@ def load_recording(path):
             entry = _entry(path, f)
         with open(path, "rb") as raw:
             now = os.fstat(raw.fileno())
-            entry |= {"size": now.st_size, "mtime": now.st_mtime_ns, "digest": digest(raw.read(entry["offset"]))}
+            entry["size"] = now.st_size
+            entry["mtime"] = now.st_mtime_ns
+            entry["digest"] = digest(raw.read(entry["offset"]))
     except DataError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
     chunks = -(-entry["samples"] // CHUNK)
     if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:
@@ -697,7 +675,8 @@ def _entry(path, file):
         "events": file["events"][()].astype(float).tolist(),
     }
     if not eeg.shape[0] == len(entry["channels"]) == len(entry["scale"]):
-        raise DataError(f"{path}: {eeg.shape[0]} rows of samples for {len(entry['channels'])} channels")
+        raise DataError(f"{path}: {eeg.shape[0]} rows of samples for "
+                        f"{len(entry['channels'])} channels")
     return entry
 
 
@@ -706,17 +685,17 @@ def digest(header):
     return hashlib.sha256(header).hexdigest()
 
 
-FEW = 32                                # files whose time changed: looked at one by one, not taken for a copy
+FEW = 32                                # files of another time: looked at, not taken for a copy
 
 
 def entries(root):
-    """{name: ((size, mtime_ns) of the file now, what load_recording says)} of every recording below an
-    imported folder, sorted by name.
+    """{name: ((size, mtime_ns) of the file now, what load_recording says)} of every recording below
+    an imported folder, sorted by name.
 
-    The latter comes from the index that the import wrote beside the files and that travels with them: opening 6,500
-    recordings is one read. A file that is not in it, or of another size, is read again. So are a few of
-    another time; a copy changes the time of every file, and then each is compared with the index's digest
-    when its samples are first read."""
+    The latter comes from the index that the import wrote beside the files and that travels with
+    them: opening 6,500 recordings is one read. A file that is not in it, or of another size, is
+    read again. So are a few of another time; a copy changes the time of every file, and then each
+    is compared with the index's digest when its samples are first read."""
     index, fresh = _read_index(root / INDEX), {}
     files = dict(sorted(_walk(root)))
     states = {name: file_state(os.stat(file)) for name, file in files.items()}
@@ -735,12 +714,14 @@ def entries(root):
 
 
 def file_state(status):
-    """What tells one content of a file from another without reading it: (size, mtime_ns) of an os.stat."""
+    """What tells one content of a file from another without reading it: (size, mtime_ns) of an
+    os.stat."""
     return status.st_size, status.st_mtime_ns
 
 
 def _looked_at(file, known):
-    """The index's entry where the file's header is the one that it describes, else that of the file."""
+    """The index's entry where the file's header is the one that it describes, else that of the
+    file."""
     with open(file, "rb") as raw:
         if digest(raw.read(known["offset"])) == known["digest"]:
             return known | {"mtime": os.fstat(raw.fileno()).st_mtime_ns}

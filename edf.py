@@ -1,17 +1,18 @@
-"""One EDF file, checked, to microvolts and prepared for a detector: int16 at 256 Hz with a scale per channel.
+"""One EDF file, checked, to microvolts and prepared for a detector: int16 at 256 Hz with a scale
+per channel.
 
     header = read_header("x.edf")
     signal = prepare_edf(header, Recipe("referential"))
-    signal.eeg * signal.scale[:, None]                  # uV, (19, T)
-    read_annotations(header)                            # [(onset in s, duration in s or None, text)]
+    signal.eeg * signal.scale[:, None]  # uV, (19, T)
+    read_annotations(header)            # [(onset in s, duration in s or None, text)]
 
 Preparation, once per recording and never per window: microvolts; the montage; median taken off;
-polyphase resampling to 256 Hz; one zero-phase FIR filter (Hamming window, 13 s support at most): 0.5 to
-120 Hz and, by default, without 49-51, 59-61, 99-101 and 119-121 Hz, the mains of both worlds, so that a
-recording of unknown origin is prepared like those of the training; int16 with a scale per channel whose
-rounding error stays below one step of the amplifier. Zero phase keeps annotated times true; a causal
-filter would delay the onset by up to a second at 0.5 Hz. Filtering reaches 6.6 s ahead: results are those
-of offline reading.
+polyphase resampling to 256 Hz; one zero-phase FIR filter (Hamming window, 13 s support at most):
+0.5 to 120 Hz and, by default, without 49-51, 59-61, 99-101 and 119-121 Hz, the mains of both
+worlds, so that a recording of unknown origin is prepared like those of the training; int16 with a
+scale per channel whose rounding error stays below one step of the amplifier. Zero phase keeps
+annotated times true; a causal filter would delay the onset by up to a second at 0.5 Hz. Filtering
+reaches 6.6 s ahead: results are those of offline reading.
 
 The reader is our own: mne, edfio and pyedflib each misread or refuse some of what real corpora hold
 (gaps, truncation, units, dates with colons).
@@ -39,14 +40,18 @@ CHANNELS = {                            # in SzCORE's order (Dan et al. 2024, do
     "bipolar": BIPOLAR}
 MONTAGES = (*CHANNELS, "reduced")       # reduced: the channels that the user names
 BAND = (0.5, 120.0)                     # Hz
-NOTCH = {"both": (50, 60), "50": (50,), "60": (60,), "0": ()}
+NOTCH = {                               # --notch -> mains taken out, Hz
+    "both": (50, 60),
+    "50": (50,),
+    "60": (60,),
+    "0": ()}
 BLANK_UNITS = ("uV", "mV", "V", "nV")    # what --blank-unit takes
 MICROVOLTS = {"uv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
 # uV, typical amplitude of scalp EEG; outside it the unit in the header is wrong
 PLAUSIBLE = (0.1, 1000.0)
-WIDEST = 10 ** 7                        # uV, from lowest to highest value; amplifiers have less than 2 V
+WIDEST = 10 ** 7                        # uV from lowest to highest; amplifiers have less than 2 V
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
-LATE = 0.01                             # s that a record may begin off its place: two samples at 256 Hz
+LATE = 0.01                             # s that a record may be off its place: two samples
 
 
 class DataError(ValueError):
@@ -57,8 +62,8 @@ class DataError(ValueError):
 
 @dataclass
 class Header:
-    """What an EDF header says, checked against the file's size. `signals` maps each field to one value
-    per signal."""
+    """What an EDF header says, checked against the file's size. `signals` maps each field to one
+    value per signal."""
     path: Path
     signals: dict
     records: int
@@ -89,8 +94,16 @@ class Header:
 
 
 FIELDS = {                              # of each signal, and their width in bytes
-    "label": 16, "transducer": 80, "unit": 8, "pmin": 8, "pmax": 8, "dmin": 8, "dmax": 8,
-    "prefilter": 80, "count": 8, "reserved": 32}
+    "label": 16,
+    "transducer": 80,
+    "unit": 8,
+    "pmin": 8,                          # physical and digital range
+    "pmax": 8,
+    "dmin": 8,
+    "dmax": 8,
+    "prefilter": 80,
+    "count": 8,                         # samples in a record
+    "reserved": 32}
 # bounded: the exact value of 1e999999 takes a megabyte, that of more digits is refused by Python
 NUMBER = re.compile(r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})([eE][+-]?\d{1,2})?$", re.A)
 
@@ -115,8 +128,8 @@ def whole(text, what):
 
 
 def read_header(path):
-    """Header of an EDF or EDF+ file (Kemp & Olivan 2003). DataError where it contradicts itself or the
-    file's size; OSError."""
+    """Header of an EDF or EDF+ file (Kemp & Olivan 2003). DataError where it contradicts itself or
+    the file's size; OSError."""
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         first = f.read(256)
@@ -127,7 +140,8 @@ def read_header(path):
             raise DataError(f"the header says {count} signals")
         raw = f.read(256 * count)
     if len(raw) < 256 * count:
-        raise DataError(f"the header of {count} signals needs {256 * (count + 1)} bytes, the file has {size}")
+        raise DataError(f"the header of {count} signals needs {256 * (count + 1)} bytes, "
+                        f"the file has {size}")
 
     notes = []
     duration = number(fixed[244:252], "record duration", notes)
@@ -171,16 +185,18 @@ def _signals(text, count):
 
 
 def _began(fixed):
-    """Start of the recording as YYYY-MM-DD hh:mm:ss, "" where the header has no valid date and time."""
+    """Start of the recording as YYYY-MM-DD hh:mm:ss, "" where the header has no valid date and
+    time."""
     date = re.fullmatch(r"(\d\d)[.:](\d\d)[.:](\d\d)", fixed[168:176].strip(), re.A)
     time = re.fullmatch(r"(\d\d)[.:](\d\d)[.:](\d\d)", fixed[176:184].strip(), re.A)
     if not date or not time:
         return ""
     day, month, year = (int(part) for part in date.groups())
+    hour, minute, second = (int(part) for part in time.groups())
     # two digits of the year: EDF began in 1985
     year += 1900 if year >= 85 else 2000
     try:
-        return str(datetime.datetime(year, month, day, *(int(part) for part in time.groups())))
+        return str(datetime.datetime(year, month, day, hour, minute, second))
     except ValueError:
         return ""
 
@@ -200,8 +216,8 @@ def _refuse_foreign(first, size):
 
 
 def _check_size(header, said, size):
-    """The header's counts against the bytes that are there; fills in a record count of -1 (recording was
-    not closed). `said`: header bytes by the header."""
+    """The header's counts against the bytes that are there; fills in a record count of -1
+    (recording was not closed). `said`: header bytes by the header."""
     record = 2 * sum(header.signals["count"])
     body = size - header.offset
     if said != header.offset:
@@ -223,7 +239,8 @@ def _check_size(header, said, size):
         raise DataError(f"truncated: the header says {header.records} records, "
                         f"the file holds {body / record:.1f}")
     if body >= (header.records + 1) * record:
-        raise DataError(f"the header says {header.records} records, the file holds {body // record}")
+        raise DataError(f"the header says {header.records} records, "
+                        f"the file holds {body // record}")
     extra = body - header.records * record
     if extra:
         _check_line_ends(header.path, extra)
@@ -231,7 +248,8 @@ def _check_size(header, said, size):
 
 
 def _check_line_ends(path, extra):
-    """Refuse a file that was copied as text: every \\n became \\r\\n, also those that are samples."""
+    """Refuse a file that was copied as text: every \\n became \\r\\n, also those that are
+    samples."""
     content = path.read_bytes()
     if content.count(b"\n") == content.count(b"\r\n") == extra:
         raise DataError(f"copied as text: a byte was put before each of {extra} line feeds")
@@ -244,7 +262,8 @@ TAL = re.compile(rb"([+-]\d+(?:\.\d*)?)(?:\x15(\d+(?:\.\d*)?))?\x14((?:[^\x14]*\
 
 
 def _annotation_signals(header):
-    return [i for i, label in enumerate(header.signals["label"]) if label == "EDF Annotations"]
+    labels = [label.lower() for label in header.signals["label"]]
+    return [i for i, label in enumerate(labels) if label == "edf annotations"]
 
 
 def record_onsets(header, body):
@@ -256,14 +275,15 @@ def record_onsets(header, body):
     for i, row in enumerate(np.ascontiguousarray(header.block(body, places[0]))):
         found = re.match(rb"([+-]\d+(?:\.\d*)?)(?:\x15[\d.]*)?\x14", row.tobytes())
         if not found:
-            raise DataError(f"record {i + 1} has no onset among its annotations: gaps cannot be ruled out")
+            raise DataError(f"record {i + 1} has no onset among its annotations: "
+                            "gaps cannot be ruled out")
         onsets.append(float(found[1]))
     return np.array(onsets)
 
 
 def read_annotations(header):
-    """[(onset in s after the first sample, duration in s or None, text)] of an EDF+ file, in its order;
-    [] of a plain EDF. DataError where they cannot be read."""
+    """[(onset in s after the first sample, duration in s or None, text)] of an EDF+ file, in its
+    order; [] of a plain EDF. DataError where they cannot be read."""
     body = header.body()
     onsets = record_onsets(header, body)
     found = []
@@ -275,7 +295,7 @@ def read_annotations(header):
                 tal = TAL.fullmatch(piece.strip(b" "))
                 if not tal:
                     raise DataError(f"annotations of record {i + 1} cannot be read: {piece[:40]!r}")
-                # onsets count from the header's start time, the first sample may lie a fraction later
+                # onsets count from the header's start time, the first sample may lie later
                 onset = float(tal[1]) - float(onsets[0])
                 duration = float(tal[2]) if tal[2] else None
                 found += [(onset, duration, text) for text in _texts(tal[3])]
@@ -299,11 +319,13 @@ def check_gaps(header, body):
         if header.plus == "EDF+D":
             raise DataError("discontinuous (EDF+D) without the annotation signal that says where")
         return
-    late = onsets - onsets[0] - np.arange(len(onsets)) * float(header.duration)
+    due = onsets[0] + np.arange(len(onsets)) * float(header.duration)
+    late = onsets - due
     gaps = np.flatnonzero(abs(late) > LATE)
     if len(gaps):
         at = gaps[0] * float(header.duration)
-        raise DataError(f"gap of {late[gaps[0]]:.4g} s after {at:g} s: cut it into continuous files")
+        raise DataError(f"gap of {late[gaps[0]]:.4g} s after {at:g} s: "
+                        "cut it into continuous files")
     if header.plus == "EDF+D":
         header.notes.append("marked discontinuous (EDF+D) but without a gap")
 
@@ -311,8 +333,8 @@ def check_gaps(header, body):
 # ---- calibration ----
 
 def note_zeros(header, body):
-    """Note records that hold nothing but zeros in every signal: an amplifier's pause, or the hole that a
-    broken copy left."""
+    """Note records that hold nothing but zeros in every signal: an amplifier's pause, or the hole
+    that a broken copy left."""
     empty = np.flatnonzero(~body.any(1))
     if len(empty):
         header.notes.append(f"nothing but zeros in {len(empty)} records, the first at "
@@ -320,7 +342,8 @@ def note_zeros(header, body):
 
 
 def calibration(header, body, i, blank_unit):
-    """(gain in uV per digital unit, offset in uV) of signal i; refuses samples outside its digital range."""
+    """(gain in uV per digital unit, offset in uV) of signal i; refuses samples outside its digital
+    range."""
     field = {key: values[i] for key, values in header.signals.items()}
     name = field["label"]
     pmin = number(field["pmin"], f"pmin of {name}", header.notes)
@@ -328,7 +351,8 @@ def calibration(header, body, i, blank_unit):
     dmin = whole(field["dmin"], f"dmin of {name}")
     dmax = whole(field["dmax"], f"dmax of {name}")
     if dmin >= dmax:
-        raise DataError(f"{name}: digital minimum {dmin} is not below maximum {dmax}: the sign is unknown")
+        raise DataError(f"{name}: digital minimum {dmin} is not below maximum {dmax}: "
+                        "the sign is unknown")
     if dmin < -32768 or dmax > 32767:
         raise DataError(f"{name}: digital range {dmin} to {dmax} does not fit 16 bits")
     if pmin == pmax:
@@ -345,7 +369,8 @@ def calibration(header, body, i, blank_unit):
     factor = MICROVOLTS[_unit(unit)]
     span = abs(pmax - pmin) * Fraction(factor)
     if span > WIDEST:
-        raise DataError(f"{name}: a range of {float(span):.3g} uV is not scalp EEG: the unit or range is wrong")
+        raise DataError(f"{name}: a range of {float(span):.3g} uV is not scalp EEG: "
+                        "the unit or range is wrong")
 
     _check_range(name, header.block(body, i), dmin, dmax)
     gain = float((pmax - pmin) / (dmax - dmin)) * factor
@@ -357,7 +382,8 @@ def _check_range(name, block, dmin, dmax):
     if dmin <= -32767 and dmax >= 32766:
         return                          # nothing can be outside
     if block.min() < dmin - 1 or block.max() > dmax + 1:
-        raise DataError(f"{name} holds {block.min()} to {block.max()}, its header says {dmin} to {dmax}")
+        raise DataError(f"{name} holds {block.min()} to {block.max()}, "
+                        f"its header says {dmin} to {dmax}")
 
 
 def _unit(text):
@@ -381,7 +407,8 @@ def electrode(text):
 def channel(label):
     """An EDF label as (electrode, reference), (electrode, electrode) for a derivation, or None for
     anything else."""
-    text = re.sub(r"\s+", "", re.sub(r"^EEG[ _]*", "", label.upper().strip())).rstrip(".")
+    text = re.sub(r"^EEG[ _]*", "", label.upper().strip())
+    text = re.sub(r"\s+", "", text).rstrip(".")
     reference = REFERENCE.search(text)
     if reference:
         name = electrode(text[:reference.start()])
@@ -402,7 +429,7 @@ class Recipe:
     montage: str = "referential"
     notch: str = "both"                 # Hz: 50, 60, both or 0
     blank_unit: str = ""                # unit to assume where the header has none
-    reduced: tuple = ()                 # channels of the montage reduced: electrodes, pairs, or EDF labels
+    reduced: tuple = ()                 # channels of that montage: electrodes, pairs, EDF labels
 
     def __post_init__(self):
         if self.montage not in MONTAGES:
@@ -429,12 +456,14 @@ class Recipe:
 
     @property
     def hash(self):
-        what = [PREPARATION, FS, BAND, self.montage, NOTCH[self.notch], self.blank_unit, self.channels]
+        mains = NOTCH[self.notch]
+        what = [PREPARATION, FS, BAND, self.montage, mains, self.blank_unit, self.channels]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def channel_names(text):
-    """"f7-t7, Cz, BTEleft SD" -> ("F7-T3", "Cz", "BTEleft SD"): known electrodes in one spelling."""
+    """"f7-t7, Cz, BTEleft SD" -> ("F7-T3", "Cz", "BTEleft SD"): known electrodes in one
+    spelling."""
     names = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         key = channel(part)
@@ -449,8 +478,8 @@ def channel_names(text):
 
 @dataclass
 class Places:
-    """Where a file holds what: {electrode: {signal: weight}}, {(electrode, electrode): signal}, labels
-    that stand twice as (key, first signal, other signal)."""
+    """Where a file holds what: {electrode: {signal: weight}}, {(electrode, electrode): signal},
+    labels that stand twice as (key, first signal, other signal)."""
     electrodes: dict
     pairs: dict
     twins: list
@@ -469,16 +498,20 @@ def find_channels(header):
             twins.append((key, places[key], i))
         else:
             places[key] = i
-    electrodes = {key[0]: {i: 1} for key, i in places.items() if len(key) == 1}
-    pairs = {key: i for key, i in places.items() if len(key) == 2}
-    return Places(electrodes, pairs, twins)
+    found = Places({}, {}, twins)
+    for key, i in places.items():
+        if len(key) == 1:
+            found.electrodes[key[0]] = {i: 1}
+        else:
+            found.pairs[key] = i
+    return found
 
 
 def derivations(header, recipe, places):
     """Rows of the montage, each as {signal: weight}, all of them linear in the file's signals.
 
-    Fz and Pz, and only these (3.4 % of TUSZ has neither), are interpolated from the others by a spherical
-    spline."""
+    Fz and Pz, and only these (3.4 % of TUSZ has neither), are interpolated from the others by a
+    spherical spline."""
     if recipe.montage == "reduced":
         return [_reduced(header, name, places) for name in recipe.channels]
     single = places.electrodes
@@ -503,8 +536,8 @@ def derivations(header, recipe, places):
 
 
 def _reduced(header, name, places):
-    """Row of one channel that the user named: a derivation of the file, an electrode, the difference of
-    two, or the very label of a signal."""
+    """Row of one channel that the user named: a derivation of the file, an electrode, the
+    difference of two, or the very label of a signal."""
     ends = tuple(name.split("-"))
     if ends in places.pairs:
         return {places.pairs[ends]: 1}
@@ -550,10 +583,25 @@ def _difference(a, b):
 
 
 ANGLES = {                              # degrees from the vertex, and around it
-    "Fp1": (-92, -72), "F3": (-60, -51), "C3": (-46, 0), "P3": (-60, 51), "O1": (-92, 72),
-    "F7": (-92, -36), "T3": (-92, 0), "T5": (-92, 36), "Fz": (46, 90), "Cz": (0, 0), "Pz": (46, -90),
-    "Fp2": (92, 72), "F4": (60, 51), "C4": (46, 0), "P4": (60, -51), "O2": (92, -72), "F8": (92, 36),
-    "T4": (92, 0), "T6": (92, -36)}
+    "Fp1": (-92, -72),
+    "F3": (-60, -51),
+    "C3": (-46, 0),
+    "P3": (-60, 51),
+    "O1": (-92, 72),
+    "F7": (-92, -36),
+    "T3": (-92, 0),
+    "T5": (-92, 36),
+    "Fz": (46, 90),
+    "Cz": (0, 0),
+    "Pz": (46, -90),
+    "Fp2": (92, 72),
+    "F4": (60, 51),
+    "C4": (46, 0),
+    "P4": (60, -51),
+    "O2": (92, -72),
+    "F8": (92, 36),
+    "T4": (92, 0),
+    "T6": (92, -36)}
 
 
 def positions(names):
@@ -566,13 +614,15 @@ def positions(names):
 
 @functools.lru_cache(64)
 def spline(known, wanted):
-    """Weights (wanted, known) of the spherical spline of Perrin et al. 1989 (order 4, 50 terms, smoothing
-    1e-5)."""
+    """Weights (wanted, known) of the spherical spline of Perrin et al. 1989 (order 4, 50 terms,
+    smoothing 1e-5)."""
     if not wanted:
         return np.zeros((0, len(known)))
     n = np.arange(1, 51)
-    series = np.concatenate([[0], (2 * n + 1) / (n * (n + 1)) ** 4]) / (4 * np.pi)
-    a, b = positions(known), positions(wanted)
+    terms = (2 * n + 1) / (n * (n + 1)) ** 4
+    series = np.concatenate([[0], terms]) / (4 * np.pi)
+    a = positions(known)
+    b = positions(wanted)
     system = np.ones((len(known) + 1, len(known) + 1))
     system[:-1, :-1] = np.polynomial.legendre.legval(a @ a.T, series)
     system[:-1, :-1] += 1e-5 * np.eye(len(known))
@@ -586,7 +636,8 @@ def spline(known, wanted):
 
 @functools.lru_cache(8)
 def fir(mains):
-    """Taps of the whole filter at 256 Hz: band-pass, 6.6 s, and each mains with its first harmonic, 6.6 s."""
+    """Taps of the whole filter at 256 Hz: band-pass, 6.6 s, and each mains with its first harmonic,
+    6.6 s."""
     taps = dsp.firwin(1691, BAND, pass_zero=False, fs=FS)
     for f in (harmonic for base in mains for harmonic in (base, 2 * base)):
         stop = dsp.firwin(1691, (f - 1, f + 1), fs=FS)
@@ -595,12 +646,13 @@ def fir(mains):
 
 
 def prepare_row(row, rate, mains):
-    """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 / rate)
-    samples."""
+    """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 /
+    rate) samples."""
     row -= np.float32(np.median(sparse(row)))
     ratio = resampling(rate)
     if abs(ratio / (FS / rate) - 1) * len(row) > 1:
-        raise DataError(f"sampling rate {float(rate)} Hz cannot be resampled to {FS} Hz without drift")
+        raise DataError(f"sampling rate {float(rate)} Hz cannot be resampled to {FS} Hz "
+                        "without drift")
     if ratio != 1:
         row = dsp.resample_poly(row, ratio.numerator, ratio.denominator, padtype="line")
 
@@ -624,8 +676,8 @@ def sparse(row):
 
 
 def quantise(row, step):
-    """float32 uV -> (int16, uV per unit); half a unit never exceeds the amplifier's `step`, at the cost of
-    clipping spikes that the filter made taller than the amplifier's own range."""
+    """float32 uV -> (int16, uV per unit); half a unit never exceeds the amplifier's `step`, at the
+    cost of clipping spikes that the filter made taller than the amplifier's own range."""
     tallest = max(float(abs(row).max()), step)
     scale = np.float32(min(tallest / 32767, 2 * step))
     return np.clip(np.rint(row / scale), -32767, 32767).astype(np.int16), scale
@@ -641,8 +693,8 @@ class Signal:
 
 
 def prepare_edf(header, recipe):
-    """The Signal of one EDF file, prepared as the module says; what was repaired is added to the header's
-    notes. DataError: why it cannot be read rightly."""
+    """The Signal of one EDF file, prepared as the module says; what was repaired is added to the
+    header's notes. DataError: why it cannot be read rightly."""
     places = find_channels(header)
     rows = derivations(header, recipe, places)
     used = sorted({i for row in rows for i in row})
@@ -653,7 +705,8 @@ def prepare_edf(header, recipe):
     note_zeros(header, body)
     _check_twins(header, body, places.twins)
 
-    samples = math.ceil(header.records * header.signals["count"][used[0]] * resampling(rate))
+    before = header.records * header.signals["count"][used[0]]
+    samples = math.ceil(before * resampling(rate))
     eeg = np.empty((len(rows), samples), np.int16)
     scale = np.empty(len(rows), np.float32)
     amplitudes = []
@@ -689,13 +742,14 @@ def _microvolts(header, body, row, gains):
     """Weighted sum of signals: float32 (T,) in uV."""
     x = np.float32(sum(weight * gains[i][1] for i, weight in row.items()))
     for i, weight in row.items():
-        x = x + np.float32(weight * gains[i][0]) * header.block(body, i).astype(np.float32)
+        digital = header.block(body, i).astype(np.float32)
+        x = x + np.float32(weight * gains[i][0]) * digital
     return x.reshape(-1)
 
 
 def _check_twins(header, body, twins):
-    """A label that stands twice: identical signals are harmless, CHB-MIT's second T8-P8 is known, others
-    are refused."""
+    """A label that stands twice: identical signals are harmless, CHB-MIT's second T8-P8 is known,
+    others are refused."""
     for key, first, other in twins:
         name = header.signals["label"][other]
         if np.array_equal(header.block(body, first), header.block(body, other)):
@@ -714,21 +768,22 @@ def _typical(header, amplitudes, names):
         header.notes.append(f"flat: {', '.join(flat)}")
     typical = float(np.median([value for value in amplitudes if value > 0]))
     if not PLAUSIBLE[0] <= typical <= PLAUSIBLE[1]:
-        raise DataError(f"typical amplitude {typical:.3g} uV is not scalp EEG: the unit or range is wrong")
+        raise DataError(f"typical amplitude {typical:.3g} uV is not scalp EEG: "
+                        "the unit or range is wrong")
     return typical
 
 
 # ---- events beside it ----
 
 def write_events_tsv(path, events, seconds, confidence=None, start="n/a"):
-    """SzCORE events file of a recording of `seconds`: one `sz` row per (onset, end) in s, or one `bckg` row
-    over all where there is none. `start`: of the recording, YYYY-MM-DD hh:mm:ss."""
-    confidence = confidence or [1.0] * len(events)
-    rows = [(onset, end - onset, "sz", f"{sure:.2f}") for (onset, end), sure in zip(events, confidence)]
-    if not rows:
-        rows = [(0.0, seconds, "bckg", "n/a")]
+    """SzCORE events file of a recording of `seconds`: one `sz` row per (onset, end) in s, or one
+    `bckg` row over all where there is none. `start`: of the recording, YYYY-MM-DD hh:mm:ss."""
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
-    for onset, length, kind, sure in rows:
-        lines.append(f"{onset:.2f}\t{length:.2f}\t{kind}\t{sure}\tn/a\t{start}\t{seconds:.2f}")
+    same = f"n/a\t{start}\t{seconds:.2f}"
+    for k, (onset, end) in enumerate(events):
+        sure = confidence[k] if confidence else 1.0
+        lines.append(f"{onset:.2f}\t{end - onset:.2f}\tsz\t{sure:.2f}\t{same}")
+    if len(lines) == 1:
+        lines.append(f"0.00\t{seconds:.2f}\tbckg\tn/a\t{same}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n")

@@ -197,7 +197,7 @@ class Home:
         return checkpoint.Checkpointer(
             self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
             s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
-            say=self._saver_says)
+            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"])
 
     def _saver_says(self, line):
         self.watch.did("save")          # a save that failed has ended too
@@ -209,10 +209,19 @@ class Home:
         missing = [key for key in needed if key not in state]
         if missing:
             raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
+        self._keep_origin(state["config"]["training"])
         compare(state["config"], self.config, self.say)
         if state["data"] != self.fingerprint:
             raise Refused("the recordings differ from those of the checkpoint (names, lengths, "
                           "preparation or events): restore them, or start another run with --fresh")
+
+    def _keep_origin(self, before):
+        """The weights that a run began with stay those; training.init is for a fresh start."""
+        now = self.config["training"]
+        origin = before.get("init", "")
+        if now["init"] not in ("", origin):
+            self.say(f"resume: training.init {now['init']} is for a fresh start: not read")
+        now["init"], now["init_sha256"] = origin, before.get("init_sha256", "")
 
     def _cut_records(self):
         """The effective config and the records, the latter cut back to the resumed step."""

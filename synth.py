@@ -36,10 +36,11 @@ ARTEFACTS = (                           # s
 
 # ---- corpus ----
 
-def synth(out, hours=1.0, patients=8, seed=0):
+def synth(out, hours=1.0, patients=8, seed=0, progress=lambda what: None):
     """Write `hours` of synthetic EEG of `patients`, 19 channels at 256 Hz in uV, to `out`.
 
-    A pure function of the seed. Raises DataError for a folder that is not empty."""
+    A pure function of the seed. progress(what) is called after each recording. Raises DataError for
+    a folder that is not empty."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: synthetic recordings need a new folder")
@@ -63,6 +64,7 @@ def synth(out, hours=1.0, patients=8, seed=0):
             stem = Path(out, name, "ses-01", "eeg", stem)
             write_edf(f"{stem}_eeg.edf", eeg)
             write_events_tsv(f"{stem}_events.tsv", events, seconds, start="2000-01-01 00:00:00")
+            progress("synthetic recording")
 
 
 def draw_lengths(rng, total):

@@ -11,14 +11,24 @@ FILE and makes it the line that later resumes follow; --fresh moves the old run 
 finished, 2 refused, 75 time limit reached and saved, 128+N stopped by signal N and saved, 1
 anything else. Every key of a configuration stands at the end of this help.
 """
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    def leave(number, frame):
+        os.write(2, b"\ntrain.py: stopped by SIGINT before training began\n")
+        os._exit(130)
+
+    # the imports below take seconds, and Ctrl-C in them a page of traceback
+    signal.signal(signal.SIGINT, leave)
+
 import argparse
 import contextlib
-import datetime
+import hashlib
 import math
-import os
 import random
+import shlex
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -26,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -38,6 +47,7 @@ import evaluate
 import model
 import synth
 from config import Refused, describe, load as load_config
+from machine import Console, Group, autocast, device_name, place, prepare_torch
 from records import Failed, Home, Log, fault, holds_checkpoints, move_aside, run_directory, tolerated
 from watch import Watchdog
 
@@ -109,6 +119,8 @@ class Trainer:
         self.batches = split.batches    # of this epoch
         self.slowest = 0.0              # seconds of the slowest step so far
         self.saved_at = None            # (step, recordings scored) of the last snapshot
+        self.epoch_began = time.monotonic(), 0      # when, and at which batch, in this process
+        self.validation_seconds = 0.0   # of the last whole one; 0 = none yet
 
     def _build(self, model):
         s, device = self.settings, self.group.device
@@ -177,6 +189,7 @@ class Trainer:
     def train_epoch(self):
         plan = list(self.plan())
         self.batches = self.batch + len(plan)
+        self.epoch_began = time.monotonic(), self.batch
         wanted = [ids for _, pieces in plan for ids, _ in pieces]
         feed = self.loader.batches(wanted, self.epoch)
         self.bar = self.progress(self.batches, f"epoch {self.epoch}", "batch", self.batch)
@@ -281,14 +294,27 @@ class Trainer:
             seconds=seconds, waited=waited, time=time.time())
         self.bar.set_postfix(loss=f"{loss:.4f}")
         if self.bar.disable:
-            left = (self.batches - self.batch) * seconds / 60
             self.say(f"epoch {self.epoch}/{self.settings['epochs']} "
                      f"batch {self.batch}/{self.batches} step {self.step} loss {loss:.4f} "
                      f"lr {rate:.2e} norm {norm:.3f} skipped {self.skipped} {seconds:.2f} s/step, "
-                     f"waited {100 * share:.0f} % for data, {left:.0f} min left")
+                     f"waited {100 * share:.0f} % for data, {self.left()}")
         if share > data.SLOW and not self.waits:
             self.waits = True
             self.say(self.loader.advice(share))
+
+    def left(self):
+        """Time left of this epoch and of the run, by the mean pace of this epoch in this process
+        and the last validation."""
+        began, batch = self.epoch_began
+        pace = (time.monotonic() - began) / max(1, self.batch - batch)
+        validation = self.validation_seconds
+        epoch = (self.batches - self.batch) * pace + validation
+        later = self.settings["epochs"] - self.epoch
+        run = epoch + later * (self.split.batches * pace + validation)
+        line = f"left: {duration(epoch)} of the epoch, {duration(run)} of the run"
+        if not validation:
+            line += ", validations not counted yet"
+        return line
 
     def progress(self, total, title, unit, done=0):
         """A bar on the main process's terminal; where there is none, lines are printed instead."""
@@ -303,8 +329,11 @@ class Trainer:
         self.save_mid()                 # training of this epoch is safe from here on
         if self.group.main:
             self.home.saver.check()
+        began, before = time.monotonic(), len(self.scores)
         with self.watch.during("in validation"):
             self.validate_recordings()
+            if not before:
+                self.validation_seconds = time.monotonic() - began
             return evaluate.summarise(list(self.scores.values()), self.config["evaluation"])
 
     def validate_recordings(self):
@@ -362,6 +391,7 @@ class Trainer:
             state = self.pack()
             if self.group.main:
                 self.home.save_epoch(state, value, name)
+        self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         rank = "the best so far"
         if not improved:
@@ -371,6 +401,15 @@ class Trainer:
         self.batch = 0
         self.windows_done = 0
         self.saved_at = (self.step, 0)
+
+        self.draw()
+
+    def draw(self):
+        """curves.png as it stands; the checkpoint of this epoch is on its way already."""
+        if self.group.main:
+            with tolerated(self.say, "curves.png"):
+                import pictures         # here: matplotlib takes a second to import
+                pictures.curves(self.home.directory)
 
     def _no_best(self):
         return {"metric": self.settings["best_metric"], "value": None, "epoch": 0, "waited": 0}
@@ -480,10 +519,14 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         # settings that changed since then count from here on, not those of the checkpoint
         rate, groups = self.settings["learning_rate"], self.optimizer.param_groups
-        factor = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        before = groups[0]["lr"]
+        now = rate * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
         for group in groups:
             group["initial_lr"] = rate
-            group["lr"] = rate * factor
+            group["lr"] = now
+        if not math.isclose(before, now):
+            self.say(f"resume: the learning rate jumps from {before:.2e} to {now:.2e}, its place in "
+                     f"the schedule of this configuration")
         groups[0]["weight_decay"] = self.settings["weight_decay"]
         self.scheduler.base_lrs = [rate] * len(groups)
         if not self.scaler.is_enabled():
@@ -507,17 +550,21 @@ class Trainer:
         return line
 
 
-def autocast(precision, device):
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    kind = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, kind)
+def listed(summary):
+    """All metrics in one line."""
+    shown = []
+    for name in evaluate.METRICS:
+        value = summary[name]
+        shown.append(f"{name} -" if math.isnan(value) else f"{name} {value:.4g}")
+    return ", ".join(shown)
 
 
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return "cpu"
+def duration(seconds):
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 # ---- what is trained, on what: whatever can be refused is refused here ----
@@ -564,11 +611,11 @@ def make_recordings(config, path, watch, say):
         if not source.is_dir():
             shutil.rmtree(temp, ignore_errors=True)
             synth.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"],
-                       seed=config["experiment"]["seed"])
+                        seed=config["experiment"]["seed"], progress=watch.did)
             os.replace(temp, source)
         say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, "
             f"importing them to {path}")
-        corpora.import_corpus(source, f"{path}.part")
+        corpora.import_corpus(source, f"{path}.part", progress=watch.did)
         os.replace(f"{path}.part", path)
     finally:
         held.close()
@@ -602,12 +649,71 @@ class Split:
             seizures = sum(len(r.events) for r in part)
             say(f"{name}: {len(part)} recordings of {len(patients)} patients, {hours:.2f} h, "
                 f"{seizures} seizures")
-        say(f"epoch: {len(first)} of {len(self.windows)} windows in {self.batches} batches")
+        say(f"epoch: {self._told(len(first))} in {self.batches} batches")
+        self.warn(config["training"]["batch_size"], len(first), say)
+
+    def _told(self, drawn):
+        total = len(self.windows)
+        if not self.c["balanced"]:
+            return f"all {total} windows"
+        return (f"{drawn} windows, a balanced draw from {total}: for each with a seizure's onset or "
+                f"end {self.c['full_per_partial']:g} inside one and "
+                f"{self.c['background_per_partial']:g} without; where a kind is rare it repeats,")
+
+    def warn(self, batch_size, windows, say):
+        longest = max(r.seconds for r in self.train)
+        if self.c["window_seconds"] > longest:
+            say(f"warning: data.window_seconds {self.c['window_seconds']:g} is longer than every "
+                f"recording (the longest has {longest:g} s): the rest of each window is empty")
+        if batch_size > windows:
+            say(f"warning: training.batch_size {batch_size} is larger than an epoch ({windows} "
+                f"windows): an epoch is one step")
 
     def order(self, epoch):
         """Window ids of `epoch` in the order of training: a pure function of (seed, epoch)."""
         background = self.c["background_per_partial"] if self.c["balanced"] else None
         return self.windows.epoch(self.seed, epoch, self.c["full_per_partial"], background)
+
+
+def read_init(config, split, net):
+    """(weights, SHA-256 of their file) that training.init names, fit for `net`. Raises Refused."""
+    path = config["training"]["init"]
+    try:
+        state = checkpoint.load(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except checkpoint.CorruptCheckpoint as damage:
+        raise Refused(f"training.init: {damage}") from None
+    except OSError as error:
+        raise fault(error, path) from None
+    weights, channels = state.get("model"), state.get("channels")
+    if not isinstance(weights, dict):
+        raise Refused(f"training.init {path}: holds no weights")
+    if channels and list(channels) != list(split.channels):
+        raise Refused(f"training.init {path}: its {len(channels)} channels ({channels[0]} ...) are "
+                      f"not the {len(split.channels)} of {config['data']['path']} "
+                      f"({split.channels[0]} ...)")
+    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise Refused(f"training.init {path}: {name} is {found.get(name, 'absent')} in it and "
+                          f"{expected.get(name, 'absent')} in the model of this configuration")
+    wanted = config["training"]["init_sha256"]
+    if wanted and wanted != digest:
+        raise Refused(f"training.init {path}: its SHA-256 is {digest}, not training.init_sha256")
+    return weights, digest
+
+
+def start_from(config, split, net, say):
+    """The weights of training.init into `net`; optimizer and step are those of a new run."""
+    path = config["training"]["init"]
+    if not path:
+        return
+    weights, digest = read_init(config, split, net)
+    net.load_state_dict(weights)
+    config["training"]["init_sha256"] = digest
+    say(f"init: weights of {path}, SHA-256 {digest}")
 
 
 def build_model(config, split, group, say):
@@ -626,102 +732,6 @@ def build_model(config, split, group, say):
         line += f", {group.size} processes"
     say(line)
     return net
-
-
-# ---- the machine: processes, random states, signals, the terminal ----
-
-def place():
-    """(rank, number of processes) of this process in a torchrun job, or alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-class Group:
-    """This process among the others of a torchrun job, or alone."""
-
-    def __init__(self, device, watch):
-        if device == "cuda" and not torch.cuda.is_available():
-            line = ("training.device is cuda and torch sees no GPU: "
-                    "check nvidia-smi and the torch build, or set cpu")
-            # a driver that has lost its GPU, or is still loading after a reboot, leaves its files
-            silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
-                                             or Path("/dev/dxg").exists())
-            raise Failed(line) if silent else Refused(line)
-        self.rank, self.size = place()
-        self.main = self.rank == 0
-        self.watch = watch
-        self.device = torch.device("cpu")
-        if device != "cpu" and torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            self._meet()
-
-    def _meet(self):
-        # torchrun's static rendezvous keeps one store over its restarts: with a prefix of its own
-        # no restart meets the addresses of the dead
-        store, rank, size = next(dist.rendezvous("env://"))
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        # the others wait for the main process through a long import or a disk that is away
-        dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
-                                rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
-
-    def sum(self, values):
-        """Element-wise sum of a short list of numbers over the processes, as floats."""
-        if self.size == 1:
-            return [float(v) for v in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.watch.during("in a collective"):
-            dist.all_reduce(total)
-            return total.tolist()
-
-    def gather(self, value):
-        """[the value of each process], in every process."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        with self.watch.during("in a collective"):
-            dist.all_gather_object(values, value)
-        return values
-
-    def from_main(self, make):
-        """What `make()` returns in the main process, in every process; what it refuses, too."""
-        if self.size == 1:
-            return make()
-        if not self.main:
-            box = [None, None]
-            with self.watch.excused(), self.watch.during("waiting for the main process"):
-                dist.broadcast_object_list(box)
-        else:
-            try:
-                box = [make(), None]
-            except (Refused, checkpoint.SaveFailed) as refusal:
-                box = [None, refusal]
-            dist.broadcast_object_list(box)
-        made, refusal = box
-        if refusal:
-            raise refusal
-        return made
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def prepare_torch(config, group):
-    """Random states and exactness of this process, set before anything is built."""
-    seed = config["experiment"]["seed"] + 1000003 * group.rank
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    if config["training"]["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if group.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
 
 
 def rng_state(device):
@@ -781,33 +791,16 @@ class Signals:
             signal.signal(number, handler)
 
 
-class Console:
-    """A standard stream that outlives its terminal: after tmux kill-session every write fails, and
-    there is still a checkpoint to save."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            return self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 # ---- one run, from the command line to the exit code ----
 
-def run(config, resume="false", fresh=False, on_saved=None, signals=None):
+def run(config, resume="false", fresh=False, on_saved=None, signals=None,
+        again="the same with --resume"):
     """Train `config` to its end or to the next interruption; returns the exit code. Raises Refused.
 
     resume: "true", "false" or a checkpoint's path. on_saved(path) runs in the writer thread after
     each durable save. signals: a Signals of the caller's, who then sees what came. They are watched
-    from the moment that something is at stake; before it, SIGINT raises at once."""
+    from the moment that something is at stake; before it, SIGINT raises at once.
+    again: the command that goes on, for the last line."""
     began, limit = time.monotonic(), config["training"]["time_limit_hours"]
     deadline = began + 3600 * limit if limit else math.inf
     expect_data(config)
@@ -821,6 +814,9 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None):
             recordings = group.from_main(lambda: open_recordings(config, watch, say))
         split = Split(config, recordings, say)
         net = build_model(config, split, group, say)
+        going_on = resume != "false" and holds_checkpoints(directory / "checkpoints")
+        if not going_on:                # refused while nothing is touched
+            start_from(config, split, net, say)
         home = None
 
         def enter():                    # in the main process; the others hear what it found
@@ -833,6 +829,8 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None):
                 with watch.during("opening the run directory"):
                     state, position, chosen = group.from_main(enter)
                 say.keep(directory / "log.txt")
+                if going_on and not state:          # what was there is damaged
+                    start_from(config, split, net, say)
                 trainer = Trainer(config, group, split, net, home, signals, deadline, watch, say)
                 watch.facts = trainer.stands
                 if state:
@@ -841,13 +839,13 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None):
                     trainer.hold_line()
                 if home:
                     home.begin()
-                return fit_and_tell(trainer)
+                return fit_and_tell(trainer, again)
             finally:
                 if home:
                     home.close()
 
 
-def fit_and_tell(trainer):
+def fit_and_tell(trainer, again):
     """The exit code of the training loop, and the lines that explain it."""
     home, say = trainer.home, trainer.say
     try:
@@ -857,12 +855,9 @@ def fit_and_tell(trainer):
             # it is: torchrun ends the others once one has left
             trainer.group.from_main(home.saver.settle if home else None)
         if stopped:
-            return tell_stopped(trainer.signals.number, say)
+            return tell_stopped(trainer.signals.number, again, say)
         if home:
             checkpoint.list_run(home.checkpoints, say)
-            with tolerated(say, "curves.png"):
-                import pictures             # here: matplotlib takes a second to import
-                pictures.curves(home.directory)
         return 0
     except Diverged:
         good = None
@@ -874,15 +869,37 @@ def fit_and_tell(trainer):
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
     except edf.DataError as error:     # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
+    except (MemoryError, RuntimeError) as error:        # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        say(f"stopped: out of memory with training.batch_size {trainer.settings['batch_size']}, "
+            f"training.accumulate {trainer.settings['accumulate']}, evaluation.batch_size "
+            f"{trainer.config['evaluation']['batch_size']}: raise accumulate (the same result in "
+            f"smaller pieces) or lower a batch_size, then --resume", every=True)
     return 1
 
 
-def tell_stopped(number, say):
+def is_out_of_memory(error):
+    """On a GPU it has a class of its own; on a CPU torch only says so."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(error))
+
+
+def tell_stopped(number, again, say):
     if not number:
-        say("time limit reached, saved")
+        say(f"time limit reached, saved; to go on: {again}")
         return 75
-    say(f"stopped by {signal.Signals(number).name}, saved")
+    say(f"stopped by {signal.Signals(number).name}, saved; to go on: {again}")
     return 128 + number
+
+
+def command_again(args):
+    """The command that continues this run."""
+    words = ["train.py", "--config", args.config, "--resume"]
+    for text in args.set:
+        words += ["--set", text]
+    start = "torchrun ... " if place()[1] > 1 else "python "
+    return start + shlex.join(words)
 
 
 def main(argv=None):
@@ -912,7 +929,8 @@ def attempt(args):
     try:
         if args.fresh and args.resume != "false":
             raise Refused("--fresh and --resume exclude each other")
-        return run(load_config(args.config, args.set), args.resume, args.fresh)
+        config = load_config(args.config, args.set)
+        return run(config, args.resume, args.fresh, again=command_again(args))
     except Refused as refusal:
         print(f"train.py: {refusal}", file=sys.stderr)
         return 1 if isinstance(refusal, Failed) else 2

@@ -1,5 +1,4 @@
 """torchrun with gloo on this machine: the same windows as one process, elastic resume, and the death of one process."""
-import json
 import os
 import re
 import shutil
@@ -7,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,7 @@
 """The trainer: configuration, exit codes, and runs that end bit-identical wherever they were cut."""
 import contextlib
+import errno
 import fcntl
-import json
 import math
 import os
 import re
@@ -21,9 +21,7 @@ import yaml
 
 import checkpoint
 import config
-import corpora
 import data
-import synth
 import train
 from conftest import ROOT
 from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
@@ -257,7 +255,8 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves_with_every_earli
         if self._failures:
             self._due_at = 0
     monkeypatch.setattr(checkpoint.Checkpointer, "check", check)
-    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2)) == 1
+    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2,
+                            training__save_patience_minutes=0.0)) == 1
     assert "then --resume" in capsys.readouterr().out
     for path in (small_disk / "t/checkpoints").glob("*.pt"):
         assert checkpoint.verify(path)
@@ -275,7 +274,7 @@ def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(co
         original(self, state, kind, names)
     monkeypatch.setattr(checkpoint.Checkpointer, "_start", start)
     with cut_at(12) if ending == "a signal" else contextlib.nullcontext():
-        assert train.run(loaded(corpus, small_disk)) == 1
+        assert train.run(loaded(corpus, small_disk, training__save_patience_minutes=0.0)) == 1
     out = capsys.readouterr().out
     assert "save failed (3 in a row)" in out and "free the disk or mend it, then --resume" in out
     assert "stopped by" not in out and "names," not in out
@@ -308,26 +307,69 @@ def test_every_fsync_of_the_training_loop_is_done_by_the_writer_thread(corpus, t
     assert len(callers) > 3 and threading.main_thread() not in callers
 
 
-def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_back_it_goes_on(corpus, reference, tmp_path, capsys,
-                                                                                               monkeypatch):
+def touched(folder, monkeypatch):
+    for path in folder.rglob("*.h5"):
+        os.utime(path, (1, 1))
+
+
+def truncated(folder, monkeypatch):
+    for path in folder.rglob("*.h5"):
+        os.truncate(path, 20_000)
+
+
+def vanished(folder, monkeypatch):
+    for path in folder.rglob("*.h5"):
+        path.unlink()
+
+
+def failing(folder, monkeypatch):
+    def preadv(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (touched, "was changed since the corpus was opened"), (truncated, "was changed since the corpus was opened"),
+    (vanished, "No such file or directory"), (failing, "Input/output error")])
+@pytest.mark.parametrize("moment", [2, 5])              # in an epoch; in the validation after it
+def test_a_recording_that_fails_under_the_run_stops_it_saved_in_one_line_and_put_back_it_goes_on(
+        corpus, reference, tmp_path, capsys, monkeypatch, harm, reason, moment):
     shutil.copytree(corpus, tmp_path / "h5")
-    dates = {path: path.stat() for path in (tmp_path / "h5").rglob("*.h5")}
     original = train.Trainer.boundary
 
     def boundary(self):
         original(self)
-        if self.step == 2:
-            for path in dates:
-                os.utime(path, (1, 1))
+        if self.step == moment:
+            harm(tmp_path / "h5", monkeypatch)
     monkeypatch.setattr(train.Trainer, "boundary", boundary)
-    config = loaded(tmp_path / "h5", tmp_path, training__mid_epoch_minutes=0.0)
+    config = loaded(tmp_path / "h5", tmp_path)
     assert train.run(config) == 1
-    assert re.search("^stopped: .* was changed since the corpus was opened; mend it, then --resume$", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    assert len(re.findall(f"^stopped: {tmp_path}/.* ?{reason}; mend it, then --resume$", out, re.M)) == 1
+    assert "Traceback" not in out
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
     monkeypatch.undo()
-    for path, stat in dates.items():
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert state["global_step"] >= moment               # what was read ahead is trained and saved too
+    shutil.rmtree(tmp_path / "h5")
+    shutil.copytree(corpus, tmp_path / "h5")
     assert train.run(config, "true") == 0
     assert_same_run(tmp_path, reference)
+
+
+def test_a_run_on_a_copy_of_the_corpus_is_the_same_run(corpus, reference, tmp_path):
+    config = loaded(corpus, tmp_path, data__copy_to=str(tmp_path / "disk"), data__readers=3)
+    assert train.run(config) == 0
+    assert len(list((tmp_path / "disk").rglob("*.h5"))) == len(list(corpus.rglob("*.h5")))
+    assert_same_run(tmp_path, reference)
+
+
+def test_waiting_for_data_is_said_once_with_what_to_do(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.data.Loader, "share", lambda self: 0.4)
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    out = capsys.readouterr().out
+    assert out.count("waited 40 % for data") == 5
+    assert out.count("training waited for data 40 % of the time") == 1 and "raise data.readers" in out
 
 
 def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, reference, tmp_path, capsys):
@@ -561,3 +603,38 @@ def test_a_compiled_run_resumes_uncompiled_and_says_so(corpus, tmp_path, capsys,
         assert train.run(loaded(corpus, tmp_path, training__compile=True, training__epochs=1)) == 143
     assert train.run(loaded(corpus, tmp_path, training__epochs=1), "true") == 0
     assert "compile True -> False: same data order and state" in capsys.readouterr().out
+
+
+def test_windows_longer_than_every_recording_and_batches_larger_than_an_epoch_are_said_with_numbers(corpus, tmp_path):
+    recordings, said = data.open_corpus(corpus), []
+    train.Split(loaded(corpus, tmp_path), recordings, said.append)
+    assert not [line for line in said if line.startswith("warning")]
+    odd = loaded(corpus, tmp_path, training__batch_size=500, data__window_seconds=3600.0, data__balanced=False)
+    split = train.Split(odd, recordings, said.append)
+    longest = max(r.seconds for r in split.train)
+    assert f"window_seconds 3600 is longer than every recording (the longest has {longest:g} s)" in said[-2]
+    assert f"batch_size 500 is larger than an epoch ({len(split.order(1))} windows)" in said[-1]
+
+
+HUNGRY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import train
+config = train.load_config(sys.argv[2])
+healthy = train.Trainer.train_epoch
+
+def hungry(trainer):                    # from the first step on, the memory that it has and 100 MB
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100 * 2**20, resource.RLIM_INFINITY))
+    healthy(trainer)
+
+train.Trainer.train_epoch = hungry
+sys.exit(train.run(config))
+"""
+
+
+def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumulate(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__batch_size=64, data__window_seconds=60.0)
+    done = subprocess.run([sys.executable, "-c", HUNGRY, ROOT, tmp_path / "config.yaml"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "stopped: out of memory with training.batch_size 64, training.accumulate 1" in done.stdout, done.stdout

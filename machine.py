@@ -1,0 +1,167 @@
+"""The machine under a run: its processes, its threads and exactness, its terminal."""
+import contextlib
+import datetime
+import math
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoint
+from config import Refused
+from records import Failed
+
+
+def place():
+    """(rank, number of processes) of this process in a torchrun job, or alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Group:
+    """This process among the others of a torchrun job, or alone."""
+
+    def __init__(self, device, watch):
+        if device == "cuda" and not torch.cuda.is_available():
+            line = ("training.device is cuda and torch sees no GPU: "
+                    "check nvidia-smi and the torch build, or set cpu")
+            # a driver that has lost its GPU, or is still loading after a reboot, leaves its files
+            silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
+                                             or Path("/dev/dxg").exists())
+            raise Failed(line) if silent else Refused(line)
+        self.rank, self.size = place()
+        self.main = self.rank == 0
+        self.watch = watch
+        self.device = torch.device("cpu")
+        if device != "cpu" and torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            self._meet()
+
+    def _meet(self):
+        # torchrun's static rendezvous keeps one store over its restarts: with a prefix of its own
+        # no restart meets the addresses of the dead
+        store, rank, size = next(dist.rendezvous("env://"))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        # the others wait for the main process through a long import or a disk that is away
+        dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
+                                rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
+
+    def sum(self, values):
+        """Element-wise sum of a short list of numbers over the processes, as floats."""
+        if self.size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self.watch.during("in a collective"):
+            dist.all_reduce(total)
+            return total.tolist()
+
+    def gather(self, value):
+        """[the value of each process], in every process."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with self.watch.during("in a collective"):
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make):
+        """What `make()` returns in the main process, in every process; what it refuses, too."""
+        if self.size == 1:
+            return make()
+        if not self.main:
+            box = [None, None]
+            with self.watch.excused(), self.watch.during("waiting for the main process"):
+                dist.broadcast_object_list(box)
+        else:
+            try:
+                box = [make(), None]
+            except (Refused, checkpoint.SaveFailed) as refusal:
+                box = [None, refusal]
+            dist.broadcast_object_list(box)
+        made, refusal = box
+        if refusal:
+            raise refusal
+        return made
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prepare_torch(config, group):
+    """Random states and exactness of this process, set before anything is built."""
+    seed = config["experiment"]["seed"] + 1000003 * group.rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if config["training"]["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False     # nothing reads it
+    if group.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    # more threads than cores wait for each other in turns, 20 times slower than one
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
+
+
+def cores():
+    """Processor cores that this process may use: by its affinity and its control group's quota."""
+    allowed = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    for path in quotas():
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = path.read_text().split()
+            allowed = min(allowed, math.ceil(int(quota) / int(period)))     # "max": none
+    return max(1, allowed)
+
+
+def quotas():
+    """Quota files (version 2) of this process's control group and of those around it."""
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, IndexError):
+        text = Path("/proc/self/cgroup").read_text()
+        group = root / text.split("0::/")[1].split("\n")[0]
+        return [folder / "cpu.max" for folder in (group, *group.parents)]
+    return [root / "cpu.max"]
+
+
+class Console:
+    """A standard stream that outlives its terminal: after tmux kill-session every write fails, and
+    there is still a checkpoint to save."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def autocast(precision, device):
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    kind = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, kind)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "cpu"
