@@ -61,8 +61,10 @@ def read_text(path):
     raw = Path(path).read_bytes()
     if not raw.strip():
         raise DataError(f"{Path(path).name} is empty")
+    # a mark says UTF-16, what Windows calls Unicode; else UTF-8, and Latin-1 where it is not that
+    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode(encoding)
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     return text.replace("\r\n", "\n").replace("\r", "\n")

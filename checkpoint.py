@@ -7,32 +7,55 @@
 
 Copy this one file (it needs torch and nothing else of ours) and train like this; kill it whenever you like:
 
-    import torch, checkpoint
+    import sys
+    import torch
+    import checkpoint
+
     torch.manual_seed(0)
-    model, x = torch.nn.Linear(4, 1), torch.randn(20, 8, 4)
+    data = torch.randn(20, 8, 4)                    # 20 batches
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters())
-    with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=0.001) as saver:
-        if state := saver.resume():
-            model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
-        step, (epoch, batch) = state["global_step"] if state else 0, saver.position
-        pack = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "epoch": epoch, "batch": batch, "global_step": step}
-        for epoch in range(epoch, 6):
-            while batch < len(x):
-                loss = model(x[batch]).square().mean()
-                optimizer.zero_grad(), loss.backward(), optimizer.step()
-                batch, step = batch + 1, step + 1
-                if saver.due():
+    step = 0
+
+    def pack():
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "random": checkpoint.random_states(), "epoch": epoch, "batch": batch, "global_step": step}
+
+    with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=0.001) as saver, saver.signals():
+        state = saver.resume()
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            checkpoint.restore_random_states(state["random"])
+            step = state["global_step"]
+        epoch, batch = saver.position               # (1, 0) at the start: epochs count from 1
+        while epoch <= 5:
+            while batch < len(data):
+                loss = model(data[batch]).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                batch += 1
+                step += 1
+                if saver.due() or saver.stopping():     # the time has come; or Ctrl-C, SIGTERM ...
                     saver.save_mid(pack())
-            saver.save_epoch(pack(), metric=-model(x).square().mean().item())
+                if saver.stopping():
+                    sys.exit(saver.stopping())      # once the save is durable
+            model.eval()
+            with torch.no_grad():
+                score = -model(data).square().mean().item()
+            model.train()
+            saver.save_epoch(pack(), metric=score)
+            epoch += 1
             batch = 0
-        saver.settle()              # the last save is durable, or this raises
+        saver.settle()                              # the last save is durable, or this raises
 
 A checkpoint is a plain .pt (a stored zip): `torch.load(path, weights_only=True)` and `unzip -t` open it. Every byte is
 covered: tensors by their zip CRC-32, all the rest by a SHA-256 in the zip comment, next to the progress as JSON, so that
 choosing among many files reads a few hundred bytes of each.
 """
 import argparse
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -43,28 +66,35 @@ import json
 import math
 import os
 import pickle
+import random
 import re
+import signal
 import socket
 import stat
 import struct
 import sys
+import threading
 import time
 import uuid
 import zipfile
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-NAME = re.compile(r"mid_epoch_(\d+)_(\d+)\.pt|checkpoint_epoch_(\d+)\.pt|last\.pt")     # what a resume may take
 TEMP = re.compile(r"\..+\.(\d+)(?:@([\w-]+))?\.\d+\.tmp")     # .NAME.PID@HOST.SERIAL.tmp
 ABANDONED = 3600.0              # seconds after which a temp of another host counts as dead
 PROGRESS = ("epoch", "batch", "global_step", "save_counter")
 PAGE, CHUNK = 4096, 32 << 20    # alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
 MTBF_HOURS = 24.0               # assumed mean time between failures for the Young/Daly advice: one Modal time limit
 MAGIC = b"holdfast1 "           # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
+READ_PATIENCE = 30.0            # seconds that a resume waits for a disk or a network that does not answer
+# what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO}
 _serial = itertools.count()
 
 
@@ -77,7 +107,13 @@ class InUse(OSError):
 
 
 class SaveFailed(OSError):
-    """Three saves in a row failed: going on would risk ever more work."""
+    """Saves failed for as long as the patience lasts: going on would risk ever more work."""
+
+
+class IncompleteState(TypeError, KeyError):
+    """The state lacks its place in the training: no resume could go on from it."""
+
+    __str__ = TypeError.__str__             # a KeyError shows its message in quotes
 
 
 # ---- the file: a stored zip laid out by hand: a snapshot is one memcpy, every byte accounted for ----
@@ -672,15 +708,28 @@ def _facts(state):
     for key in PROGRESS:
         if key in state:
             facts[key] = state[key] if type(state[key]) is int else None
+    ours = state["holdfast"] if "holdfast" in state else None
+    if not isinstance(ours, dict):
+        ours = state                        # a note, or a file that another writer made
     for key in ("kind", "run"):
-        if key in state and _is_name(state[key]):
-            facts[key] = state[key]
-    metric = state["metric"] if "metric" in state else None
+        if key in ours and _is_name(ours[key]):
+            facts[key] = ours[key]
+    metric = ours["metric"] if "metric" in ours else None
     if type(metric) is dict and _is_name(metric.get("name")):
         value = metric.get("value")
         if type(value) is float or type(value) is int and abs(value) < 2**53:
             facts["metric"] = {"name": metric["name"], "value": value}
     return facts
+
+
+def _position(facts):
+    """(epoch in progress, batches trained in it) where a resume goes on, or None."""
+    epoch, batch = facts.get("epoch"), facts.get("batch")
+    if epoch is None:
+        return None
+    if facts.get("kind") == "epoch":
+        return epoch + 1, 0
+    return None if batch is None else (epoch, batch)
 
 
 def _is_name(value):
@@ -1145,7 +1194,8 @@ def peek(path):
     """Progress of a checkpoint without reading it, as a dict.
 
     Its keys: epoch, batch, global_step, save_counter (ints), kind, run (or None), metric (a dict
-    with name and value, or None), bytes. A few hundred bytes are read of a file written here; any
+    with name and value, or None), position (epoch in progress and batches trained in it, or None
+    where no resume can go on from it), bytes. A few hundred bytes are read of a file written here; any
     other .pt is loaded. Raises CorruptCheckpoint or OSError."""
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -1160,28 +1210,67 @@ def peek(path):
         if value is None or not 0 <= value < 2**63:
             raise CorruptCheckpoint(f"{path}: its {key} is {value!r}, not a count")
     others = {key: facts.get(key) for key in ("kind", "run", "metric")}
-    return {**progress, **others, "bytes": size}
+    return {**progress, **others, "position": _position(facts), "bytes": size}
 
 
 # ---- choosing and rotating: by what is stored inside, never by mtime or by the order of names ----
 
+class Kind(NamedTuple):
+    """One kind of checkpoint file. A state saved under several names is one file where links work."""
+
+    name: str               # filled in from the state
+    spare: bool = False     # worth nothing once a later save is durable: `clean` removes it
+
+    @property
+    def glob(self):
+        return re.sub(r"\{.*?\}", "*", self.name)
+
+
+KINDS = {                   # of one save under two names a resume takes the upper; the best is its last resort
+    "mid_epoch": Kind("mid_epoch_{epoch:03d}_{batch:06d}.pt", spare=True),
+    "last": Kind("last.pt"),
+    "checkpoint_epoch": Kind("checkpoint_epoch_{epoch:03d}.pt"),
+    "best": Kind("best.pt"),
+}
+NAME = re.compile("|".join(f"(?P<{key}>{re.escape(kind.glob)})" for key, kind in KINDS.items())
+                  .replace(r"\*", r"\d+"))
+
+
+def checkpoints(directory):
+    """Paths in `directory` that are named like a checkpoint, by name; none where it is absent."""
+    try:
+        return [Path(directory, name) for name in sorted(os.listdir(directory)) if NAME.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 class _Candidate:
-    """One file that a resume may take, with its progress or the reason why it is out."""
+    """One checkpoint file with its progress, or the reason why no resume can take it."""
 
     def __init__(self, path):
-        self.path, self.facts, self.damage = Path(path), None, None
+        self.path = Path(path)
+        named = NAME.fullmatch(self.path.name)
+        self.kind = named and named.lastgroup
+        self.facts = None
+        self.damage = None
+        self.fault = None   # an OSError that may pass: what the file holds is not known
         try:
-            if not self.path.is_file():
+            if not stat.S_ISREG(os.stat(path).st_mode):
                 raise CorruptCheckpoint(f"{path}: not a regular file")
             self.facts = peek(path)
+            if not self.facts["position"]:
+                self.damage = "it names no epoch and batch to go on from"
         except (CorruptCheckpoint, OSError) as damage:
             self.damage = _reason(damage)
+            if isinstance(damage, OSError) and damage.errno not in LASTING:
+                self.fault = damage
 
     @property
     def order(self):
         """Newest save first: the counter only grows, also after a rollback; equal counters go by progress, then by kind."""
-        kind = 2 if self.path.name.startswith("mid_epoch") else self.path.name == "last.pt"
-        return (self.facts["save_counter"], self.facts["global_step"], self.facts["epoch"], self.facts["batch"], kind)
+        f = self.facts
+        rank = -list(KINDS).index(self.kind) if self.kind else -len(KINDS)
+        return f["save_counter"], f["global_step"], f["epoch"], f["batch"], rank
 
     def __str__(self):
         f = self.facts
@@ -1189,31 +1278,69 @@ class _Candidate:
 
 
 def candidates(directory):
-    """Files of `directory` that a resume may take, furthest first, unreadable ones last."""
-    try:
-        names = sorted(name for name in os.listdir(directory) if NAME.fullmatch(name))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = [_Candidate(Path(directory, name)) for name in names]
-    return sorted((c for c in found if c.facts), key=lambda c: c.order, reverse=True) + [c for c in found if not c.facts]
+    """Files of `directory` that a resume may take, furthest first, then the best, then what cannot be taken."""
+    found = [_Candidate(path) for path in checkpoints(directory)]
+    usable = sorted((c for c in found if not c.damage), key=lambda c: c.order, reverse=True)
+    usable.sort(key=lambda c: c.kind == "best")
+    return usable + [c for c in found if c.damage]
 
 
-def _choose(directory, open_, say):
-    """(path, what open_ returned) of the best candidate that open_ accepts, or (None, None); says why for each."""
+def _choose(directory, open_, say, patience=0.0):
+    """(path, what open_ returned) of the latest save that open_ accepts, or (None, None); says why for each.
+
+    A disk or a network that does not answer is no damage: for `patience` seconds it is asked again, then OSError."""
+    ends = time.monotonic() + patience
+    pause = 0.5
+    while True:
+        try:
+            return _best_of(candidates(directory), open_, say)
+        except OSError as error:
+            if time.monotonic() >= ends:
+                raise
+            say(f"resume: {error.filename} cannot be read now ({error.strerror}): no damage, trying again")
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
+
+
+def _best_of(found, open_, say):
+    for candidate in found:
+        if candidate.fault:                 # it may be the latest of all
+            raise OSError(candidate.fault.errno, candidate.fault.strerror, str(candidate.path))
     chosen = None
-    for candidate in candidates(directory):
-        if candidate.damage:
-            say(f"resume: skipped {candidate.path.name}: {candidate.damage}")
+    refused = [c for c in found if c.damage]
+    for candidate in refused:
+        say(f"resume: skipped {candidate.path.name}: {candidate.damage}")
+    for candidate in found:
+        if candidate in refused or (candidate.kind == "best" and chosen):
+            continue
+        if candidate.kind == "best" and not refused:
+            say(f"resume: best.pt alone is no run to continue: --resume {candidate.path} would start from it")
         elif chosen:
             reason = "the same save" if candidate.order[0] == chosen[2].order[0] else "an earlier save"
             say(f"resume: passed {candidate.path.name}: {candidate}, {reason}")
         else:
-            try:
-                chosen = candidate.path, open_(candidate.path), candidate
-                say(f"resume: chose {candidate.path.name}: {candidate}, the latest save that passes every check")
-            except (CorruptCheckpoint, OSError) as damage:
-                say(f"resume: skipped {candidate.path.name}: {_reason(damage)}")
+            state = _accepted(candidate, open_, say)
+            if state is None:
+                refused.append(candidate)
+                continue
+            chosen = candidate.path, state, candidate
+            why = "the latest save that passes every check"
+            if candidate.kind == "best":
+                why = "the last resort, since no later save passes every check"
+            say(f"resume: chose {candidate.path.name}: {candidate}, {why}")
     return chosen[:2] if chosen else (None, None)
+
+
+def _accepted(candidate, open_, say):
+    """What open_ makes of the file, or None where it is damaged or gone."""
+    try:
+        return open_(candidate.path)
+    except CorruptCheckpoint as damage:
+        say(f"resume: skipped {candidate.path.name}: {_reason(damage)}")
+    except OSError as error:
+        if error.errno not in LASTING:
+            raise OSError(error.errno, error.strerror, str(candidate.path)) from None
+        say(f"resume: skipped {candidate.path.name}: {_reason(error)}")
 
 
 def _reason(error):
@@ -1223,8 +1350,10 @@ def _reason(error):
 
 
 def find_resume(checkpoints_directory, say=print):
-    """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it was taken or not."""
-    return _choose(checkpoints_directory, verify, say)[0]
+    """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it was taken or not.
+
+    Raises OSError where a file cannot be read for READ_PATIENCE seconds: what cannot be read may be the latest."""
+    return _choose(checkpoints_directory, verify, say, READ_PATIENCE)[0]
 
 
 def rotate(directory, glob_pattern, keep, protect=()):
@@ -1234,34 +1363,116 @@ def rotate(directory, glob_pattern, keep, protect=()):
     cannot be parsed, and files of another run than the newest one's."""
     if keep < 0:
         raise ValueError(f"keep must be 0 (all) or more, not {keep}")
+    if keep == 0:
+        return []
     found = [_Candidate(path) for path in Path(directory).glob(glob_pattern)]
     found = sorted((c for c in found if c.facts), key=lambda c: c.order, reverse=True)
     found = [c for c in found if c.facts["run"] == found[0].facts["run"]]
-    guard = {os.path.realpath(path) for path in (*protect, Path(directory, "best.pt"))}
+    guard = {os.path.realpath(path) for path in (*protect, Path(directory, KINDS["best"].name))}
     guarded = found[:1] + [c for c in found[1:] if os.path.realpath(c.path) in guard]
     others = [c for c in found if c not in guarded]
-    doomed = [c.path for c in others[max(0, keep - len(guarded)):]] if keep else []
+    doomed = [c.path for c in others[max(0, keep - len(guarded)):]]
     for path in doomed:
         _unlink(path)
     return doomed
 
 
+# ---- what a copied loop needs besides: random states, signals ----
+
+def random_states():
+    """Random states of Python, NumPy (if loaded), torch and the current GPU, as plain values and CPU tensors."""
+    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        states["numpy"] = [name, keys.tolist(), *rest]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states):
+    """Go on with the random numbers that would have followed `random_states()`."""
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    torch.set_rng_state(states["torch"])
+    if "numpy" in states:
+        import numpy                        # the process that saved had loaded it; torch does not need it
+        numpy.random.set_state(tuple(states["numpy"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+class Signals:
+    """While entered, the first signal that asks to stop sets `number`; one that comes a second or more later acts as ever.
+
+    `tmux kill-session` and systemd send two within milliseconds: they are one wish. Signals that were inherited as ignored
+    (nohup) stay ignored. Only the main thread of the process that entered it can listen."""
+
+    WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self):
+        self.number = 0
+        self.since = 0.0
+        self.before = {}
+        self.process = os.getpid()
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in self.WATCHED:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        if os.getpid() != self.process:
+            self._note_in_child(number)
+        elif not self.number:
+            self.number = number
+            self.since = time.monotonic()
+            text = f"\n{signal.Signals(number).name}: saving at the next step; once more to exit at once\n"
+            try:
+                os.write(2, text.encode())
+            except OSError:
+                pass                        # after SIGHUP the terminal may be gone
+        elif time.monotonic() - self.since >= 1:
+            self._act(number)
+
+    def _note_in_child(self, number):
+        """A forked worker must not die of the Ctrl-C that its parent answers with a save, but of a kill it must."""
+        if number == signal.SIGTERM:
+            self._act(number)
+
+    def _act(self, number):
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 # ---- policy ----
 
+def overridden(name, kind, value, say=print):
+    """`value`, or what the environment variable `name` says instead; ValueError where that is no number from 0."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return value
+    try:
+        given = kind(text)
+        if not 0 <= given < math.inf:
+            raise ValueError
+    except ValueError:
+        what = "number" if kind is float else "whole number"
+        raise ValueError(f"{name}={text!r} must be a {what}, 0 or more") from None
+    say(f"checkpoints: {name}={text} overrides {value} from the configuration")
+    return given
+
+
 def environment(minutes, keep, say=print):
-    """(minutes, keep) with BGB_MID_EPOCH_MINUTES (float, 0 = after every step) and BGB_MID_EPOCH_KEEP (int) in charge."""
-    for name, kind in (("BGB_MID_EPOCH_MINUTES", float), ("BGB_MID_EPOCH_KEEP", int)):
-        text = os.environ.get(name, "").strip()
-        if not text:
-            continue
-        try:
-            value = kind(text)
-            if not 0 <= value < math.inf:
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"{name}={text!r} must be a {'number' if kind is float else 'whole number'}, 0 or more") from None
-        say(f"checkpoints: {name}={text} overrides {minutes if kind is float else keep} from the configuration")
-        minutes, keep = (value, keep) if kind is float else (minutes, value)
+    """(minutes, keep) with BGB_MID_EPOCH_MINUTES (0 = after every step) and BGB_MID_EPOCH_KEEP (0 = all) in charge."""
+    minutes = overridden("BGB_MID_EPOCH_MINUTES", float, minutes, say)
+    keep = overridden("BGB_MID_EPOCH_KEEP", int, keep, say)
     return minutes, keep
 
 
@@ -1274,96 +1485,192 @@ class Checkpointer:
     mode                "max" or "min": which metric is better
     on_saved            called with the path in the writer thread once a file is durable; its exception stops the run
     before_save         called in the writer thread before a file is written: makes durable what the state counts on
-    A failed save is said, retried at the next chance, and raises SaveFailed after the third in a row."""
+    save_patience_minutes   a failed save is said and tried again for so long, the state kept in memory; then SaveFailed
+    check_finite        refuse to write weights (state["model"]) that became infinite or NaN
+
+    A state is any dict with whole numbers `epoch` (from 1) and, in a snapshot, `batch`. The file holds it with `save_counter`
+    and, under "holdfast", the kind, run and metric that choosing goes by; `kind`, `run` and `metric` stand beside the
+    state's own keys too, unless it has keys of these names itself."""
 
     def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1, checkpoint_keep=3,
-                 mode="max", on_saved=None, before_save=None, background=True, say=print):
-        self.directory = Path(directory)
-        self.minutes, self.mid_keep = environment(mid_epoch_minutes, mid_epoch_keep, say)
-        self.interval, self.keep, self.mode = checkpoint_interval, checkpoint_keep, mode
-        self.on_saved, self.before_save, self.background, self.say = on_saved, before_save, background, say
+                 mode="max", on_saved=None, before_save=None, background=True, say=print, save_patience_minutes=60.0,
+                 check_finite=True):
+        self.directory = Path(directory).absolute()         # a later chdir must not move the run
+        minutes, keep = environment(mid_epoch_minutes, mid_epoch_keep, say)
+        self.minutes = minutes
+        self.keep = {"mid_epoch": keep, "checkpoint_epoch": checkpoint_keep}
+        self.interval = checkpoint_interval
+        self.mode = mode
+        self.on_saved = on_saved
+        self.before_save = before_save
+        self.background = background
+        self.patience = save_patience_minutes
+        self.finite = "model" if check_finite else ""
+        self.say = say
+        self.run = uuid.uuid4().hex[:12]
+        self.counter = 0                    # of the newest save
+        self.position = (1, 0)              # epoch in progress, batches trained in it
+        self.resumed = None                 # the file that this run goes on from: never rotated away
+        self.blocked = 0.0                  # seconds that training waited for the last save
+        self.slowest = 0.0                  # seconds until durable of the slowest save: what a time limit must leave
+        self._image = _Image(say)
+        self._names = []                    # of the image
+        self._failed = None                 # OSError of the image's save: it is in memory alone
+        self._failures = 0                  # in a row
+        self._failing_since = 0.0
+        self._costs = []
+        self._signals = Signals()           # heard only within signals()
+        self._writing = None
+        self._error = None
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory)
+        try:
+            self._look()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._writer = ThreadPoolExecutor(1, "checkpoint writer")           # waiting: starting a thread per save costs 5 ms
+        self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
+
+    def _look(self):
+        """What the directory holds and can: dead temps go, saves from here on outrank every file in it."""
         sweep_temps(self.directory)
         self.links = _links_work(self.directory)
         if not self.links:
-            say(f"checkpoints: no hard links in {directory}: last.pt and best.pt are full copies")
-        self.run, self.counter, self.position, self.resumed = uuid.uuid4().hex[:12], 0, (1, 0), None
-        self.counter = max([c.facts["save_counter"] for c in candidates(directory) if c.facts], default=0)
-        self._image, self._writing, self._error, self._failures, self._costs = _Image(say), None, None, 0, []
-        self._names, self._unsaved = [], False          # of the image; whether its save failed
-        self._writer = ThreadPoolExecutor(1, "checkpoint writer")           # waiting: starting a thread per save costs 5 ms
-        self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
+            self.say(f"checkpoints: no hard links in {self.directory}: last.pt and best.pt are full copies")
+        found = [c for c in candidates(self.directory) if c.facts]
+        self.counter = max([c.facts["save_counter"] for c in found], default=0)
+
+    # -- going on --
 
     def resume(self, resume=True):
         """State to continue from, or None: the best file of the directory, or `resume` itself where it is a path.
 
-        Sets `position` to (epoch in progress, batches already trained in it)."""
-        if resume is True:
-            path, state = _choose(self.directory, load, self.say)
-        else:
-            path, state = Path(resume), load(resume)
+        Sets `position` to (epoch in progress, batches already trained in it). Raises OSError where the directory cannot be
+        read for READ_PATIENCE seconds: nothing may be begun over a run that is only out of reach."""
+        if resume is not True:
+            state = load(resume)
+            self.adopt(state, resume)
+            return state
+        path, state = _choose(self.directory, load, self.say, READ_PATIENCE)
         if state is None:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
             return None
-        self.adopt(state, path)
-        if resume is True:
-            self._complete(path, state)
+        self._follow(state, path)
+        self._complete(path, state)
         return state
+
+    def adopt(self, state, path=None):
+        """Continue the line that `state` belongs to, whatever later saves the directory holds: those from here on outrank
+        them. A best.pt that this line has not made is kept under another name, and the best of this line takes its place."""
+        self._follow(state, path)
+        best = _Candidate(self.directory / KINDS["best"].name)
+        if not best.facts or self._of_line(best, state):
+            return
+        aside = self.directory / f"abandoned_best_{best.facts['run'] or 'run'}_{best.facts['save_counter']}.pt"
+        os.replace(best.path, aside)
+        self.say(f"resume: best.pt is of the line that is left: kept as {aside.name}")
+        mine = [c for c in candidates(self.directory) if self._of_line(c, state) and c.facts["metric"]]
+        for candidate in sorted(mine, key=lambda c: c.order):
+            metric = candidate.facts["metric"]
+            if self._is_best(metric["value"], metric["name"]):
+                also(candidate.path, best.path, self.links)
+        if best.path.exists():
+            self.say("resume: best.pt is the best that is left of the line that goes on")
+
+    def _of_line(self, candidate, state):
+        """Whether the file was saved before `state`, by its run: later ones are of a line that a rollback leaves."""
+        facts = candidate.facts
+        return facts and facts["run"] == self.run and facts["save_counter"] <= state.get("save_counter", 0)
+
+    def _follow(self, state, path):
+        facts = _facts(state)
+        position = _position(facts)
+        if not position:
+            raise CorruptCheckpoint(f"{path or 'the state'}: it names no epoch and batch to go on from")
+        self.resumed = Path(path) if path else None
+        self.run = facts.get("run") or self.run
+        self.counter = max(self.counter, facts.get("save_counter") or 0)
+        self.position = position
 
     def _complete(self, path, state):
         """Give an epoch's file the names that a kill kept from it: last.pt and, where its metric is better, best.pt."""
-        if state.get("kind") != "epoch":
+        facts = {"save_counter": 0, "kind": None, "metric": None} | _facts(state)
+        if facts["kind"] != "epoch":
             return
-        last, metric, names = _Candidate(self.directory / "last.pt"), peek(path)["metric"], []
-        if last.facts is None or last.facts["save_counter"] < state["save_counter"]:
-            names.append("last.pt")
+        last = _Candidate(self.directory / KINDS["last"].name)
+        metric = facts["metric"]
+        names = []
+        if last.facts is None or last.facts["save_counter"] < facts["save_counter"]:
+            names.append(KINDS["last"].name)
         if metric and self._is_best(metric["value"], metric["name"]):
-            names.append("best.pt")
+            names.append(KINDS["best"].name)
         try:
             for name in names:
-                self._also(path, self.directory / name)
+                also(path, self.directory / name, self.links)
                 self.say(f"resume: {name} is {path.name} again: the process that wrote it died before naming it so")
         except OSError as error:            # the state is loaded: the next epoch's end names its own files
             self.say(f"resume: {path.name} could not be named {name}: {error.strerror}")
 
-    def adopt(self, state, path=None):
-        """Continue the run that `state` belongs to; saves from here on outrank every file in the directory."""
-        self.resumed = Path(path) if path else None
-        self.run = state.get("run") or self.run
-        self.counter = max(self.counter, state.get("save_counter", 0))
-        done = state.get("kind") == "epoch"
-        self.position = (state["epoch"] + 1, 0) if done else (state["epoch"], state["batch"])
+    # -- when --
 
     def due(self):
         """True when a timed snapshot should be taken. Raises what went wrong in the background since the last call."""
         self.check()
         return time.monotonic() >= self._due_at
 
+    @contextlib.contextmanager
+    def signals(self):
+        """`with saver.signals():` has SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 wait for `stopping`. Left only when the
+        last save is durable: the second signal of a pair must not meet a writer at work."""
+        with Signals() as self._signals:
+            try:
+                yield self._signals
+            finally:
+                self.close()
+
+    def stopping(self):
+        """0, or once a signal came the exit code to leave with when the state is saved: 128 + its number."""
+        return 128 + self._signals.number if self._signals.number else 0
+
+    # -- saving --
+
     def save_mid(self, state):
         """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained in it."""
-        self._start(state, "mid_epoch", [f"mid_epoch_{state['epoch']:03d}_{state['batch']:06d}.pt"])
+        _check_progress(state, ("epoch", "batch"))
+        state = {**state, "holdfast": {}}   # a state that was resumed brings its own along
+        self._start(state, "mid_epoch", [KINDS["mid_epoch"].name.format(**_numbers(state))])
 
     def save_epoch(self, state, metric=None, name="metric"):
         """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly, best.pt. True if best."""
-        epoch, names = state["epoch"], ["last.pt"]
-        if self.interval and epoch % self.interval == 0:
-            names.insert(0, f"checkpoint_epoch_{epoch:03d}.pt")
+        _check_progress(state, ("epoch",))
         self.wait()
-        improved = metric is not None and self._is_best(float(metric), name)
+        names = [KINDS["last"].name]
+        if self.interval and state["epoch"] % self.interval == 0:
+            names.insert(0, KINDS["checkpoint_epoch"].name.format(**_numbers(state)))
+        ours = {}
+        improved = False
         if metric is not None:
-            state = state | {"metric": {"name": name, "value": float(metric)}}
-        self._start(state, "epoch", names + ["best.pt"] * improved)
+            ours["metric"] = {"name": name, "value": float(metric)}
+            improved = self._is_best(float(metric), name)
+        if improved:
+            names.append(KINDS["best"].name)
+        self._start({**state, "holdfast": ours}, "epoch", names)
         return improved
 
     def _is_best(self, value, name):
         """Strictly better than what best.pt itself holds; NaN never is. The file is asked, so no resume can forget it."""
-        best = self.directory / "best.pt"
+        best = self.directory / KINDS["best"].name
+        stored = None
         try:
-            stored = peek(best)["metric"] if best.exists() else None
-        except (CorruptCheckpoint, OSError) as damage:
+            stored = peek(best)["metric"]
+        except FileNotFoundError:
+            pass                            # the first one
+        except CorruptCheckpoint as damage:
             self.say(f"checkpoints: best.pt cannot be compared ({_reason(damage)}): the next metric replaces it")
-            stored = None
+        except OSError as error:
+            self.say(f"checkpoints: best.pt cannot be read now ({_reason(error)}): it stays as it is")
+            return False
         if not stored or stored["name"] != name:
             return not math.isnan(value)
         return better(value, stored["value"], self.mode)
@@ -1371,16 +1678,16 @@ class Checkpointer:
     def _start(self, state, kind, names):
         began = time.monotonic()
         self.wait()
-        if self._unsaved and "last.pt" in self._names:  # the end of an epoch, perhaps the best: once more before it goes
-            self._retry(self._failures)
-        self._unsaved = False
+        if self._epoch_waits():             # perhaps the best: no snapshot may take its place in memory
+            self._retry()
+            if self._failed and kind == "mid_epoch":
+                self._due_at = time.monotonic() + 60
+                return
+        self._failed = None
         self.counter += 1
-        state = {**state, "kind": kind, "run": self.run, "save_counter": self.counter}
+        ours = {**state["holdfast"], "kind": kind, "run": self.run}
         try:
-            self._image.fill(state)
-            for key in PROGRESS:
-                if type(self._image.tree.get(key, 0)) is not int:
-                    raise TypeError(f"[{key!r}] must be a whole number: no resume could take this file")
+            self._image.fill({**ours, **state, "save_counter": self.counter, "holdfast": ours})
         finally:
             self._due_at = time.monotonic() + 60 * self.minutes
         self.blocked = time.monotonic() - began
@@ -1389,12 +1696,14 @@ class Checkpointer:
         if not self.background:
             self.wait()
 
-    def _retry(self, failures=None):
-        """Write the image again whose save failed; `failures` in a row stand, whatever comes of it."""
+    def _epoch_waits(self):
+        """Whether the image is the end of an epoch whose save failed, and not for weights that no time makes finite."""
+        return self._failed and KINDS["last"].name in self._names and self._failed.errno != errno.EDOM
+
+    def _retry(self):
+        """Write the image again whose save failed."""
         self._writing = self._writer.submit(self._write, self._names, self.blocked)
         self.wait()
-        if self._unsaved and failures is not None:
-            self._failures = failures
 
     def _write(self, names, blocked):
         """Writer thread: durable first, then the other names, then the hook, and only then rotation."""
@@ -1403,22 +1712,29 @@ class Checkpointer:
             if self.before_save:
                 self.before_save()
             sweep_temps(self.directory)
-            if not self.links:      # copies need room: the oldest snapshots go first, newer durable ones remain
-                for weights in self._image.weights("model").values():
-                    self._image.refuse_nonfinite(weights)       # a save that will be refused costs no snapshot
-                room = 2 if len(names) > 1 else 1
-                self._rotate("mid_epoch_*.pt", max(1, self.mid_keep - room) if self.mid_keep else 0)
+            if not self.links:
+                self._make_room(names)
             first = self.directory / names[0]
-            size = atomic_write(first, self._image.file(finite="model"))
+            size = atomic_write(first, self._image.file(finite=self.finite))
             for name in names[1:]:
-                self._also(first, self.directory / name)
-            self._failures, self._unsaved = 0, False
+                also(first, self.directory / name, self.links)
+            self._failures = 0
+            self._failed = None
             self._report(names, blocked, time.monotonic() - began, size)
             self._call_hook(first)
-            self._rotate("mid_epoch_*.pt", self.mid_keep)
-            self._rotate("checkpoint_epoch_*.pt", self.keep)
+            for kind, keep in self.keep.items():
+                self._rotate(kind, keep)
         except BaseException as error:      # handed to the training loop, which raises it at its next step
             self._error = error
+
+    def _make_room(self, names):
+        """Copies instead of links need room: the oldest snapshots go first, newer durable ones remain."""
+        for weights in self._image.weights(self.finite).values():
+            self._image.refuse_nonfinite(weights)           # a save that will be refused costs no snapshot
+        room = 2 if len(names) > 1 else 1
+        keep = self.keep["mid_epoch"]
+        if keep:
+            self._rotate("mid_epoch", max(1, keep - room))
 
     def _call_hook(self, path):
         try:
@@ -1427,19 +1743,13 @@ class Checkpointer:
         except Exception as error:          # not an OSError: the save itself did succeed
             raise RuntimeError(f"on_saved failed for {path.name}: {error}") from error
 
-    def _also(self, source, target):
-        """`target` becomes another name of `source`: a hard link where possible, else a second durable file."""
-        if not self.links:
-            with open(source, "rb") as file:
-                atomic_write(target, iter(lambda: file.read(CHUNK), b""))
-            return
-        durable_link(source, target)
-
-    def _rotate(self, pattern, keep):
-        for path in rotate(self.directory, pattern, keep, protect=[self.resumed] if self.resumed else []):
+    def _rotate(self, kind, keep):
+        protect = [self.resumed] if self.resumed else []
+        for path in rotate(self.directory, KINDS[kind].glob, keep, protect):
             self.say(f"checkpoints: rotated out {path.name}")
 
     def _report(self, names, blocked, wrote, size):
+        self.slowest = max(self.slowest, blocked + wrote)
         self._costs.append(blocked)
         line = f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s"
         if len(self._costs) >= 3:
@@ -1448,21 +1758,32 @@ class Checkpointer:
             line += f"; lost work and save cost balance at {minutes:.1f} min (one failure in {MTBF_HOURS:.0f} h assumed)"
         self.say(line)
 
+    # -- faults and the end --
+
     def check(self):
-        """Raise the writer's error here: SaveFailed for the third failed save in a row, else anything that is no OSError."""
+        """Raise the writer's error here: SaveFailed when saves fail beyond patience, else anything that is no OSError."""
         error, self._error = self._error, None
         if error is None:
             return
         if not isinstance(error, OSError):
             raise error
-        self._failures, self._unsaved = self._failures + 1, True
-        self._due_at = min(self._due_at, time.monotonic() + 60)             # no need to wait for the whole interval
-        room = f" ({self._image.end / 1e6:.0f} MB needed, {_free(self.directory) / 1e6:.0f} MB free)"
-        line = f"save failed ({self._failures} in a row): {error.strerror or error}" + room * (error.errno == errno.ENOSPC)
+        now = time.monotonic()
+        if not self._failures:
+            self._failing_since = now
+        self._failures += 1
+        self._failed = error
+        self._due_at = min(self._due_at, now + 60)          # no need to wait for the whole interval
+        line = f"save failed ({self._failures} in a row): {error.strerror or error}"
+        if error.errno == errno.ENOSPC:
+            line += f" ({self._image.end / 1e6:.0f} MB needed, {_free(self.directory) / 1e6:.0f} MB free)"
         self.say(f"{line}; every earlier checkpoint is as it was")
-        if self._failures >= 3:
-            self._unsaved = False
-            raise SaveFailed(error.errno, f"three saves in a row failed, the last one: {error.strerror or error}")
+        # time mends a disk, but no weights that are not finite
+        patience = 0 if error.errno == errno.EDOM else 60 * self.patience
+        if self._failures >= 3 and now - self._failing_since >= patience:
+            self._failed = None
+            minutes = (now - self._failing_since) / 60
+            raise SaveFailed(error.errno, f"saves failed for {minutes:.0f} minutes, {self._failures} in a row, "
+                                          f"the last one: {error.strerror or error}")
 
     def wait(self):
         """Until the file being written is durable; reports its failure, if any, as `check` does."""
@@ -1472,22 +1793,23 @@ class Checkpointer:
         self.check()
 
     def settle(self):
-        """Until the newest save is durable: `wait`, and again where it failed. SaveFailed after the third failure in a row."""
+        """Until the newest save is durable: where it failed again and again, for save_patience_minutes. Else SaveFailed."""
         self.wait()
-        while self._unsaved:
+        pause = 1.0
+        while self._failed:
+            time.sleep(min(pause, 60 * self.patience))
+            pause = min(2 * pause, 60.0)
             self._retry()
 
     def close(self):
         """Wait for the writer, once more where the newest save failed, and give the directory up."""
         try:
             self.wait()
-            if self._unsaved:
+            if self._failed:
                 self._retry()
         finally:
             self._writer.shutdown()
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            self._lock.close()
 
     def __enter__(self):
         return self
@@ -1500,7 +1822,32 @@ def better(value, best, mode="max"):
     """Strictly better; a NaN never is, and anything beats a NaN or None."""
     if math.isnan(value):
         return False
-    return best is None or math.isnan(best) or (value > best if mode == "max" else value < best)
+    if best is None or math.isnan(best):
+        return True
+    return value > best if mode == "max" else value < best
+
+
+def _check_progress(state, needed):
+    """Raise TypeError for a state that no resume could take."""
+    for key in needed:
+        if key not in state:
+            raise IncompleteState(f"the state has no {key!r}: a resume goes on from its epoch (they count from 1) and batch")
+    for key, value in _numbers(state).items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise TypeError(f"[{key!r}] must be a whole number, 0 or more, not {value!r}: no resume could take this file")
+
+
+def _numbers(state):
+    return {key: state[key] for key in PROGRESS if key in state}
+
+
+def also(source, target, links=True):
+    """`target` becomes another name of `source`: a hard link where possible, else a second durable file."""
+    if links:
+        durable_link(source, target)
+        return
+    with open(source, "rb") as file:
+        atomic_write(target, iter(lambda: file.read(CHUNK), b""))
 
 
 def _links_work(directory):
@@ -1597,7 +1944,7 @@ def find_runs(path):
     """Directories at or under `path` that hold checkpoints."""
     path = Path(path)
     places = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
-    return [p for p in places if any(NAME.fullmatch(f.name) or f.name == "best.pt" for f in p.iterdir())]
+    return [p for p in places if checkpoints(p)]
 
 
 def _age(seconds):
@@ -1632,7 +1979,7 @@ def list_run(directory, say=print):
     """One run as a table; the file a resume takes is marked, with the reason below."""
     notes = []
     chosen = find_resume(directory, notes.append)
-    files = sorted((c for c in map(_Candidate, _checkpoints(directory))),
+    files = sorted((c for c in map(_Candidate, checkpoints(directory))),
                    key=lambda c: (c.facts is not None, c.order if c.facts else (), c.path.name), reverse=True)
     busy = _in_use(directory)
     say(f"\n{directory}" + (f"  ({busy})" if busy and f"process {os.getpid()} " not in busy else ""))
@@ -1652,10 +1999,6 @@ def list_run(directory, say=print):
         if not note.startswith("resume: passed"):                           # older and sound: the table shows them
             say(f"    {note}")
     return len(files)
-
-
-def _checkpoints(directory):
-    return [p for p in sorted(Path(directory).iterdir()) if NAME.fullmatch(p.name) or p.name == "best.pt"]
 
 
 def _removable(directory):
@@ -1703,7 +2046,7 @@ def strip(source, target=None):
 def _verify_all(paths):
     damaged = 0
     for path in paths:
-        for file in _checkpoints(path) if path.is_dir() else [path]:
+        for file in checkpoints(path) if path.is_dir() else [path]:
             health = _health(file)
             damaged += health != "ok"
             print(f"{file}: {health}")

@@ -151,6 +151,11 @@ def shown(path):
     return os.fsencode(path).decode(errors="replace").replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
+def one_line(error):
+    """Its message without what would break a line or a terminal: headers and labels may hold anything."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", "?", str(error))
+
+
 def stamps(source):
     """Sizes and times of the files a recording is made of: [[name, size, mtime_ns], ...]."""
     files = [file for file in (source.path, source.annotation) if file]
@@ -193,10 +198,10 @@ def import_one(source, task):
     try:
         return finished(target, source, task) or _convert(source, task, target)
     except Occupied as refusal:
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
     except DataError as refusal:
         target.unlink(missing_ok=True)                  # what an earlier state of the source gave
-        return Outcome(source, "refused", str(refusal))
+        return Outcome(source, "refused", one_line(refusal))
 
 
 def _convert(source, task, target):
@@ -227,7 +232,7 @@ def _convert(source, task, target):
         "began": header.began,
         "release": task.release,
         "annotations": json.dumps(texts),
-        "repaired": "; ".join(dict.fromkeys(header.notes))}
+        "repaired": one_line("; ".join(dict.fromkeys(header.notes)))}
     write_recording(target, signal.eeg, np.empty((0, 2)) if events is None else events, attributes)
     kind = "repaired" if header.notes else "read"
     return Outcome(source, kind, attributes["repaired"], header.seconds, events is not None, texts)
@@ -569,8 +574,11 @@ def write_recording(target, eeg, events, attributes):
         with h5py.File(temp, "w", libver="latest") as f:
             f.attrs.update(attributes)
             f.create_dataset("events", data=events)
-            _write_chunks(f, eeg)
-            _first_chunk(target, f["eeg"])
+            f.flush()                   # all that stands about the recording takes its place before it
+            _write_chunks(make_dataset(f, *eeg.shape), eeg)
+            end = _first_chunk(target, f["eeg"]) + 2 * len(eeg) * CHUNK * -(-eeg.shape[1] // CHUNK)
+        if os.path.getsize(temp) != end:
+            raise DataError(f"{target}: HDF5 put something behind the samples")
         import checkpoint               # here: torch takes a worker a second
         checkpoint.durable_replace(temp, target)
     except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
@@ -579,9 +587,8 @@ def write_recording(target, eeg, events, attributes):
         temp.unlink(missing_ok=True)
 
 
-def _write_chunks(file, eeg):
-    """The dataset `eeg`; its last chunk is padded with zeros."""
-    channels, samples = eeg.shape
+def make_dataset(file, channels, samples):
+    """The empty dataset `eeg` of an open HDF5 file."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_chunk((channels, CHUNK))
     # all room is taken at once: that puts the chunks in a row
@@ -589,10 +596,14 @@ def _write_chunks(file, eeg):
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     # the shape may not be smaller than a chunk, but what it may grow to counts
     shape = h5py.h5s.create_simple((channels, samples), (channels, max(samples, CHUNK)))
-    dataset = h5py.h5d.create(file.id, b"eeg", h5py.h5t.STD_I16LE, shape, layout)
-    for start in range(0, samples, CHUNK):
-        chunk = np.zeros((channels, CHUNK), "<i2")
+    return h5py.h5d.create(file.id, b"eeg", h5py.h5t.STD_I16LE, shape, layout)
+
+
+def _write_chunks(dataset, eeg):
+    """The last chunk is padded with zeros."""
+    for start in range(0, eeg.shape[1], CHUNK):
         part = eeg[:, start:start + CHUNK]
+        chunk = np.zeros((len(eeg), CHUNK), "<i2")
         chunk[:, :part.shape[1]] = part
         dataset.write_direct_chunk((0, start), chunk.tobytes())
 
@@ -632,7 +643,7 @@ def load_recording(path):
             entry["digest"] = digest(raw.read(entry["offset"]))
     except DataError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
     chunks = -(-entry["samples"] // CHUNK)
     if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:

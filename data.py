@@ -85,16 +85,17 @@ class Recording:
         """Events in samples: int64 (N, 2)."""
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
 
-    def read_chunks(self, start, out):
-        """Fill out int16 (K, C, CHUNK) with the chunks from that of sample `start` on, zeros beyond the
-        end. ReadFailed or DataError where the file is not what it was."""
+    def read_chunks(self, start, n, out):
+        """The chunks that hold `n` samples from `start` on, into the first of out int16 (K, C, CHUNK); zeros
+        beyond the end. ReadFailed or DataError where the file is not what it was."""
         if start < 0:
             raise ValueError(f"{self.name}: start {start} is before the recording")
         first = start // CHUNK
-        count = max(0, min(len(out), whole_chunks(self.samples) - first))
+        wanted = whole_chunks(start % CHUNK + n)
+        count = max(0, min(wanted, whole_chunks(self.samples) - first))
         if count:
             self._read_bytes(self.offset + first * out[0].nbytes, out[:count])
-        out[count:] = 0
+        out[count:wanted] = 0
 
     def _read_bytes(self, position, out):
         """Fill the array `out` from `position` in the file on."""
@@ -129,7 +130,7 @@ class Recording:
         """int16 (C, n), zeros beyond the end; times scale it is uV."""
         skipped = start % CHUNK
         chunks = np.empty((whole_chunks(skipped + n), len(self.channels), CHUNK), np.int16)
-        self.read_chunks(start, chunks)
+        self.read_chunks(start, n, chunks)
         return chunks.transpose(1, 0, 2).reshape(len(self.channels), -1)[:, skipped:skipped + n]
 
     def labels(self, start, n):
@@ -429,7 +430,7 @@ class Loader:
         if slot.copied is not None:
             slot.copied.synchronize()
         began = time.perf_counter()
-        recording.read_chunks(start, host["eeg"][place])
+        recording.read_chunks(start, self.windows.length, host["eeg"][place])
         took = time.perf_counter() - began
         host["start"][place] = start % CHUNK
         host["real"][place] = min(self.windows.length, recording.samples - start)

@@ -262,7 +262,8 @@ TAL = re.compile(rb"([+-]\d+(?:\.\d*)?)(?:\x15(\d+(?:\.\d*)?))?\x14((?:[^\x14]*\
 
 
 def _annotation_signals(header):
-    return [i for i, label in enumerate(header.signals["label"]) if label == "EDF Annotations"]
+    labels = [label.lower() for label in header.signals["label"]]
+    return [i for i, label in enumerate(labels) if label == "edf annotations"]
 
 
 def record_onsets(header, body):

@@ -197,7 +197,7 @@ class Home:
         return checkpoint.Checkpointer(
             self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
             s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
-            say=self._saver_says)
+            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"])
 
     def _saver_says(self, line):
         self.watch.did("save")          # a save that failed has ended too

@@ -80,7 +80,7 @@ class Held(data.Recording):
     """A recording without a file: its samples, int16 (C, T), are in memory."""
     memory: np.ndarray = None
 
-    def read_chunks(self, start, out):
+    def read_chunks(self, start, n, out):
         piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
         rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
         rows[:, :piece.shape[1]] = piece
@@ -110,6 +110,7 @@ class Track:
         self.samples, self.fs = round(seconds * edf.FS), edf.FS
         self.seconds, self.events = self.samples / edf.FS, np.array(events, float).reshape(-1, 2)
         self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
+        self.began = ""
         self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples), np.int16)
 
     def read(self, start, n):

@@ -1,16 +1,21 @@
 """Policy of checkpoint.py: locks, records, copied loops, patience, the second copy, the command line's manners."""
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
+import torch
 
 import checkpoint
 import crash
 from conftest import ROOT
-from test_crash import temps
+from crash import sound, state
+from test_crash import recover, saver, temps
 
 
 # ---- small files ----
@@ -76,3 +81,250 @@ def test_a_lock_follows_no_symbolic_link_and_waits_for_no_fifo(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(OSError, match="not a regular file"):
         checkpoint.lock(tmp_path)
+
+
+# ---- copied loops ----
+
+def test_the_loop_of_the_docstring_with_its_dropout_killed_ten_times_ends_bit_identical(tmp_path):
+    crash.warm()
+    assert crash.run_child(lambda: crash.run_loop(tmp_path / "whole")) == "done"
+    for step in (1, 7, 19, 20, 21, 40, 55, 71, 99, 100):
+        assert crash.run_child(lambda: crash.run_loop(tmp_path / "cut", dies_after=step)) == "killed"
+    assert crash.run_child(lambda: crash.run_loop(tmp_path / "cut")) == "done"
+    for name in ("last.pt", "best.pt"):
+        mine, whole = (checkpoint.load(tmp_path / run / "checkpoints" / name) for run in ("cut", "whole"))
+        for key in ("model", "optimizer", "epoch", "batch", "global_step", "metric"):
+            assert crash.same(mine[key], whole[key]), key
+
+
+def test_random_states_bring_back_every_generator(tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+    np.random.randn()                       # a spare normal number is in NumPy's state now
+    checkpoint.atomic_save({"random": checkpoint.random_states()}, tmp_path / "x.pt")
+    expected = draw()
+    checkpoint.restore_random_states(checkpoint.load(tmp_path / "x.pt")["random"])
+    assert draw() == expected
+
+
+LOOP = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch, checkpoint
+with checkpoint.Checkpointer(sys.argv[2], on_saved=lambda path: print("durable", flush=True)) as saver, saver.signals():
+    print("loop", flush=True)
+    while not saver.stopping():
+        time.sleep(0.01)
+    saver.save_mid({"w": torch.ones(10), "epoch": 1, "batch": 3})
+    sys.exit(saver.stopping())
+"""
+
+
+def loop(directory, *command, **options):
+    process = subprocess.Popen([*command, sys.executable, "-c", LOOP, str(ROOT), str(directory)],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    assert process.stdout.readline() == "loop\n"
+    return process
+
+
+@pytest.mark.parametrize("pair", [(signal.SIGTERM, signal.SIGHUP), (signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR2,)])
+def test_signals_within_milliseconds_are_one_wish_and_the_copied_loop_saves_and_leaves(tmp_path, pair):
+    process = loop(tmp_path)
+    for number in pair:
+        process.send_signal(number)
+        time.sleep(0.005)
+    out = process.communicate()[0]
+    assert process.returncode == 128 + pair[0] and "durable" in out, out
+    assert checkpoint.load(tmp_path / "mid_epoch_001_000003.pt")["batch"] == 3
+
+
+def test_a_second_signal_a_second_later_exits_at_once(tmp_path, monkeypatch):
+    handled = []
+    monkeypatch.setattr(signal, "raise_signal", handled.append)
+    before = signal.getsignal(signal.SIGTERM)
+    with checkpoint.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.number == signal.SIGTERM and not handled
+        signals.since -= 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handled == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_was_inherited_as_ignored_stays_ignored(tmp_path):
+    process = loop(tmp_path, "nohup")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+
+
+# ---- what a state may hold ----
+
+def test_keys_of_the_users_own_that_are_called_as_ours_come_back_and_harm_no_save(tmp_path):
+    own = {"run": "my run", "kind": 7, "metric": [0.123456789] * 3400, "epoch": 1, "batch": 2, "global_step": 2}
+    with saver(tmp_path) as s:
+        s.save_mid(own)
+        s.save_epoch({**own, "global_step": 3}, metric=0.5, name="f1")
+        run = s.run
+    got = checkpoint.load(tmp_path / "last.pt")
+    assert (got["run"], got["kind"], got["metric"]) == (own["run"], own["kind"], own["metric"])
+    facts = checkpoint.peek(tmp_path / "last.pt")
+    assert (facts["run"], facts["kind"], facts["metric"]) == (run, "epoch", {"name": "f1", "value": 0.5})
+    with saver(tmp_path) as s:
+        assert s.resume()["global_step"] == 3 and s.position == (2, 0) and s.run == run
+
+
+def test_a_state_without_its_place_is_refused_in_a_line_and_so_is_one_before_the_beginning(tmp_path):
+    with saver(tmp_path) as s:
+        for wrong, message in (({"epoch": 1}, "no 'batch'"), ({"batch": 1}, "no 'epoch'"),
+                               ({"epoch": -1, "batch": 0}, "must be a whole number, 0 or more, not -1")):
+            with pytest.raises(TypeError, match=message):
+                s.save_mid(wrong)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_run_directory_named_relatively_survives_a_change_of_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with saver("run") as s:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        s.save_mid(state(1))
+    assert recover(tmp_path / "run") == 1
+
+
+# ---- resuming ----
+
+def test_best_is_the_last_resort_of_a_resume_and_said_to_be(tmp_path, capsys):
+    with saver(tmp_path, checkpoint_interval=0) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.9)
+        s.save_epoch(state(2, epoch=2), metric=0.1)
+    blob = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(blob[:-7])
+    with saver(tmp_path, say=print) as s:
+        assert s.resume()["global_step"] == 1 and s.position == (2, 0)
+    assert "chose best.pt: epoch 1" in capsys.readouterr().out
+    assert checkpoint.find_resume(tmp_path).name == "last.pt", "a resume names its file last.pt again"
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3, "w": 1}, {"batch": 3}, {"w": 1}])
+def test_what_find_resume_takes_a_resume_takes_too(tmp_path, content):
+    torch.save(content, tmp_path / "last.pt")
+    assert checkpoint.find_resume(tmp_path) is None
+    with saver(tmp_path) as s:
+        assert s.resume() is None
+        with pytest.raises(checkpoint.CorruptCheckpoint, match="no epoch and batch"):
+            s.resume(tmp_path / "last.pt")
+
+
+def failing_reads(monkeypatch, path, times, number=errno.EIO):
+    """The next `times` openings of `path` fail."""
+    real, left = os.open, [times]
+
+    def faulty(name, *arguments, **options):
+        if str(name) == str(path) and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(name))
+        return real(name, *arguments, **options)
+    monkeypatch.setattr(os, "open", faulty)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_fault_at_reading_is_no_damage_the_resume_waits_and_then_goes_on(tmp_path, monkeypatch, capsys, number):
+    with saver(tmp_path) as s:
+        s.save_mid(state(1))
+        s.save_mid(state(2, batch=9))
+    failing_reads(monkeypatch, tmp_path / "mid_epoch_001_000009.pt", 2, number)
+    with saver(tmp_path, say=print) as s:
+        assert s.resume()["global_step"] == 2
+    assert "no damage, trying again" in capsys.readouterr().out
+
+
+def test_a_fault_at_reading_that_lasts_is_raised_and_nothing_is_touched(tmp_path, monkeypatch):
+    with saver(tmp_path) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.pt")}
+    failing_reads(monkeypatch, tmp_path / "last.pt", -1)
+    monkeypatch.setattr(checkpoint, "READ_PATIENCE", 0.1)
+    with saver(tmp_path) as s:
+        for look in (s.resume, lambda: checkpoint.find_resume(tmp_path)):
+            with pytest.raises(OSError) as fault:
+                look()
+            assert fault.value.errno == errno.EIO and fault.value.filename == str(tmp_path / "last.pt")
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.pt")} == before
+
+
+def test_a_best_that_cannot_be_read_now_is_not_replaced(tmp_path, monkeypatch, capsys):
+    with saver(tmp_path, say=print) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.9)
+        failing_reads(monkeypatch, tmp_path / "best.pt", -1)
+        assert not s.save_epoch(state(2, epoch=2), metric=0.95)
+    monkeypatch.undo()
+    assert sound(checkpoint.load(tmp_path / "best.pt")) == 1
+    assert "best.pt cannot be read now (Input/output error): it stays" in capsys.readouterr().out
+
+
+def test_after_going_back_to_a_file_the_best_is_of_its_line_and_the_abandoned_one_is_kept(tmp_path, capsys):
+    with saver(tmp_path, checkpoint_keep=0) as s:
+        for epoch, metric in enumerate((0.3, 0.2, 0.9), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=metric)
+    with saver(tmp_path, say=print) as s:
+        s.resume(tmp_path / "checkpoint_epoch_002.pt")
+        assert sound(checkpoint.load(tmp_path / "best.pt")) == 1, "0.3 is the best of the line that goes on"
+        assert not s.save_epoch(state(4, epoch=3), metric=0.25) and s.save_epoch(state(5, epoch=4), metric=0.4)
+    kept, = tmp_path.glob("abandoned_best_*.pt")
+    assert sound(checkpoint.load(kept)) == 3 and kept.name in capsys.readouterr().out
+    with saver(tmp_path) as s:              # a file of the line that best.pt belongs to leaves it alone
+        s.resume(tmp_path / "last.pt")
+    assert sound(checkpoint.load(tmp_path / "best.pt")) == 5 and len(list(tmp_path.glob("abandoned_best_*.pt"))) == 1
+
+
+def test_rotation_that_keeps_all_looks_at_no_file(tmp_path):
+    os.mkdir(tmp_path / "mid_epoch_001_000001.pt")
+
+    def look(number, name, arguments):
+        raise AssertionError(f"{name} {arguments}")
+    with crash.Watched(tmp_path, look):
+        assert checkpoint.rotate(tmp_path, "mid_epoch_*.pt", 0) == []
+
+
+# ---- patience ----
+
+def test_saves_that_fail_for_less_than_the_patience_stop_nothing_and_lose_nothing(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    home = tmp_path / "run"
+    with saver(home, say=print, save_patience_minutes=60) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.1)
+        os.rename(home, tmp_path / "gone")
+        s.save_epoch(state(2, epoch=2), metric=0.9)
+        tries = 0
+        for step in range(3, 3000):         # a step a second, 50 minutes: each minute it is tried again
+            clock[0] += 1
+            if s.due():
+                tries += 1
+                s.save_mid(state(step, epoch=3))
+        assert 45 <= tries <= 55, "said and tried about once a minute"
+        os.rename(tmp_path / "gone", home)
+        clock[0] += 60
+        s.save_mid(state(3000, epoch=3))
+    assert sound(checkpoint.load(home / "best.pt")) == 2, "the best epoch waited in memory"
+    assert recover(home) == 3000 and capsys.readouterr().out.count("save failed") == tries + 1
+
+
+def test_saves_that_fail_beyond_the_patience_stop_the_run_and_settle_waits_as_long(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    home = tmp_path / "run"
+    s = saver(home, save_patience_minutes=10)
+    os.rename(home, tmp_path / "gone")
+    s.save_mid(state(1))
+    with pytest.raises(checkpoint.SaveFailed, match="saves failed for 10 minutes"):
+        s.settle()
+    assert 600 <= clock[0] < 700
+    s.close()

@@ -294,26 +294,35 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path):
-    for i in range(6):
-        write_edf(tmp_path / "src" / f"p{i}" / "x.edf", 300)
-    arguments = [sys.executable, ROOT / "data.py", "import", tmp_path / "src", tmp_path / "out",
-                 "--workers", "2"]
-    for wait in (2.0, 3.5):
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(wait)
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kills):
+    """Killed when a recording is begun or just finished, and a little later: what stands under a final name is
+    whole, and the same command goes on."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    for i in range(kills + 4):
+        write_edf(src / f"p{i}" / "x.edf", 300)
+    arguments = [sys.executable, ROOT / "data.py", "import", src, out, "--workers", "2"]
+    rng, done = np.random.default_rng(0), set()
+    for kill in range(kills):
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        began = time.monotonic()
+        while not (set(out.rglob("*.part")) if kill % 2 else set(out.rglob("*.h5")) - done):
+            assert process.poll() is None and time.monotonic() - began < 300, process.communicate()[0]
+        time.sleep(rng.uniform(0, 0.05))
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
-        process.wait()
-        end = time.monotonic() + 10
+        process.communicate()
+        began = time.monotonic()
         while any(alive(pid) for pid in workers):       # they follow the import
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        for path in (tmp_path / "out").rglob("*.h5"):
+            assert time.monotonic() - began < 300
+            time.sleep(0.02)
+        done = set(out.rglob("*.h5"))
+        for path in done:
             assert corpora.load_recording(path)["samples"] == 300 * 256
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
-    assert len(data.open_corpus(tmp_path / "out")) == 6
-    assert not list((tmp_path / "out").rglob("*.part"))
+    ended = subprocess.run(arguments, capture_output=True, text=True)
+    assert ended.returncode == 0 and f"{len(done)} already there" in ended.stdout, ended.stdout + ended.stderr
+    assert len(data.open_corpus(out)) == kills + 4
+    assert not list(out.rglob("*.part"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -324,9 +333,10 @@ def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
                  "--workers", str(workers)]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not any((tmp_path / "out").glob("*.h5")):
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and "Traceback" not in error
     assert error.splitlines()[-1] == "data.py: stopped: interrupted; the same command goes on from here"
     assert not list((tmp_path / "out").glob("*.part"))
@@ -589,3 +599,61 @@ def test_versions_of_other_corpora_and_files_that_say_nothing(tmp_path):
                             ("[]", ""), ('{"BIDSVersion": "1.8"}', "")):
         (bids / "dataset_description.json").write_text(content)
         assert annotations.release(bids, []) == wanted, content
+
+
+# ---- anything else that a label file or an annotation signal may hold ----
+
+def test_label_files_of_other_editors_are_read(tmp_path):
+    for k, encoding in enumerate(("utf-8", "utf-8-sig", "utf-16", "utf-16-be", "latin-1")):
+        path = tmp_path / f"{k}_events.tsv"
+        text = tsv((2, 3, "sz", 1, "F\xfc"))
+        path.write_bytes((b"\xfe\xff" if encoding == "utf-16-be" else b"") + text.encode(encoding))
+        assert annotations.read_beside(path, None).events == [(2, 5)], encoding
+
+
+def test_control_characters_of_a_label_file_do_not_break_the_table(tmp_path):
+    write_edf(tmp_path / "src" / "a.edf", 10)
+    (tmp_path / "src" / "a_events.tsv").write_bytes("on\0set\x0b\x85\u2028\x1b[2Jevil\tduration\n1\t2\n".encode())
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    line = next(line for line in text.splitlines() if "a.edf" in line)
+    assert "no column onset" in line and "evil" in line and "\x1b" not in text
+
+
+def test_any_list_of_annotations_gives_right_events_none_or_a_reason():
+    """Events lie inside the recording, are disjoint and sorted, and each begins where a text of a seizure does;
+    every seizure that has a duration lies inside one."""
+    rng, read = np.random.default_rng(0), 0
+    kinds = ("sz", "seizure start", "seizure end", "bckg", "eyes open", "fnsz", "Seizure 2", "end of seizure")
+    for _ in range(2000):
+        found = [(float(rng.choice([rng.uniform(-1, 25), rng.integers(20)])), rng.choice([None, 0.0, rng.uniform(0, 9)]),
+                  str(rng.choice(kinds))) for _ in range(rng.integers(1, 6))]
+        try:
+            labels = annotations.parse_annotations(found, annotations.Texts())
+            if labels is None:
+                assert all(text == "eyes open" for _, _, text in found)
+                continue
+            events = annotations.finish(labels, 20.0)
+        except edf.DataError as reason:
+            assert str(reason)
+            continue
+        read += len(events)
+        assert (events[:, 0] >= 0).all() and (events[:, 1] <= 20).all() and (events[:, 0] < events[:, 1]).all()
+        assert (events[1:, 0] > events[:-1, 1]).all()
+        assert set(events[:, 0]) <= {onset for onset, _, text in found if text not in ("bckg", "eyes open")}
+        for onset, duration, text in found:
+            if duration and text in ("sz", "fnsz", "Seizure 2"):
+                assert any(begin <= onset and min(onset + duration, 20) <= end for begin, end in events)
+    assert read > 200
+
+
+def test_any_bytes_among_the_annotations_are_read_or_said_never_a_traceback(tmp_path):
+    rng, pieces = np.random.default_rng(0), [b"+1", b"-", b"\x14", b"\x15", b"\0", b"sz", b"2.5", b" ", b"\xff", b"\n"]
+    for _ in range(300):
+        raw = b"".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(1, 12)))
+        header = edf.read_header(plus(tmp_path / "a.edf", range(2), "EDF+C", {1: raw}))
+        try:
+            found = edf.read_annotations(header)
+        except edf.DataError as reason:
+            assert "cannot be read" in str(reason)
+            continue
+        assert all(text and "\x14" not in text and "\n" not in text for _, _, text in found), raw

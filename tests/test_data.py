@@ -1,6 +1,9 @@
 """data.py: what the training gets. Real files and real processes."""
+import errno
+import hashlib
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import corpora
 import data
 import edf
-from conftest import NAMES, ROOT, Held
+from conftest import NAMES, ROOT, Held, prepare, write_edf
 
 
 
@@ -35,6 +39,81 @@ def test_index_is_never_trusted_over_the_files(synthetic, tmp_path):
     assert len(data.open_corpus(out)) == len(first) - 1
     with pytest.raises(edf.DataError, match="changed since"):
         first[0].read(0, 10)
+
+
+def many(synthetic, out, count=40):
+    """A corpus of `count` recordings with its index."""
+    source = data.open_corpus(synthetic[1])[0].path
+    out.mkdir()
+    for i in range(count):
+        shutil.copy(source, out / f"{i:02}.h5")
+    return data.open_corpus(out)
+
+
+def test_after_a_copy_the_index_alone_opens_the_corpus(synthetic, tmp_path, monkeypatch):
+    before = data.fingerprint(many(synthetic, tmp_path / "out"))
+    index = (tmp_path / "out" / corpora.INDEX).read_bytes()
+    for path in (tmp_path / "out").glob("*.h5"):
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(h5py, "File", None)
+    recordings = data.open_corpus(tmp_path / "out")
+    assert data.fingerprint(recordings) == before and recordings[3].digest
+    assert recordings[3].read(0, 9).any() and not recordings[3].digest     # proven by what was read
+    assert (tmp_path / "out" / corpora.INDEX).read_bytes() == index
+    os.utime(recordings[3].path)
+    with pytest.raises(edf.DataError, match="changed since"):
+        recordings[3].read(0, 9)
+
+
+def test_a_file_that_is_not_the_one_of_the_index_is_refused_when_it_is_read(synthetic, tmp_path):
+    first = many(synthetic, tmp_path / "out")[0]
+    content = bytearray(Path(first.path).read_bytes())
+    content[first.offset // 2] ^= 1
+    Path(first.path).write_bytes(content)
+    for path in (tmp_path / "out").glob("*.h5"):
+        os.utime(path, (1, 1))
+    recordings = data.open_corpus(tmp_path / "out")
+    assert recordings[1].read(0, 9).any()
+    with pytest.raises(edf.DataError, match="00.h5 is not the recording that the index describes: import it again"):
+        recordings[0].read(0, 9)
+
+
+def test_a_folder_that_cannot_be_written_opens_all_the_same(synthetic, tmp_path, monkeypatch):
+    shutil.copytree(synthetic[1], tmp_path / "out")
+    (tmp_path / "out" / corpora.INDEX).unlink()
+
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(checkpoint, "write_json", refuse)
+    assert data.fingerprint(data.open_corpus(tmp_path / "out")) == data.fingerprint(data.open_corpus(synthetic[1]))
+
+
+def test_the_older_format_is_refused_with_the_reason(synthetic, tmp_path):
+    recording = data.open_corpus(synthetic[1])[0]
+    with h5py.File(recording.path) as new, h5py.File(tmp_path / "old.h5", "w") as old:
+        old["eeg"], old["events"] = new["eeg"][()], new["events"][()]
+        old.attrs.update(dict(new.attrs) | {"format": 1})
+    with pytest.raises(edf.DataError, match="has format 1, not 2: import it again .*a window lay in 19 places"):
+        data.open_corpus(tmp_path)
+    with h5py.File(tmp_path / "old.h5", "r+") as old:
+        old.attrs["format"] = 2
+    with pytest.raises(edf.DataError, match="not whole chunks .* import it again"):
+        data.open_corpus(tmp_path)
+
+
+def test_plain_h5py_opens_a_recording_that_equals_its_edf(tmp_path):
+    """Other tools see (C, T), in uV what the EDF holds, filtered."""
+    t = np.arange(60 * 256) / 256
+    path = write_edf(tmp_path / "src" / "a.edf", 60, eeg=np.tile(1000 * np.sin(2 * np.pi * 7 * t), (19, 1)))
+    corpora.import_corpus(tmp_path / "src", tmp_path / "out", say=lambda text: None)
+    with h5py.File(tmp_path / "out" / "a.h5") as file:
+        eeg, scale = file["eeg"], file.attrs["scale"]
+        np.testing.assert_array_equal(eeg[:, 4000:9000], prepare(path).memory[:, 4000:9000])
+        ours = eeg[3, 4000:9000] * scale[3]
+    assert abs(ours - 100 * np.sin(2 * np.pi * 7 * t[4000:9000])).max() < 1
+    content = (tmp_path / "out" / "a.h5").read_bytes()
+    recording, = data.open_corpus(tmp_path / "out")
+    assert len(content) == recording.offset + 6 * 19 * 2560 * 2       # nothing stands behind the samples
 
 
 def test_damaged_foreign_and_mixed_files_are_named(synthetic, tmp_path):
@@ -238,14 +317,186 @@ def test_loader_works_in_child_processes(corpus, method):
         child.join()
 
 
-def test_more_recordings_than_files_may_be_open(synthetic):
-    code = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+def test_more_recordings_than_files_may_be_open(synthetic, tmp_path):
+    code = ("import pathlib, resource, shutil, sys\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
             "sys.path.insert(0, sys.argv[1])\n"
-            "import data\nrecordings = data.open_corpus(sys.argv[2])\n"
-            "import shutil, tempfile, pathlib\n"
-            "out = pathlib.Path(tempfile.mkdtemp(dir=sys.argv[3]))\n"
-            "for i in range(100): shutil.copy(recordings[0].path, out / f'{i}.h5')\n"
-            "many = data.open_corpus(out)\nassert len(many) == 100\n"
+            "import data\n"
+            "source, out = data.open_corpus(sys.argv[2])[0].path, pathlib.Path(sys.argv[3])\n"
+            "for i in range(100): shutil.copy(source, out / f'{i}.h5')\n"
+            "many = data.open_corpus(out)\n"
+            "assert len(many) == 100\n"
+            "w = data.Windows(many, 10, 60)\n"
+            "assert len(list(data.Loader(w).batches([[i] for i in range(len(w))], 1))) == len(w)\n"
             "assert len({r.read(5, 9).tobytes() for r in many + many}) == 1")
-    assert subprocess.run([sys.executable, "-c", code, ROOT, synthetic[1],
-                           synthetic[1].parent]).returncode == 0
+    subprocess.run([sys.executable, "-c", code, ROOT, synthetic[1], tmp_path], check=True)
+
+
+# ---- reading ----
+
+def sha(batches):
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in batch:
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_batches_are_the_same_for_any_number_of_readers_and_from_any_place_on(corpus, augment):
+    w = data.Windows(corpus, 10, 3)
+    lists = plan(w, 5, 8)
+    kept = list(data.Loader(w, augment=augment).batches(lists, 1))
+    for readers in (1, 4, 16):
+        assert sha(data.Loader(w, augment=augment, readers=readers, buffers=3).batches(lists, 1)) == sha(kept)
+    resumed = data.Loader(w, augment=augment, readers=2).batches(lists[3:], 1)
+    assert sha(resumed) == sha(kept[3:])
+
+
+def test_windows_at_every_offset_are_those_of_h5py(tmp_path):
+    """Also of a recording shorter than a chunk, one that ends with a chunk, and one that goes a sample beyond."""
+    rng = np.random.default_rng(0)
+    for samples in (700, 2560, 2561, 7000):
+        eeg = rng.integers(-30_000, 30_000, (19, samples), np.int16)
+        held = fake("a", samples=samples)
+        path = tmp_path / f"{samples}" / "a.h5"
+        corpora.write_recording(path, eeg, held.events[:0], {
+            "scale": held.scale, "fs": 256, "channels": list(NAMES), "montage": "referential", "patient": "a",
+            "split": "", "labelled": True, "norm": 10.0, "source": "", "source_state": "[]", "source_fs": 256.0,
+            "format": corpora.FORMAT, "prepared": "x", "repaired": ""})
+        recording, = data.open_corpus(path.parent)
+        with h5py.File(path) as file:
+            assert file["eeg"].chunks == (19, 2560) and file["eeg"].shape == (19, samples)
+            np.testing.assert_array_equal(file["eeg"][()], eeg)
+            for n in (1, 300, 2560, 3000):
+                for start in {*range(0, samples, 37), samples - 1, 2559, 2560} & set(range(samples)):
+                    piece = recording.read(start, n)
+                    right = file["eeg"][:, start:start + n]
+                    assert piece.shape == (19, n) and np.array_equal(piece[:, :right.shape[1]], right)
+                    assert not piece[:, right.shape[1]:].any()
+        w = data.Windows([recording], 5, 1.3)
+        for ids, (x, _, mask) in zip(plan_all(w), data.Loader(w).batches(plan_all(w), 1)):
+            for k, window in enumerate(ids):
+                right = eeg[:, w.start[window]:w.start[window] + w.length]
+                assert mask[k].sum() == right.shape[1]
+                np.testing.assert_array_equal(np.rint(x[k, :, :right.shape[1]].numpy() * 100), right)
+
+
+def plan_all(w):
+    return [[i] for i in range(len(w))]
+
+
+def test_readers_wait_for_the_disk_together(corpus, monkeypatch):
+    """Eight reads are under way at once, or the barrier breaks."""
+    plain, meeting = os.preadv, threading.Barrier(8)
+
+    def preadv(*arguments):
+        meeting.wait(120)
+        return plain(*arguments)
+    monkeypatch.setattr(os, "preadv", preadv)
+    w = data.Windows(corpus, 10, 5)
+    assert len(list(data.Loader(w, readers=8).batches(plan(w, 4, 6), 1))) == 6
+    ahead = data.read_ahead([(corpus[0], 2560 * i) for i in range(16)], 2560, readers=8)
+    assert len(list(ahead)) == 16
+
+
+def test_a_window_is_one_read(corpus, monkeypatch):
+    sizes, plain = [], os.preadv
+
+    def preadv(handle, buffers, position):
+        sizes.append(sum(len(b) for b in buffers))
+        return plain(handle, buffers, position)
+    monkeypatch.setattr(os, "preadv", preadv)
+    w = data.Windows(corpus, 20, 10)
+    aligned = np.flatnonzero(w.start % 2560 == 0)[:6]
+    list(data.Loader(w).batches([aligned[:3], aligned[3:]], 1))
+    assert sizes == [2 * 19 * 20 * 256] * 6
+
+
+@pytest.mark.parametrize("harm", ["truncated", "replaced", "vanished", "failing"])
+def test_a_recording_that_cannot_be_read_is_one_line_and_leaves_no_thread(synthetic, tmp_path, monkeypatch, harm):
+    shutil.copytree(synthetic[1], tmp_path / "h5")
+    recordings = data.open_corpus(tmp_path / "h5")
+    w, before = data.Windows(recordings, 10, 5), threading.active_count()
+    loader = data.Loader(w, buffers=2)
+    batches = loader.batches(plan(w, 4, 30), 1)
+    next(batches)
+    for recording in recordings:
+        hurt(Path(recording.path), harm, monkeypatch)
+    reason = {"truncated": "was changed|ends .* early", "replaced": "was changed", "vanished": "No such file",
+              "failing": "Input/output error"}[harm]
+    with pytest.raises(edf.DataError, match=reason) as error:
+        list(batches)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert threading.active_count() == before
+
+
+def hurt(path, harm, monkeypatch):
+    if harm == "truncated":
+        os.truncate(path, path.stat().st_size // 3)
+    elif harm == "replaced":
+        shutil.copy(path, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+    elif harm == "vanished":
+        path.unlink()
+    else:
+        def preadv(*arguments):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        monkeypatch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_windows_leave_no_descriptor_open(corpus):
+    w = data.Windows(corpus, 1, 0.1)
+    ids = np.resize(w.epoch(0, 1, background=None), 100_000)
+    open_now = len(os.listdir("/proc/self/fd"))
+    most = 0
+    for number, _ in enumerate(data.Loader(w).batches(ids.reshape(-1, 50), 1)):
+        if number % 50 == 0:
+            most = max(most, len(os.listdir("/proc/self/fd")))
+    assert most <= open_now + data.READERS + 1 and len(os.listdir("/proc/self/fd")) == open_now
+
+
+def test_the_share_of_waiting_and_what_to_do_about_it(corpus):
+    loader = data.Loader(data.Windows(corpus, 10, 5), readers=3)
+    list(loader.batches(plan(loader.windows), 1))
+    assert 0 < loader.share() <= 1 and loader.share() == 0
+    line = loader.advice(0.5)
+    assert "50 %" in line and "data.readers" in line and "data.copy_to" in line and "3 at a time" in line
+    assert os.path.dirname(corpus[0].path) in line and data.file_system("/proc") == "proc"
+
+
+def test_speed_is_measured(synthetic, capsys):
+    data.speed(synthetic[1], 0.5)
+    out = capsys.readouterr().out
+    assert re.search(r"cold: [\d,]+ windows/s \(\d+ windows\)", out) and re.search(r"warm: [\d,]+ windows/s", out)
+
+
+# ---- the corpus on another disk ----
+
+def test_a_copy_goes_on_where_it_stopped_and_says_what_stands_in_its_way(synthetic, tmp_path):
+    lines = []
+    place = data.copy_corpus(synthetic[1], tmp_path, lines.append)
+    assert place == str(tmp_path / "h5") and "copying" in lines[0]
+    ours, theirs = data.open_corpus(place), data.open_corpus(synthetic[1])
+    assert data.fingerprint(ours) == data.fingerprint(theirs)
+    assert all(np.array_equal(a.read(0, a.samples), b.read(0, b.samples)) for a, b in zip(ours, theirs))
+    lines.clear()
+    kept = Path(ours[1].path).stat().st_ino
+    os.truncate(ours[0].path, 5000)
+    (tmp_path / "h5" / "x.h5.copying").write_bytes(b"half")
+    data.copy_corpus(synthetic[1], tmp_path, lines.append)
+    assert "copying 1 recordings" in lines[0] and Path(ours[1].path).stat().st_ino == kept
+    assert data.fingerprint(data.open_corpus(place)) == data.fingerprint(theirs)
+    shutil.copy(ours[0].path, tmp_path / "h5" / "mine.h5")
+    with pytest.raises(edf.DataError, match="mine.h5 is not in .*a folder of its own"):
+        data.copy_corpus(synthetic[1], tmp_path)
+    with pytest.raises(edf.DataError, match="lies already"):
+        data.copy_corpus(synthetic[1], synthetic[1].parent)
+
+
+def test_a_copy_without_room_is_refused_before_it_begins(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
+    with pytest.raises(edf.DataError, match="GB to copy, 0.0 GB free"):
+        data.copy_corpus(synthetic[1], tmp_path)
+    assert not list(tmp_path.rglob("*.h5"))

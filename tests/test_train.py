@@ -1,5 +1,6 @@
 """The trainer: configuration, exit codes, and runs that end bit-identical wherever they were cut."""
 import contextlib
+import errno
 import fcntl
 import hashlib
 import math
@@ -346,7 +347,8 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves_with_every_earli
         if self._failures:
             self._due_at = 0
     monkeypatch.setattr(checkpoint.Checkpointer, "check", check)
-    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2)) == 1
+    assert train.run(loaded(corpus, small_disk, training__mid_epoch_minutes=0.0, training__mid_epoch_keep=2,
+                            training__save_patience_minutes=0.0)) == 1
     assert "then --resume" in capsys.readouterr().out
     for path in (small_disk / "t/checkpoints").glob("*.pt"):
         assert checkpoint.verify(path)
@@ -364,7 +366,7 @@ def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(co
         original(self, state, kind, names)
     monkeypatch.setattr(checkpoint.Checkpointer, "_start", start)
     with cut_at(12) if ending == "a signal" else contextlib.nullcontext():
-        assert train.run(loaded(corpus, small_disk)) == 1
+        assert train.run(loaded(corpus, small_disk, training__save_patience_minutes=0.0)) == 1
     out = capsys.readouterr().out
     assert "save failed (3 in a row)" in out and "free the disk or mend it, then --resume" in out
     assert "stopped by" not in out and "names," not in out
@@ -397,26 +399,69 @@ def test_every_fsync_of_the_training_loop_is_done_by_the_writer_thread(corpus, t
     assert len(callers) > 3 and threading.main_thread() not in callers
 
 
-def test_a_recording_that_changes_under_the_run_stops_it_in_one_line_and_put_back_it_goes_on(corpus, reference, tmp_path, capsys,
-                                                                                               monkeypatch):
+def touched(folder, monkeypatch):
+    for path in folder.rglob("*.h5"):
+        os.utime(path, (1, 1))
+
+
+def truncated(folder, monkeypatch):
+    for path in folder.rglob("*.h5"):
+        os.truncate(path, 20_000)
+
+
+def vanished(folder, monkeypatch):
+    for path in folder.rglob("*.h5"):
+        path.unlink()
+
+
+def failing(folder, monkeypatch):
+    def preadv(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (touched, "was changed since the corpus was opened"), (truncated, "was changed since the corpus was opened"),
+    (vanished, "No such file or directory"), (failing, "Input/output error")])
+@pytest.mark.parametrize("moment", [2, 5])              # in an epoch; in the validation after it
+def test_a_recording_that_fails_under_the_run_stops_it_saved_in_one_line_and_put_back_it_goes_on(
+        corpus, reference, tmp_path, capsys, monkeypatch, harm, reason, moment):
     shutil.copytree(corpus, tmp_path / "h5")
-    dates = {path: path.stat() for path in (tmp_path / "h5").rglob("*.h5")}
     original = train.Trainer.boundary
 
     def boundary(self):
         original(self)
-        if self.step == 2:
-            for path in dates:
-                os.utime(path, (1, 1))
+        if self.step == moment:
+            harm(tmp_path / "h5", monkeypatch)
     monkeypatch.setattr(train.Trainer, "boundary", boundary)
-    config = loaded(tmp_path / "h5", tmp_path, training__mid_epoch_minutes=0.0)
+    config = loaded(tmp_path / "h5", tmp_path)
     assert train.run(config) == 1
-    assert re.search("^stopped: .* was changed since the corpus was opened; mend it, then --resume$", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    assert len(re.findall(f"^stopped: {tmp_path}/.* ?{reason}; mend it, then --resume$", out, re.M)) == 1
+    assert "Traceback" not in out
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
     monkeypatch.undo()
-    for path, stat in dates.items():
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert state["global_step"] >= moment               # what was read ahead is trained and saved too
+    shutil.rmtree(tmp_path / "h5")
+    shutil.copytree(corpus, tmp_path / "h5")
     assert train.run(config, "true") == 0
     assert_same_run(tmp_path, reference)
+
+
+def test_a_run_on_a_copy_of_the_corpus_is_the_same_run(corpus, reference, tmp_path):
+    config = loaded(corpus, tmp_path, data__copy_to=str(tmp_path / "disk"), data__readers=3)
+    assert train.run(config) == 0
+    assert len(list((tmp_path / "disk").rglob("*.h5"))) == len(list(corpus.rglob("*.h5")))
+    assert_same_run(tmp_path, reference)
+
+
+def test_waiting_for_data_is_said_once_with_what_to_do(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.data.Loader, "share", lambda self: 0.4)
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    out = capsys.readouterr().out
+    assert out.count("waited 40 % for data") == 5
+    assert out.count("training waited for data 40 % of the time") == 1 and "raise data.readers" in out
 
 
 def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, reference, tmp_path, capsys):
