@@ -167,9 +167,12 @@ class Home:
         """The directory as it stands, moved aside where it must not be overwritten."""
         if fresh:
             move_aside(self.directory, self.say)
+            second = Path(self.config["training"]["mirror"] or os.devnull, self.directory.name)
+            if second.is_dir():
+                move_aside(second, self.say)
         saver = self._open_saver()
         try:
-            state = saver.resume() if resume == "true" else None
+            state = saver.resume(resume == "true")
             if state:
                 self._check(state, "the checkpoint")
                 return saver, state
@@ -196,7 +199,8 @@ class Home:
         return checkpoint.Checkpointer(
             self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
             s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
-            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"])
+            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"],
+            mirror=s["mirror"] or None)
 
     def _saver_says(self, line):
         self.watch.did("save")          # a save that failed has ended too

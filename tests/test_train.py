@@ -311,6 +311,20 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def test_a_run_whose_results_folder_is_lost_goes_on_from_the_mirror_and_ends_as_if_nothing_had_been(corpus, reference, tmp_path):
+    mirrored = loaded(corpus, tmp_path / "results", training__mirror=str(tmp_path / "nas"))
+    with cut_at(13):
+        assert train.run(mirrored) == 128 + signal.SIGTERM
+    shutil.rmtree(tmp_path / "results")
+    with pytest.raises(train.Refused, match="holds another run of this name"):      # one that begins must not replace it
+        train.run(mirrored)
+    assert train.run(mirrored, "true") == 0
+    assert_same_run(tmp_path / "results", reference)
+    with cut_at(3):
+        train.run(mirrored, fresh=True)
+    assert (tmp_path / "nas/t.1/checkpoints/last.pt").exists() and (tmp_path / "nas/t/metrics.jsonl").exists()
+
+
 def fill(place):
     with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as file:
         while file.write(b"x" * 4096):
