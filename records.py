@@ -114,7 +114,6 @@ class Home:
         self.watch, self.say = watch, say
         self.directory = run_directory(config)
         self.checkpoints = self.directory / "checkpoints"
-        self.save_began, self.slowest_save = 0.0, 0.0       # seconds until durable
         self.last_save = "none in this process"
         if self._restarted() and resume != "true":
             say("torchrun restarted this job: resuming")
@@ -239,19 +238,16 @@ class Home:
         return record
 
     def save_mid(self, state):
-        self.save_began = time.monotonic()
         self.record.flush()
         self.saver.save_mid(state)
 
     def save_epoch(self, state, value, name):
-        self.save_began = time.monotonic()
         self.record.flush()
         self.saver.save_epoch(state, value, name)
 
     def saved(self, path):
         """In the writer thread, once a checkpoint is durable."""
         self.watch.did("save")
-        self.slowest_save = max(self.slowest_save, time.monotonic() - self.save_began)
         self.last_save = f"{path.name} at {time.strftime('%H:%M:%S')}"
         self.record.event("save", path, checkpoint.peek(path), self.saver.blocked)
         if self.hook:

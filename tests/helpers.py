@@ -86,12 +86,17 @@ def assert_same_run(results, reference):
     assert curves(results) == curves(reference)
 
 
-def spawn(config_path, *arguments, minutes="0", held=(), **environment):
-    """train.py as a process of its own; held: (method of Trainer, which call of it, file) as in held.py."""
-    command = [sys.executable, str(ROOT / "tests" / "held.py")] if held else PYTHON
-    environment |= {"HELD": " ".join(map(str, held))}
+def spawn(config_path, *arguments, minutes="0", held=(), command=PYTHON, ignored=(), **environment):
+    """A real training process; it inherits the signals `ignored` as nohup's child does. held: (method
+    of Trainer, which call of it, file), as in held.py."""
+    def ignore():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+    if held:
+        command = [sys.executable, str(ROOT / "tests" / "held.py")]
+        environment |= {"HELD": " ".join(map(str, held))}
     return subprocess.Popen([*command, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
-                            stderr=subprocess.STDOUT, text=True,
+                            stderr=subprocess.STDOUT, text=True, preexec_fn=ignore,
                             env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
 
 
@@ -138,3 +143,9 @@ def free_port():
 
 
 PORTS = itertools.count()           # none is used twice by one process
+
+
+def spawn_hooked(config_path, hook, *arguments, **options):
+    """`spawn`, with the lines `hook` run between the import of train.py and its command."""
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport train, checkpoint\n{hook}\nsys.exit(train.main(sys.argv[1:]))"
+    return spawn(config_path, *arguments, command=[sys.executable, "-c", code], **options)
