@@ -211,3 +211,14 @@ def small_corpus(tmp_path_factory):
     synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
     corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
     return root / "h5"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
