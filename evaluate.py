@@ -61,7 +61,7 @@ FS = edf.FS
 
 DEFAULTS = {
     "window_seconds": 60.0,       # length of a window at inference; as in training
-    "overlap_seconds": -1.0,      # shared by neighbouring windows; below 0 = a sixth of a window
+    "overlap_seconds": 10.0,      # shared by neighbouring windows; not given: a sixth of a window
     "batch_size": 8,              # windows per call of the model
     "tune": True,                 # validation picks the threshold, by event F1 on the dev set
     "max_false_alarms_per_24h": 10.0,   # among those with no more there, mean over patients
@@ -93,6 +93,10 @@ def settings(config):
         kinds = (int, float) if type(default) is float else (type(default),)
         if type(c[name]) not in kinds:
             raise ValueError(f"evaluation.{name} must be like {default!r}, not {c[name]!r}")
+    if "overlap_seconds" not in config:
+        # a third of the jump in probability where windows meet, for 1.2 times the compute; more
+        # overlap changes neither jump nor scores much (bench/overlap.py)
+        c["overlap_seconds"] = c["window_seconds"] / 6
     for name, (low, high) in _limits(c).items():
         if not low <= c[name] <= high:
             raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, "
@@ -108,7 +112,7 @@ def _limits(c):
         "release": (0, 1),
         "batch_size": (1, math.inf),
         "window_seconds": (1 / FS, 3600),
-        "overlap_seconds": (-1, c["window_seconds"] - 1 / FS),
+        "overlap_seconds": (0, c["window_seconds"] - 1 / FS),
         "max_duration_seconds": (1 / FS, 86400),
     }
 
@@ -177,12 +181,7 @@ def _evaluating(net):
 def _starts(samples, c):
     """First sample of each window over a recording."""
     length = round(c["window_seconds"] * FS)
-    overlap = c["overlap_seconds"]
-    if overlap < 0:
-        # a third of the jump in probability where windows meet, for 1.2 times the compute; more
-        # overlap changes neither jump nor scores (bench/overlap.py)
-        overlap = c["window_seconds"] / 6
-    step = length - round(overlap * FS)
+    step = length - round(c["overlap_seconds"] * FS)
     return [*range(0, samples - length, step), max(0, samples - length)]
 
 
