@@ -2286,7 +2286,8 @@ def strip(source, target=None):
         raise CorruptCheckpoint(f"{source}: holds no model weights to strip")
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"{target} is the checkpoint itself: name another file")
-    keep = ("model", "config", "montage", "channels", "epoch", "batch", "global_step", "metric", "scores")
+    keep = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step",
+            "metric", "scores")
     atomic_save({k: state[k] for k in keep if k in state}, target)
     print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of {os.path.getsize(source) / 1e6:.1f} MB")
 

@@ -414,6 +414,12 @@ def open_data(path, state, scratch):
                           f"checkpoint was trained on {state['montage']}, "
                           f"{len(state['channels'])} channels: "
                           f"import with --montage {state['montage']}")
+    prepared = recordings[0].prepared
+    if state.get("prepared", prepared) != prepared:
+        here = corpora.describe(vars(recordings[0]))
+        there = corpora.describe(state)
+        print(f"evaluate.py: {path} is of {here}, the checkpoint was trained on {there}",
+              file=sys.stderr)
     return recordings, refused
 
 
@@ -421,9 +427,14 @@ def _import(path, state, scratch):
     """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
-    montage = state["montage"]
-    channels = state["channels"] if montage == "reduced" else ()
-    refused = corpora.import_corpus(path, scratch, montage=montage, channels=channels).refused
+    # as the training's recordings were, their mains and units too
+    recipe = corpora.recipe_of(state.get("prepared"), state["montage"], state["channels"])
+    if recipe is None:
+        reduced = state["channels"] if state["montage"] == "reduced" else ()
+        recipe = edf.Recipe(state["montage"], reduced=tuple(reduced))
+    refused = corpora.import_corpus(
+        path, scratch, montage=recipe.montage, notch=recipe.notch, blank_unit=recipe.blank_unit,
+        channels=recipe.reduced).refused
     if not next(scratch.rglob("*.h5"), None):
         reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
         raise Refused(f"no usable recording: {reasons}")

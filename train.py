@@ -478,7 +478,8 @@ class Trainer:
             "stopping": dict(self.stopping),
             "validation": dict(self.scores), "scores": dict(self.summary),
             "config": self.config, "data": split.fingerprint, "machine": self.machine(),
-            "montage": split.montage, "channels": list(split.channels)}
+            "montage": split.montage, "channels": list(split.channels),
+            "prepared": split.prepared}
 
     def machine(self):
         return {"device": device_name(self.group.device), "processes": self.group.size,
@@ -651,6 +652,7 @@ class Split:
             raise Refused(f"{c['path']}: {error}") from None
         self.fingerprint = data.fingerprint(self.train + self.dev)
         self.channels, self.montage = self.train[0].channels, self.train[0].montage
+        self.prepared = self.train[0].prepared
         self.batches = math.ceil(len(first) / config["training"]["batch_size"])
 
         # real samples of each window: those of a short recording end before the window does
