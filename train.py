@@ -47,10 +47,12 @@ import synth
 from checkpoint import Signals
 from config import Refused, describe, load as load_config
 from machine import Console, Group, autocast, device_name, place, prepare_torch
-from records import Failed, Home, Log, fault, holds_checkpoints, move_aside, run_directory, tolerated
+from records import (Failed, Home, Log, fault, has_run, holds_checkpoints, move_aside, run_directory,
+                     tolerated)
 from watch import Watchdog
 
 MAX_NONFINITE = 50                      # steps in a row
+TIE = "average_precision"               # decides between epochs whose best_metric is the same
 
 
 # ---- the loop ----
@@ -383,10 +385,15 @@ class Trainer:
     def end_epoch(self, summary):
         """Metric, early stopping and checkpoints of the finished epoch; then the next one begins."""
         name = self.settings["best_metric"]
-        value = float(summary[name])
-        improved = checkpoint.better(value, self.stopping["value"], evaluate.METRICS[name])
+        value, tie = float(summary[name]), float(summary[TIE])
+        tied = value == self.stopping["value"]
+        if tied:                        # a small set gives the same event F1 over and over
+            improved = checkpoint.better(tie, self.stopping.get("tie"))
+        else:
+            improved = checkpoint.better(value, self.stopping["value"], evaluate.METRICS[name])
         if improved:
-            self.stopping = {"metric": name, "value": value, "epoch": self.epoch, "waited": 0}
+            self.stopping = {"metric": name, "value": value, "tie": tie, "epoch": self.epoch,
+                             "waited": 0}
         else:
             self.stopping["waited"] += 1
         self.summary, self.scores = summary, {}
@@ -396,10 +403,12 @@ class Trainer:
         with self.watch.during("in a save"):
             state = self.pack()
             if self.group.main:
-                self.home.save_epoch(state, value, name)
+                self.home.save_epoch(state, value, name, tie)
         self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         rank = "the best so far"
+        if improved and tied:
+            rank += f": as good as before, with a better {TIE}"
         if not improved:
             rank = f"the best is that of epoch {self.stopping['epoch']}"
         self.say(f"epoch {self.epoch}/{self.settings['epochs']}: {name} {shown}, {rank}")
@@ -418,7 +427,8 @@ class Trainer:
                 pictures.curves(self.home.directory)
 
     def _no_best(self):
-        return {"metric": self.settings["best_metric"], "value": None, "epoch": 0, "waited": 0}
+        return {"metric": self.settings["best_metric"], "value": None, "tie": None, "epoch": 0,
+                "waited": 0}
 
     def out_of_patience(self):
         patience, waited = self.settings["patience"], self.stopping["waited"]
@@ -773,7 +783,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
             recordings = group.from_main(lambda: open_recordings(config, watch, say))
         split = Split(config, recordings, say)
         net = build_model(config, split, group, say)
-        going_on = resume != "false" and holds_checkpoints(directory / "checkpoints")
+        going_on = resume != "false" and has_run(config)
         if not going_on:                # refused while nothing is touched
             start_from(config, split, net, say)
         with signals or Signals() as signals:

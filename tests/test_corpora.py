@@ -16,6 +16,8 @@ import corpora
 import data
 import edf
 from conftest import CSV, ROOT, command, imported, said, tsv, write_edf
+from helpers import LIMIT, rest, wait_for
+
 
 # ---- layouts ----
 
@@ -213,6 +215,15 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
+def held_import(folder, number, workers, gate):
+    """An import whose processes stand still before they write their `number`-th recording, once one does."""
+    process = subprocess.Popen([sys.executable, ROOT / "tests" / "held.py", "import", folder / "src", folder / "out",
+                                "--workers", str(workers)], env={**os.environ, "HELD": f"write_recording {number} {gate}"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    wait_for(process, "held")
+    return process
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kills):
     """Killed when a recording is begun or just finished, and a little later: what stands under a
@@ -252,30 +263,19 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kill
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
-    for i in range(16):
-        write_edf(tmp_path / "src" / f"{i}.edf", 120)
-    arguments = [
-        sys.executable,
-        ROOT / "data.py",
-        "import",
-        tmp_path / "src",
-        tmp_path / "out",
-        "--workers",
-        str(workers),
-    ]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not any((tmp_path / "out").glob("*.h5")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+    for i in range(5):
+        write_edf(tmp_path / "src" / f"{i}.edf", 20)
+    process = held_import(tmp_path, 2, workers, tmp_path / "gate")
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=300)[1]
+    (tmp_path / "gate").touch()                         # a worker ends what it has begun
+    error = rest(process)
     assert process.returncode == 130 and "Traceback" not in error
     assert (
         error.splitlines()[-1]
         == "data.py: stopped: interrupted; the same command goes on from here"
     )
     assert not list((tmp_path / "out").glob("*.part"))
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert command("import", tmp_path / "src", tmp_path / "out").returncode == 0
 
 
 def test_two_imports_at_once_are_refused(tmp_path):
