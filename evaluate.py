@@ -93,14 +93,15 @@ def settings(config):
         kinds = (int, float) if type(default) is float else (type(default),)
         if type(c[name]) not in kinds:
             raise ValueError(f"evaluation.{name} must be like {default!r}, not {c[name]!r}")
-    for name, (low, high) in _limits(c).items():
+    for name, (low, high) in limits(c).items():
         if not low <= c[name] <= high:
             raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, "
                              f"not {c[name]}")
     return c
 
 
-def _limits(c):
+def limits(c):
+    """(lowest, highest) of every number of the checked settings `c`."""
     return {
         **{name: (0, 86400) for name in DEFAULTS if name.endswith("_seconds")},
         "max_false_alarms_per_24h": (0, 86400),
