@@ -46,6 +46,7 @@ import corpora
 import data
 import edf
 import model
+import splits
 
 FS = edf.FS
 
@@ -590,17 +591,29 @@ def _import(path, montage, scratch):
     return refused
 
 
-def choose(recordings, split, config):
-    """Those of one split: train and dev as the training drew them, eval as the corpus marks it."""
+def choose(recordings, split, config, path=None):
+    """Those of one split: train and dev as the training drew them, eval as the corpus marks it.
+    path: the folder that they are of, which may be one of several that were trained on."""
     if split in ("train", "dev"):
         c = config["data"]
-        seed = config["experiment"]["seed"]
-        train, dev = data.split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)
-        return train if split == "train" else dev
+        folder = _among_several(path, c.get("path"))
+        if folder:
+            recordings = data.open_corpora(c["path"], c.get("same_person", ()))
+        train, dev = splits.split(recordings, c, config["experiment"]["seed"])
+        part = train if split == "train" else dev
+        return [r for r in part if not folder or r.corpus == folder]
     chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
         raise Refused(f"no recording belongs to the split {split}")
     return chosen
+
+
+def _among_several(path, trained_on):
+    """Name of the folder `path` where a list of folders that were trained on holds it, else ""."""
+    if path is None or not isinstance(trained_on, list):
+        return ""
+    place = Path(path).resolve()
+    return place.name if place in [Path(folder).resolve() for folder in trained_on] else ""
 
 
 def write_events(path, events, probability, seconds):
@@ -643,7 +656,9 @@ def report(records, table, c, source, args, trained_on=""):
     """Content of scores.json: metrics at the top level, null with the reason if not computable."""
     summary = summarise(records, c)
     labelled = [s for s in records if s["labelled"]]
-    same = bool(trained_on) and Path(args.data).resolve() == Path(trained_on).resolve()
+    folders = trained_on if isinstance(trained_on, list) else [trained_on]
+    places = [Path(folder).resolve() for folder in folders if folder]
+    same = Path(args.data).resolve() in places
     return {
         **{name: None if math.isnan(summary[name]) else summary[name] for name in METRICS},
         "not_computed": undefined(records),
@@ -727,7 +742,7 @@ def run(args):
     make_folder(args.out)
     with tempfile.TemporaryDirectory(prefix=".prepared_", dir=args.out) as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
-        recordings = choose(recordings, args.split, state["config"])
+        recordings = choose(recordings, args.split, state["config"], args.data)
         records, table = evaluate(net, recordings, args.out, device, c, args.plot)
     trained_on = state["config"].get("data", {}).get("path", "")
     result = report(records, table, c, source, args, trained_on) | {"refused": refused}
