@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 
 import corpora
+import splits
 import synth
 from corpora import CHUNK
 from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
@@ -183,6 +184,21 @@ def open_corpora(paths, same_person=()):
     for line in same_person:
         _join(recordings, line)
     return recordings
+
+
+def resolved(paths):
+    """The folders of data.path, absolute."""
+    return [Path(path).resolve() for path in (paths if isinstance(paths, list) else [paths]) if path]
+
+
+def split_of(recordings, path, c, seed):
+    """(train, dev) of the recordings in the folder `path`, as a run with the section `data` c divided them:
+    one of several folders is divided together with the others."""
+    place = Path(path).resolve() if path else None
+    if not isinstance(c.get("path"), list) or place not in resolved(c["path"]):
+        return splits.split(recordings, c, seed)
+    parts = splits.split(open_corpora(c["path"], c.get("same_person", ())), c, seed)
+    return tuple([r for r in part if r.corpus == place.name] for part in parts)
 
 
 def _named(recordings, folder):

@@ -30,76 +30,42 @@ import contextlib
 import difflib
 import importlib.metadata
 import math
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+BEFORE_IMPORTS = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__" and BEFORE_IMPORTS is signal.default_int_handler:
+    # Ctrl-C within the seconds of the imports ends the process, not in a traceback from inside them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
-from timescoring.annotations import Annotation
-from timescoring.scoring import EventScoring, SampleScoring
+import yaml
 from tqdm import tqdm
 
 import checkpoint
 import corpora
 import data
 import edf
+import events
+import metrics
 import model
+import report
 import splits
+from metrics import METRICS, check_metric       # also for training, which knows only this file
 
 FS = edf.FS
 
 
-# ---- counted metrics: formulas over counts of events or samples, arrays over the thresholds ----
-
-def _sensitivity(n, kind):
-    return _ratio(n[f"{kind}_tp"], n[f"{kind}_true"])
-
-
-def _precision(n, kind):
-    return _ratio(n[f"{kind}_tp"], n[f"{kind}_tp"] + n[f"{kind}_fp"])
-
-
-def _f1(n, kind):
-    """2 TP / (2 TP + FP + FN); NaN only where there is neither a reference nor a detection."""
-    return _ratio(2 * n[f"{kind}_tp"], n[f"{kind}_tp"] + n[f"{kind}_fp"] + n[f"{kind}_true"])
-
-
-def _per_24h(n, kind):
-    return n[f"{kind}_fp"] / (n["seconds"] / 86400)
-
-
-def _ratio(a, b):
-    return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
-
-
-# name -> what is better, formula, of which counts of a patient
-COUNTED = {
-    "event_f1": ("max", _f1, "event"),
-    "event_sensitivity": ("max", _sensitivity, "event"),
-    "event_precision": ("max", _precision, "event"),
-    "false_alarms_per_24h": ("min", _per_24h, "event"),
-    "sample_f1": ("max", _f1, "sample"),
-    "sample_sensitivity": ("max", _sensitivity, "sample"),
-    "sample_precision": ("max", _precision, "sample"),
-}
-FALSE_ALARMS = (10, 5, 2.5, 1)          # per 24 h, at which the share of seizures found is given
-METRICS = {                             # name -> what is better
-    "loss": "min",
-    "auroc": "max",
-    "average_precision": "max",
-    "calibration_error": "min",   # expected error over 10 equal bins (Guo et al., ICML 2017)
-    **{name: better for name, (better, _, _) in COUNTED.items()},
-    **{f"sensitivity_at_{limit:g}fa": "max" for limit in FALSE_ALARMS},
-}
-ALWAYS = ("loss", "calibration_error", "false_alarms_per_24h")      # computable without a seizure
-RANKING = ("auroc", "average_precision")                            # need background too
 DEFAULTS = {
     "window_seconds": 60.0,       # length of a window at inference; as in training
     "overlap_seconds": 0.0,       # shared by neighbouring windows, which are weighted and added
     "batch_size": 8,              # windows per call of the model
-    "tune": True,                 # validation picks the threshold, on the dev set
+    "tune": True,                 # validation picks the threshold, by event F1 on the dev set
+    "max_false_alarms_per_24h": 10.0,   # among those with no more there, mean over patients
     "threshold": 0.86,            # an event begins at this probability, where none was tuned
     "release": 0.08,              # it ends below threshold - release, at least threshold / 2
     "onset_seconds": 0.5,         # the probability stays at the threshold to begin an event
@@ -112,23 +78,8 @@ DEFAULTS = {
 }
 # thresholds tried: even in log-odds, 0.018 to 0.999
 GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
+EVENTS = "_events.tsv"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_metric(name, recordings=None):
-    """Raise ValueError unless `name` is in METRICS and, where recordings are given, computable
-    on them."""
-    if name not in METRICS:
-        near = difflib.get_close_matches(str(name).lower(), METRICS, 1, 0.0)[0]
-        raise ValueError(f"unknown metric {name!r}; the nearest is {near}")
-    if recordings is None:
-        return
-    labelled = [r for r in recordings if r.labelled]
-    seizure = sum(float((r.events[:, 1] - r.events[:, 0]).sum()) for r in labelled)
-    total = sum(r.seconds for r in labelled)
-    why = _undefined(bool(labelled), seizure > 0, seizure < total).get(name)
-    if why:
-        raise ValueError(f"{name} cannot be computed on these recordings: {why}")
 
 
 def settings(config):
@@ -139,8 +90,21 @@ def settings(config):
         near = difflib.get_close_matches(unknown[0], DEFAULTS, 1, 0.0)[0]
         raise ValueError(f"unknown key evaluation.{unknown[0]}; the nearest is evaluation.{near}")
     c = {**DEFAULTS, **config}
-    limits = {name: (0, 86400) for name in DEFAULTS if name.endswith("_seconds")}
-    limits |= {
+    for name, default in DEFAULTS.items():
+        kinds = (int, float) if type(default) is float else (type(default),)
+        if type(c[name]) not in kinds:
+            raise ValueError(f"evaluation.{name} must be like {default!r}, not {c[name]!r}")
+    for name, (low, high) in _limits(c).items():
+        if not low <= c[name] <= high:
+            raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, "
+                             f"not {c[name]}")
+    return c
+
+
+def _limits(c):
+    return {
+        **{name: (0, 86400) for name in DEFAULTS if name.endswith("_seconds")},
+        "max_false_alarms_per_24h": (0, 86400),
         "threshold": (0, 1),
         "release": (0, 1),
         "batch_size": (1, math.inf),
@@ -148,11 +112,6 @@ def settings(config):
         "overlap_seconds": (0, c["window_seconds"] - 1 / FS),
         "max_duration_seconds": (1 / FS, 86400),
     }
-    for name, (low, high) in limits.items():
-        if not low <= c[name] <= high:
-            raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, "
-                             f"not {c[name]}")
-    return c
 
 
 def _in_samples(config):
@@ -164,8 +123,8 @@ def _in_samples(config):
 # ---- probability track ----
 
 def read_ahead(recordings, config):
-    """Iterator over the windows of `recordings`, one after the other as predict() takes them, read ahead
-    by threads: no GPU waits for the next recording. Close it."""
+    """Iterator over the windows of `recordings`, one after the other as predict() takes them, read
+    ahead by threads: no GPU waits for the next recording. Close it."""
     c = settings(config)
     windows = ((r, start) for r in recordings for start in _starts(r.samples, c))
     return data.read_ahead(windows, round(c["window_seconds"] * FS), 4 * c["batch_size"])
@@ -238,57 +197,6 @@ def _probabilities(net, recording, eeg, device, precision):
 
 # ---- post-processing: probability -> events ----
 
-def _runs(mask):
-    """Begin and end (exclusive) of each run of True: int64 (N, 2)."""
-    padded = np.concatenate([[False], mask, [False]])
-    return np.flatnonzero(padded[1:] != padded[:-1]).reshape(-1, 2)
-
-
-def _hysteresis(probability, on, off, onset, offset):
-    """Runs that begin with `onset` samples >= on and end where `offset` samples < off begin:
-    int64 (N, 2)."""
-    high = _runs(probability >= on)
-    low = _runs(~(probability >= off))                      # NaN ends an event
-    begin = high[high[:, 1] - high[:, 0] >= max(1, onset), 0]
-    end = low[low[:, 1] - low[:, 0] >= max(1, offset), 0]
-    # all marks in order of time; only the first of several begins, or of several ends, counts
-    marks = np.concatenate([begin, end])
-    order = np.argsort(marks)
-    marks = marks[order]
-    begins = order < len(begin)
-    inside = np.append(False, begins)[:-1]                  # the mark before it was a begin
-    first = marks[begins & ~inside]
-    last = marks[~begins & inside]
-    if len(last) < len(first):                              # the recording ends within an event
-        last = np.append(last, len(probability))
-    return np.stack([first, last], 1).astype(np.int64)
-
-
-def _merge(events, gap):
-    """Join neighbours whose gap is at most `gap` samples."""
-    if len(events) < 2:
-        return events
-    apart = events[1:, 0] - events[:-1, 1] > gap
-    begin = events[np.append(True, apart), 0]
-    end = events[np.append(apart, True), 1]
-    return np.stack([begin, end], 1)
-
-
-def _longer(events, shortest):
-    return events[events[:, 1] - events[:, 0] >= shortest]
-
-
-def _split(events, longest):
-    """Cut events into the fewest equal parts that are no longer than `longest` samples."""
-    length = events[:, 1] - events[:, 0]
-    parts = -(-length // longest)
-    which = np.repeat(np.arange(len(events)), parts)        # the event of each part
-    number = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)     # within it
-    begin = events[which, 0] + length[which] * number // parts[which]
-    end = events[which, 0] + length[which] * (number + 1) // parts[which]
-    return np.stack([begin, end], 1)
-
-
 def postprocess(probability, threshold, config):
     """Events of a probability track (samples,): int64 (N, 2), begin and end in samples, in order
     and apart.
@@ -297,12 +205,12 @@ def postprocess(probability, threshold, config):
     element. Splitting comes last, since merging would undo it."""
     c = _in_samples(config)
     off = max(threshold - c["release"], threshold / 2)
-    events = _hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
-    events = _longer(events, c["opening_seconds"])
-    events = _merge(events, c["closing_seconds"] - 1)
-    events = _longer(events, c["min_duration_seconds"])
-    events = _merge(events, c["merge_gap_seconds"])
-    return _split(events, c["max_duration_seconds"])
+    found = events.hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
+    found = events.longer(found, c["opening_seconds"])
+    found = events.merge(found, c["closing_seconds"] - 1)
+    found = events.longer(found, c["min_duration_seconds"])
+    found = events.merge(found, c["merge_gap_seconds"])
+    return events.split(found, c["max_duration_seconds"])
 
 
 # ---- record of one recording ----
@@ -324,15 +232,15 @@ def score(recording, probability, config):
     if not recording.labelled:
         return record
     label = recording.labels(0, recording.samples)
-    truth = _runs(label > 0) / FS
+    truth = events.runs(label > 0) / FS
     thresholds = _thresholds(c)
     rows = []
     known = {}
     for threshold in thresholds:
-        events = postprocess(probability, threshold, c) / FS
-        key = events.tobytes()
+        found = postprocess(probability, threshold, c) / FS
+        key = found.tobytes()
         if key not in known:                                # neighbouring thresholds often agree
-            known[key] = _count(truth, events, recording.seconds)
+            known[key] = metrics.count(truth, found, recording.seconds)
         rows.append(known[key])
     counted = list(rows[0])
     counts = [[row[name] for name in counted] for row in rows]
@@ -340,7 +248,7 @@ def score(recording, probability, config):
     return record | {
         "seizures": len(truth),
         "samples": int(recording.samples),
-        "loss": _cross_entropy(probability, label),
+        "loss": metrics.cross_entropy(probability, label),
         "thresholds": torch.from_numpy(thresholds),
         "counted": counted,
         "counts": torch.tensor(counts),
@@ -353,48 +261,15 @@ def _thresholds(c):
     return np.unique(np.append(GRID, c["threshold"]))
 
 
-def _count(truth, events, seconds):
-    """{name: int}: counts of events against the truth, both (N, 2) in seconds. A new count is one
-    more row here, and a formula of it one more in COUNTED."""
-    tenths = max(10, round(seconds * 10))       # timescoring works at 10 Hz, by sample at 1 Hz
-    reference = Annotation([tuple(event) for event in truth.tolist()], 10, tenths)
-    found = Annotation([tuple(event) for event in events.tolist()], 10, tenths)
-    by_event = EventScoring(reference, found)
-    by_sample = SampleScoring(reference, found)
-    before = truth[:, None, 0] < events[None, :, 1]
-    after = events[None, :, 0] < truth[:, None, 1]
-    overlap = before & after                                # (true, detected)
-    counts = {
-        "event_tp": by_event.tp,
-        "event_fp": by_event.fp,
-        "event_true": by_event.refTrue,         # after the scorer's own merging and cutting
-        "sample_tp": by_sample.tp,
-        "sample_fp": by_sample.fp,
-        "sample_true": by_sample.refTrue,
-        "found": overlap.any(1).sum(),          # seizures that any detection touches
-        "alarms": (~overlap.any(0)).sum(),      # detections that touch none
-    }
-    return {name: int(value) for name, value in counts.items()}
-
-
-def _cross_entropy(probability, label, block=1 << 20):
-    """Sum over the samples, a block at a time: float64 copies of a whole day would be large."""
-    total = 0.0
-    for i in range(0, len(label), block):
-        p = probability[i:i + block].astype(np.float64)
-        p = np.clip(p, 1e-7, 1 - 1e-7)                      # float32 saturates
-        total -= float(np.log(np.where(label[i:i + block] > 0, p, 1 - p)).sum())
-    return total
-
-
 # ---- metrics of a set ----
 
 def summarise(scores, config):
     """Every metric of METRICS as a float, and the threshold that event and sample scores use.
 
     scores: records of score(), in any order. With config["tune"] the threshold is the one with the
-    best event F1 on these very recordings, so give it the dev set; without, or where there is no
-    seizure, it is config["threshold"]."""
+    best event F1 among those that keep to config["max_false_alarms_per_24h"] on these very
+    recordings, so give it the dev set; where none keeps to it, the nearest (over_cap says so).
+    Without, or where there is no seizure, it is config["threshold"]."""
     c = settings(config)
     records = sorted((s for s in scores if s["labelled"]), key=lambda s: s["recording"])
     thresholds = _thresholds(c)
@@ -408,114 +283,31 @@ def summarise(scores, config):
     label = np.concatenate([s["label"].numpy() for s in records]) > 0
     probability = np.concatenate([s["probability"].numpy() for s in records])
     result["loss"] = sum(s["loss"] for s in records) / sum(s["samples"] for s in records)
-    result["auroc"], result["average_precision"] = _ranking(probability, label)
-    result["calibration_error"] = _calibration_error(probability, label)
-    curves = _over_patients(records)
+    result["auroc"], result["average_precision"] = metrics.ranking(probability, label)
+    result["calibration_error"] = metrics.calibration_error(probability, label)
+    curves = metrics.over_patients(metrics.by_patient(records))
     index = int(np.searchsorted(thresholds, c["threshold"]))
     if c["tune"] and any(s["seizures"] for s in records):
-        index = _best(curves["event_f1"], curves["false_alarms_per_24h"])
+        cap = c["max_false_alarms_per_24h"]
+        index = metrics.best(curves["event_f1"], curves["false_alarms_per_24h"], cap)
         result["threshold"] = float(thresholds[index])
     result |= {name: float(values[index]) for name, values in curves.items()}
-    result |= _at_false_alarms(records)
-    if _any_reference(records):
+    result |= metrics.at_false_alarms(records)
+    if metrics.any_reference(records):
         for name in ("event_precision", "sample_precision"):
             if math.isnan(result[name]):                    # seizures, and nothing detected
                 result[name] = 0.0
-    return result | dict.fromkeys(undefined(records), math.nan)
+    return result | dict.fromkeys(metrics.undefined(records), math.nan)
 
 
-def undefined(scores):
-    """{metric: reason} of the metrics that these records cannot give."""
-    records = [s for s in scores if s["labelled"]]
-    if any(not s["finite"] for s in records):
-        return dict.fromkeys(METRICS, "the model gave a probability that is not finite")
-    background = any((s["label"] == 0).any() for s in records)
-    return _undefined(bool(records), _any_reference(records), background)
-
-
-def _undefined(labelled, seizure, background):
-    if not labelled:
-        return dict.fromkeys(METRICS, "no recording is labelled")
-    why = {}
-    if not background:
-        why |= dict.fromkeys(RANKING, "there is no background")
-    if not seizure:
-        why |= {name: "there is no seizure" for name in METRICS if name not in ALWAYS}
-    return why
-
-
-def _any_reference(records):
-    """Whether the scorer sees a seizure: one below a tenth of a second may vanish at its 10 Hz."""
-    return any(_summed([s])["event_true"].any() for s in records)
-
-
-def _summed(records):
-    """Counts of some records together, by name: {name: (K,)}, and their seconds."""
-    total = {"seconds": sum(s["seconds"] for s in records)}
-    for s in records:
-        for name, values in zip(s["counted"], s["counts"].numpy().T):
-            total[name] = total.get(name, 0) + values
-    return total
-
-
-def _over_patients(records):
-    """COUNTED at each threshold, {name: (K,)}: summed over each patient's recordings, then
-    averaged."""
-    patients = {}
-    for s in records:
-        patients.setdefault(s["patient"], []).append(s)
-    counts = [_summed(patients[patient]) for patient in sorted(patients)]
-    return {name: _mean([formula(n, kind) for n in counts])
-            for name, (_, formula, kind) in COUNTED.items()}
-
-
-def _mean(rows):
-    """Mean over patients of those that have a value; NaN where none has."""
-    rows = np.stack(rows)
-    return _ratio(np.nansum(rows, 0), (~np.isnan(rows)).sum(0))
-
-
-def _best(f1, alarms):
-    """Index of the highest F1; among equals the fewest false alarms; among those the middle one."""
-    ties = np.flatnonzero(f1 >= np.nanmax(f1) - 1e-12)
-    ties = ties[alarms[ties] <= alarms[ties].min() + 1e-12]
-    return int(ties[len(ties) // 2])
-
-
-def _at_false_alarms(records):
-    """Any-overlap sensitivity of the best threshold within each false-alarm rate; 0 if none is."""
-    n = _summed(records)
-    rate = n["alarms"] / (n["seconds"] / 86400)
-    share = n["found"] / max(1, sum(s["seizures"] for s in records))
-    return {f"sensitivity_at_{limit:g}fa": float(share[rate <= limit].max(initial=0))
-            for limit in FALSE_ALARMS}
-
-
-def _ranking(probability, label):
-    """AUROC (the Mann-Whitney statistic, ties half) and average precision (the sum over steps of
-    recall)."""
-    positive = int(label.sum())
-    negative = len(label) - positive
-    if not positive or not negative:
-        return math.nan, math.nan
-    rank = float(rankdata(probability)[label].sum())
-    auroc = (rank - positive * (positive + 1) / 2) / positive / negative
-    order = np.argsort(-probability, kind="stable")
-    changes = np.flatnonzero(np.diff(probability[order]))
-    last = np.append(changes, len(order) - 1)           # ties count at once, with the last of them
-    hits = np.cumsum(label[order])[last]
-    precision = hits / (last + 1)
-    gained = np.diff(hits, prepend=0)
-    return auroc, float((gained * precision).sum() / positive)
-
-
-def _calibration_error(probability, label, bins=10):
-    if not len(label):
-        return math.nan
-    which = np.minimum((probability * bins).astype(int), bins - 1)
-    expected = np.bincount(which, probability.astype(np.float64), bins)
-    observed = np.bincount(which, label.astype(np.float64), bins)
-    return float(np.abs(expected - observed).sum() / len(label))
+def over_cap(summary, config):
+    """A sentence where the tuned threshold of a summary does not keep to the cap, else ""."""
+    cap = settings(config)["max_false_alarms_per_24h"]
+    alarms = summary["false_alarms_per_24h"]
+    if not alarms > cap or math.isnan(summary["event_f1"]):
+        return ""
+    return (f"no threshold keeps to evaluation.max_false_alarms_per_24h {cap:g}: "
+            f"the nearest, {summary['threshold']:.3f}, gives {alarms:.1f}")
 
 
 # ---- command line ----
@@ -536,16 +328,24 @@ def load_model(path, device):
     try:
         net = model.build(len(state["channels"]), state["config"]["model"])
         net.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise Refused(f"checkpoint {path} does not fit model.py: {why}") from None
     return net.to(device), state
 
 
+def stored(state, section):
+    """One section of the checkpoint's config; {} where it is absent or empty."""
+    value = state["config"].get(section) or {}
+    if not isinstance(value, dict):
+        raise Refused(f"the checkpoint's config holds no keys under {section}: {value!r}")
+    return value
+
+
 def stored_settings(state):
     """(evaluation settings, where the threshold is from). Never tuned on the scored set itself."""
-    config = state["config"].get("evaluation", {})
-    tuned = state.get("scores", {}).get("threshold")
+    config = stored(state, "evaluation")
+    tuned = (state.get("scores") or {}).get("threshold")
     chosen = {"tune": False}
     if tuned is not None:
         chosen["threshold"] = tuned
@@ -557,7 +357,45 @@ def stored_settings(state):
         return c, "evaluation.threshold of the config, since the checkpoint holds no tuned one"
     if not config.get("tune", DEFAULTS["tune"]):
         return c, "evaluation.threshold of the config"
-    return c, "tuned on the dev set in training"
+    source = "tuned on the dev set in training"
+    if "max_false_alarms_per_24h" not in config:            # tuned before there was a cap
+        return c, source
+    missed = over_cap({**dict.fromkeys(METRICS, math.nan), **state["scores"]}, config)
+    if missed:
+        return c, f"{source}: {missed}"
+    cap = c["max_false_alarms_per_24h"]
+    return c, f"{source}: best event F1 there with at most {cap:g} false alarms per 24 h"
+
+
+def overridden(c, source, args):
+    """(settings, where the threshold is from, {key: value} of what the command line overrides)."""
+    given = {}
+    for text in args.set:
+        key, equals, value = text.partition("=")
+        section, _, name = key.partition(".")
+        if section != "evaluation" or not equals:
+            raise Refused(f"--set {text}: write evaluation.key=value; "
+                          "other keys belong to training")
+        if name in ("tune", "max_false_alarms_per_24h"):
+            raise Refused(f"--set {text}: acts in training, where the threshold is tuned; "
+                          "here give --threshold")
+        given[name] = _value(text, value)
+    if args.threshold is not None:
+        given["threshold"] = args.threshold
+    try:
+        c = settings(c | given)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if "threshold" in given:
+        source = "given on the command line"
+    return c, source, {f"evaluation.{name}": value for name, value in given.items()}
+
+
+def _value(text, value):
+    try:
+        return float(value) if "e" in value.lower() and "." not in value else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        raise Refused(f"--set {text}: the value is not a number") from None
 
 
 def open_data(path, state, scratch):
@@ -568,7 +406,7 @@ def open_data(path, state, scratch):
     if not path.exists():
         raise Refused(f"data {path} does not exist")
     if path.is_file() or not next(path.rglob("*.h5"), None):
-        refused = _import(path, state["montage"], scratch)
+        refused = _import(path, state, scratch)
         path = scratch
     recordings = data.open_corpus(path)
     for r in recordings:
@@ -580,11 +418,13 @@ def open_data(path, state, scratch):
     return recordings, refused
 
 
-def _import(path, montage, scratch):
+def _import(path, state, scratch):
     """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
-    refused = corpora.import_corpus(path, scratch, montage=montage).refused
+    montage = state["montage"]
+    channels = state["channels"] if montage == "reduced" else ()
+    refused = corpora.import_corpus(path, scratch, montage=montage, channels=channels).refused
     if not next(scratch.rglob("*.h5"), None):
         reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
         raise Refused(f"no usable recording: {reasons}")
@@ -593,116 +433,178 @@ def _import(path, montage, scratch):
 
 def choose(recordings, split, config, path=None):
     """Those of one split: train and dev as the training drew them, eval as the corpus marks it.
-    path: the folder that they are of, which may be one of several that were trained on."""
+    path: the folder that they lie in, where the training may have used several."""
     if split in ("train", "dev"):
-        c = config["data"]
-        folder = _among_several(path, c.get("path"))
-        if folder:
-            recordings = data.open_corpora(c["path"], c.get("same_person", ()))
-        train, dev = splits.split(recordings, c, config["experiment"]["seed"])
-        part = train if split == "train" else dev
-        return [r for r in part if not folder or r.corpus == folder]
+        seed = config["experiment"]["seed"]
+        train, dev = data.split_of(recordings, path, config["data"], seed)
+        return train if split == "train" else dev
     chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
         raise Refused(f"no recording belongs to the split {split}")
     return chosen
 
 
-def _among_several(path, trained_on):
-    """Name of the folder `path` where a list of folders that were trained on holds it, else ""."""
-    if path is None or not isinstance(trained_on, list):
-        return ""
-    place = Path(path).resolve()
-    return place.name if place in [Path(folder).resolve() for folder in trained_on] else ""
+def output(out, recording, ending):
+    """File of one recording in the folder of an evaluation: SzCORE's name for events."""
+    stem = out / recording.name.removesuffix("_eeg")
+    return stem.with_name(stem.name + ending)
 
 
-def write_events(path, events, probability, seconds):
+def take_folder(out, recordings, source):
+    """Make the folder `out`. Refused where it holds the events of other recordings, which would lie
+    beside these scores, or where events would be written over a corpus's own annotations."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {out}: {error.strerror}") from None
+    ours = {output(out, r, EVENTS) for r in recordings}
+    there = set(out.rglob("*" + EVENTS))
+    foreign = sorted(there - ours)
+    if out.resolve() in (source.resolve(), source.resolve().parent):
+        foreign = sorted(there)
+    if foreign:
+        raise Refused(f"--out {out} already holds the events of other recordings "
+                      f"({foreign[0].name}; {len(foreign)} in all): "
+                      f"give another folder, such as --out {out}_{source.stem}")
+
+
+def write_events(path, found, probability, recording):
     """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
-    confidence = [probability[begin:end].mean() for begin, end in events]
-    edf.write_events_tsv(path, events / FS, seconds, confidence)
+    confidence = [probability[begin:end].mean() for begin, end in found]
+    start = recording.began or "n/a"
+    edf.write_events_tsv(path, found / FS, recording.seconds, confidence, start)
 
 
-def evaluate(net, recordings, out, device, c, plot=False):
-    """Score recordings, write events and pictures under `out`; returns records and a table."""
+def evaluate(net, recordings, c, device, precision="fp32", out=None, plot=False, save=False):
+    """Score recordings; where `out` is given write there their events, with `plot` pictures and
+    with `save` probability tracks. Returns the records and the detections in each."""
     records = []
-    table = []
+    detections = []
     calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
     ahead = contextlib.closing(read_ahead(recordings, c))
-    with tqdm(total=calls, unit="batch", desc="evaluate") as bar, ahead as windows:
+    with Progress(calls, len(recordings)) as progress, ahead as windows:
         for r in recordings:
-            bar.set_postfix_str(r.name[-40:], refresh=False)
-            probability = predict(net, r, device, c, poll=bar.update, windows=windows)
+            progress.bar.set_postfix_str(r.name[-40:], refresh=False)
+            probability = predict(net, r, device, c, precision, progress.bar.update, windows)
             if not np.isfinite(probability).all():
                 raise Refused(f"the model gives a probability that is not finite on {r.name}")
+            found = postprocess(probability, c["threshold"], c)
             records.append(score(r, probability, c))
-            events = postprocess(probability, c["threshold"], c)
-            stem = out / r.name.removesuffix("_eeg")
-            write_events(stem.with_name(stem.name + "_events.tsv"), events, probability, r.seconds)
-            if plot:
-                import pictures             # here: matplotlib takes a second to import
-                picture = stem.with_name(stem.name + ".png")
-                pictures.draw(r, probability, events, c["threshold"], picture)
-            table.append({
-                "recording": r.name,
-                "patient": r.patient,
-                "seconds": r.seconds,
-                "seizures": len(r.events) if r.labelled else None,
-                "detections": len(events),
-            })
-    return records, table
+            detections.append(len(found))
+            write(r, probability, found, c, out, plot, save)
+            progress.done(len(records))
+    return records, detections
 
 
-def report(records, table, c, source, args, trained_on=""):
-    """Content of scores.json: metrics at the top level, null with the reason if not computable."""
+def write(recording, probability, found, c, out, plot, save):
+    """The files of one recording. What an earlier evaluation drew or saved of it, and this one does
+    not, goes: it would show another threshold or model than the scores beside it."""
+    write_events(output(out, recording, EVENTS), found, probability, recording)
+    picture = output(out, recording, ".png")
+    track = output(out, recording, "_probability.npy")
+    picture.unlink(missing_ok=True)
+    track.unlink(missing_ok=True)
+    if plot:
+        with interrupts_later():
+            import pictures             # here: matplotlib takes a second to import
+            pictures.draw(recording, probability, found, c["threshold"], picture)
+    if save:
+        np.save(track, probability)
+
+
+@contextlib.contextmanager
+def interrupts_later():
+    """Ctrl-C waits for the end of this block: within matplotlib it would become another error, or
+    be lost in a callback."""
+    arrived = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    except ValueError:                  # not in the main thread: nothing arrives here
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    if arrived:
+        raise KeyboardInterrupt
+
+
+class Progress:
+    """A bar on a terminal; elsewhere, where it would fill a log, a plain line now and then."""
+
+    def __init__(self, calls, recordings):
+        self.recordings = recordings
+        self.said = time.monotonic()
+        self.bar = tqdm(total=calls, unit="batch", desc="evaluate", disable=None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def done(self, count):
+        if not self.bar.disable:
+            return
+        if count == self.recordings or time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            print(f"evaluate: {count} of {self.recordings} recordings", file=sys.stderr)
+
+
+def scores(records, c):
+    """{metric: value} of some records at the threshold in use, None where not computable."""
     summary = summarise(records, c)
+    return {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
+
+
+def tell(records, detections, c):
+    """What scores.json says about the records: metrics at the top level, null with the reason where
+    not computable; intervals and the trade-off over patients; each recording and each patient."""
     labelled = [s for s in records if s["labelled"]]
-    folders = trained_on if isinstance(trained_on, list) else [trained_on]
-    places = [Path(folder).resolve() for folder in folders if folder]
-    same = Path(args.data).resolve() in places
+    whole = scores(records, c)
+    intervals, trade_off = {}, []
+    if whole["event_f1"] is not None:
+        patients = metrics.by_patient(labelled)
+        thresholds = _thresholds(c)
+        trade_off = report.trade_off(patients, metrics.over_patients(patients), thresholds)
+        index = int(np.searchsorted(thresholds, c["threshold"]))
+        intervals = report.intervals_at(patients, metrics.COUNTED, index)
     return {
-        **{name: None if math.isnan(summary[name]) else summary[name] for name in METRICS},
-        "not_computed": undefined(records),
-        "threshold": c["threshold"],
-        "threshold_source": source,
-        "scorer": {
-            "name": "timescoring",
-            "version": importlib.metadata.version("timescoring"),
-            "rules": "SzCORE by event and sample, mean over patients; "
-                     "any overlap for sensitivity_at",
-        },
+        **whole,
+        "not_computed": metrics.undefined(records),
+        "intervals": intervals,
         "recordings": len(records),
         "hours": sum(s["seconds"] for s in records) / 3600,
         "labelled_recordings": len(labelled),
         "labelled_hours": sum(s["seconds"] for s in labelled) / 3600,
         "patients": len({s["patient"] for s in records}),
         "seizures": sum(s["seizures"] for s in labelled),
-        "checkpoint": str(args.checkpoint),
-        "data": str(args.data),
-        "split": args.split or "all",
-        "includes_training": args.split == "train" or not args.split and same,
-        "settings": c,
-        "per_recording": table,
+        "trade_off": trade_off,
+        "per_patient": _rows_of_patients(records, detections, c),
+        "per_recording": [_row([s], [n], c, recording=s["recording"])
+                          for s, n in zip(records, detections)],
     }
 
 
-def show(result, out):
-    detections = sum(row["detections"] for row in result["per_recording"])
-    print(f"{result['recordings']} recordings, {result['hours']:.2f} h, "
-          f"{result['patients']} patients, {result['seizures']} labelled seizures, "
-          f"{detections} detections")
-    print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
-    if result["labelled_recordings"]:
-        for name in METRICS:
-            if result[name] is None:
-                print(f"  {name:<22} -  ({result['not_computed'][name]})")
-            else:
-                print(f"  {name:<22} {result[name]:.4f}")
-    if result["includes_training"]:
-        print("these recordings include those of the training: "
-              "--split dev or --split eval leaves them out")
-    for file, why in result["refused"]:
-        print(f"not scored: {file}: {why}")
-    print(f"events and scores.json in {out}")
+def _rows_of_patients(records, detections, c):
+    rows = []
+    for patient in sorted({s["patient"] for s in records}):
+        mine = [i for i, s in enumerate(records) if s["patient"] == patient]
+        row = _row([records[i] for i in mine], [detections[i] for i in mine], c)
+        rows.append(row | {"recordings": len(mine)})
+    return rows
+
+
+def _row(records, detections, c, **names):
+    labelled = [s for s in records if s["labelled"]]
+    return names | {
+        "patient": records[0]["patient"],
+        "seconds": sum(s["seconds"] for s in records),
+        "seizures": sum(s["seizures"] for s in labelled) if labelled else None,
+        "detections": sum(detections),
+        **scores(records, c),
+    }
 
 
 def parse(argv):
@@ -712,48 +614,137 @@ def parse(argv):
     add("--checkpoint", required=True, type=Path,
         help="best.pt, any other checkpoint, or a stripped one")
     add("--data", required=True, type=Path, help="imported folder, folder of EDFs, or one EDF")
-    add("--out", type=Path, help="default: `evaluation` in the run directory of the checkpoint")
-    add("--plot", action="store_true", help="a PNG per recording")
+    add("--out", type=Path,
+        help="default: `evaluation` in the run directory, or beside stripped weights")
+    add("--events", type=Path, metavar="FILE",
+        help="write the events of one EDF to this file and nothing else; where the EDF is refused, "
+             "one row of background, said on stderr")
+    add("--threshold", type=float, help="instead of the one that training tuned")
+    add("--set", action="append", default=[], metavar="evaluation.key=value",
+        help="instead of what training stored, such as evaluation.overlap_seconds=15")
+    add("--precision", choices=PRECISIONS, help="default: that of the training")
+    add("--plot", action="store_true", help="a PNG per recording, and the trade-off")
+    add("--save-probabilities", action="store_true",
+        help="NAME_probability.npy per recording: float32 (samples,) at 256 Hz")
     add("--split", choices=("train", "dev", "eval"), help="only these recordings; default all")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
-    if args.out is None:
-        folder = args.checkpoint.absolute().parent
-        run = folder.parent if folder.name == "checkpoints" else folder
-        args.out = run / "evaluation"
+    if args.events and (args.out or args.plot or args.save_probabilities or args.split):
+        parser.error("--events writes one file: leave --out, --plot, --save-probabilities and "
+                     "--split away")
     return args
 
 
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--out {path}: {error.strerror}") from None
+def default_out(path, state):
+    """Beside a file of weights; in the run directory for a checkpoint of a run."""
+    folder = path.absolute().parent
+    if folder.name == "checkpoints" and "optimizer" in state:
+        folder = folder.parent
+    return folder / "evaluation"
 
 
-def run(args):
-    """Score as the command line asks; returns the content of scores.json. Raises Refused."""
+def prepare(args):
+    """(net, checkpoint, settings, what scores.json says about them) as the command line asks."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda, but torch sees no GPU")
     gpu = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    net, state = load_model(args.checkpoint, device)
-    c, source = stored_settings(state)
-    make_folder(args.out)
-    with tempfile.TemporaryDirectory(prefix=".prepared_", dir=args.out) as scratch:
+    net, state = load_model(args.checkpoint, torch.device("cuda" if gpu else "cpu"))
+    c, source, changed = overridden(*stored_settings(state), args)
+    precision = stored(state, "training").get("precision", "fp32")
+    if args.precision and args.precision != precision:
+        precision = args.precision
+        changed["precision"] = precision
+    return net, state, c, {
+        "threshold": c["threshold"],
+        "threshold_source": source,
+        "overridden": changed,
+        "precision": precision,
+        "settings": c,
+        "checkpoint": str(args.checkpoint),
+        "scorer": {
+            "name": "timescoring",
+            "version": importlib.metadata.version("timescoring"),
+            "rules": "SzCORE by event and sample, mean over patients; "
+                     "any overlap for sensitivity_at",
+        },
+    }
+
+
+def score_folder(args):
+    """Score as the command line asks and write the folder --out."""
+    net, state, c, about = prepare(args)
+    out = args.out or default_out(args.checkpoint, state)
+    device = next(net.parameters()).device
+    with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
         recordings = choose(recordings, args.split, state["config"], args.data)
-        records, table = evaluate(net, recordings, args.out, device, c, args.plot)
-    trained_on = state["config"].get("data", {}).get("path", "")
-    result = report(records, table, c, source, args, trained_on) | {"refused": refused}
-    checkpoint.write_json(args.out / "scores.json", result, indent=2)
-    return result
+        take_folder(out, recordings, args.data)
+        records, detections = evaluate(net, recordings, c, device, about["precision"], out,
+                                       args.plot, args.save_probabilities)
+    trained_on = stored(state, "data").get("path", "")
+    same = args.data.resolve() in data.resolved(trained_on)
+    warning = ""
+    if args.split == "dev":
+        warning = splits.WARNINGS.get(stored(state, "data").get("split"), "")
+    result = tell(records, detections, c) | about | {
+        "data": str(args.data),
+        "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
+        "split": args.split or "all",
+        "includes_training": args.split == "train" or not args.split and same,
+        "split_warning": warning,
+        "refused": refused,
+    }
+    checkpoint.write_json(out / "scores.json", result, indent=2)
+    if args.plot and result["trade_off"]:
+        with interrupts_later():
+            import pictures             # here: matplotlib takes a second to import
+            pictures.trade_off(result["trade_off"], c["threshold"], out / "trade_off.svg")
+    report.show(result, list(METRICS), out)
+    if warning:
+        print(f"warning: {warning}")
+
+
+def score_one(args):
+    """The events of one EDF in the one file --events. A benchmark counts a missing file as nothing
+    found: an EDF that the import refuses gets one row of background."""
+    net, state, c, about = prepare(args)
+    if not args.data.is_file():
+        raise Refused(f"--events takes one EDF: {args.data} is no file")
+    device = next(net.parameters()).device
+    with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                recordings, _ = open_data(args.data, state, Path(scratch))
+        except (Refused, edf.DataError) as refusal:
+            seconds = _declared_seconds(args.data)
+            edf.write_events_tsv(args.events, [], seconds)
+            print(f"evaluate.py: {refusal}: written as {seconds:g} s of background: {args.events}",
+                  file=sys.stderr)
+            return
+        r = recordings[0]
+        probability = predict(net, r, device, c, about["precision"])
+        if not np.isfinite(probability).all():
+            raise Refused(f"the model gives a probability that is not finite on {r.name}")
+    found = postprocess(probability, c["threshold"], c)
+    write_events(args.events, found, probability, r)
+    print(f"{len(found)} detections in {r.seconds:.0f} s: {args.events}")
+
+
+def _declared_seconds(path):
+    """Length that the header of a refused EDF gives, 0 where that cannot be read either."""
+    try:
+        return edf.read_header(path).seconds
+    except (edf.DataError, OSError):
+        return 0.0
 
 
 def main(argv=None):
     args = parse(argv)
     try:
-        show(run(args), args.out)
+        if args.events:
+            score_one(args)
+        else:
+            score_folder(args)
     except data.ReadFailed as failure:                      # a passing fault, not bad data
         print(f"evaluate.py: stopped: {failure}", file=sys.stderr)
         return 1
@@ -768,6 +759,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
+        if BEFORE_IMPORTS is signal.default_int_handler:
+            signal.signal(signal.SIGINT, BEFORE_IMPORTS)
         sys.exit(main())
     except KeyboardInterrupt:           # not in main: on Modal it means preemption
         print("evaluate.py: interrupted: events written so far stay, scores.json is not written",

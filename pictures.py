@@ -1,16 +1,24 @@
-"""Pictures: a recording with its true and detected seizures, and the curves of a training run.
+"""Pictures: a recording with its true and detected seizures, sensitivity against false alarms, and
+the curves of a training run.
 
     pictures.draw(recording, probability, events, threshold, "chb01_03.png")
     pictures.curves("results/v3")                           writes results/v3/curves.png
 
-evaluate.py --plot draws every recording; train.py draws the curves. Nothing here opens a window.
+EEG is drawn as it is read on paper: longitudinal bipolar montage (double banana, left to right),
+negative up, 1 to 70 Hz, 10 s a page at 30 mm/s and a standard sensitivity in uV/mm. evaluate.py
+--plot draws every recording; train.py draws the curves. Nothing here opens a window.
 """
+import datetime
 import math
 from pathlib import Path
 
 import numpy as np
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from scipy.signal import butter, sosfiltfilt
 
 import checkpoint
 import edf
@@ -19,144 +27,347 @@ FS = edf.FS
 TRUE = "#e08e0b"                        # labelled seizures, best.pt
 FOUND = "#1f6fb2"                       # detected seizures
 INK = "#22262b"                         # traces, text
-STOP = "#b3261e"                        # resumes
-CHAINS = ("Fp1 F7 T3 T5 O1", "Fp1 F3 C3 P3 O1", "Fz Cz Pz", "Fp2 F4 C4 P4 O2", "Fp2 F8 T4 T6 O2")
-PAIRS = [pair for chain in CHAINS for pair in zip(chain.split(), chain.split()[1:])]
-SENSITIVITIES = (20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)     # uV between neighbouring traces
+STOP = "#b3261e"                        # resumes, cut traces
+
+CHAINS = (
+    "Fp1 F7 T3 T5 O1",
+    "Fp1 F3 C3 P3 O1",
+    "Fz Cz Pz",
+    "Fp2 F4 C4 P4 O2",
+    "Fp2 F8 T4 T6 O2",
+)
+PAIRS = {                               # derivation -> (its electrodes, number of its chain)
+    f"{a}-{b}": (a, b, number)
+    for number, chain in enumerate(CHAINS)
+    for a, b in zip(chain.split(), chain.split()[1:])
+}
+
+PAGE = 10                               # seconds
+SPEED = 30                              # mm per second
+SENSITIVITIES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)        # uV per mm
+SPACING = 8                             # mm between neighbouring traces
+GAP = 5                                 # mm more between chains
+CUT = 2.5                               # traces are cut this many spacings from their line
+BAND = (1, 70)                          # Hz, for display alone
+MARGIN = 2                              # seconds of it before and after, for its transients
+LEAD = 4                                # seconds shown before an event begins and after it ends
+LONGEST = 60                            # characters of a name: its end says more than its folders
+PAGES = 3                               # of one event: the first two and the last
+
+INCH = 25.4                             # mm
+WIDTH = 15                              # inches of the whole picture
+LEFT = 0.9                              # inches left of every axis
+TITLE = 0.6                             # inches
+STRIP = 0.9                             # inches of a probability track
+ROOM = 0.7                              # inches above a page for its caption
+CLOSE = 0.1                             # inches between the EEG and its probability
 
 
 # ---- a recording ----
 
 def draw(recording, probability, events, threshold, path, most=4):
-    """PNG of one recording: the whole probability track, then up to `most` labelled or detected events
-    as EEG in the longitudinal bipolar montage (double banana, left to right) above their probability.
-    events: (N, 2) in samples."""
+    """PNG of one recording: the whole probability track, then up to `most` places as pages of EEG
+    above their probability: missed seizures first, then false alarms, then seizures that were
+    found; the peak of the probability where there is nothing. events: (N, 2) in samples."""
     truth = np.asarray(recording.events).reshape(-1, 2)
     found = np.asarray(events).reshape(-1, 2) / FS
-    spans = _spans(recording, probability, truth, found)
-    shown = spans[:most]
-    figure = Figure(figsize=(15, 1.9 + 6.6 * len(shown)), dpi=100, layout="constrained")
-    rows = figure.subplots(1 + 2 * len(shown), 1, height_ratios=[1.5] + [5.4, 1.2] * len(shown))
-    title = _title(recording, found, len(spans), most)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
-    _track(rows[0], probability, 0, recording.seconds, truth, found, threshold)
-    for span in shown:
-        rows[0].plot(span, [0, 0], color=INK, lw=6, solid_capstyle="butt")
-    rows[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), frameon=False, fontsize=9)
-    for i, (begin, end) in enumerate(shown):
-        _traces(rows[1 + 2 * i], recording, begin, end, truth, found)
-        _track(rows[2 + 2 * i], probability, begin, end, truth, found, threshold)
+    places = _places(recording, probability, truth, found)
+    pages = [page for place in places[:most] for page in _pages(place, recording.seconds)]
+    sheet = Sheet(recording, probability, truth, found, threshold, len(pages))
+    sheet.overview(_title(recording, places, most), pages)
+    for caption, begin in pages:
+        sheet.page(caption, begin)
+    _save(sheet.figure, path)
+
+
+def _save(figure, path):
+    """Write a PNG of 256 colours, a third of the size. An octree keeps a colour that only one thin
+    line has, where a median cut drops it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    pixels.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path)
 
 
-def _title(recording, found, places, most):
-    labels = f"{len(recording.events)} labelled" if recording.labelled else "unlabelled"
-    title = f"{recording.name}    {_clock(recording.seconds)},  {labels},  {len(found)} detected"
-    if places > most:
-        title += f",  {most} of {places} places shown"
+def _places(recording, probability, truth, found):
+    """[(kind, begin, end)] in seconds, those first that a reader looks for."""
+    before = truth[:, None, 0] < found[None, :, 1]
+    after = found[None, :, 0] < truth[:, None, 1]
+    overlap = before & after                                # (true, found)
+    missed = [("missed seizure", *event) for event in truth[~overlap.any(1)].tolist()]
+    kind = "false alarm" if recording.labelled else "detection"
+    false = [(kind, *event) for event in found[~overlap.any(0)].tolist()]
+    hits = []
+    for event, touched in zip(truth, overlap):
+        if touched.any():
+            whole = np.concatenate([event[None], found[touched]])
+            hits.append(("found seizure", float(whole[:, 0].min()), float(whole[:, 1].max())))
+    if missed or false or hits:
+        return missed + false + hits
+    peak = float(np.argmax(probability)) / FS
+    return [("nothing detected; highest probability", peak, peak)]
+
+
+def _pages(place, seconds):
+    """[(caption, first second)] of one place: pages that follow each other, and of a long event its
+    beginning and its end."""
+    kind, begin, end = place
+    last = max(0.0, min(end + LEAD, seconds) - PAGE)        # the page on which the event ends
+    first = max(0.0, min(begin - LEAD, last))
+    starts = [float(start) for start in np.arange(first, last, PAGE)] or [first]
+    if starts[-1] + PAGE < min(end, seconds):
+        starts.append(last)
+    pages = [(f"{kind}, {max(0.0, end - begin):.1f} s, page {number} of {len(starts)}", start)
+             for number, start in enumerate(starts, 1)]
+    if len(pages) > PAGES:
+        return [*pages[:PAGES - 1], pages[-1]]
+    return pages
+
+
+def _title(recording, places, most):
+    kinds = [kind for kind, begin, end in places if end > begin]
+    missed = kinds.count("missed seizure")
+    hits = kinds.count("found seizure")
+    name = recording.name
+    if len(name) > LONGEST:
+        name = "..." + name[-LONGEST:]
+    title = f"{name}    {_elapsed(recording.seconds)}"
+    if recording.labelled:
+        title += f",  {len(recording.events)} labelled seizures: {hits} found, {missed} missed"
+        title += f",  {kinds.count('false alarm')} false alarms"
+    else:
+        title += f",  unlabelled,  {kinds.count('detection')} detections"
+    if len(places) > most:
+        title += f",  {most} of {len(places)} places shown"
     return title
 
 
-def _clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+def _elapsed(seconds):
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def _spans(recording, probability, truth, found, before=10, longest=60):
-    """Stretches worth a look, in seconds: around each event, or around the peak where there is none."""
-    events = np.concatenate([truth, found])
-    if not len(events):
-        peak = float(np.argmax(probability)) / FS
-        events = np.array([[peak - 5, peak + 10]])
-    spans = []
-    for begin, end in sorted(events.tolist()):
-        begin = max(0, begin - before)
-        end = min(recording.seconds, max(end + before, begin + 30), begin + longest)
-        if not spans or begin > spans[-1][1] - before:
-            spans.append((begin, end))
-        else:
-            first, last = spans[-1]
-            spans[-1] = (first, min(recording.seconds, max(last, end), first + longest))
-    return spans
+def _began(recording):
+    """When a recording began, None where that is not known."""
+    try:
+        return datetime.datetime.fromisoformat(recording.began)
+    except ValueError:
+        return None
 
 
-def _mark(axis, truth, found):
-    for begin, end in truth:
-        axis.axvspan(begin, end, color=TRUE, alpha=0.18, lw=0)
-    top = axis.get_xaxis_transform()
-    for begin, end in found:
-        axis.plot([begin, end], [1, 1], color=FOUND, lw=9, solid_capstyle="butt", transform=top)
-        axis.axvline(begin, color=FOUND, lw=1.1, ls=(0, (4, 3)))
-        axis.axvline(end, color=FOUND, lw=1.1, ls=(0, (4, 3)))
+class Sheet:
+    """One picture, filled from its top in inches, so that a second is 30 mm wide everywhere."""
 
+    def __init__(self, recording, probability, truth, found, threshold, pages):
+        self.recording = recording
+        self.probability = probability
+        self.truth = truth
+        self.found = found
+        self.threshold = threshold
+        self.began = _began(recording)
+        self.eeg_height = _eeg_height(recording)
+        page = self.eeg_height + STRIP + ROOM + CLOSE
+        self.height = TITLE + STRIP + pages * page + CLOSE + ROOM / 2
+        self.figure = Figure(figsize=(WIDTH, self.height), dpi=100)
+        self.top = self.height          # of what is still empty
 
-def _track(axis, probability, begin, end, truth, found, threshold):
-    first = int(begin * FS)
-    last = int(math.ceil(end * FS))
-    piece = np.clip(probability[first:last], 0, 1)
-    # thinned to what a picture can show, but never by a peak
-    step = max(1, len(piece) // 3000)
-    piece = np.maximum.reduceat(piece, np.arange(0, len(piece), step))
-    seconds = (first + step * (np.arange(len(piece)) + 0.5)) / FS
-    _mark(axis, truth, found)
-    axis.fill_between(seconds, piece, color=INK, alpha=0.15, lw=0)
-    axis.plot(seconds, piece, color=INK, lw=0.9, label="probability")
-    axis.axhline(threshold, color=FOUND, lw=0.8, ls=":", label=f"threshold {threshold:.2f}")
-    axis.fill_between([], [], color=TRUE, alpha=0.3, lw=0, label="labelled seizure")
-    axis.fill_between([], [], color=FOUND, lw=0, label="detected seizure")
-    axis.set(xlim=(begin, end), ylim=(0, 1.04), yticks=(0, 1))
-    axis.set_ylabel("probability", fontsize=9, color=INK)
-    axis.xaxis.set_major_formatter(lambda x, _: _clock(x))
-    _tidy(axis)
+    def axis(self, height, above):
+        """The next axis downwards, `above` inches below the last one."""
+        self.top -= above + height
+        width = PAGE * SPEED / INCH
+        where = (LEFT / WIDTH, self.top / self.height, width / WIDTH, height / self.height)
+        axis = self.figure.add_axes(where)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8, colors=INK)
+        return axis
 
+    def clock(self, seconds, _=None):
+        """Time of day where the recording says when it began, else time since then."""
+        if self.began is None:
+            return _elapsed(seconds)
+        return f"{self.began + datetime.timedelta(seconds=float(seconds)):%H:%M:%S}"
 
-def _tidy(axis):
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8, colors=INK)
+    def overview(self, title, pages):
+        axis = self.axis(STRIP, TITLE)
+        self.track(axis, 0, self.recording.seconds)
+        for _, begin in pages:
+            axis.plot([begin, begin + PAGE], [0, 0], color=INK, lw=6, solid_capstyle="butt")
+        axis.set_xlim(0, self.recording.seconds)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.1), frameon=False, fontsize=9)
+        where = "time of day" if self.began else "time since the start"
+        axis.set_title(title, loc="left", fontsize=13, color=INK)
+        axis.set_xlabel(where, fontsize=8, color=INK, loc="right", labelpad=1)
+
+    def page(self, caption, begin):
+        end = begin + PAGE
+        eeg = self.axis(self.eeg_height, ROOM)
+        eeg.set_title(f"{self.clock(begin)}   {caption}", loc="left", fontsize=11, color=INK)
+        self.traces(eeg, begin, min(end, self.recording.seconds))
+        track = self.axis(STRIP, CLOSE)
+        self.track(track, begin, min(end, self.recording.seconds))
+        for axis in (eeg, track):
+            axis.set_xlim(begin, end)
+
+    def mark(self, axis):
+        for begin, end in self.truth:
+            axis.axvspan(begin, end, color=TRUE, alpha=0.18, lw=0)
+        top = axis.get_xaxis_transform()
+        for begin, end in self.found:
+            axis.plot([begin, end], [1, 1], color=FOUND, lw=9, solid_capstyle="butt", transform=top)
+            axis.axvline(begin, color=FOUND, lw=1.1, ls=(0, (4, 3)))
+            axis.axvline(end, color=FOUND, lw=1.1, ls=(0, (4, 3)))
+
+    def track(self, axis, begin, end):
+        first = int(begin * FS)
+        last = math.ceil(end * FS)
+        piece = np.clip(self.probability[first:last], 0, 1)
+        # thinned to what a picture can show, but never by a peak
+        step = max(1, len(piece) // 3000)
+        piece = np.maximum.reduceat(piece, np.arange(0, len(piece), step))
+        seconds = (first + step * (np.arange(len(piece)) + 0.5)) / FS
+        self.mark(axis)
+        axis.fill_between(seconds, piece, color=INK, alpha=0.15, lw=0)
+        axis.plot(seconds, piece, color=INK, lw=0.9, label="probability")
+        label = f"threshold {self.threshold:.2f}"
+        axis.axhline(self.threshold, color=FOUND, lw=0.8, ls=":", label=label)
+        if self.recording.labelled:
+            axis.fill_between([], [], color=TRUE, alpha=0.3, lw=0, label="labelled seizure")
+        axis.fill_between([], [], color=FOUND, lw=0, label="detected seizure")
+        axis.set_ylim(0, 1.04)
+        axis.set_yticks((0, 1))
+        axis.set_ylabel("probability", fontsize=9, color=INK)
+        axis.xaxis.set_major_formatter(self.clock)
+        axis.xaxis.set_major_locator(MaxNLocator(10, steps=(1, 1.5, 2, 3, 6, 10)))
+
+    def traces(self, axis, begin, end):
+        eeg, names = _displayed(self.recording, begin, end)
+        scale = _sensitivity(eeg)
+        below = _below(names)
+        seconds = begin + np.arange(eeg.shape[1]) / FS
+        self.mark(axis)
+        for y, trace in zip(-below, eeg):
+            # negative up, as EEG is read
+            line = -trace / scale
+            shown = np.clip(line, -CUT * SPACING, CUT * SPACING)
+            axis.plot(seconds, y + shown, color=INK, lw=0.55)
+            if (shown != line).any():
+                cut = np.where(shown == line, np.nan, y + shown)
+                axis.plot(seconds, cut, color=STOP, lw=1.6)
+        axis.set_ylim(-below[-1] - 1.5 * SPACING, 1.5 * SPACING)
+        axis.set_yticks(-below, names)
+        axis.set_xticks(np.arange(math.ceil(begin), begin + PAGE), minor=True)
+        axis.grid(axis="x", which="both", color=INK, alpha=0.12, lw=0.5)
+        axis.tick_params(which="both", bottom=False, labelbottom=False, length=0)
+        axis.spines[["left", "bottom"]].set_visible(False)
+        self.legend(axis, scale, below[-1])
+
+    def legend(self, axis, scale, foot):
+        edge = 1.012                    # right of the axis, in its own widths
+        side = axis.get_yaxis_transform()
+        axis.plot([edge, edge], [-foot, SPACING - foot], color=INK, lw=2, clip_on=False,
+                  transform=side)
+        text = (f"{scale} \u00b5V/mm\nbar {SPACING * scale} \u00b5V\nnegative up\n"
+                f"{BAND[0]} to {BAND[1]} Hz\n{SPEED} mm/s\n"
+                f"red: cut at \u00b1{CUT * SPACING * scale:.0f} \u00b5V")
+        axis.text(edge + 0.01, -foot, text, va="bottom", fontsize=9, color=INK, transform=side)
 
 
 def _derivations(recording, begin, end):
-    """uV of the PAIRS, float32 (18, n), from either montage, and how they are named."""
+    """uV of the double banana, float32 (K, n), as far as a montage has its electrodes, and the
+    names; the channels as they are where it has none."""
     first = int(begin * FS)
-    last = int(end * FS)
+    last = min(recording.samples, math.ceil(end * FS))
     scale = np.asarray(recording.scale, np.float32)
     eeg = recording.read(first, last - first) * scale[:, None]
     row = dict(zip(recording.channels, eeg))
-    names = [f"{a}-{b}" for a, b in PAIRS]
-    if recording.montage == "bipolar":
-        return np.stack([row[name] for name in names]), names
-    return np.stack([row[a] - row[b] for a, b in PAIRS]), names
+    names = _drawn(recording)
+    traces = [row[n] if n in row else row[PAIRS[n][0]] - row[PAIRS[n][1]] for n in names]
+    return np.stack(traces), names
 
 
-def _traces(axis, recording, begin, end, truth, found):
-    eeg, names = _derivations(recording, begin, end)
-    eeg = eeg - np.median(eeg, 1, keepdims=True)
+def _drawn(recording):
+    """Names of the traces, from top to bottom."""
+    there = set(recording.channels)
+    names = [name for name, (a, b, _) in PAIRS.items() if name in there or {a, b} <= there]
+    return names or list(recording.channels)
+
+
+def _below(names):
+    """mm of each trace below the first: chains stand apart."""
+    chain = np.array([PAIRS.get(name, (0, 0, 0))[2] for name in names])
+    gaps = np.cumsum(np.diff(chain, prepend=chain[0]) > 0)
+    return np.arange(len(names)) * SPACING + gaps * GAP
+
+
+def _eeg_height(recording):
+    return (_below(_drawn(recording))[-1] + 3 * SPACING) / INCH
+
+
+def _displayed(recording, begin, end):
+    """The derivations within BAND, for the eye alone: zero phase (Butterworth, second order,
+    forward and back), with the filter's transients in a margin that is not shown."""
+    early = max(0, begin - MARGIN)
+    traces, names = _derivations(recording, early, end + MARGIN)
+    sos = butter(2, BAND, "bandpass", fs=FS, output="sos")
+    centred = traces - traces.mean(1, keepdims=True)
+    filtered = sosfiltfilt(sos, centred, axis=1, padlen=min(FS, traces.shape[1] - 1))
+    first = int(begin * FS) - int(early * FS)
+    wanted = math.ceil(end * FS) - int(begin * FS)
+    return filtered[:, first:first + wanted], names
+
+
+def _sensitivity(eeg):
+    """The finest of SENSITIVITIES at which most of most traces keeps to its own room."""
     swing = np.median(np.percentile(np.abs(eeg), 98, axis=1))
-    spacing = next((s for s in SENSITIVITIES if s >= 1.5 * swing), SENSITIVITIES[-1])
-    gaps = np.repeat(np.arange(len(CHAINS)), [len(chain.split()) - 1 for chain in CHAINS])
-    height = -(np.arange(len(names)) + 0.6 * gaps)          # room between the chains
-    seconds = begin + np.arange(eeg.shape[1]) / FS
-    _mark(axis, truth, found)
-    for y, trace in zip(height, eeg):
-        axis.plot(seconds, y + np.clip(trace / spacing, -2.5, 2.5), color=INK, lw=0.55)
-    axis.set(xlim=(begin, end), ylim=(height[-1] - 1.6, 1.6), yticks=height, yticklabels=names)
-    axis.set_xticks(np.arange(math.ceil(begin), end), minor=True)
-    axis.grid(axis="x", which="both", color=INK, alpha=0.10, lw=0.5)
-    axis.tick_params(which="both", bottom=False, labelbottom=False, length=0)
-    edge = end + 0.006 * (end - begin)
-    foot = height[-1]
-    axis.plot([edge, edge], [foot, foot + 1], color=INK, lw=2, clip_on=False)
-    axis.text(edge, foot + 0.5, f"  {spacing} \u00b5V", va="center", fontsize=9, color=INK)
-    _tidy(axis)
-    axis.spines[["left", "bottom"]].set_visible(False)
+    fitting = [s for s in SENSITIVITIES if s * SPACING >= 1.5 * swing]
+    return fitting[0] if fitting else SENSITIVITIES[-1]
+
+
+# ---- a scored set ----
+
+def trade_off(rows, threshold, path):
+    """SVG of sensitivity and event F1 against false alarms per 24 h. rows: report.trade_off's."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    found, f1 = figure.subplots(1, 2, sharex=True)
+    _against_alarms(found, rows, threshold, "event_sensitivity", "event sensitivity", TRUE)
+    _against_alarms(f1, rows, threshold, "event_f1", "event F1", FOUND)
+    found.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _against_alarms(axis, rows, threshold, name, label, colour):
+    known = [row for row in rows if row[name][0] is not None]
+    alarms = [row["false_alarms_per_24h"][0] for row in known]
+    axis.plot(alarms, [row[name][0] for row in known], "o-", color=colour, ms=3, lw=1.4)
+    bounded = [row for row in known if row[name][1] is not None]
+    if bounded:
+        alarms = [row["false_alarms_per_24h"][0] for row in bounded]
+        low = [row[name][1] for row in bounded]
+        high = [row[name][2] for row in bounded]
+        axis.fill_between(alarms, low, high, color=colour, alpha=0.18, lw=0,
+                          label="95 % interval over patients")
+    for row in known:
+        if row["threshold"] == threshold:
+            axis.plot(row["false_alarms_per_24h"][0], row[name][0], "*", color=INK, ms=14,
+                      label=f"threshold in use, {threshold:.2f}")
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(left=0)
+    axis.set_ylim(0, 1.04)
+    axis.set_xlabel("false alarms per 24 h", color=INK)
+    axis.set_ylabel(label, color=colour)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8, colors=INK)
 
 
 # ---- a training run ----
 
 def curves(run_directory):
-    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl: loss,
-    learning rate and the metric that decides best.pt over the steps, with saves and resumes marked.
-    Returns its path."""
+    """Draw <run_directory>/curves.png from metrics.jsonl and, where there is one, saves.jsonl:
+    loss, learning rate and the metric that decides best.pt over the steps, with saves and resumes
+    marked. Returns its path."""
     directory = Path(run_directory)
     rows = _rows(directory / "metrics.jsonl")
     files = _rows(directory / "saves.jsonl")
@@ -171,26 +382,43 @@ def curves(run_directory):
     _curve(validation, checks, "loss", TRUE, "validation: cross-entropy", "o-")
     _curve(rate, train, "lr", INK, "learning rate")
     _curve(best, checks, metric, FOUND, f"{metric} (dev)", "o-")
-    chosen = [r for r in checks if r.get("best") and r.get(metric) is not None]
-    best.plot([r["step"] for r in chosen], [r[metric] for r in chosen], "*", color=TRUE, ms=13,
-              label="best.pt")
-    saves = sorted({r["step"] for r in files if r["kind"] == "save"})
-    resumes = sorted({r["step"] for r in files if r["kind"] == "resume"})
-    foot = best.get_xaxis_transform()
-    best.plot(saves, [0.02] * len(saves), "|", color=INK, ms=9, label="save", transform=foot)
+    _stars(best, checks, metric)
+    _saves(best, files)
     for axis in (loss, rate, best):
-        lines = [axis.axvline(step, color=STOP, lw=1, ls="--") for step in resumes]
-    if lines:
-        lines[0].set_label("resume")
+        _resumes(axis, files)
     best.set_xlabel("step", color=INK)
     best.legend(frameon=False, fontsize=9)
     path = directory / "curves.png"
-    figure.savefig(path)
+    _save(figure, path)
     return path
 
 
+def _stars(axis, checks, metric):
+    chosen = [r for r in checks if r.get("best") and r.get(metric) is not None]
+    steps = [r["step"] for r in chosen]
+    values = [r[metric] for r in chosen]
+    axis.plot(steps, values, "*", color=TRUE, ms=13, label="best.pt")
+
+
+def _saves(axis, files):
+    steps = _steps(files, "save")
+    foot = axis.get_xaxis_transform()
+    axis.plot(steps, [0.02] * len(steps), "|", color=INK, ms=9, label="save", transform=foot)
+
+
+def _resumes(axis, files):
+    label = "resume"
+    for step in _steps(files, "resume"):
+        axis.axvline(step, color=STOP, lw=1, ls="--", label=label)
+        label = None                    # once in the legend
+
+
+def _steps(files, kind):
+    return sorted({r["step"] for r in files if r["kind"] == kind})
+
+
 def _rows(path):
-    return list(checkpoint.read_json_lines(path)) if path.is_file() else []
+    return list(checkpoint.read_json_lines(path))
 
 
 def _best_metric(config):
@@ -201,8 +429,10 @@ def _best_metric(config):
 
 
 def _curve(axis, rows, key, colour, label, style="-"):
-    rows = [r for r in rows if r.get(key) is not None]
-    axis.plot([r["step"] for r in rows], [r[key] for r in rows], style, color=colour, lw=1.4, ms=4)
+    known = [r for r in rows if r.get(key) is not None]
+    steps = [r["step"] for r in known]
+    values = [r[key] for r in known]
+    axis.plot(steps, values, style, color=colour, lw=1.4, ms=4)
     axis.set_ylabel(label, color=colour, fontsize=9)
     axis.tick_params(labelsize=8, colors=INK)
     axis.spines["top"].set_visible(False)

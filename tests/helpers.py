@@ -1,6 +1,7 @@
 """What tests and benches of training share: a small configuration, real processes, and what makes two runs the same."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -81,9 +82,13 @@ def assert_same_run(results, reference):
     assert curves(results) == curves(reference)
 
 
-def spawn(config_path, *arguments, minutes="0", **environment):
-    return subprocess.Popen([*PYTHON, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
-                            stderr=subprocess.STDOUT, text=True,
+def spawn(config_path, *arguments, minutes="0", command=PYTHON, ignored=(), **environment):
+    """A real training process; it inherits the signals `ignored` as nohup's child does."""
+    def ignore():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+    return subprocess.Popen([*command, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
+                            stderr=subprocess.STDOUT, text=True, preexec_fn=ignore,
                             env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
 
 
@@ -96,3 +101,9 @@ def wait_for(process, text, limit=120):
             return lines
         assert time.monotonic() < end, "".join(lines)
     raise AssertionError(f"{text!r} never came:\n" + "".join(lines))
+
+
+def spawn_hooked(config_path, hook, *arguments, **options):
+    """`spawn`, with the lines `hook` run between the import of train.py and its command."""
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport train, checkpoint\n{hook}\nsys.exit(train.main(sys.argv[1:]))"
+    return spawn(config_path, *arguments, command=[sys.executable, "-c", code], **options)

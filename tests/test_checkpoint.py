@@ -547,17 +547,6 @@ def test_finite_weights_whose_sum_overflows_are_saved(tmp_path):
     assert names(tmp_path) == ["mid_epoch_001_000001.pt"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of one megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_full_disk_says_what_is_needed_and_free_and_training_goes_on_when_room_is_made(small_disk, capsys):
     big = {"model": {"w": torch.zeros(75_000)}, "epoch": 1}
     with saver(small_disk, mid_epoch_keep=1, say=print) as s:

@@ -4,13 +4,19 @@ import contextlib
 import io
 import json
 import math
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.ndimage import binary_closing, binary_opening, gaussian_filter1d
 from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring
@@ -20,9 +26,12 @@ import corpora
 import data
 import edf
 import evaluate
+import events
+import metrics
 import model as v3
+import report
 import synth
-from conftest import Track, probability_of
+from conftest import NAMES, Track, probability_of, write_edf
 from evaluate import FS, METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,7 +207,7 @@ def test_opening_and_closing_equal_binary_morphology():
     got = evaluate.postprocess(mask.astype(np.float32), 0.5, config)
     padded = np.pad(binary_opening(np.pad(mask, 50), np.ones(11)), 50)
     want = binary_closing(padded, np.ones(31))[100:-100]
-    assert 3 < len(got) and np.array_equal(evaluate._runs(want), got)
+    assert 3 < len(got) and np.array_equal(events.runs(want), got)
 
 
 def test_short_events_go_close_ones_join_and_long_ones_are_cut_last():
@@ -283,7 +292,7 @@ def test_ranking_scores_equal_their_definitions_with_and_without_ties(decimals):
     rng = np.random.default_rng(decimals)
     y = rng.random(400) < 0.2
     p = np.clip(rng.normal(0.4 + 0.2 * y, 0.2), 0, 1).round(decimals).astype(np.float32)
-    auroc, precision = evaluate._ranking(p, y)
+    auroc, precision = metrics.ranking(p, y)
     assert auroc == pytest.approx(pairwise_auroc(p, y), abs=1e-12)
     assert precision == pytest.approx(stepwise_average_precision(p, y), abs=1e-12)
 
@@ -294,18 +303,18 @@ def test_one_sample_per_second_agrees_with_all_256_to_a_thousandth():
     tracks_p = [noisy(t, rng) for t in tracks]
     summary = evaluate.summarise([evaluate.score(t, p, {}) for t, p in zip(tracks, tracks_p)], {})
     p, y = np.concatenate(tracks_p), np.concatenate([t.labels(0, t.samples) for t in tracks]) > 0
-    auroc, precision = evaluate._ranking(p, y)
+    auroc, precision = metrics.ranking(p, y)
     assert 0.6 < auroc < 0.999
     assert summary["auroc"] == pytest.approx(auroc, abs=1e-3)
     assert summary["average_precision"] == pytest.approx(precision, abs=1e-3)
-    assert summary["calibration_error"] == pytest.approx(evaluate._calibration_error(p, y), abs=1e-3)
+    assert summary["calibration_error"] == pytest.approx(metrics.calibration_error(p, y), abs=1e-3)
     clipped = np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)
     assert summary["loss"] == pytest.approx(-np.log(np.where(y, clipped, 1 - clipped)).mean(), rel=1e-9)
 
 
 def test_calibration_error_of_a_known_track():
     p, y = np.array([0.2, 0.2, 0.2, 0.2, 0.9, 0.9], np.float32), np.array([0, 0, 0, 1, 1, 1], bool)
-    assert evaluate._calibration_error(p, y) == pytest.approx((4 * 0.05 + 2 * 0.1) / 6, abs=1e-6)
+    assert metrics.calibration_error(p, y) == pytest.approx((4 * 0.05 + 2 * 0.1) / 6, abs=1e-6)
 
 
 # ---- event scores ----
@@ -315,7 +324,7 @@ def test_calibration_error_of_a_known_track():
     ([(620.2, 630)], 0, 1), ([(500, 510), (540, 550), (639, 650)], 1, 0), ([(100, 110), (195, 205)], 0, 1),
     ([(100, 110), (200, 210)], 0, 2), ([(700, 1301)], 0, 3)])
 def test_szcore_rules_for_tolerance_merging_and_cutting(detections, tp, fp):
-    counts = evaluate._count(np.array([[500.0, 560.0]]), np.array(detections, float), 2000.0)
+    counts = metrics.count(np.array([[500.0, 560.0]]), np.array(detections, float), 2000.0)
     assert (counts["event_tp"], counts["event_fp"], counts["event_true"]) == (tp, fp, 1)
 
 
@@ -416,6 +425,57 @@ def test_a_model_that_finds_nothing_gets_the_threshold_with_the_fewest_alarms():
     assert summary["event_f1"] == 0 and summary["threshold"] > 0.6 and summary["false_alarms_per_24h"] == 0
 
 
+@pytest.mark.parametrize("cap, threshold, f1", [
+    (60.0, (0.1, 0.3), 0.8), (8.0, (0.1, 0.3), 0.8), (7.9, (0.6, 0.9), 0.4), (0.0, (0.6, 0.9), 0.4)])
+def test_the_tuned_threshold_has_the_best_f1_among_those_within_the_cap(cap, threshold, f1):
+    track = Track("a", 6 * 3600, [(1000 * i, 1000 * i + 60) for i in (1, 3, 5, 7)])
+    p = probability_of(track, [(1000, 1060)], 0.9)
+    for height, places in ((0.6, (9,)), (0.3, (3, 5, 7, 11))):
+        for i in places:
+            p = np.maximum(p, probability_of(track, [(1000 * i, 1000 * i + 60)], height))
+    p = np.maximum(p, probability_of(track, [(13000 + 400 * i, 13060 + 400 * i) for i in range(20)], 0.08))
+    c = {"max_false_alarms_per_24h": cap}
+    summary = evaluate.summarise([evaluate.score(track, p, c)], c)
+    assert threshold[0] < summary["threshold"] < threshold[1]
+    assert summary["event_f1"] == pytest.approx(f1, abs=0.05)
+    assert summary["false_alarms_per_24h"] <= cap and evaluate.over_cap(summary, c) == ""
+
+
+def test_where_no_threshold_keeps_to_the_cap_the_nearest_is_taken_and_said():
+    track = Track("a", 3600, [(1000, 1060)])
+    p = probability_of(track, [(2000, 2060)], 1.0)
+    p = np.maximum(p, probability_of(track, [(1000, 1060), (3000, 3060)], 0.5))
+    summary = evaluate.summarise([evaluate.score(track, p, {})], {})
+    assert summary["false_alarms_per_24h"] == 24 and summary["threshold"] > 0.5
+    text = evaluate.over_cap(summary, {})
+    assert "max_false_alarms_per_24h 10" in text and "24.0" in text
+    assert evaluate.over_cap(summary, {"max_false_alarms_per_24h": 24.0}) == ""
+
+
+# ---- intervals ----
+
+def test_intervals_are_those_of_a_bootstrap_over_patients():
+    rng = np.random.default_rng(4)
+    values = rng.random((12, 3))
+    values[2, 0] = math.nan                                 # left out of each mean
+    values[:, 2] = math.nan
+    low_high = report.intervals([{"event_f1": row} for row in values], "event_f1")
+    draws = rng.integers(0, 12, (20000, 12))
+    naive = np.percentile(np.nanmean(values[draws][:, :, :2], axis=1), (2.5, 97.5), axis=0)
+    np.testing.assert_allclose(low_high[:, :2], naive, atol=0.02)
+    assert np.isnan(low_high[:, 2]).all()
+    assert np.isnan(report.intervals([{"event_f1": values[0]}], "event_f1")).all()
+
+
+def test_the_table_of_the_trade_off_holds_the_row_in_use_and_the_best_within_each_rate():
+    rows = [{"threshold": 0.1 * i, "false_alarms_per_24h": [alarms, None, None],
+             "event_sensitivity": [found, None, None]}
+            for i, (alarms, found) in enumerate([(300, 1.0), (40, 0.9), (12, 0.8), (0.5, 0.1)])]
+    chosen = [row["false_alarms_per_24h"][0] for row in report.some(rows, 0.0)]
+    assert chosen == [300, 40, 12, 0.5]
+    assert len(report.some(rows[3:], 0.3)) == 1
+
+
 # ---- events files ----
 
 HEADER = ["onset", "duration", "eventType", "confidence", "channels", "dateTime", "recordingDuration"]
@@ -430,11 +490,12 @@ def read_tsv(path):
 def test_events_files_hold_one_row_per_event_or_one_of_background(tmp_path):
     track = Track("a", 600)
     p = probability_of(track, [(100, 150), (300, 330.5)])
-    evaluate.write_events(tmp_path / "new" / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, 600.0)
+    evaluate.write_events(tmp_path / "new" / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p,
+                          track)
     rows = read_tsv(tmp_path / "new" / "a_events.tsv")
     assert [(r["onset"], r["duration"], r["eventType"], r["confidence"]) for r in rows] == [
         ("100.00", "50.00", "sz", "0.99"), ("300.00", "30.50", "sz", "0.99")]
-    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, 600.0)
+    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, track)
     assert [list(r.values()) for r in read_tsv(tmp_path / "b_events.tsv")] == [
         ["0.00", "600.00", "bckg", "n/a", "n/a", "n/a", "600.00"]]
 
@@ -443,10 +504,10 @@ def test_the_szcore_tools_read_the_events_files(tmp_path):
     annotations = pytest.importorskip("epilepsy2bids.annotations", reason="epilepsy2bids is not installed")
     track = Track("a", 600)
     p = probability_of(track, [(100, 150)])
-    evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, 600.0)
+    evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, track)
     read = annotations.Annotations.loadTsv(tmp_path / "a_events.tsv")
     assert read.getEvents() == [(100.0, 150.0)] and read.getMask(1).sum() == 50
-    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, 600.0)
+    evaluate.write_events(tmp_path / "b_events.tsv", np.zeros((0, 2), np.int64), p, track)
     assert annotations.Annotations.loadTsv(tmp_path / "b_events.tsv").getMask(1).tolist() == [0] * 600
 
 
@@ -593,3 +654,269 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     assert code == 2 and len(lines) == 1 and "--out" in lines[0]
     done = run("--checkpoint", tmp_path / "no.pt", "--data", imported)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
+
+
+def test_what_the_command_line_overrides_is_used_and_said(corpus, tmp_path):
+    given = ("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path)
+    assert here(*given, "--threshold", "0.3", "--set", "evaluation.overlap_seconds=5",
+                "--set", "evaluation.release=1e-2", "--precision", "bf16")[0] == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["overridden"] == {"evaluation.overlap_seconds": 5, "evaluation.release": 0.01,
+                                    "evaluation.threshold": 0.3, "precision": "bf16"}
+    assert scores["threshold"] == scores["settings"]["threshold"] == 0.3
+    assert scores["settings"]["overlap_seconds"] == 5 and scores["precision"] == "bf16"
+    assert "command line" in scores["threshold_source"]
+    assert here(*given)[0] == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["overridden"] == {}
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (("--set", "evaluation.treshold=1"), "nearest is evaluation.threshold"),
+    (("--set", "evaluation.threshold=high"), "evaluation.threshold must be like 0.86"),
+    (("--set", "training.epochs=1"), "write evaluation.key=value"),
+    (("--set", "evaluation.overlap_seconds"), "write evaluation.key=value"),
+    (("--set", "evaluation.tune=true"), "give --threshold"),
+    (("--set", "evaluation.max_false_alarms_per_24h=1"), "give --threshold"),
+    (("--threshold", "1.5"), "between 0 and 1"), (("--threshold", "nan"), "between 0 and 1")])
+def test_an_override_that_cannot_be_is_refused_in_one_line(corpus, tmp_path, arguments, text):
+    code, lines = here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported",
+                       "--out", tmp_path / "out", *arguments)
+    assert code == 2 and len(lines) == 1 and text in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_are_in_the_precision_of_the_training(corpus, tmp_path):
+    state = checkpoint.load(corpus / "best.pt")
+    state["config"]["training"] = {"precision": "bf16"}
+    checkpoint.atomic_save(state, tmp_path / "best.pt")
+    for out, given in (("own", ()), ("asked", ("--precision", "fp32"))):
+        assert here("--checkpoint", tmp_path / "best.pt", "--data", corpus / "imported",
+                    "--out", tmp_path / out, "--save-probabilities", *given)[0] == 0
+    net, _ = evaluate.load_model(tmp_path / "best.pt", "cpu")
+    r = data.open_corpus(corpus / "imported")[0]
+    c = {"window_seconds": 20.0}
+    for out, precision in (("own", "bf16"), ("asked", "fp32")):
+        assert json.loads((tmp_path / out / "scores.json").read_text())["precision"] == precision
+        track = np.load(evaluate.output(tmp_path / out, r, "_probability.npy"))
+        assert track.dtype == np.float32 and track.shape == (r.samples,)
+        np.testing.assert_array_equal(track, evaluate.predict(net, r, "cpu", c, precision))
+
+
+def test_every_recording_and_every_patient_has_all_scores(corpus, tmp_path):
+    assert here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported",
+                "--out", tmp_path)[0] == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    recordings = data.open_corpus(corpus / "imported")
+    assert [row["recording"] for row in scores["per_recording"]] == [r.name for r in recordings]
+    patients = [row["patient"] for row in scores["per_patient"]]
+    assert patients == sorted({r.patient for r in recordings})
+    for row in scores["per_recording"] + scores["per_patient"]:
+        assert set(METRICS) < set(row)
+    for name in ("event_f1", "event_sensitivity", "false_alarms_per_24h"):
+        values = [row[name] for row in scores["per_patient"] if row[name] is not None]
+        assert scores[name] == pytest.approx(np.mean(values))
+    at = [row for row in scores["trade_off"] if row["threshold"] == scores["threshold"]]
+    assert at[0]["event_f1"][0] == pytest.approx(scores["event_f1"])
+    assert len(scores["trade_off"]) == len(evaluate.GRID) + 1
+
+
+def test_one_patient_has_scores_without_intervals(corpus, tmp_path, capsys):
+    ill = next(r for r in data.open_corpus(corpus / "imported") if len(r.events))
+    (tmp_path / "one").mkdir()
+    shutil.copy(ill.path, tmp_path / "one")
+    assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "one",
+                "--out", tmp_path / "out", "--plot")[0] == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["patients"] == 1 and scores["intervals"] == {} and scores["event_f1"] is not None
+    assert "no intervals: they need two patients" in capsys.readouterr().out
+    assert (tmp_path / "out" / "trade_off.svg").is_file()
+
+
+def test_events_of_other_recordings_are_never_left_beside_new_scores(corpus, tmp_path):
+    edfs = sorted((corpus / "edf").rglob("*.edf"))[:2]
+    for name, source in zip("ab", edfs):
+        (tmp_path / f"{name}.edf").write_bytes(source.read_bytes())
+    good = corpus / "best.pt"
+    out = tmp_path / "out"
+    assert here("--checkpoint", good, "--data", tmp_path / "a.edf", "--out", out, "--plot")[0] == 0
+    assert (out / "a.png").is_file()
+    before = (out / "scores.json").read_bytes()
+    code, lines = here("--checkpoint", good, "--data", tmp_path / "b.edf", "--out", out)
+    assert code == 2 and "a_events.tsv" in lines[-1] and f"--out {out}_b" in lines[-1]
+    assert (out / "scores.json").read_bytes() == before and not (out / "b_events.tsv").exists()
+    assert here("--checkpoint", good, "--data", tmp_path / "a.edf", "--out", out)[0] == 0
+    assert not (out / "a.png").exists()                     # it showed the earlier evaluation
+
+
+def test_the_annotations_of_a_corpus_are_never_written_over(corpus, tmp_path):
+    source = next((corpus / "edf").rglob("*_eeg.edf"))
+    labels = source.with_name(source.name.replace("_eeg.edf", "_events.tsv"))
+    for path in (source, labels):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for chosen in (tmp_path, tmp_path / source.name):
+        code, lines = here("--checkpoint", corpus / "best.pt", "--data", chosen, "--out", tmp_path)
+        assert code == 2 and labels.name in lines[-1]
+        assert (tmp_path / labels.name).read_bytes() == labels.read_bytes()
+
+
+def test_stripped_weights_write_beside_themselves_and_a_run_in_its_folder(corpus, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "best.pt").write_bytes((corpus / "best.pt").read_bytes())
+    checkpoint.strip(corpus / "best.pt", folder / "weights.pt")
+    for name in ("best.pt", "weights.pt"):
+        assert here("--checkpoint", folder / name, "--data", corpus / "imported")[0] == 0
+    for out in (tmp_path, folder):
+        assert (out / "evaluation" / "scores.json").is_file()
+
+
+def test_no_bar_is_drawn_where_nobody_watches(corpus, tmp_path):
+    done = run("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "evaluate: 2 of 2 recordings\n"
+
+
+def test_an_interrupt_waits_for_the_end_of_a_picture():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with evaluate.interrupts_later():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("drawn")
+    assert done == ["drawn"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- odd input ----
+
+@pytest.mark.parametrize("odd", [{"scores": None}, {"scores": {}}, {"evaluation": None},
+                                 {"evaluation": {}}, {"scores": {"threshold": 0.4}}])
+def test_a_checkpoint_that_lacks_scores_or_settings_is_scored_with_the_defaults(corpus, tmp_path, odd):
+    state = checkpoint.load(corpus / "best.pt")
+    if "evaluation" in odd:
+        state["config"]["evaluation"] = odd["evaluation"]
+    else:
+        state["scores"] = odd["scores"]
+    c, source = evaluate.stored_settings(state)
+    assert c["threshold"] == ((state["scores"] or {}).get("threshold") or 0.86)
+    assert ("tuned" in source) and c["tune"] is False
+
+
+@pytest.mark.parametrize("section, text", [("evaluation", "no keys"), ("model", "does not fit")])
+def test_a_checkpoint_whose_config_is_no_table_is_refused(corpus, tmp_path, section, text):
+    state = checkpoint.load(corpus / "best.pt")
+    state["config"][section] = ["what"]
+    checkpoint.atomic_save(state, tmp_path / "odd.pt")
+    code, lines = here("--checkpoint", tmp_path / "odd.pt", "--data", corpus / "imported",
+                       "--out", tmp_path / "out")
+    assert code == 2 and len(lines) == 1 and text in lines[0], lines
+
+
+def test_weights_that_give_nan_are_refused_by_name_and_score_nothing(corpus, tmp_path):
+    state = checkpoint.load(corpus / "best.pt")
+    for value in state["model"].values():
+        if value.is_floating_point():
+            value.fill_(math.nan)
+    checkpoint.atomic_save(state, tmp_path / "nan.pt")
+    code, lines = here("--checkpoint", tmp_path / "nan.pt", "--data", corpus / "imported",
+                       "--out", tmp_path / "out")
+    assert code == 2 and "not finite" in lines[-1] and not (tmp_path / "out" / "scores.json").exists()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 25])
+def test_a_recording_of_a_few_samples_is_predicted_and_scored(samples):
+    track = Track("a", samples / FS, [(0, 1)])
+    p = evaluate.predict(Pointwise(), track, "cpu", {"window_seconds": 10.0, "overlap_seconds": 5.0})
+    assert p.shape == (samples,) and np.isfinite(p).all()
+    records = [evaluate.score(track, p, FIXED)]
+    told = evaluate.tell(records, [0], evaluate.settings(FIXED))
+    json.dumps(told, allow_nan=False)
+    assert told["recordings"] == 1
+
+
+# ---- one EDF to one file: the contract of the SzCORE benchmark ----
+
+def container(corpus, edf_path, out):
+    """Run what deploy/szcore/Dockerfile runs, as an ordinary user without a home. Root becomes one
+    where others may run this Python."""
+    dockerfile = (ROOT / "deploy" / "szcore" / "Dockerfile").read_text()
+    script = re.search(r"^CMD (python3 .*)$", dockerfile, re.M)[1]
+    script = script.replace("python3", sys.executable).replace("/app/", f"{out.parent}/app/")
+    script = script.replace('"/data/', f'"{edf_path.parent}/').replace('"/output/', f'"{out.parent}/')
+    app = out.parent / "app"
+    app.mkdir(exist_ok=True)
+    for path in [*ROOT.glob("*.py"), corpus / "best.pt"]:
+        shutil.copy(path, app / ("model.pt" if path.suffix == ".pt" else path.name))
+    whole = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "OMP_NUM_THREADS": "1",
+             "INPUT": edf_path.name, "OUTPUT": out.name}
+    user = {}
+    python = Path(sys.executable).resolve()
+    open_to_others = all(folder.stat().st_mode & 1 for folder in [python, *python.parents])
+    if os.getuid() == 0 and open_to_others:
+        for path in [*out.parent.rglob("*"), out.parent, edf_path]:
+            os.chown(path, 10001, 10001)
+        user = {"user": 10001, "group": 10001, "extra_groups": []}
+    return subprocess.run(["sh", "-c", script], env=whole, cwd="/", capture_output=True, text=True,
+                          timeout=900, **user)
+
+
+def test_the_entry_keeps_to_the_schema_of_the_benchmark():
+    """Its keys and patterns, as of config/schema.json in github.com/esl-epfl/szcore."""
+    entry = yaml.safe_load((ROOT / "deploy" / "szcore" / "holdfast.yaml").read_text())
+    required = {"title", "short_title", "image", "authors", "license"}
+    optional = {"abstract", "datasets", "date_released", "repository", "version"}
+    assert required <= set(entry) <= required | optional
+    assert len(entry["short_title"]) <= 20 and re.fullmatch(r".+/.+:.+", entry["image"])
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", entry["date_released"])
+    assert re.match(r"(https|http|ftp|sftp)://.+", entry["repository"])
+    for author in entry["authors"]:
+        assert set(author) <= {"given_names", "family_names", "affiliation", "email"}
+    texts = [entry["title"], entry["abstract"], entry["license"], *entry["datasets"]]
+    assert all(isinstance(text, str) and text for text in texts)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that other users can enter: pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_the_container_writes_the_events_of_two_seconds_at_the_exact_path(corpus, open_folder):
+    write_edf(open_folder / "unipolar.edf", seconds=2, labels=[f"{n}-Avg" for n in NAMES])
+    done = container(corpus, open_folder / "unipolar.edf", open_folder / "predictions.tsv")
+    assert done.returncode == 0, done.stderr
+    rows = read_tsv(open_folder / "predictions.tsv")
+    assert {row["recordingDuration"] for row in rows} == {"2.00"}
+    assert {p.name for p in open_folder.iterdir()} == {"unipolar.edf", "predictions.tsv", "app"}
+
+
+def test_the_container_writes_background_for_an_edf_that_is_refused_and_says_so(corpus, open_folder):
+    path = write_edf(open_folder / "a.edf", seconds=7, labels=["Fp1", "Fp2"])
+    done = container(corpus, path, open_folder / "a.tsv")
+    assert done.returncode == 0 and "background" in done.stderr and "a.edf" in done.stderr
+    assert [list(row.values()) for row in read_tsv(open_folder / "a.tsv")] == [
+        ["0.00", "7.00", "bckg", "n/a", "n/a", "n/a", "7.00"]]
+    path.write_bytes(b"no EDF at all")
+    done = container(corpus, path, open_folder / "b.tsv")
+    assert done.returncode == 0 and "background" in done.stderr
+    assert read_tsv(open_folder / "b.tsv")[0]["eventType"] == "bckg"
+
+
+@pytest.mark.slow
+def test_the_container_writes_the_events_of_an_hour(corpus, open_folder):
+    write_edf(open_folder / "hour.edf", seconds=3600)
+    done = container(corpus, open_folder / "hour.edf", open_folder / "hour.tsv")
+    assert done.returncode == 0, done.stderr
+    assert {row["recordingDuration"] for row in read_tsv(open_folder / "hour.tsv")} == {"3600.00"}
+
+
+def test_events_go_to_one_file_and_nothing_else(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = next((corpus / "edf").rglob("*.edf"))
+    assert here("--checkpoint", corpus / "best.pt", "--data", source,
+                "--events", tmp_path / "deep" / "x.tsv")[0] == 0
+    assert read_tsv(tmp_path / "deep" / "x.tsv")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["x.tsv"]
+    code, lines = here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported",
+                       "--events", tmp_path / "y.tsv")
+    assert code == 2 and "one EDF" in lines[0] and not (tmp_path / "y.tsv").exists()

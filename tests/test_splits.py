@@ -165,3 +165,13 @@ def test_a_run_with_another_split_trains_and_says_so(two, tmp_path, capsys, chan
     changes = dict(data__full_per_partial=0.0, training__epochs=1, training__best_metric="loss")
     assert train.run(loaded(two[0], tmp_path, **changes, **change)) == 0
     assert ("scores say nothing about new patients" in capsys.readouterr().out) == ("data__split" in change)
+
+
+def test_evaluate_takes_the_split_of_training_of_one_folder_among_several(two, tmp_path):
+    import evaluate
+    config = {"data": C | {"path": two, "dev_fraction": 0.4}, "experiment": {"seed": 1}}
+    everyone = splits.split(data.open_corpora(two), config["data"], 1)
+    for path, name in zip(two, ("one", "other")):
+        for split, part in zip(("train", "dev"), everyone):
+            chosen = evaluate.choose(data.open_corpus(path), split, config, path)
+            assert [r.name for r in chosen] == [r.name for r in part if r.corpus == name] and chosen

@@ -1,0 +1,141 @@
+"""What is told about scores: intervals over patients, sensitivity against false alarms, lines.
+
+    rows = report.trade_off(patients, curves, thresholds)   patients: one {metric: (K,)} each
+    report.show(result, names, folder)                      result: the content of scores.json
+
+Patients differ far more than the recordings of one, so that intervals are drawn over patients: the
+percentile bootstrap (Efron & Tibshirani 1993), the same draw for every metric and threshold.
+"""
+import numpy as np
+
+DRAWS = 2000                            # resamples of the patients
+LEVEL = 95                              # per cent of them within an interval
+SHOWN = ("event_sensitivity", "event_precision", "event_f1", "false_alarms_per_24h")
+RATES = (100, 50, 20, 10, 5, 2.5, 1, 0)                 # false alarms per 24 h of the printed table
+
+
+def intervals(patients, name, seed=0):
+    """(low, high), each (K,), of the mean over patients of one metric; NaN where nothing can be
+    drawn.
+
+    A patient without a value (no F1 where there is neither seizure nor detection) is left out of
+    each mean, as in the score itself. One patient has no interval."""
+    values = np.stack([p[name] for p in patients])          # (patients, K)
+    if len(patients) < 2:
+        return np.full((2, values.shape[1]), np.nan)
+    rng = np.random.default_rng(seed)
+    even = np.full(len(patients), 1 / len(patients))
+    times = rng.multinomial(len(patients), even, DRAWS)     # how often each patient is drawn
+    known = ~np.isnan(values)
+    count = times @ known.astype(float)
+    total = times @ np.nan_to_num(values)
+    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    tails = (50 - LEVEL / 2, 50 + LEVEL / 2)
+    low_high = np.full((2, values.shape[1]), np.nan)
+    drawn = ~np.isnan(means).all(0)
+    low_high[:, drawn] = np.nanpercentile(means[:, drawn], tails, axis=0)
+    return low_high
+
+
+def intervals_at(patients, names, index):
+    """{metric: [low, high]} at one threshold, without those that have none."""
+    at = {}
+    for name in names:
+        low_high = intervals(patients, name)[:, index]
+        if np.isfinite(low_high).all():
+            at[name] = low_high.tolist()
+    return at
+
+
+def trade_off(patients, curves, thresholds):
+    """One row per threshold: each metric of SHOWN as [value, low, high], None where there is
+    none."""
+    bounds = {name: intervals(patients, name) for name in SHOWN}
+    rows = []
+    for i, threshold in enumerate(thresholds):
+        row = {"threshold": float(threshold)}
+        for name in SHOWN:
+            low, high = bounds[name]
+            row[name] = [_plain(x) for x in (curves[name][i], low[i], high[i])]
+        rows.append(row)
+    return rows
+
+
+def _plain(value):
+    return None if np.isnan(value) else float(value)
+
+
+def some(rows, threshold):
+    """Of a trade-off the row in use, and for each of RATES the best sensitivity within it."""
+    chosen = [row for row in rows if row["threshold"] == threshold]
+    for rate in RATES:
+        within = [row for row in rows if row["false_alarms_per_24h"][0] <= rate]
+        if within:
+            chosen.append(max(within, key=lambda row: row["event_sensitivity"][0] or 0.0))
+    unique = {row["threshold"]: row for row in chosen}
+    return [unique[key] for key in sorted(unique)]
+
+
+# ---- lines ----
+
+def show(result, names, out):
+    """Print what scores.json holds, shortly; names: the metrics in their order."""
+    detections = sum(row["detections"] for row in result["per_recording"])
+    print(f"{result['recordings']} recordings, {result['hours']:.2f} h, "
+          f"{result['patients']} patients, {result['seizures']} labelled seizures, "
+          f"{detections} detections")
+    if result["corpus_version"]:
+        print(f"corpus: {result['corpus_version']}")
+    print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
+    for key, value in result["overridden"].items():
+        print(f"overridden: {key} = {value}")
+    if result["labelled_recordings"]:
+        _show_metrics(result, names)
+    if result["trade_off"]:
+        _show_trade_off(result)
+    if result["includes_training"]:
+        print("these recordings include those of the training: "
+              "--split dev or --split eval leaves them out")
+    for file, why in result["refused"]:
+        print(f"not scored: {file}: {why}")
+    print(f"events and scores.json in {out}")
+
+
+def _show_metrics(result, names):
+    for name in names:
+        value = result[name]
+        interval = result["intervals"].get(name)
+        if value is None:
+            print(f"  {name:<22} -  ({result['not_computed'].get(name, 'no patient has a value')})")
+        elif interval:
+            print(f"  {name:<22} {value:<9.4f} [{_range(interval)}]")
+        else:
+            print(f"  {name:<22} {value:.4f}")
+
+
+def _show_trade_off(result):
+    print(f"sensitivity against false alarms; * the threshold in use; [{LEVEL} % over patients]")
+    print("    threshold  false alarms/24 h        sensitivity          event F1")
+    for row in some(result["trade_off"], result["threshold"]):
+        mark = "*" if row["threshold"] == result["threshold"] else " "
+        alarms = _cell(row["false_alarms_per_24h"])
+        found = _cell(row["event_sensitivity"])
+        f1 = _cell(row["event_f1"])
+        print(f"  {mark} {row['threshold']:<9.3f}  {alarms:<24} {found:<20} {f1}")
+    if not result["intervals"]:
+        print("  no intervals: they need two patients")
+
+
+def _cell(values):
+    value, low, high = values
+    if value is None:
+        return "-"
+    text = f"{value:.2f}"
+    if low is not None:
+        text += f" [{_range((low, high))}]"
+    return text
+
+
+def _range(bounds):
+    low, high = bounds
+    return f"{low:.2f}..{high:.2f}"
