@@ -64,10 +64,12 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -92,6 +94,8 @@ PROGRESS = ("epoch", "batch", "global_step", "save_counter")
 PAGE, CHUNK = 4096, 32 << 20    # alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
 MTBF_HOURS = 24.0               # assumed mean time between failures for the Young/Daly advice: one Modal time limit
 MAGIC = b"holdfast1 "           # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
+MIRROR_NOTE = ".mirror.json"    # in a run's directory: where its second copy lies
+MIRROR_WAIT = 20.0              # seconds that a run which ends waits for its second copy
 READ_PATIENCE = 30.0            # seconds that a resume waits for a disk or a network that does not answer
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO}
@@ -1219,6 +1223,7 @@ class Kind(NamedTuple):
     """One kind of checkpoint file. A state saved under several names is one file where links work."""
 
     name: str               # filled in from the state
+    mirrored: int = 0       # newest files of it in the second copy
     spare: bool = False     # worth nothing once a later save is durable: `clean` removes it
 
     @property
@@ -1227,10 +1232,10 @@ class Kind(NamedTuple):
 
 
 KINDS = {                   # of one save under two names a resume takes the upper; the best is its last resort
-    "mid_epoch": Kind("mid_epoch_{epoch:03d}_{batch:06d}.pt", spare=True),
-    "last": Kind("last.pt"),
+    "mid_epoch": Kind("mid_epoch_{epoch:03d}_{batch:06d}.pt", mirrored=2, spare=True),
+    "last": Kind("last.pt", mirrored=1),
     "checkpoint_epoch": Kind("checkpoint_epoch_{epoch:03d}.pt"),
-    "best": Kind("best.pt"),
+    "best": Kind("best.pt", mirrored=1),
 }
 NAME = re.compile("|".join(f"(?P<{key}>{re.escape(kind.glob)})" for key, kind in KINDS.items())
                   .replace(r"\*", r"\d+"))
@@ -1247,8 +1252,10 @@ def checkpoints(directory):
 class _Candidate:
     """One checkpoint file with its progress, or the reason why no resume can take it."""
 
-    def __init__(self, path):
+    def __init__(self, path, second=False):
         self.path = Path(path)
+        self.second = second                # in the second copy's place
+        self.label = str(path) if second else self.path.name
         named = NAME.fullmatch(self.path.name)
         self.kind = named and named.lastgroup
         self.facts = None
@@ -1272,20 +1279,27 @@ class _Candidate:
         rank = -list(KINDS).index(self.kind) if self.kind else -len(KINDS)
         return f["save_counter"], f["global_step"], f["epoch"], f["batch"], rank
 
+    @property
+    def save(self):
+        return self.facts["run"], self.facts["save_counter"]
+
     def __str__(self):
         f = self.facts
         return f"epoch {f['epoch']} batch {f['batch']} step {f['global_step']} save {f['save_counter']}"
 
 
-def candidates(directory):
-    """Files of `directory` that a resume may take, furthest first, then the best, then what cannot be taken."""
+def candidates(directory, mirror=None):
+    """Files of `directory` and of its second copy that a resume may take, furthest first, then the best, then what cannot
+    be taken. Of equal saves the one at home comes first."""
     found = [_Candidate(path) for path in checkpoints(directory)]
+    if mirror:
+        found += [_Candidate(path, second=True) for path in checkpoints(mirror)]
     usable = sorted((c for c in found if not c.damage), key=lambda c: c.order, reverse=True)
     usable.sort(key=lambda c: c.kind == "best")
     return usable + [c for c in found if c.damage]
 
 
-def _choose(directory, open_, say, patience=0.0):
+def _choose(directory, open_, say, patience=0.0, mirror=None):
     """(path, what open_ returned) of the latest save that open_ accepts, or (None, None); says why for each.
 
     A disk or a network that does not answer is no damage: for `patience` seconds it is asked again, then OSError."""
@@ -1293,7 +1307,7 @@ def _choose(directory, open_, say, patience=0.0):
     pause = 0.5
     while True:
         try:
-            return _best_of(candidates(directory), open_, say)
+            return _best_of(candidates(directory, mirror), open_, say)
         except OSError as error:
             if time.monotonic() >= ends:
                 raise
@@ -1303,13 +1317,15 @@ def _choose(directory, open_, say, patience=0.0):
 
 
 def _best_of(found, open_, say):
+    at_home = any(not c.damage and not c.second for c in found)
     for candidate in found:
-        if candidate.fault:                 # it may be the latest of all
+        # it may be the latest of all; a second copy seldom is
+        if candidate.fault and not (candidate.second and at_home):
             raise OSError(candidate.fault.errno, candidate.fault.strerror, str(candidate.path))
     chosen = None
     refused = [c for c in found if c.damage]
     for candidate in refused:
-        say(f"resume: skipped {candidate.path.name}: {candidate.damage}")
+        say(f"resume: skipped {candidate.label}: {candidate.damage}")
     for candidate in found:
         if candidate in refused or (candidate.kind == "best" and chosen):
             continue
@@ -1317,7 +1333,7 @@ def _best_of(found, open_, say):
             say(f"resume: best.pt alone is no run to continue: --resume {candidate.path} would start from it")
         elif chosen:
             reason = "the same save" if candidate.order[0] == chosen[2].order[0] else "an earlier save"
-            say(f"resume: passed {candidate.path.name}: {candidate}, {reason}")
+            say(f"resume: passed {candidate.label}: {candidate}, {reason}")
         else:
             state = _accepted(candidate, open_, say)
             if state is None:
@@ -1327,7 +1343,7 @@ def _best_of(found, open_, say):
             why = "the latest save that passes every check"
             if candidate.kind == "best":
                 why = "the last resort, since no later save passes every check"
-            say(f"resume: chose {candidate.path.name}: {candidate}, {why}")
+            say(f"resume: chose {candidate.label}: {candidate}, {why}")
     return chosen[:2] if chosen else (None, None)
 
 
@@ -1336,11 +1352,11 @@ def _accepted(candidate, open_, say):
     try:
         return open_(candidate.path)
     except CorruptCheckpoint as damage:
-        say(f"resume: skipped {candidate.path.name}: {_reason(damage)}")
+        say(f"resume: skipped {candidate.label}: {_reason(damage)}")
     except OSError as error:
         if error.errno not in LASTING:
             raise OSError(error.errno, error.strerror, str(candidate.path)) from None
-        say(f"resume: skipped {candidate.path.name}: {_reason(error)}")
+        say(f"resume: skipped {candidate.label}: {_reason(error)}")
 
 
 def _reason(error):
@@ -1451,6 +1467,173 @@ class Signals:
             signal.signal(number, handler)
 
 
+# ---- a second copy ----
+
+class OtherRun(ValueError):
+    """The second copy's place belongs to another run."""
+
+
+class Mirror:
+    """The newest state, best.pt and the records of a run once more, in FOLDER/<name>/checkpoints and beside.
+
+    A thread of its own copies what is newer at home; training and the next save never wait for it. A save that comes while
+    it copies is copied next, so a slow place skips states. What fails is said when it begins and when it ends."""
+
+    def __init__(self, folder, home, records, say):
+        run = home.parent if home.name == "checkpoints" else home
+        self.folder = Path(folder).absolute()
+        self.place = self.folder / run.name / "checkpoints"
+        if self.place.resolve() == home.resolve():
+            raise ValueError(f"mirror {folder} is the run's own folder: name another disk's")
+        self.home = home
+        self.records = {run / name: self.place.parent / name for name in records}
+        self.say = say
+        self.known = set()                  # runs that may be overwritten
+        self.trouble = ""                   # why there is no newest copy
+        self.copied = None                  # when the state of the newest copy was saved
+        self.slowest = 0.0                  # seconds of a round
+        self.waiting = 0.0                  # when the newest state was saved that is not being copied yet
+        self.busy = False
+        self.closing = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._work, name="checkpoint mirror", daemon=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def runs(self):
+        return {c.facts["run"] for c in candidates(self.place) if c.facts and c.facts["run"]}
+
+    def offer(self):
+        """A state is durable at home. Returns at once."""
+        with self.changed:
+            if self.thread.ident is None:
+                self.thread.start()
+            if self.busy and self.waiting:
+                self._begin("slower than the saves, states are skipped")
+            self.waiting = time.monotonic()
+            self.changed.notify_all()
+
+    def _work(self):
+        with contextlib.suppress(OSError):  # of this thread alone: what trains goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.closing)
+                if not self.waiting:
+                    return
+                saved, self.waiting, self.busy = self.waiting, 0.0, True
+            began = time.monotonic()
+            trouble = self._round()
+            with self.changed:
+                self.busy = False
+                if trouble:
+                    self._begin(trouble)
+                    self.waiting = self.waiting or saved
+                    if self.closing:
+                        return
+                    self.changed.wait(60)   # or until the next save
+                    continue
+                self.copied = saved
+                self.slowest = max(self.slowest, time.monotonic() - began)
+                if self.trouble and not self.waiting:
+                    self.trouble = ""
+                    self.say(f"mirror: {self.place} holds the newest state again")
+
+    def _begin(self, trouble):
+        if not self.trouble:
+            self.say(f"mirror: {self.place}: {trouble}: training goes on without a newest second copy")
+        self.trouble = trouble
+
+    def _round(self):
+        """Bring the place up to date; the reason where that failed."""
+        try:
+            self._update()
+            return ""
+        except OSError as error:
+            return error.strerror or str(error)
+        except Exception as error:          # no failed copy may end this thread
+            return str(error) or type(error).__name__
+
+    def _update(self):
+        os.stat(self.folder)                # gone: making it anew would fill the disk below the mount point
+        self.place.mkdir(parents=True, exist_ok=True)
+        with lock(self.place, say=lambda line: None):
+            sweep_temps(self.place)
+            if self.runs() - self.known:
+                raise OtherRun("holds another run of this name")
+            for record, copy in self.records.items():       # first: they may be ahead of a state, never behind
+                if record.exists():
+                    atomic_write(copy, [record.read_bytes()])
+            here = [c for c in candidates(self.home) if not c.damage and KINDS[c.kind].mirrored]
+            if not here:
+                return                      # the home is gone, which its own saves say
+            newest = max(here, key=lambda c: c.order)
+            self._copy(newest)
+            for candidate in here:
+                if candidate.kind != newest.kind and KINDS[candidate.kind].mirrored == 1:
+                    self._copy(candidate)
+            for kind in KINDS.values():
+                rotate(self.place, kind.glob, kind.mirrored)
+
+    def _copy(self, candidate):
+        target = self.place / candidate.path.name
+        there = [c for c in candidates(self.place) if c.facts and c.save == candidate.save]
+        if any(c.path == target for c in there):
+            return
+        if there:
+            with contextlib.suppress(OSError):
+                return durable_link(there[0].path, target)
+        try:
+            verify(candidate.path)          # what the home disk has garbled must not replace a good copy
+            copy_file(candidate.path, target, self.say)
+        except FileNotFoundError:
+            if candidate.path.exists():
+                raise                       # else it was rotated away: a newer state comes
+
+    def age(self):
+        """What a save's line says of a second copy that is not the newest."""
+        if not self.trouble:
+            return ""
+        if self.copied is None:
+            return f"; no second copy since the start ({self.trouble})"
+        return f"; the newest second copy is {_age(time.monotonic() - self.copied)} old ({self.trouble})"
+
+    def close(self):
+        """Wait for the copy of the newest state, MIRROR_WAIT seconds at most."""
+        with self.changed:
+            if self.closing or self.thread.ident is None:
+                return
+            self.closing = True
+            self.changed.notify_all()
+            if self.busy or self.waiting:
+                self.say(f"mirror: waiting at most {MIRROR_WAIT:.0f} s for the copy in {self.place}")
+        self.thread.join(MIRROR_WAIT)
+        if self.busy or self.waiting:
+            self.say(f"mirror: {self.place} lacks the newest state{self.age()}")
+
+
+def copy_file(source, target, say=print):
+    """`target` becomes a durable copy of `source`; where the place knows no fsync or rename it is written in place, said."""
+    with open(source, "rb", buffering=0) as file:
+        try:
+            atomic_write(target, _pieces(file))
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+                raise
+            say(f"mirror: {target.parent} does not take durable files ({error.strerror}): {target.name} is written in place")
+            shutil.copyfile(source, target)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)       # the cache is for the EEG
+
+
+def _pieces(file):
+    """The file in page-aligned pieces, as a write past the page cache needs them."""
+    buffer = mmap.mmap(-1, CHUNK)
+    while True:
+        size = file.readinto(buffer)
+        if not size:
+            return
+        yield memoryview(buffer)[:size]
+
+
 # ---- policy ----
 
 def overridden(name, kind, value, say=print):
@@ -1486,6 +1669,8 @@ class Checkpointer:
     on_saved            called with the path in the writer thread once a file is durable; its exception stops the run
     before_save         called in the writer thread before a file is written: makes durable what the state counts on
     save_patience_minutes   a failed save is said and tried again for so long, the state kept in memory; then SaveFailed
+    mirror              folder of a second copy, best on another disk: see Mirror; `records` are files of the run's folder
+                        that go along
     check_finite        refuse to write weights (state["model"]) that became infinite or NaN
 
     A state is any dict with whole numbers `epoch` (from 1) and, in a snapshot, `batch`. The file holds it with `save_counter`
@@ -1494,7 +1679,7 @@ class Checkpointer:
 
     def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1, checkpoint_keep=3,
                  mode="max", on_saved=None, before_save=None, background=True, say=print, save_patience_minutes=60.0,
-                 check_finite=True):
+                 check_finite=True, mirror=None, records=("config.yaml", "metrics.jsonl")):
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         minutes, keep = environment(mid_epoch_minutes, mid_epoch_keep, say)
         self.minutes = minutes
@@ -1512,13 +1697,14 @@ class Checkpointer:
         self.position = (1, 0)              # epoch in progress, batches trained in it
         self.resumed = None                 # the file that this run goes on from: never rotated away
         self.blocked = 0.0                  # seconds that training waited for the last save
-        self.slowest = 0.0                  # seconds until durable of the slowest save: what a time limit must leave
+        self.mirror = Mirror(mirror, self.directory, records, say) if mirror else None
         self._image = _Image(say)
         self._names = []                    # of the image
         self._failed = None                 # OSError of the image's save: it is in memory alone
         self._failures = 0                  # in a row
         self._failing_since = 0.0
         self._costs = []
+        self._slowest = 0.0
         self._signals = Signals()           # heard only within signals()
         self._writing = None
         self._error = None
@@ -1540,30 +1726,78 @@ class Checkpointer:
             self.say(f"checkpoints: no hard links in {self.directory}: last.pt and best.pt are full copies")
         found = [c for c in candidates(self.directory) if c.facts]
         self.counter = max([c.facts["save_counter"] for c in found], default=0)
+        note = self.directory / MIRROR_NOTE
+        if self.mirror:
+            write_json(note, {"checkpoints": str(self.mirror.place)})       # for `ls`
+        elif note.exists():
+            note.unlink()
 
     # -- going on --
 
     def resume(self, resume=True):
-        """State to continue from, or None: the best file of the directory, or `resume` itself where it is a path.
+        """State to continue from, or None: the best file of the directory and its second copy, or `resume` itself where it
+        is a path; False begins anew.
 
         Sets `position` to (epoch in progress, batches already trained in it). Raises OSError where the directory cannot be
-        read for READ_PATIENCE seconds: nothing may be begun over a run that is only out of reach."""
+        read for READ_PATIENCE seconds: nothing may be begun over a run that is only out of reach. Raises OtherRun where the
+        second copy is of a run that is not this one."""
+        if resume is False:
+            self._expect_mirror(begins=True)
+            return None
         if resume is not True:
             state = load(resume)
             self.adopt(state, resume)
             return state
-        path, state = _choose(self.directory, load, self.say, READ_PATIENCE)
+        self._expect_mirror(begins=False)
+        place = self.mirror.place if self.mirror else None
+        path, state = _choose(self.directory, load, self.say, READ_PATIENCE, place)
         if state is None:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
             return None
+        if path.parent == place:
+            path = self._bring_home(path)
         self._follow(state, path)
         self._complete(path, state)
         return state
+
+    def _expect_mirror(self, begins):
+        """Raise OtherRun where the second copy is of another run; only an empty home may take one over, to resume it."""
+        if not self.mirror:
+            return
+        home = {c.facts["run"] for c in candidates(self.directory) if c.facts}
+        known = home | {self.run}
+        try:
+            there = self.mirror.runs()
+        except OSError:                     # the mirror's thread says so, and looks again before it writes
+            there = set()
+        if there - known and (home or begins):
+            raise OtherRun(f"{self.mirror.place} holds another run of this name ({', '.join(there - known)}): "
+                           f"move it away, or name another mirror")
+        self.mirror.known = known | there
+
+    def _bring_home(self, path):
+        """Copy the chosen file, best.pt, last.pt and the records home, where these are not newer; returns its new path."""
+        self.say(f"resume: brought home from the second copy in {path.parent}")
+        singles = [path.parent / kind.name for kind in KINDS.values() if kind.mirrored == 1]
+        for source in [path, *(p for p in singles if p != path)]:
+            there, here = _Candidate(source), _Candidate(self.directory / source.name)
+            if not there.facts or (here.facts and not here.damage and here.order >= there.order and source != path):
+                continue
+            try:
+                verify(source)
+                copy_file(source, here.path, self.say)
+            except CorruptCheckpoint as damage:
+                self.say(f"resume: left {source}: {_reason(damage)}")
+        for record, copy in self.mirror.records.items():
+            if copy.exists() and (not record.exists() or record.stat().st_size < copy.stat().st_size):
+                atomic_write(record, [copy.read_bytes()])
+        return self.directory / path.name
 
     def adopt(self, state, path=None):
         """Continue the line that `state` belongs to, whatever later saves the directory holds: those from here on outrank
         them. A best.pt that this line has not made is kept under another name, and the best of this line takes its place."""
         self._follow(state, path)
+        self._expect_mirror(begins=True)
         best = _Candidate(self.directory / KINDS["best"].name)
         if not best.facts or self._of_line(best, state):
             return
@@ -1633,6 +1867,13 @@ class Checkpointer:
         """0, or once a signal came the exit code to leave with when the state is saved: 128 + its number."""
         return 128 + self._signals.number if self._signals.number else 0
 
+    @property
+    def slowest(self):
+        """Seconds of the slowest save until it was durable, second copy included: what a time limit must leave."""
+        if not self.mirror:
+            return self._slowest
+        return self._slowest + min(self.mirror.slowest, MIRROR_WAIT)
+
     # -- saving --
 
     def save_mid(self, state):
@@ -1677,6 +1918,8 @@ class Checkpointer:
 
     def _start(self, state, kind, names):
         began = time.monotonic()
+        if self.mirror and not self.mirror.known:           # nobody asked for a resume
+            self._expect_mirror(begins=True)
         self.wait()
         if self._epoch_waits():             # perhaps the best: no snapshot may take its place in memory
             self._retry()
@@ -1721,6 +1964,8 @@ class Checkpointer:
             self._failures = 0
             self._failed = None
             self._report(names, blocked, time.monotonic() - began, size)
+            if self.mirror:
+                self.mirror.offer()
             self._call_hook(first)
             for kind, keep in self.keep.items():
                 self._rotate(kind, keep)
@@ -1749,13 +1994,15 @@ class Checkpointer:
             self.say(f"checkpoints: rotated out {path.name}")
 
     def _report(self, names, blocked, wrote, size):
-        self.slowest = max(self.slowest, blocked + wrote)
+        self._slowest = max(self._slowest, blocked + wrote)
         self._costs.append(blocked)
         line = f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s"
         if len(self._costs) >= 3:
             cost = sorted(self._costs)[len(self._costs) // 2]               # the first one also allocates
             minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60          # Young, CACM 1974; Daly, FGCS 2006
             line += f"; lost work and save cost balance at {minutes:.1f} min (one failure in {MTBF_HOURS:.0f} h assumed)"
+        if self.mirror:
+            line += self.mirror.age()
         self.say(line)
 
     # -- faults and the end --
@@ -1809,6 +2056,8 @@ class Checkpointer:
                 self._retry()
         finally:
             self._writer.shutdown()
+            if self.mirror:
+                self.mirror.close()
             self._lock.close()
 
     def __enter__(self):
@@ -1845,9 +2094,8 @@ def also(source, target, links=True):
     """`target` becomes another name of `source`: a hard link where possible, else a second durable file."""
     if links:
         durable_link(source, target)
-        return
-    with open(source, "rb") as file:
-        atomic_write(target, iter(lambda: file.read(CHUNK), b""))
+    else:
+        copy_file(source, target)
 
 
 def _links_work(directory):
@@ -1908,14 +2156,14 @@ class Lock:
 os.register_at_fork(after_in_child=Lock.leave_to_parent)
 
 
-def lock(directory):
+def lock(directory, say=print):
     """Hold `directory` for this process; returns a Lock with `close`. Raises InUse where another process does."""
     path = Path(directory, ".lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file: move it away", str(path))
-        _take(fd, directory)
+        _take(fd, directory, say)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BaseException:
@@ -1924,15 +2172,15 @@ def lock(directory):
     return Lock(fd)
 
 
-def _take(fd, directory):
+def _take(fd, directory, say):
     for attempt in range(10):
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.05)                # `ls` looks at a lock for a moment, and the dying need one
         except OSError as error:
-            print(f"checkpoints: {directory} cannot be locked ({error.strerror}): "
-                  f"see to it that one process writes here")
+            say(f"checkpoints: {directory} cannot be locked ({error.strerror}): "
+                f"see to it that one process writes here")
             return
     owner = os.pread(fd, 200, 0).decode(errors="replace").strip()
     raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it first")

@@ -152,7 +152,7 @@ def shown(path):
 
 
 def one_line(error):
-    """Its message without what would break a line or a terminal: headers and labels may hold anything."""
+    """Its message without what would break a line or a terminal: files may hold anything."""
     return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", "?", str(error))
 
 

@@ -58,8 +58,7 @@ EXIT = {"finished": 0, "refused": 2, "time limit": 75}      # others: 1
 
 
 def requirements():
-    """Packages of the image. Read on the launching side: a container has no such file, and its own
-    modal."""
+    """Packages of the image, read on the launching side: a container has no such file."""
     if not modal.is_local():
         return []
     lines = (HERE / "requirements.txt").read_text().splitlines()
@@ -97,8 +96,7 @@ def train(config, launch, resume="false", fresh="false"):
 
 @app.function(gpu=GPU, timeout=SMOKE_TIMEOUT * 3600, **machine)
 def smoke(config, launch, resume="false", fresh="false", planned=None):
-    """The acceptance test of a platform: what it measures holds for `train`, since the card is
-    the same."""
+    """The acceptance test, on the card of `train`: what it measures holds there."""
     missing = acceptance(config, planned or config)
     verdict = attempt(config, launch, resume, fresh, SMOKE_TIMEOUT, GPU)
     if missing and verdict["status"] == "finished":
@@ -160,8 +158,8 @@ def attempt(config, launch, resume, fresh, timeout, gpu):
         if verdict is None:
             verdict = work(trainer, run, config, launch, resume, fresh, timeout, gpu)
     except trainer.Refused as refusal:
-        if begun:
-            raise RuntimeError(f"refused, though this launch trained before: {refusal}") from None
+        if begun or isinstance(refusal, trainer.Failed):
+            raise RuntimeError(f"a fault that may pass: {refusal}") from None
         verdict = result("refused", str(refusal))
     except RuntimeError:
         raise
@@ -172,25 +170,14 @@ def attempt(config, launch, resume, fresh, timeout, gpu):
 
 
 def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
-    """Train in this container; the record of the attempt is on the Volume from its start to its
-    end."""
+    """Train in this container, with the attempt's record on the Volume from start to end."""
     # done.json knows the run by what was asked for
     asked, config = config, copy.deepcopy(config)
     config["training"]["device"] = gpu_or_raise(config)
-    if get(run / "launch.json").get("launch") == launch:
-        resume = "true"                 # resume=false is part of the input and comes again
-    elif fresh == "true":
-        trainer.move_aside(run, print)
-    elif resume == "false" and trainer.holds_checkpoints(run / "checkpoints"):
-        raise trainer.Refused(
-            f"{run} holds checkpoints: --resume true goes on, --fresh true starts over")
+    resume = take(trainer, run, launch, resume, fresh)
     last = limit_attempt(config, run, launch, timeout)
-    record = {
-        "launch": launch, "call": modal.current_function_call_id(), "left": "",
-        "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
-        "progress": progress(run), "epochs": config["training"]["epochs"],
-        "dollars": hourly(card() or gpu)}
     signals = trainer.Signals()
+    record = new_record(config, run, launch, gpu)
     publish = Publisher(run, len(attempts(run)) + 1, record, signals)
     publish("the start")
     print(f"attempt {publish.number} in {record['task']}: from step {record['progress'][0]}")
@@ -202,6 +189,8 @@ def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
             way = "time limit"
     except KeyboardInterrupt:
         way = "preempted"
+    except trainer.Failed:
+        raise
     except trainer.Refused:
         way = "refused"
         raise
@@ -212,6 +201,27 @@ def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
                 put(run / "done.json", {"launch": launch, "config": asked})
             publish("the end")
     return leave(way)
+
+
+def take(trainer, run, launch, resume, fresh):
+    """How train.py is to begin in the run directory: "true" or "false"."""
+    if get(run / "launch.json").get("launch") == launch:
+        return "true"                   # resume=false is part of the input and comes again
+    if fresh == "true":
+        trainer.move_aside(run, print)
+    elif resume == "false" and trainer.holds_checkpoints(run / "checkpoints"):
+        raise trainer.Refused(
+            f"{run} holds checkpoints: --resume true goes on, --fresh true starts over")
+    return resume
+
+
+def new_record(config, run, launch, gpu):
+    """What the Volume keeps of one attempt; `left` and `seen` follow."""
+    return {
+        "launch": launch, "call": modal.current_function_call_id(), "left": "",
+        "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
+        "progress": progress(run), "epochs": config["training"]["epochs"],
+        "dollars": hourly(card() or gpu)}
 
 
 def limit_attempt(config, run, launch, timeout):
@@ -246,8 +256,7 @@ def leave(way):
 
 @contextlib.contextmanager
 def signals_wait():
-    """A signal that comes meanwhile is answered afterwards: a commit is short, and the grace is
-    longer."""
+    """A signal that comes meanwhile is answered afterwards: the grace outlasts a commit."""
     came, before = [], {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -268,8 +277,7 @@ def card():
 
 
 def gpu_or_raise(config):
-    """The device to train on. A GPU is paid for: without one that answers, another container is
-    tried."""
+    """The device to train on; without a GPU that answers, another container is tried."""
     if config["training"]["device"] == "cpu":
         return "cpu"                                    # asked for in so many words
     if not card():
@@ -314,8 +322,7 @@ def reload():
 
 
 class Publisher:
-    """Commits the Volume with the record of this attempt: at its start, after each save, at its
-    end."""
+    """Commits the Volume with the record of this attempt: at start and end, after each save."""
 
     def __init__(self, run, number, record, signals):
         self.run, self.number, self.record, self.signals = run, number, record, signals
@@ -408,11 +415,8 @@ def stuck(before, launch, reached):
 # What FunctionCall.get raises of a call that has ended: ours (`attempt` raises nothing else), and
 # the platform's.
 ENDED = (
-    RuntimeError,
-    modal.exception.RemoteError,
-    modal.exception.FunctionTimeoutError,
-    modal.exception.OutputExpiredError,
-    modal.exception.NotFoundError,
+    RuntimeError, modal.exception.RemoteError, modal.exception.FunctionTimeoutError,
+    modal.exception.OutputExpiredError, modal.exception.NotFoundError,
     modal.exception.InputCancellation)
 
 
@@ -437,8 +441,7 @@ def still_running(call, run):
 
 
 def progress(run):
-    """[global step, epoch ended, recordings validated since] of the furthest checkpoint that
-    loads."""
+    """[step, epoch ended, recordings validated since] of the furthest checkpoint that loads."""
     import checkpoint
     for candidate in checkpoint.candidates(run / "checkpoints"):
         # the resume will name the damaged ones
@@ -491,8 +494,7 @@ def bill(run):
 
 
 def speed(run):
-    """(epochs trained, seconds per epoch with validation) by medians, which skip pauses; or
-    zeros."""
+    """(epochs trained, seconds per epoch with validation), or zeros; medians skip pauses."""
     import checkpoint
     path = run / "metrics.jsonl"
     rows = list(checkpoint.read_json_lines(path)) if path.exists() else []
@@ -564,24 +566,23 @@ def product_speed(device):
 def check_volume(folder):
     """What the results Volume can do. Nothing of it is needed: checkpoint.py has a way for each."""
     import fcntl
-    names = [folder / f".smoke-{os.getpid()}-{i}" for i in range(2)]
-    steps = {"locks": lambda fd: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB),
-             "fsync": os.fsync,
-             "hard links": lambda fd: os.link(*names),
-             "direct writes": lambda fd: os.close(os.open(names[0], os.O_WRONLY | os.O_DIRECT))}
+    one, two = (folder / f".smoke-{os.getpid()}-{i}" for i in range(2))
+    fd = os.open(one, os.O_WRONLY | os.O_CREAT, 0o666)
+    steps = {
+        "locks": lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB),
+        "fsync": lambda: os.fsync(fd),
+        "hard links": lambda: os.link(one, two),
+        "direct writes": lambda: os.close(os.open(one, os.O_WRONLY | os.O_DIRECT))}
     found = []
-    fd = os.open(names[0], os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        for name, step in steps.items():
-            try:
-                step(fd)
-                found.append(f"{name}: yes")
-            except OSError as error:
-                found.append(f"{name}: no ({error.strerror})")
-    finally:
-        os.close(fd)
-        for name in names:
-            name.unlink(missing_ok=True)
+    for name, step in steps.items():
+        try:
+            step()
+            found.append(f"{name}: yes")
+        except OSError as error:
+            found.append(f"{name}: no ({error.strerror})")
+    os.close(fd)
+    one.unlink()
+    two.unlink(missing_ok=True)
     yield f"results Volume: {', '.join(found)}", ""
 
 
@@ -610,8 +611,7 @@ def check_commit(config):
 
 
 def check_speed(config, device):
-    """Windows/s that the data Volume gives and that the model takes, and the run's hours and
-    dollars by them."""
+    """Windows/s of the data Volume and of the model; the run's hours and dollars by them."""
     import data
     folders = [place for place in places(config) if Path(place).is_dir()]
     if not folders:
@@ -635,8 +635,7 @@ def check_speed(config, device):
 
 
 def train_speed(config, device):
-    """Windows/s of training steps on random EEG at the config's batch size; on a CPU one step of one
-    window."""
+    """Windows/s of training steps on random EEG; on a CPU of one step of one window."""
     import torch
     import model
     import train as trainer
@@ -689,17 +688,16 @@ def main(action: Literal["train", "evaluate", "smoke", "ls"], config: str = "",
     launch = uuid.uuid4().hex[:12]
     if action == "evaluate":
         call = evaluate.spawn(settings, split)
-    elif action == "smoke":
-        call = smoke.spawn(settings, launch, resume, fresh, planned(settings))
-    else:
+    elif action == "train":
         call = train.spawn(settings, launch, resume, fresh)
+    else:
+        call = smoke.spawn(settings, launch, resume, fresh, planned(settings))
     guide(call, settings["experiment"]["name"], EVALUATE_GPU if action == "evaluate" else GPU)
     await_result(call)
 
 
 def await_result(call):
-    """Wait for the call and end with its result; what became of it is said only where it is
-    known."""
+    """Wait for the call and end with its result, which is said only where it is known."""
     try:
         verdict = call.get()
     except ENDED as error:
@@ -715,8 +713,7 @@ def await_result(call):
 
 
 def checked(path):
-    """The config as train.py reads it, refused here, where that costs nothing, if it cannot work
-    there."""
+    """The config as train.py reads it, refused here, at no cost, if it cannot work there."""
     import train as trainer
     try:
         config = trainer.load_config(path)
@@ -767,8 +764,7 @@ def stored(config):
 
 
 def planned(smoke_config):
-    """The config whose hours and dollars `smoke` foretells: the real run's, on the device of the
-    smoke."""
+    """The config whose hours and dollars `smoke` foretells: the real run's, on its device."""
     import train as trainer
     config = trainer.load_config(HERE / "configs" / "modal" / "train.yaml")
     config["training"]["device"] = smoke_config["training"]["device"]

@@ -114,7 +114,6 @@ class Home:
         self.watch, self.say = watch, say
         self.directory = run_directory(config)
         self.checkpoints = self.directory / "checkpoints"
-        self.save_began, self.slowest_save = 0.0, 0.0       # seconds until durable
         self.last_save = "none in this process"
         if self._restarted() and resume != "true":
             say("torchrun restarted this job: resuming")
@@ -168,9 +167,12 @@ class Home:
         """The directory as it stands, moved aside where it must not be overwritten."""
         if fresh:
             move_aside(self.directory, self.say)
+            second = Path(self.config["training"]["mirror"] or os.devnull, self.directory.name)
+            if second.is_dir():
+                move_aside(second, self.say)
         saver = self._open_saver()
         try:
-            state = saver.resume() if resume == "true" else None
+            state = saver.resume(resume == "true")
             if state:
                 self._check(state, "the checkpoint")
                 return saver, state
@@ -197,7 +199,8 @@ class Home:
         return checkpoint.Checkpointer(
             self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
             s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
-            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"])
+            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"],
+            mirror=s["mirror"] or None)
 
     def _saver_says(self, line):
         self.watch.did("save")          # a save that failed has ended too
@@ -235,19 +238,16 @@ class Home:
         return record
 
     def save_mid(self, state):
-        self.save_began = time.monotonic()
         self.record.flush()
         self.saver.save_mid(state)
 
     def save_epoch(self, state, value, name):
-        self.save_began = time.monotonic()
         self.record.flush()
         self.saver.save_epoch(state, value, name)
 
     def saved(self, path):
         """In the writer thread, once a checkpoint is durable."""
         self.watch.did("save")
-        self.slowest_save = max(self.slowest_save, time.monotonic() - self.save_began)
         self.last_save = f"{path.name} at {time.strftime('%H:%M:%S')}"
         self.record.event("save", path, checkpoint.peek(path), self.saver.blocked)
         if self.hook:

@@ -26,11 +26,9 @@ import argparse
 import contextlib
 import hashlib
 import math
-import random
 import shlex
 import shutil
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -46,6 +44,7 @@ import edf
 import evaluate
 import model
 import synth
+from checkpoint import Signals
 from config import Refused, describe, load as load_config
 from machine import Console, Group, autocast, device_name, place, prepare_torch
 from records import Failed, Home, Log, fault, holds_checkpoints, move_aside, run_directory, tolerated
@@ -134,11 +133,11 @@ class Trainer:
             self.net = torch.compile(model, fullgraph=True, dynamic=False)
         if self.group.size > 1:
             # the random states are those of a single process once it is built
-            rng = rng_state(torch.device("cpu"))
+            rng = checkpoint.random_states()
             torch.manual_seed(self.config["experiment"]["seed"])
             self.net = self._data_parallel()
-            set_rng_state(rng, torch.device("cpu"))
-        self.optimizer = make_optimizer(model, s, device.type == "cuda")
+            checkpoint.restore_random_states(rng)
+        self.optimizer = make_optimizer(model, s, fused=True)
         total = s["epochs"] * self.split.batches
         warmup = int(s["warmup_ratio"] * total)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -227,7 +226,8 @@ class Trainer:
                 yield batch, [(ids, 1.0) if len(ids) else (batch[:1], 0.0) for ids in shares]
 
     def train_step(self, batch, pieces, feed):
-        """Gradients of one batch; returns this process's share of the mean loss, and the norm."""
+        """Gradients of one batch, and the step where they are finite. Returns the mean loss and the
+        gradient norm, which are read from the device once, when all of it is queued."""
         s = self.settings
         total = float(self.split.samples[batch].sum())
         loss = 0.0
@@ -249,7 +249,17 @@ class Trainer:
             loss = loss + share.detach()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s["grad_clip"])
-        return loss.item(), norm.item()
+        result = torch.stack([loss.double(), norm.double()])
+        self.group.add(result[:1])      # of the shares of all processes; the norm is the same in all
+        if self.scaler.is_enabled():    # fp16 may go on after a skipped step with another scale
+            if result.isfinite().all():
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # fused AdamW asks this flag on the device: no step with what is not finite
+            self.optimizer.found_inf = 1 - result.isfinite().all().float()
+            self.optimizer.step()
+        return result.tolist()
 
     def filled(self, x):
         """x, under training.compile with windows of zeros up to the size of a whole piece: another
@@ -260,14 +270,10 @@ class Trainer:
         return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
     def after_step(self, batch, loss, norm, seconds):
-        """Apply the step if loss and gradients are finite, count, log, let the boundary act."""
-        loss = self.group.sum([loss])[0]
+        """Count, log, let the boundary act."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            self.scaler.step(self.optimizer)
             self.scheduler.step()
-        if self.scaler.is_enabled():
-            self.scaler.update()
         self.batch += 1
         self.step += 1
         self.windows_done += len(batch)
@@ -457,7 +463,7 @@ class Trainer:
         """No time for another step and the save after it, by the slowest ones so far."""
         needed = 2 * self.slowest
         if self.group.main:             # the main process saves, and tells the others
-            needed += self.home.slowest_save
+            needed += self.home.saver.slowest
         return time.monotonic() > self.deadline - needed
 
     def save_mid(self):
@@ -481,7 +487,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch, "batch": self.batch, "global_step": self.step,
-            "rng": self.group.gather(rng_state(self.group.device)),
+            "rng": self.group.gather(checkpoint.random_states()),
             "sampler": {"seed": seed, "epoch": self.epoch, "windows": self.windows_done},
             "running": dict(self.running), "skipped": self.skipped, "nonfinite": self.nonfinite,
             "stopping": dict(self.stopping),
@@ -522,7 +528,7 @@ class Trainer:
                          f"rounding may differ, not bit-exact")
         if self.group.rank < len(state["rng"]):
             # last: building drew random numbers
-            set_rng_state(state["rng"][self.group.rank], self.group.device)
+            checkpoint.restore_random_states(state["rng"][self.group.rank])
         else:
             self.say(f"resume: no random state of process {self.group.rank} in the checkpoint: "
                      f"seeded anew", every=True)
@@ -530,7 +536,9 @@ class Trainer:
                  f"step {self.step}")
 
     def _unpack_optimizer(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]      # an older one may not have been fused
+        groups = [group | {"fused": True} for group in saved["param_groups"]]
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
         # settings that changed since then count from here on, not those of the checkpoint
         rate, groups = self.settings["learning_rate"], self.optimizer.param_groups
@@ -551,11 +559,17 @@ class Trainer:
         else:
             self.say("resume: the checkpoint has no gradient scale: starting from the default")
 
-    def hold_line(self):
-        """A snapshot of what a file just gave: whatever happens now, resumes follow its line."""
-        self.save_mid()
+    def enter(self, state, position, chosen):
+        """Stand where the run goes on, and note on the disk that it does."""
+        self.watch.facts = self.stands
+        if state:
+            self.unpack(state, position)
+        if chosen:                      # a file: whatever happens now, resumes follow its line
+            self.save_mid()
+            if self.group.main:
+                self.home.saver.wait()
         if self.group.main:
-            self.home.saver.wait()
+            self.home.begin()
 
     def stands(self):
         """Where the run stands, for those who find it standing still."""
@@ -733,13 +747,13 @@ def start_from(config, split, net, say):
 
 def build_model(config, split, group, say):
     """The detector on this process's device, with the same weights in every process."""
-    rng = rng_state(torch.device("cpu"))
+    rng = checkpoint.random_states()
     torch.manual_seed(config["experiment"]["seed"])
     try:
         net = model.build(len(split.channels), config["model"]).to(group.device)
     except ValueError as error:
         raise Refused(str(error)) from None
-    set_rng_state(rng, torch.device("cpu"))
+    checkpoint.restore_random_states(rng)
     count = sum(p.numel() for p in net.parameters())
     line = (f"model: {type(net).__name__}, {count:,} parameters, {config['training']['precision']} "
             f"on {device_name(group.device)}")
@@ -747,63 +761,6 @@ def build_model(config, split, group, say):
         line += f", {group.size} processes"
     say(line)
     return net
-
-
-def rng_state(device):
-    """Random states of this process as plain values and CPU tensors."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
-             "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state, device):
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-class Signals:
-    """First SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 sets `number`; one that comes a second or
-    more later acts as if nobody listened.
-
-    Not sooner: a dying tmux session, systemd and torchrun each send two within milliseconds.
-    Signals that were inherited as ignored (nohup) stay ignored."""
-
-    WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    APART = 1.0                         # seconds
-
-    def __init__(self):
-        self.number, self.came, self.before = 0, 0.0, {}
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        for number in self.WATCHED:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self._set)
-        return self
-
-    def _set(self, number, frame):
-        now = time.monotonic()
-        if not self.number:
-            self.number, self.came = number, now
-            name = signal.Signals(number).name
-            line = f"\n{name}: saving at the next step; once more to exit at once\n"
-            with contextlib.suppress(OSError):      # after SIGHUP the terminal may be gone
-                os.write(2, line.encode())
-        elif now - self.came >= self.APART:
-            signal.signal(number, self.before[number])
-            os.kill(os.getpid(), number)
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # ---- one run, from the command line to the exit code ----
@@ -832,32 +789,33 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
         going_on = resume != "false" and holds_checkpoints(directory / "checkpoints")
         if not going_on:                # refused while nothing is touched
             start_from(config, split, net, say)
-        home = None
-
-        def enter():                    # in the main process; the others hear what it found
-            nonlocal home
-            home = Home(config, split.fingerprint, resume, fresh, on_saved, watch, say)
-            return home.state, home.position, home.chosen
-
         with signals or Signals() as signals:
+            home, (state, position, chosen) = take_home(
+                group, config, split.fingerprint, resume, fresh, on_saved, watch, say)
             try:
-                with watch.during("opening the run directory"):
-                    state, position, chosen = group.from_main(enter)
                 say.keep(directory / "log.txt")
                 if going_on and not state:          # what was there is damaged
                     start_from(config, split, net, say)
                 trainer = Trainer(config, group, split, net, home, signals, deadline, watch, say)
-                watch.facts = trainer.stands
-                if state:
-                    trainer.unpack(state, position)
-                if chosen:
-                    trainer.hold_line()
-                if home:
-                    home.begin()
+                trainer.enter(state, position, chosen)
                 return fit_and_tell(trainer, again)
             finally:
                 if home:
                     home.close()
+
+
+def take_home(group, *arguments):
+    """The Home that the main process takes (None in the others), and what it found, in all."""
+    homes = []
+
+    def enter():
+        home = Home(*arguments)
+        homes.append(home)
+        return home.state, home.position, home.chosen
+
+    with group.watch.during("opening the run directory"):
+        found = group.from_main(enter)
+    return (homes[0] if homes else None), found
 
 
 def fit_and_tell(trainer, again):

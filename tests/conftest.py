@@ -1,6 +1,10 @@
-"""Shared by every test: the project root on sys.path, one torch thread, the place of the shared real EEG, slow tests asked for by
-name, EDF files written by hand, a recording in memory, and a small synthetic corpus."""
+"""Shared by every test: the project root on sys.path, one torch thread, the place of the shared
+real EEG, slow tests asked for by name, EDF files written by hand, a recording in memory, and a
+small synthetic corpus."""
+import collections
 import os
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,13 @@ import synth  # noqa: E402
 NAMES = edf.CHANNELS["referential"]
 
 
+# what a background job (&) or nohup ignores, every child process would ignore too: with a handler
+# of its own this process still goes on, and children begin with the default
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long sweeps too")
 
@@ -36,6 +47,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="long sweep: run with --slow"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped, one line for each reason."""
+    reasons = collections.Counter(str(report.longrepr[2]).removeprefix("Skipped: ")
+                                  for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+
+
 @pytest.fixture
 def shared():
     """Folder of real EEG and the Modal stand-in, which is not part of the repository."""
@@ -45,8 +64,8 @@ def shared():
 
 
 def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tail=b"", **fields):
-    """Write an EDF by hand: `fields` overrides header fields, given as text for all signals or {signal:
-    text}."""
+    """Write an EDF by hand: `fields` overrides header fields, given as text for all signals or
+    {signal: text}."""
     n, count = len(labels), int(rate)
     if eeg is None:
         eeg = np.random.default_rng(1).normal(0, size * 10, (n, seconds * count))
@@ -88,8 +107,8 @@ class Held(data.Recording):
 
 
 def prepare(path, montage="referential", **settings):
-    """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names file and
-    reason."""
+    """One EDF as an unlabelled recording in memory, prepared as an import would. DataError names
+    file and reason."""
     recipe = edf.Recipe(montage, **settings)
     try:
         header = edf.read_header(path)
@@ -131,7 +150,8 @@ def probability_of(track, events, height=0.99):
 
 
 def plus(path, onsets, kind="EDF+D", annotations=(), **fields):
-    """EDF+ with an annotation signal that gives each record its onset, and {record: further bytes}."""
+    """EDF+ with an annotation signal that gives each record its onset, and {record: further
+    bytes}."""
     eeg = np.random.default_rng(0).integers(-900, 900, (len(onsets), 19 * 256)).astype("<i2")
     rows = []
     for i, onset in enumerate(onsets):
@@ -141,6 +161,44 @@ def plus(path, onsets, kind="EDF+D", annotations=(), **fields):
                  dmin={19: "-32768"})
     return write_edf(path, len(onsets), labels=[*NAMES, "EDF Annotations"],
                      eeg=np.zeros((20, len(onsets) * 256)), body=b"".join(rows), **(usual | fields))
+
+
+HEAD = "onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration\n"
+CSV = (
+    "# version = csv_v1.0.0\n# duration = {} secs\n#\n"
+    "channel,start_time,stop_time,label,confidence\n"
+)
+
+
+def tsv(*rows):
+    return HEAD + "".join("\t".join(map(str, row)) + "\n" for row in rows)
+
+
+def mark(onset, text, duration=None):
+    """Bytes of one EDF+ annotation."""
+    length = "" if duration is None else f"\x15{duration:g}"
+    return f"{onset:+g}{length}\x14{text}\x14\0".encode()
+
+
+def imported(src, out, **options):
+    """The Report of an import that says nothing."""
+    return corpora.import_corpus(src, out, say=lambda text: None, **options)
+
+
+def said(src, out, **options):
+    """(Report, the lines that an import prints)."""
+    lines = []
+    report = corpora.import_corpus(src, out, say=lines.append, **options)
+    return report, "\n".join(lines)
+
+
+def command(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, ROOT / "data.py", *map(str, args)],
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
 
 
 def microvolts(recording):
@@ -164,8 +222,20 @@ def corpus(synthetic):
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory):
-    """Folder of twenty minutes of four synthetic patients, imported: what the tests of training train on."""
+    """Folder of twenty minutes of four synthetic patients, imported: what the tests of training
+    train on."""
     root = tmp_path_factory.mktemp("corpus")
     synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
     corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
     return root / "h5"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

@@ -31,7 +31,7 @@ CONFIG = {"experiment": {"name": "toy", "results": "/results", "seed": 1},
           "training": {"epochs": EPOCHS, "time_limit_hours": 0.0, "mid_epoch_minutes": 0.005, "device": "cpu",
                        "mirror": ""},
           "toy": {"batches": BATCHES, "seconds": 0.1, "crash_at": 0, "drain": 0.0, "start": 0.0,
-                  "refuse_in": 0}}
+                  "refuse_in": 0, "hold": 0}}
 
 TOY = '''
 import json, os, signal, sys, time
@@ -42,6 +42,9 @@ import torch
 import checkpoint
 
 class Refused(Exception):
+    pass
+
+class Failed(Refused):
     pass
 
 class Signals:
@@ -104,6 +107,8 @@ def fit(config, toy, settings, resume, on_saved, caught, deadline):
         rows = open(directory / "metrics.jsonl", "a", buffering=1)
         for epoch in range(epoch, settings["epochs"] + 1):
             while batch < toy["batches"]:
+                while step == toy["hold"] > 0 and not caught and not (directory / "go").exists():
+                    time.sleep(0.05)
                 if step + 1 == toy["crash_at"]:
                     raise ValueError("the toy crashes here, always")
                 torch.manual_seed(step)
@@ -240,6 +245,14 @@ def expect_whole(trial, fake, redone=0):
     assert all(weights[k].equal(expected[k]) for k in expected), "weights differ from an uninterrupted run"
     trained = [n for task in steps(fake) for n in task]
     assert set(trained) >= {1, EPOCHS * BATCHES} and len(trained) - len(set(trained)) <= redone, steps(fake)
+
+
+def release(fake):
+    """Let the toy go on that waits at the step `hold`."""
+    for task in fake.tasks.values():
+        for volume in task.volume_dirs.values():
+            if (volume / "toy").is_dir():
+                (volume / "toy" / "go").touch()
 
 
 def only_input(fake):
@@ -387,7 +400,7 @@ async def commits_fail(trial):
 
 async def two_launches(trial):
     """A second launch of a run that a call works on is refused; the death of the client does not matter."""
-    trial.config(toy={"seconds": 0.2})
+    trial.config(toy={"hold": 5})
     async with trial.modal() as fake:
         line = "-m modal run --detach modal_app.py --action train --config config.yaml".split()
         quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
@@ -397,6 +410,7 @@ async def two_launches(trial):
         first.kill()
         code, out = await fake.launch(resume="true")
         assert code == 2 and "stop its app first" in out, out
+        release(fake)
         await fake.drain()
         expect_whole(trial, fake)
 
@@ -510,7 +524,7 @@ async def unknown_card(trial):
 
 async def cannot_ask(trial):
     """A second launch that cannot learn whether the first still works is refused, and told what to do."""
-    trial.config(toy={"seconds": 0.2})
+    trial.config(toy={"hold": 5})
     original = stand_in().FakeModal.FunctionGetOutputs
 
     async def outputs(self, stream):
@@ -529,6 +543,7 @@ async def cannot_ask(trial):
             first.kill()
             code, out = await fake.launch(resume="true")
             assert code == 2 and "cannot be told" in out and "modal app list" in out, out
+            release(fake)
             await fake.drain()
             expect_whole(trial, fake)
     finally:

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -328,3 +329,215 @@ def test_saves_that_fail_beyond_the_patience_stop_the_run_and_settle_waits_as_lo
         s.settle()
     assert 600 <= clock[0] < 700
     s.close()
+
+
+# ---- the second copy ----
+
+def mirrored(tmp_path, mirror=None, **changes):
+    """A saver of tmp_path/results/v3 with its second copy in tmp_path/nas, and what it said."""
+    said = []
+    run = tmp_path / "results/v3"
+    s = saver(run / "checkpoints", mirror=mirror or tmp_path / "nas", say=said.append, **changes)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    return s, said
+
+
+def until(condition, said=()):
+    """Wait for it, minutes if need be; a failing wait shows what was said."""
+    ends = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < ends, "\n".join(said)
+        time.sleep(0.01)
+
+
+def copied(s):
+    with s.mirror.changed:
+        return not s.mirror.busy and not s.mirror.waiting
+
+
+def names(directory):
+    return sorted(p.name for p in directory.glob("*.pt"))
+
+
+def test_the_second_copy_holds_the_newest_states_best_and_the_records_and_one_state_is_one_file(tmp_path):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        until(lambda: copied(s), said)
+        for batch in range(2, 6):
+            s.save_mid(state(batch, epoch=2))
+            until(lambda: copied(s), said)
+    place = tmp_path / "nas/v3/checkpoints"
+    assert names(place) == ["best.pt", "last.pt", "mid_epoch_002_000004.pt", "mid_epoch_002_000005.pt"]
+    assert os.path.samefile(place / "best.pt", place / "last.pt") and recover(place) == 5
+    assert (place.parent / "metrics.jsonl").read_text() == '{"step": 1}\n' and not temps(place)
+    assert all(checkpoint.verify(path) for path in place.glob("*.pt")) and not [l for l in said if "mirror:" in l]
+
+
+def test_a_run_whose_whole_folder_is_lost_goes_on_from_its_second_copy_with_best_and_records(tmp_path):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.9)
+        s.save_epoch(state(2, epoch=2), metric=0.5)
+        s.save_mid(state(3, epoch=3))
+        run = s.run
+    (tmp_path / "results").rename(tmp_path / "lost")
+    s, said = mirrored(tmp_path)
+    (tmp_path / "results/v3/metrics.jsonl").unlink()
+    with s:
+        assert s.resume()["global_step"] == 3 and s.position == (3, 3) and s.run == run
+        assert (tmp_path / "results/v3/metrics.jsonl").exists()
+        assert not s.save_epoch(state(4, epoch=3), metric=0.8), "the best came home too"
+    home = tmp_path / "results/v3/checkpoints"
+    assert sound(checkpoint.load(home / "best.pt")) == 1 and recover(home) == 4
+    assert any("brought home from the second copy" in line for line in said)
+    assert recover(tmp_path / "nas/v3/checkpoints") == 4
+
+
+def test_a_resume_takes_the_better_of_both_places(tmp_path):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.9)
+        s.save_mid(state(2, epoch=2))
+    home = tmp_path / "results/v3/checkpoints"
+    newest = home / "mid_epoch_002_000002.pt"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 2, "at home it is damaged"
+    assert checkpoint.verify(newest)
+    for path in (tmp_path / "nas/v3/checkpoints").glob("mid*"):
+        path.write_bytes(b"damage")
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 2 and s.resumed.parent == home
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_copy_of_another_run_is_refused_before_anything_is_written_there(tmp_path, resume):
+    for name in ("a", "b"):
+        with saver(tmp_path / name / "results/v3/checkpoints", mirror=tmp_path / name / "nas") as s:
+            s.save_mid(state(1))
+    place = tmp_path / "b/nas/v3/checkpoints"
+    before = {p.name: p.read_bytes() for p in place.parent.rglob("*.pt")}
+    home = tmp_path / "a" if resume else tmp_path / "new"
+    with saver(home / "results/v3/checkpoints", mirror=tmp_path / "b/nas") as s:
+        with pytest.raises(checkpoint.OtherRun, match="holds another run of this name"):
+            s.resume(resume)
+        with pytest.raises(checkpoint.OtherRun):
+            s.save_mid(state(2))
+    assert {p.name: p.read_bytes() for p in place.parent.rglob("*.pt")} == before
+
+
+def test_a_second_copy_that_turns_out_to_be_of_another_run_is_never_written_over(tmp_path):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1))
+        until(lambda: copied(s), said)
+        with saver(tmp_path / "other/v3/checkpoints") as other:
+            other.save_mid(state(7))
+        (tmp_path / "nas/v3").rename(tmp_path / "mine")
+        (tmp_path / "other/v3").rename(tmp_path / "nas/v3")
+        s.save_mid(state(2))
+        until(lambda: s.mirror.trouble, said)
+    assert names(tmp_path / "nas/v3/checkpoints") == ["mid_epoch_001_000007.pt"]
+    assert any("holds another run" in line for line in said)
+
+
+def spoil_gone(nas):
+    nas.rename(nas.with_name("away"))
+    return lambda: nas.with_name("away").rename(nas)
+
+
+def spoil_file(nas):
+    (nas / "v3").rename(nas / "aside")
+    (nas / "v3").write_text("in the way")
+
+    def mend():
+        (nas / "v3").unlink()
+        (nas / "aside").rename(nas / "v3")
+    return mend
+
+
+def spoil_full(nas):
+    with open(nas / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return (nas / "filler").unlink
+
+
+def spoil_read_only(nas):
+    subprocess.run(["mount", "-o", "remount,ro", str(nas)], check=True)
+    return lambda: subprocess.run(["mount", "-o", "remount,rw", str(nas)], check=True)
+
+
+@pytest.mark.parametrize("spoil", [spoil_gone, spoil_file, spoil_full, spoil_read_only])
+def test_a_second_copy_that_fails_is_said_when_it_begins_and_when_it_ends_and_stops_nothing(tmp_path, request, spoil):
+    nas = tmp_path / "nas"
+    if spoil in (spoil_full, spoil_read_only):
+        nas = request.getfixturevalue("small_disk")
+    s, said = mirrored(tmp_path, mirror=nas)
+    with s:
+        s.save_mid(state(1))
+        until(lambda: copied(s), said)
+        mend = spoil(nas)
+        for batch in (2, 3, 4):
+            s.save_mid(state(batch))
+            until(lambda: s.mirror.trouble and not s.mirror.busy, said)
+        assert recover(tmp_path / "results/v3/checkpoints") == 4
+        mend()
+        s.save_mid(state(5))
+        until(lambda: not s.mirror.trouble, said)
+    lines = [line for line in said if line.startswith("mirror:")]
+    assert len(lines) == 2 and "training goes on" in lines[0] and "holds the newest state again" in lines[1], lines
+    assert any("saved mid_epoch_001_000004.pt" in line and "the newest second copy is" in line for line in said)
+    assert recover(nas / "v3/checkpoints") == 5
+
+
+def test_a_slow_second_copy_skips_states_delays_no_save_and_the_end_waits_for_it_a_while_only(tmp_path, monkeypatch):
+    gate, real = threading.Event(), checkpoint.copy_file
+
+    def slow(source, target, say=print):
+        if "nas" in str(target):
+            gate.wait()
+        real(source, target, say)
+    monkeypatch.setattr(checkpoint, "copy_file", slow)
+    monkeypatch.setattr(checkpoint, "MIRROR_WAIT", 0.2)
+    s, said = mirrored(tmp_path)
+    for batch in range(1, 5):
+        s.save_mid(state(batch))
+        until(lambda: s.mirror.busy, said)
+    assert recover(tmp_path / "results/v3/checkpoints") == 4
+    assert sum("slower than the saves" in line for line in said if line.startswith("mirror:")) == 1
+    s.close()
+    assert any("waiting at most" in line for line in said) and any("lacks the newest state" in line for line in said)
+    gate.set()
+    s.mirror.thread.join()
+    assert recover(tmp_path / "nas/v3/checkpoints") == 4, "the newest waiting state, not each of them"
+
+
+def test_the_end_of_a_run_waits_for_the_second_copy_of_its_last_state(tmp_path, monkeypatch):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1))
+    assert recover(tmp_path / "nas/v3/checkpoints") == 1 and s.slowest > 0
+
+
+def test_a_run_is_no_second_copy_of_itself(tmp_path):
+    with pytest.raises(ValueError, match="run's own folder"):
+        saver(tmp_path / "results/v3/checkpoints", mirror=tmp_path / "results")
+
+
+def test_a_place_without_links_or_durable_files_gets_its_copy_and_it_is_said(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    monkeypatch.setattr(checkpoint, "durable_link", refuse)
+    real = checkpoint.atomic_write
+    monkeypatch.setattr(checkpoint, "atomic_write", lambda path, pieces:
+                        refuse() if "nas" in str(path) and path.suffix == ".pt" else real(path, pieces))
+    s, said = mirrored(tmp_path)
+    s.links = False
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+    assert names(tmp_path / "nas/v3/checkpoints") == ["best.pt", "last.pt"] and recover(tmp_path / "nas/v3/checkpoints") == 1
+    assert any("is written in place" in line for line in said)

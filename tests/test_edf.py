@@ -1,4 +1,5 @@
 """edf.py: what is read, what is refused. Real files; the oracles are mne and pyedflib."""
+
 from fractions import Fraction
 
 import numpy as np
@@ -17,41 +18,68 @@ def refusal(path, montage="referential", **settings):
 
 
 def test_microvolts_are_those_of_mne_and_pyedflib(tmp_path):
-    """Before filtering ours is digital * gain + offset; after it, mne's own zero-phase filter gives the
-    same samples."""
+    """Before filtering ours is digital * gain + offset; after it, mne's own zero-phase filter gives
+    the same samples."""
     import pyedflib
-    path = write_edf(tmp_path / "a.edf", pmin="-1000", pmax="500", dmin="-2000", dmax="4000",
-               eeg=np.random.default_rng(0).normal(0, 300, (19, 20 * 256)).clip(-2000, 4000))
+
+    path = write_edf(
+        tmp_path / "a.edf",
+        pmin="-1000",
+        pmax="500",
+        dmin="-2000",
+        dmax="4000",
+        eeg=np.random.default_rng(0).normal(0, 300, (19, 20 * 256)).clip(-2000, 4000),
+    )
     header = edf.read_header(path)
     records = np.memmap(path, "<i2", "r", header.offset, (20, 19 * 256))
     with pyedflib.EdfReader(str(path)) as reader:
         for i in (0, 7, 18):
             gain, offset = edf.calibration(header, records, i, "")
-            ours = records[:, i * 256:(i + 1) * 256].reshape(-1) * gain + offset
+            ours = records[:, i * 256 : (i + 1) * 256].reshape(-1) * gain + offset
             np.testing.assert_allclose(ours, reader.readSignal(i), atol=1e-6)
     mne = pytest.importorskip("mne")
     raw = mne.io.read_raw_edf(path, preload=True, verbose="error")
     x = raw.get_data() * 1e6
     x -= np.median(x, 1, keepdims=True)
-    x = mne.filter.filter_data(x, 256, 0.5, 120, l_trans_bandwidth=0.5, h_trans_bandwidth=0.5,
-                               filter_length=1691,
-                               fir_design="firwin", phase="zero", verbose="error")
+    x = mne.filter.filter_data(
+        x,
+        256,
+        0.5,
+        120,
+        l_trans_bandwidth=0.5,
+        h_trans_bandwidth=0.5,
+        filter_length=1691,
+        fir_design="firwin",
+        phase="zero",
+        verbose="error",
+    )
     ours = prepare(path, notch="0")
     middle = slice(1000, -1000)
     assert np.corrcoef(microvolts(ours)[3, middle], x[3, middle])[0, 1] > 0.998
 
 
-@pytest.mark.parametrize("rate, per_record, duration",
-                         [(100, 100, "1"), (160, 160, "1"), (250, 250, "1"), (400, 400, "1"),
-                                                        (512, 512, "1"), (Fraction(513, 2), 513, "2"),
-                                                        (200, 20, "0.1"),
-                                                        (500, 500, "+1.0E0"), (1000, 1000, "1.")])
+@pytest.mark.parametrize(
+    "rate, per_record, duration",
+    [
+        (100, 100, "1"),
+        (160, 160, "1"),
+        (250, 250, "1"),
+        (400, 400, "1"),
+        (512, 512, "1"),
+        (Fraction(513, 2), 513, "2"),
+        (200, 20, "0.1"),
+        (500, 500, "+1.0E0"),
+        (1000, 1000, "1."),
+    ],
+)
 def test_any_rational_rate_keeps_times_and_amplitudes(tmp_path, rate, per_record, duration):
     """A 7 Hz sine of 100 uV comes out as the same sine at 256 Hz, in phase, to 1 %."""
     records = int(40 / float(duration))
     n = records * per_record
     wave = 1000 * np.sin(2 * np.pi * 7 * np.arange(n) / float(rate))
-    path = write_edf(tmp_path / "a.edf", records, per_record, eeg=np.tile(wave, (19, 1)), duration=duration)
+    path = write_edf(
+        tmp_path / "a.edf", records, per_record, eeg=np.tile(wave, (19, 1)), duration=duration
+    )
     r = prepare(path)
     assert r.source_fs == float(rate) and abs(r.seconds - n / float(rate)) < 1 / 256
     t = np.arange(r.samples) / 256
@@ -62,20 +90,25 @@ def test_any_rational_rate_keeps_times_and_amplitudes(tmp_path, rate, per_record
 def test_the_filter_takes_out_offset_drift_and_mains_without_delay(tmp_path):
     t = np.arange(60 * 256) / 256
     wave = np.sin(2 * np.pi * 10 * t) * 500
-    noise = 20000 + 3000 * np.sin(2 * np.pi * 0.05 * t) + sum(400 * np.sin(2 * np.pi * f * t)
-                                                              for f in (50, 60, 100))
+    noise = (
+        20000
+        + 3000 * np.sin(2 * np.pi * 0.05 * t)
+        + sum(400 * np.sin(2 * np.pi * f * t) for f in (50, 60, 100))
+    )
     r = prepare(write_edf(tmp_path / "a.edf", 60, eeg=np.tile(wave + noise, (19, 1))))
     inside = slice(8 * 256, -8 * 256)
     assert abs(microvolts(r)[0] - wave / 10)[inside].max() < 0.6
     kept = prepare(tmp_path / "a.edf", notch="50")
-    spectrum = abs(np.fft.rfft(microvolts(kept)[0, inside])) / (inside.stop - inside.start + r.samples) * 2
+    spectrum = (
+        abs(np.fft.rfft(microvolts(kept)[0, inside])) / (inside.stop - inside.start + r.samples) * 2
+    )
     f = np.fft.rfftfreq(r.samples - 16 * 256, 1 / 256)
     assert spectrum[np.argmin(abs(f - 60))] > 39 and spectrum[np.argmin(abs(f - 50))] < 0.5
 
 
 def test_rounding_error_is_below_the_amplifiers_step(tmp_path):
     eeg = np.random.default_rng(0).normal(0, 100, (19, 30 * 256))
-    eeg[2, 1000:1010] = 32767                           # an artefact over the whole range
+    eeg[2, 1000:1010] = 32767  # an artefact over the whole range
     eeg[3] = eeg[3] / 20
     path = write_edf(tmp_path / "a.edf", 30, eeg=eeg)
     r = prepare(path)
@@ -88,20 +121,49 @@ def test_rounding_error_is_below_the_amplifiers_step(tmp_path):
         assert abs(microvolts(r)[c] - exact).max() <= 0.1
 
 
-@pytest.mark.parametrize("spelling", ["{}", "EEG {}-REF", "EEG {}-LE", "EEG {}", "{}.", "{}..",
-                                      "EEG {}-Avg", " {}", "{}-AR"])
+@pytest.mark.parametrize(
+    "spelling",
+    ["{}", "EEG {}-REF", "EEG {}-LE", "EEG {}", "{}.", "{}..", "EEG {}-Avg", " {}", "{}-AR"],
+)
 @pytest.mark.parametrize("case", [str.upper, str.lower, str.title])
 def test_every_spelling_of_the_electrodes_is_known(spelling, case):
     for name in NAMES:
         assert edf.channel(case(spelling.format(name)))[0] == name
-    assert [edf.channel(old)[0] for old in ("T7", "EEG T8-REF", "p7", "P8")] == ["T3", "T4", "T5", "T6"]
+    assert [edf.channel(old)[0] for old in ("T7", "EEG T8-REF", "p7", "P8")] == [
+        "T3",
+        "T4",
+        "T5",
+        "T6",
+    ]
 
 
 def test_auxiliary_channels_are_not_electrodes():
-    for label in ("EKG1", "EEG EKG1-REF", "ECG", "EMG", "PHOTIC-REF", "IBI", "BURSTS", "SUPPR", "SPO2",
-                  "HR", "MK", "A1", "EEG A2-REF",
-                  "SP1", "EEG T1-REF", "EEG C3P-REF", "EEG 29-REF", "-", "--0", "", "Fc5",
-                  "EDF Annotations", "F3-F3", "T7-FT9"):
+    for label in (
+        "EKG1",
+        "EEG EKG1-REF",
+        "ECG",
+        "EMG",
+        "PHOTIC-REF",
+        "IBI",
+        "BURSTS",
+        "SUPPR",
+        "SPO2",
+        "HR",
+        "MK",
+        "A1",
+        "EEG A2-REF",
+        "SP1",
+        "EEG T1-REF",
+        "EEG C3P-REF",
+        "EEG 29-REF",
+        "-",
+        "--0",
+        "",
+        "Fc5",
+        "EDF Annotations",
+        "F3-F3",
+        "T7-FT9",
+    ):
         assert edf.channel(label) is None, label
 
 
@@ -124,8 +186,11 @@ def test_bipolar_from_referential_is_the_difference(tmp_path):
 
 def chb_labels():
     old = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
-    return ["-".join(old.get(p, p) for p in name.split("-")).upper()
-            for name in edf.BIPOLAR] + ["P7-T7", "T7-FT9", "T8-P8"]
+    return ["-".join(old.get(p, p) for p in name.split("-")).upper() for name in edf.BIPOLAR] + [
+        "P7-T7",
+        "T7-FT9",
+        "T8-P8",
+    ]
 
 
 def test_chb_channels_with_t8_p8_twice(tmp_path):
@@ -139,8 +204,9 @@ def test_chb_channels_with_t8_p8_twice(tmp_path):
     assert "stands twice" in other.repaired
     np.testing.assert_array_equal(same.memory, other.memory)
     assert "--montage bipolar" in refusal(tmp_path / "a.edf")
-    assert "F7-T3" in refusal(write_edf(tmp_path / "c.edf", labels=["X"] + labels[1:5] + ["X"] + labels[6:]),
-                              "bipolar")
+    assert "F7-T3" in refusal(
+        write_edf(tmp_path / "c.edf", labels=["X"] + labels[1:5] + ["X"] + labels[6:]), "bipolar"
+    )
 
 
 def test_missing_fz_and_pz_are_interpolated_like_mne_does_and_recorded(tmp_path):
@@ -151,37 +217,56 @@ def test_missing_fz_and_pz_are_interpolated_like_mne_does_and_recorded(tmp_path)
     assert "Fz is missing, interpolated" in r.repaired and "Pz is missing" in r.repaired
     smooth = edf.positions(NAMES) @ np.random.default_rng(0).normal(0, 400, (3, 20 * 256))
     full = prepare(write_edf(tmp_path / "b.edf", eeg=smooth))
-    for name in ("Fz", "Pz"):                            # a field linear over the head comes back
+    for name in ("Fz", "Pz"):  # a field linear over the head comes back
         a, b = (microvolts(x)[NAMES.index(name)] for x in (r, full))
         assert np.corrcoef(a, b)[0, 1] > 0.98 and 0.8 < a.std() / b.std() < 1.25
     mne = pytest.importorskip("mne")
     from mne.channels.interpolation import _make_interpolation_matrix
+
     theirs = _make_interpolation_matrix(edf.positions(labels), edf.positions(["Fz", "Pz"]))
     np.testing.assert_allclose(edf.spline(tuple(labels), ("Fz", "Pz")), theirs, atol=1e-3)
-    assert "Cz" in refusal(write_edf(tmp_path / "c.edf", labels=["X" if n == "Cz" else n for n in NAMES]))
+    assert "Cz" in refusal(
+        write_edf(tmp_path / "c.edf", labels=["X" if n == "Cz" else n for n in NAMES])
+    )
 
 
 def opinion(path):
-    """[(label, samples, physical and digital minimum and maximum)] of the EEG signals by pyedflib; None where
-    it refuses the file."""
+    """[(label, samples, physical and digital minimum and maximum)] of the EEG signals by pyedflib;
+    None where it refuses the file."""
     import pyedflib
+
     try:
         reader = pyedflib.EdfReader(str(path), pyedflib.DO_NOT_READ_ANNOTATIONS)
     except OSError:
         return None
     with reader:
-        ranges = (reader.getPhysicalMinimum, reader.getPhysicalMaximum, reader.getDigitalMinimum,
-                  reader.getDigitalMaximum)
-        return [(reader.getLabel(i).strip(), int(reader.getNSamples()[i]), *(get(i) for get in ranges))
-                for i in range(reader.signals_in_file)]
+        ranges = (
+            reader.getPhysicalMinimum,
+            reader.getPhysicalMaximum,
+            reader.getDigitalMinimum,
+            reader.getDigitalMaximum,
+        )
+        return [
+            (reader.getLabel(i).strip(), int(reader.getNSamples()[i]), *(get(i) for get in ranges))
+            for i in range(reader.signals_in_file)
+        ]
 
 
 def ours(path):
     header = edf.read_header(path)
     fields = header.signals
-    return [(fields["label"][i], header.records * fields["count"][i],
-             *(float(edf.number(fields[key][i], key, [])) for key in ("pmin", "pmax", "dmin", "dmax")))
-            for i in range(len(fields["label"])) if fields["label"][i] != "EDF Annotations"]
+    return [
+        (
+            fields["label"][i],
+            header.records * fields["count"][i],
+            *(
+                float(edf.number(fields[key][i], key, []))
+                for key in ("pmin", "pmax", "dmin", "dmax")
+            ),
+        )
+        for i in range(len(fields["label"]))
+        if fields["label"][i] != "EDF Annotations"
+    ]
 
 
 def test_where_pyedflib_opens_a_file_too_it_sees_the_same_signals(tmp_path, shared):
@@ -198,7 +283,9 @@ def test_where_pyedflib_opens_a_file_too_it_sees_the_same_signals(tmp_path, shar
         if theirs is not None:
             compared += 1
             assert [row[:2] for row in mine] == [row[:2] for row in theirs], path
-            np.testing.assert_allclose([row[2:] for row in mine], [row[2:] for row in theirs], err_msg=str(path))
+            np.testing.assert_allclose(
+                [row[2:] for row in mine], [row[2:] for row in theirs], err_msg=str(path)
+            )
     assert compared > 100
 
 
@@ -218,12 +305,17 @@ BROKEN = {
     "negative duration": (dict(duration="-1"), "record duration"),
     "duration in words": (dict(duration="1 s"), "not a number"),
     "version": (dict(version="1"), "not an EDF"),
-    "equal physical range": (dict(pmin={3: "5"}, pmax={3: "5"}),
-                             "P3: physical minimum and maximum are both 5"),
+    "equal physical range": (
+        dict(pmin={3: "5"}, pmax={3: "5"}),
+        "P3: physical minimum and maximum are both 5",
+    ),
     "inverted digital range": (dict(dmin={3: "32767"}, dmax={3: "-32768"}), "sign"),
     "equal digital range": (dict(dmin={3: "0"}, dmax={3: "0"}), "P3"),
     "digital range beyond 16 bits": (dict(dmin="-8388608", dmax="8388607"), "16 bits"),
-    "samples beyond the digital range": (dict(dmin="-100", dmax="100"), "its header says -100 to 100"),
+    "samples beyond the digital range": (
+        dict(dmin="-100", dmax="100"),
+        "its header says -100 to 100",
+    ),
     "nan as physical minimum": (dict(pmin={0: "nan"}), "not a number"),
     "infinite physical maximum": (dict(pmax={0: "inf"}), "not a number"),
     "two decimal commas": (dict(pmin={0: "-3,2,1"}), "not a number"),
@@ -237,8 +329,10 @@ BROKEN = {
     "nanovolts by mistake": (dict(unit="nV"), "not scalp EEG"),
     "samples per record": (dict(count={4: "0"}), "O1"),
     "wrong header length": (dict(bytes="9999", records="19"), ""),
-    "mixed references": (dict(label=["EEG %s-%s" % (n, "REF" if n < "P" else "LE") for n in NAMES]),
-                         "different references"),
+    "mixed references": (
+        dict(label=["EEG %s-%s" % (n, "REF" if n < "P" else "LE") for n in NAMES]),
+        "different references",
+    ),
     "a label twice": (dict(label=["Fp1", *NAMES[:18]]), ""),
     "a line break in a label": (dict(label={2: "C\n\r\x85X3"}), "C   X3"),
     "latin-1 in a label": (dict(label={2: "EEG \xdc3"}), "C3"),
@@ -261,8 +355,10 @@ def test_broken_headers_are_refused_with_one_line(tmp_path, kind):
 
 MENDED = {
     "unfinished": (dict(records="-1"), "record count -1 read as 20"),
-    "unfinished with half a record": (dict(records="-1", tail=b"\1" * 3000),
-                                      "unfinished last record left out"),
+    "unfinished with half a record": (
+        dict(records="-1", tail=b"\1" * 3000),
+        "unfinished last record left out",
+    ),
     "garbage at the end": (dict(tail=b"\1" * 1234), "1234 bytes after the last record"),
     "header length": (dict(bytes="512"), "header length 512 read as 5120"),
     "date with colons": (dict(date="01:01:85"), ""),
@@ -281,7 +377,9 @@ MENDED = {
 @pytest.mark.parametrize("kind", MENDED)
 def test_odd_but_clear_headers_are_read_rightly(tmp_path, kind):
     fields, note = MENDED[kind]
-    r, right = prepare(write_edf(tmp_path / "a.edf", **fields)), prepare(write_edf(tmp_path / "b.edf"))
+    r, right = prepare(write_edf(tmp_path / "a.edf", **fields)), prepare(
+        write_edf(tmp_path / "b.edf")
+    )
     np.testing.assert_allclose(microvolts(r), microvolts(right), rtol=2e-4, atol=0.02)
     if note is not None:
         assert note in r.repaired if note else r.repaired == ""
@@ -303,7 +401,22 @@ def test_negative_gain_turns_the_sign(tmp_path):
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     whole = write_edf(tmp_path / "a.edf", 3).read_bytes()
-    cuts = [0, 1, 8, 184, 255, 256, 300, 2000, 5119, 5120, 5121, 5120 + 9728, 5120 + 9729, len(whole) - 1]
+    cuts = [
+        0,
+        1,
+        8,
+        184,
+        255,
+        256,
+        300,
+        2000,
+        5119,
+        5120,
+        5121,
+        5120 + 9728,
+        5120 + 9729,
+        len(whole) - 1,
+    ]
     for cut in cuts + list(np.random.default_rng(0).integers(0, len(whole), 40)):
         (tmp_path / "cut.edf").write_bytes(whole[:cut])
         refusal(tmp_path / "cut.edf")
@@ -313,39 +426,68 @@ def test_mixed_rates_of_eeg_channels_are_refused_and_of_others_ignored(tmp_path)
     labels = [*NAMES, "IBI", "SUPPR"]
     record = np.random.default_rng(0).integers(-900, 900, (20, 19 * 256 + 2)).astype("<i2")
     dull = np.zeros((21, 20 * 256))
-    good = write_edf(tmp_path / "a.edf", labels=labels, eeg=dull, body=record.tobytes(), count={19: "1", 20: "1"},
-               unit={19: "sec", 20: "%"}, pmin={19: "0"}, pmax={19: "0"})
+    good = write_edf(
+        tmp_path / "a.edf",
+        labels=labels,
+        eeg=dull,
+        body=record.tobytes(),
+        count={19: "1", 20: "1"},
+        unit={19: "sec", 20: "%"},
+        pmin={19: "0"},
+        pmax={19: "0"},
+    )
     r = prepare(good)
-    eeg = record[:, :19 * 256].reshape(20, 19, 256).transpose(1, 0, 2).reshape(19, -1)
+    eeg = record[:, : 19 * 256].reshape(20, 19, 256).transpose(1, 0, 2).reshape(19, -1)
     plain = write_edf(tmp_path / "b.edf", eeg=eeg)
     np.testing.assert_array_equal(r.memory, prepare(plain).memory)
     slow = np.random.default_rng(0).integers(-900, 900, (20, 18 * 256 + 128)).astype("<i2")
-    assert "different rates: 128, 256" in refusal(write_edf(tmp_path / "c.edf", body=slow.tobytes(),
-                                                      count={4: "128"}))
+    assert "different rates: 128, 256" in refusal(
+        write_edf(tmp_path / "c.edf", body=slow.tobytes(), count={4: "128"})
+    )
 
 
 def test_gaps_are_refused_also_where_the_file_calls_itself_continuous(tmp_path):
     for kind in ("EDF+D", "EDF+C"):
-        assert "gap of 10 s after 5 s" in refusal(plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], kind))
+        assert "gap of 10 s after 5 s" in refusal(
+            plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], kind)
+        )
         assert "gap of 0.5 s" in refusal(plus(tmp_path / "b.edf", [0, 1.5, 2.5, 3.5], kind))
         assert "gap" in refusal(plus(tmp_path / "c.edf", [0, 1, 1, 2, 3], kind))
     whole = prepare(plus(tmp_path / "d.edf", range(10)))
     assert "without a gap" in whole.repaired and whole.seconds == 10
     assert prepare(plus(tmp_path / "e.edf", np.arange(10) + 0.25, "EDF+C")).repaired == ""
-    (tmp_path / "f.edf").write_bytes((tmp_path / "d.edf").read_bytes().replace(b"+3\x14", b"xx\x14"))
+    (tmp_path / "f.edf").write_bytes(
+        (tmp_path / "d.edf").read_bytes().replace(b"+3\x14", b"xx\x14")
+    )
     assert "no onset" in refusal(tmp_path / "f.edf")
 
 
 def test_annotations_are_those_of_mne_and_pyedflib(tmp_path):
     """Written by pyedflib: texts beyond ASCII, without and with a duration, between two samples."""
     import pyedflib
+
     path = tmp_path / "a.edf"
-    wanted = [(0.0, None, "Recording starts"), (2.5, 1.25, "Anfall \xe4\xf6"), (2.5, None, "eyes \u0394"),
-              (7.125, 12.5, "sz")]
+    wanted = [
+        (0.0, None, "Recording starts"),
+        (2.5, 1.25, "Anfall \xe4\xf6"),
+        (2.5, None, "eyes \u0394"),
+        (7.125, 12.5, "sz"),
+    ]
     with pyedflib.EdfWriter(str(path), 1, pyedflib.FILETYPE_EDFPLUS) as writer:
-        writer.setSignalHeader(0, {"label": "F7", "dimension": "uV", "sample_frequency": 256,
-                                   "physical_min": -3000, "physical_max": 3000, "digital_min": -32768,
-                                   "digital_max": 32767, "transducer": "", "prefilter": ""})
+        writer.setSignalHeader(
+            0,
+            {
+                "label": "F7",
+                "dimension": "uV",
+                "sample_frequency": 256,
+                "physical_min": -3000,
+                "physical_max": 3000,
+                "digital_min": -32768,
+                "digital_max": 32767,
+                "transducer": "",
+                "prefilter": "",
+            },
+        )
         writer.writeSamples([np.zeros(20 * 256)])
         for onset, duration, text in wanted:
             writer.writeAnnotation(onset, -1 if duration is None else duration, text)
@@ -360,18 +502,22 @@ def test_annotations_are_those_of_mne_and_pyedflib(tmp_path):
     assert sorted(theirs.onset) == sorted(onset for onset, _, _ in found)
 
 
-@pytest.mark.parametrize("raw, wanted", [
-    (b"+1\x14a\x14b\x14\0", [(1, None, "a"), (1, None, "b")]),      # two texts of one onset
-    (b"+1.50\x152.5\x14a\x14\0+2\x14c\x14\0", [(1.5, 2.5, "a"), (2, None, "c")]),
-    (b"-0.5\x14before\x14\0", [(-0.5, None, "before")]),
-    (b"+1\x14\x14\0", []),                                         # another time mark
-    (b"+1\x14 two\n lines \x14\0", [(1, None, "two lines")]),
-    (b"+1\x14f\xfcnf\x14\0", [(1, None, "f\xfcnf")]),             # Latin-1, against the standard
-    (b"+1\x14text\0", "annotations of record 1 cannot be read"),   # not closed
-    (b"1\x14text\x14\0", "annotations of record 1 cannot be read"),
-    (b"+1,5\x14text\x14\0", "annotations of record 1 cannot be read"),
-    (b"+1\x15x\x14text\x14\0", "annotations of record 1 cannot be read"),
-    (b"+1\x14" + b"a" * 80, "annotations of record 1 cannot be read")])     # runs into the next record
+@pytest.mark.parametrize(
+    "raw, wanted",
+    [
+        (b"+1\x14a\x14b\x14\0", [(1, None, "a"), (1, None, "b")]),  # two texts of one onset
+        (b"+1.50\x152.5\x14a\x14\0+2\x14c\x14\0", [(1.5, 2.5, "a"), (2, None, "c")]),
+        (b"-0.5\x14before\x14\0", [(-0.5, None, "before")]),
+        (b"+1\x14\x14\0", []),  # another time mark
+        (b"+1\x14 two\n lines \x14\0", [(1, None, "two lines")]),
+        (b"+1\x14f\xfcnf\x14\0", [(1, None, "f\xfcnf")]),  # Latin-1, against the standard
+        (b"+1\x14text\0", "annotations of record 1 cannot be read"),  # not closed
+        (b"1\x14text\x14\0", "annotations of record 1 cannot be read"),
+        (b"+1,5\x14text\x14\0", "annotations of record 1 cannot be read"),
+        (b"+1\x15x\x14text\x14\0", "annotations of record 1 cannot be read"),
+        (b"+1\x14" + b"a" * 80, "annotations of record 1 cannot be read"),
+    ],
+)  # runs into the next record
 def test_annotation_lists_are_read_to_the_letter_or_refused(tmp_path, raw, wanted):
     path = plus(tmp_path / "a.edf", range(5), "EDF+C", {0: raw})
     if isinstance(wanted, str):
@@ -382,29 +528,47 @@ def test_annotation_lists_are_read_to_the_letter_or_refused(tmp_path, raw, wante
 
 
 def test_annotations_count_from_the_first_sample_and_may_lie_in_several_signals(tmp_path):
-    """The first record begins 0.25 s after the header's start time: so do all onsets. A plain EDF has none."""
+    """The first record begins 0.25 s after the header's start time: so do all onsets. A plain EDF
+    has none."""
     path = plus(tmp_path / "a.edf", np.arange(5) + 0.25, "EDF+C", {2: b"+3.25\x151\x14sz\x14\0"})
     assert edf.read_annotations(edf.read_header(path)) == [(3, 1, "sz")]
     assert edf.read_annotations(edf.read_header(write_edf(tmp_path / "b.edf"))) == []
     eeg = np.zeros((5, 19 * 256), "<i2")
-    rows = [f"+{i}\x14\x14".encode().ljust(32, b"\0") + f"+{i}.5\x14mark\x14".encode().ljust(32, b"\0")
-            for i in range(5)]
-    both = write_edf(tmp_path / "c.edf", 5, labels=[*NAMES, "EDF Annotations", "EDF Annotations"],
-                     eeg=np.zeros((21, 5 * 256)), body=b"".join(a.tobytes() + b for a, b in zip(eeg, rows)),
-                     count={19: "16", 20: "16"}, reserved="EDF+C")
-    assert edf.read_annotations(edf.read_header(both)) == [(i + 0.5, None, "mark") for i in range(5)]
+    rows = [
+        f"+{i}\x14\x14".encode().ljust(32, b"\0") + f"+{i}.5\x14mark\x14".encode().ljust(32, b"\0")
+        for i in range(5)
+    ]
+    both = write_edf(
+        tmp_path / "c.edf",
+        5,
+        labels=[*NAMES, "EDF Annotations", "EDF Annotations"],
+        eeg=np.zeros((21, 5 * 256)),
+        body=b"".join(a.tobytes() + b for a, b in zip(eeg, rows)),
+        count={19: "16", 20: "16"},
+        reserved="EDF+C",
+    )
+    assert edf.read_annotations(edf.read_header(both)) == [
+        (i + 0.5, None, "mark") for i in range(5)
+    ]
 
 
 def test_the_start_is_the_headers_where_it_is_a_date(tmp_path):
-    for date, time, began in (("02.03.24", "23.59.58", "2024-03-02 23:59:58"), ("01.01.85", "00.00.00", "1985-01-01 00:00:00"),
-                              ("01:01:85", "10:00:01", "1985-01-01 10:00:01"), ("31.02.24", "10.00.00", ""),
-                              ("XX.XX.yy", "10.00.00", ""), ("02.03.24", "25.00.00", ""), ("", "", "")):
+    for date, time, began in (
+        ("02.03.24", "23.59.58", "2024-03-02 23:59:58"),
+        ("01.01.85", "00.00.00", "1985-01-01 00:00:00"),
+        ("01:01:85", "10:00:01", "1985-01-01 10:00:01"),
+        ("31.02.24", "10.00.00", ""),
+        ("XX.XX.yy", "10.00.00", ""),
+        ("02.03.24", "25.00.00", ""),
+        ("", "", ""),
+    ):
         assert edf.read_header(write_edf(tmp_path / "a.edf", date=date, time=time)).began == began
 
 
 def test_a_reduced_montage_takes_derivations_electrodes_and_labels_by_name(tmp_path):
-    """Four channels of a wearable: a derivation of the file, the difference of two electrodes, an electrode,
-    and a label outside the 10-20 system; refused are names that the file has not, or twice."""
+    """Four channels of a wearable: a derivation of the file, the difference of two electrodes, an
+    electrode, and a label outside the 10-20 system; refused are names that the file has not, or
+    twice."""
     eeg = np.random.default_rng(0).normal(0, 300, (5, 20 * 256))
     labels = ["F8-T8", "EEG F7-REF", "EEG T7-REF", "BTEleft SD", "EKG"]
     path = write_edf(tmp_path / "a.edf", labels=labels, eeg=eeg)
@@ -420,10 +584,18 @@ def test_a_reduced_montage_takes_derivations_electrodes_and_labels_by_name(tmp_p
     assert "--montage reduced --channels" in refusal(path)
     write_edf(path, labels=["X", "x", "Cz", "Fz-Pz", "Pz-LE"], eeg=eeg)
     assert "channel missing: X" in refusal(path, "reduced", reduced=("X",))
-    assert "different references" in refusal(write_edf(path, labels=["F7-REF", "T3-LE", "X", "Y", "Z"], eeg=eeg),
-                                             "reduced", reduced=("F7-T3",))
-    for wrong in (dict(montage="reduced"), dict(reduced=("F7",)), dict(montage="reduced", reduced=("F7", "F7")),
-                  dict(montage="laplacian"), dict(notch="55")):
+    assert "different references" in refusal(
+        write_edf(path, labels=["F7-REF", "T3-LE", "X", "Y", "Z"], eeg=eeg),
+        "reduced",
+        reduced=("F7-T3",),
+    )
+    for wrong in (
+        dict(montage="reduced"),
+        dict(reduced=("F7",)),
+        dict(montage="reduced", reduced=("F7", "F7")),
+        dict(montage="laplacian"),
+        dict(notch="55"),
+    ):
         with pytest.raises(edf.DataError):
             edf.Recipe(**wrong)
 
@@ -434,10 +606,11 @@ def test_a_gap_is_refused_where_the_header_has_lost_its_mark(tmp_path):
 
 
 def test_a_file_copied_as_text_is_refused(tmp_path):
-    """Every line feed among the samples got a carriage return before it, which shifts all that follow."""
+    """Every line feed among the samples got a carriage return before it, which shifts all that
+    follow."""
     whole = write_edf(tmp_path / "a.edf").read_bytes()
     damaged = whole.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    assert 0 < len(damaged) - len(whole) < 9728         # less than a record: else refused by the count
+    assert 0 < len(damaged) - len(whole) < 9728  # less than a record: else refused by the count
     (tmp_path / "b.edf").write_bytes(damaged)
     assert "copied as text" in refusal(tmp_path / "b.edf")
 
@@ -445,28 +618,42 @@ def test_a_file_copied_as_text_is_refused(tmp_path):
 def test_the_hole_that_a_broken_copy_leaves_is_noted(tmp_path):
     """An amplifier may pause with zeros too, so it is read, but not in silence."""
     whole = write_edf(tmp_path / "a.edf").read_bytes()
-    (tmp_path / "b.edf").write_bytes(whole[:5120 + 15 * 9728] + bytes(5 * 9728))
-    assert "nothing but zeros in 5 records, the first at 15 s" in prepare(tmp_path / "b.edf").repaired
+    (tmp_path / "b.edf").write_bytes(whole[: 5120 + 15 * 9728] + bytes(5 * 9728))
+    assert (
+        "nothing but zeros in 5 records, the first at 15 s" in prepare(tmp_path / "b.edf").repaired
+    )
 
 
 def test_annotations_only_and_foreign_files_are_refused(tmp_path):
-    only = write_edf(tmp_path / "a.edf", 1, 60, labels=["EDF Annotations"], eeg=np.zeros((1, 60)), duration="0",
-               reserved="EDF+C")
+    only = write_edf(
+        tmp_path / "a.edf",
+        1,
+        60,
+        labels=["EDF Annotations"],
+        eeg=np.zeros((1, 60)),
+        duration="0",
+        reserved="EDF+C",
+    )
     assert "annotations without EEG" in refusal(only)
-    for content, reason in ((b"", "empty"), (b"<html>" * 99, "not an EDF"),
-                            (b"\xffBIOSEMI" + b" " * 400, "BDF"),
-                            (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")):
+    for content, reason in (
+        (b"", "empty"),
+        (b"<html>" * 99, "not an EDF"),
+        (b"\xffBIOSEMI" + b" " * 400, "BDF"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ):
         (tmp_path / "b.edf").write_bytes(content)
         assert reason in refusal(tmp_path / "b.edf")
 
 
 def test_random_damage_to_the_header_never_changes_samples_in_silence(tmp_path):
-    """A byte of a field that the samples depend on, replaced: the file reads as before, is noted, or is
-    refused."""
+    """A byte of a field that the samples depend on, replaced: the file reads as before, is noted,
+    or is refused."""
     whole = bytearray(write_edf(tmp_path / "a.edf", 3).read_bytes())
     right = microvolts(prepare(tmp_path / "a.edf"))
     rng = np.random.default_rng(0)
-    places = [*range(0, 8), *range(184, 256)] + [256 + 19 * 16 + 19 * 80 + i for i in range(19 * 40)]
+    places = [*range(0, 8), *range(184, 256)] + [
+        256 + 19 * 16 + 19 * 80 + i for i in range(19 * 40)
+    ]
     wrong = []
     for place in rng.choice(places, 120, replace=False):
         copy = bytearray(whole)
@@ -488,7 +675,7 @@ def test_the_shared_odd_files_are_read_like_the_good_one_or_refused(shared):
     folder = shared / "eeg" / "odd"
     right = microvolts(prepare(folder / "00_ok.edf"))
     refused = ("01", "02", "03", "06", "09", "11", "13", "15", "18", "19", "21", "37", "38")
-    differs = ("20", "28", "30", "32", "33", "35")       # other channels, rates or lengths
+    differs = ("20", "28", "30", "32", "33", "35")  # other channels, rates or lengths
     for path in sorted(folder.glob("*.edf")):
         if path.name[:2] in refused:
             refusal(path)
@@ -498,6 +685,7 @@ def test_the_shared_odd_files_are_read_like_the_good_one_or_refused(shared):
             np.testing.assert_allclose(x, right, atol=0.1, err_msg=path.name)
     assert abs(microvolts(prepare(folder / "35_512Hz.edf")) - right)[:, 2000:-2000].mean() < 1
     kept = [i for i, n in enumerate(NAMES) if n not in ("Fz", "Pz")]
-    np.testing.assert_allclose(microvolts(prepare(folder / "20_missing_Fz_Pz.edf"))[kept], right[kept],
-                               atol=0.1)
+    np.testing.assert_allclose(
+        microvolts(prepare(folder / "20_missing_Fz_Pz.edf"))[kept], right[kept], atol=0.1
+    )
     assert prepare(folder / "37_bipolar_CHB_names_T8-P8_twice.edf", "bipolar").repaired == ""

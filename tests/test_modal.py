@@ -49,10 +49,10 @@ class Runs:
     def attempt(self, *attempts, sends=None, seconds=0.0, crash_at=0):
         """One process that makes `attempts`, each [launch, resume, fresh]: how each ended, and its log.
 
-        sends: a signal, sent once the log tells of step 5."""
+        sends: a signal, sent once the log tells of step 5; the toy waits there for it."""
         config = {section: dict(values) for section, values in modal_trial.CONFIG.items()}
         config["experiment"]["results"] = str(self.results)
-        config["toy"] |= {"seconds": seconds, "crash_at": crash_at}
+        config["toy"] |= {"seconds": seconds, "crash_at": crash_at, "hold": 5 if sends else 0}
         command = [sys.executable, "-u", "-c", DRIVER, json.dumps(config), json.dumps(attempts)]
         process = subprocess.Popen(command, cwd=self.trial.project, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import math
 import os
 import re
@@ -24,7 +25,7 @@ import config
 import data
 import train
 from conftest import ROOT
-from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, wait_for
+from helpers import LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 from model import SMALL
 
 
@@ -93,14 +94,14 @@ def test_five_cuts_in_one_run_by_different_signals_leave_no_trace(corpus, refere
 
 def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_ends_the_same(corpus, reference, tmp_path):
     loaded(corpus, tmp_path)
-    for text in ("batch 2/", "batch 4/", "epoch 1/2: auroc"):
-        process = spawn(tmp_path / "config.yaml", "--resume")
-        wait_for(process, text)
+    for place in (("after_step", 2), ("score", 2), ("after_step", 2)):
+        process = spawn(tmp_path / "config.yaml", "--resume", held=(*place, tmp_path / "never"))
+        wait_for(process, "held")
         process.kill()
         process.wait()
     process = spawn(tmp_path / "config.yaml", "--resume")
     lines = wait_for(process, "resumed: epoch")
-    assert process.communicate()[0] is not None and process.returncode == 0
+    assert rest(process) is not None and process.returncode == 0
     assert any("resume: chose" in line for line in lines)
     assert_same_run(tmp_path, reference)
 
@@ -131,13 +132,104 @@ def test_when_every_file_is_damaged_the_run_starts_afresh_and_keeps_the_old_file
 
 # ---- stopping ----
 
-def test_a_second_signal_exits_at_once(corpus, tmp_path):
+HELD = "train.Trainer.save_mid = lambda self: (print('holding', flush=True), time.sleep(600))"
+
+
+def test_a_second_signal_exits_at_once_when_it_comes_a_second_after_the_first(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__epochs=500)
+    process = spawn_hooked(tmp_path / "config.yaml", HELD, minutes="30")
+    wait_for(process, "batch 1/")
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, "holding")
+    time.sleep(1.2)
+    process.send_signal(signal.SIGTERM)
+    rest(process)
+    assert process.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("first, second, apart", [(signal.SIGHUP, signal.SIGHUP, 0.002), (signal.SIGTERM, signal.SIGHUP, 0.02)])
+def test_two_signals_within_milliseconds_are_one_wish_and_the_save_is_made(corpus, tmp_path, first, second, apart):
     loaded(corpus, tmp_path, training__epochs=500)
     process = spawn(tmp_path / "config.yaml", minutes="30")
     wait_for(process, "batch 1/")
-    process.send_signal(signal.SIGTERM), process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    process.send_signal(first)
+    time.sleep(apart)
+    process.send_signal(second)
+    out = rest(process)
+    assert process.returncode == 128 + first and f"stopped by {first.name}, saved" in out, out
+    assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] >= 1
+
+
+def test_a_signal_inherited_as_ignored_stays_ignored(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__epochs=500)
+    process = spawn(tmp_path / "config.yaml", minutes="30", ignored=[signal.SIGHUP])
+    wait_for(process, "batch 1/")
+    process.send_signal(signal.SIGHUP)
+    wait_for(process, "epoch 2/")
+    process.send_signal(signal.SIGTERM)
+    out = rest(process)
+    assert process.returncode == 128 + signal.SIGTERM and "SIGHUP" not in out
+
+
+def test_the_last_line_of_a_stopped_run_is_the_command_that_continues_it(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__epochs=500)
+    process = spawn(tmp_path / "config.yaml", "--set", "training.epochs=9")
+    wait_for(process, "batch 1/")
+    process.send_signal(signal.SIGINT)
+    out = rest(process)
+    config_path = tmp_path / "config.yaml"
+    assert f"to go on: python train.py --config {config_path} --resume --set training.epochs=9" in out
+
+
+def test_ctrl_c_while_the_imports_run_is_one_line(tmp_path):
+    """The first module that train.py imports after the standard library says that it is imported."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    process = spawn(tmp_path / "config.yaml", PYTHONPATH=str(tmp_path))
+    wait_for(process, "importing")
+    process.send_signal(signal.SIGINT)
+    out = rest(process)
+    assert process.returncode == 130 and out.strip() == "train.py: stopped by SIGINT before training began"
+
+
+STUCK = """
+import ctypes
+original = train.Trainer.train_step
+def stuck(self, *arguments):
+    if self.step == 3:
+        ctypes.CDLL(None).sleep(600)
+    return original(self, *arguments)
+train.Trainer.train_step = stuck
+"""
+
+
+def test_a_step_that_hangs_in_c_ends_the_run_with_70_and_says_where_it_stood_and_a_resume_ends_the_same(
+        corpus, reference, tmp_path):
+    loaded(corpus, tmp_path, training__hang_minutes=0.2)
+    process = spawn_hooked(tmp_path / "config.yaml", STUCK)
+    out = rest(process)
+    assert process.returncode == 70, out
+    for text in (out, (tmp_path / "t/hang.txt").read_text(), (tmp_path / "t/log.txt").read_text()):
+        assert "it was in a step; last done: " in text and "epoch 1, batch 3 of 5, step 3, last save: mid_epoch_001_00000" in text
+        assert "(most recent call first)" in text and "in stuck" in text
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert_same_run(tmp_path, reference)
+
+
+def test_the_time_limit_leaves_room_for_the_slowest_save_seen(corpus, tmp_path):
+    """Two hours are left when the first save turns out to take an hour and a half, the next step two minutes."""
+    slow = """
+original = train.Trainer.late
+def late(self):
+    if self.step == 2:
+        self.home.saver.slowest = 5400.0
+        self.slowest = 2000.0
+    return original(self)
+train.Trainer.late = late
+"""
+    loaded(corpus, tmp_path, training__time_limit_hours=2.0)
+    process = spawn_hooked(tmp_path / "config.yaml", slow)
+    out = rest(process)
+    assert process.returncode == 75 and "batch 2/" in out and "batch 3/" not in out, out
 
 
 def test_the_time_limit_saves_exits_75_and_the_resumed_run_ends_the_same(corpus, reference, tmp_path, capsys):
@@ -198,7 +290,7 @@ def test_a_terminal_that_dies_like_a_killed_tmux_session_loses_at_most_the_step_
     if pid == 0:
         os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    seen, end = b"", time.monotonic() + 60
+    seen, end = b"", time.monotonic() + LIMIT
     while b"loss=" not in seen:                                             # the progress bar after a first step
         seen += os.read(master, 4096)
         assert time.monotonic() < end, seen[-2000:]
@@ -217,6 +309,20 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small tmpfs needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_run_whose_results_folder_is_lost_goes_on_from_the_mirror_and_ends_as_if_nothing_had_been(corpus, reference, tmp_path):
+    mirrored = loaded(corpus, tmp_path / "results", training__mirror=str(tmp_path / "nas"))
+    with cut_at(13):
+        assert train.run(mirrored) == 128 + signal.SIGTERM
+    shutil.rmtree(tmp_path / "results")
+    with pytest.raises(train.Refused, match="holds another run of this name"):      # one that begins must not replace it
+        train.run(mirrored)
+    assert train.run(mirrored, "true") == 0
+    assert_same_run(tmp_path / "results", reference)
+    with cut_at(3):
+        train.run(mirrored, fresh=True)
+    assert (tmp_path / "nas/t.1/checkpoints/last.pt").exists() and (tmp_path / "nas/t/metrics.jsonl").exists()
 
 
 def fill(place):
@@ -396,7 +502,7 @@ def test_a_kill_while_the_synthetic_recordings_are_made_or_imported_costs_only_t
         process.kill()
         process.communicate()
     process = spawn(tmp_path / "config.yaml", "--resume")
-    out = process.communicate()[0]
+    out = rest(process)
     assert process.returncode == 0 and "names," in out, out
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [".lock", "h5", "h5_edf"]
 
@@ -417,6 +523,84 @@ def test_without_resume_a_directory_with_checkpoints_is_refused_and_fresh_moves_
         train.run(config)
     assert train.run(config, fresh=True) == 0
     assert (tmp_path / "t.1/checkpoints/last.pt").read_bytes() == before and (tmp_path / "t/checkpoints/last.pt").exists()
+
+
+def test_a_bad_environment_is_refused_before_fresh_moves_anything(corpus, tmp_path, capsys, monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=1)
+    assert train.run(config) == 0
+    monkeypatch.setenv("BGB_MID_EPOCH_KEEP", "some")
+    with pytest.raises(train.Refused, match="BGB_MID_EPOCH_KEEP='some' must be a whole number"):
+        train.run(config, fresh=True)
+    assert (tmp_path / "t/checkpoints/last.pt").exists() and not (tmp_path / "t.1").exists()
+
+
+@pytest.mark.parametrize("resume, message", [("false", "already holds checkpoints"), ("TYPO.pt", "TYPO.pt: No such file")])
+def test_what_was_refused_is_refused_again_when_torchrun_restarts_it(corpus, tmp_path, monkeypatch, resume, message):
+    config = loaded(corpus, tmp_path, training__epochs=1)
+    assert train.run(config) == 0
+    (tmp_path / "t/started.json").write_text('"another launch"')
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    before = (tmp_path / "t/metrics.jsonl").read_bytes()
+    with pytest.raises(train.Refused, match=message):
+        train.run(config, resume)
+    assert (tmp_path / "t/metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_started_from_weights_alone_has_a_new_optimizer_and_names_their_hash(corpus, tmp_path, capsys):
+    assert train.run(loaded(corpus, tmp_path / "first", training__epochs=1)) == 0
+    source = tmp_path / "first/t/checkpoints/best.pt"
+    tuned = loaded(corpus, tmp_path / "tuned", training__epochs=1, training__init=str(source), training__learning_rate=0.0)
+    assert train.run(tuned) == 0
+    state = last(tmp_path / "tuned")
+    assert same(state["model"], checkpoint.load(source)["model"]) and state["global_step"] == 5
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert state["config"]["training"]["init_sha256"] == digest
+    assert yaml.safe_load((tmp_path / "tuned/t/config.yaml").read_text())["training"]["init_sha256"] == digest
+    source.unlink()                         # a resume needs it no more
+    more = loaded(corpus, tmp_path / "tuned", training__epochs=2, training__init=str(source), training__learning_rate=0.0)
+    assert train.run(more, "true") == 0
+    assert last(tmp_path / "tuned")["config"]["training"]["init_sha256"] == digest
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"node_width": 16, "node_headdim": 16}, "is (.*) in it and (.*) in the model of this configuration"), (None, "holds no weights")])
+def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_begun(corpus, tmp_path, change, message):
+    path = tmp_path / "weights.pt"
+    net = train.model.build(19, SMALL | (change or {}))
+    checkpoint.atomic_save({"model": net.state_dict()} if change else {"x": 1}, path)
+    with pytest.raises(train.Refused, match=message):
+        train.run(loaded(corpus, tmp_path, training__init=str(path)))
+    assert not (tmp_path / "t").exists()
+
+
+def test_weights_of_other_channels_are_refused_with_both(corpus, tmp_path):
+    path = tmp_path / "weights.pt"
+    checkpoint.atomic_save({"model": train.model.build(18, SMALL).state_dict(), "channels": ["F7-T3"] * 18}, path)
+    with pytest.raises(train.Refused, match=r"its 18 channels \(F7-T3 ...\) are not the 19 of"):
+        train.run(loaded(corpus, tmp_path, training__init=str(path)))
+
+
+def test_the_log_file_holds_every_printed_line_over_resumes(corpus, tmp_path, capsys):
+    with cut_at(3):
+        train.run(loaded(corpus, tmp_path))
+    train.run(loaded(corpus, tmp_path), "true")
+    out = capsys.readouterr().out
+    assert (tmp_path / "t/log.txt").read_text() == out
+    assert re.search("^validation of epoch 1: loss [^,]+, auroc .*sensitivity_at_1fa ", out, re.M)
+    assert "of the epoch, " in out and "of the run" in out and "a balanced draw from" in out
+
+
+def test_curves_are_drawn_after_each_validation(corpus, tmp_path, capsys):
+    with cut_at(9):                         # in the second epoch
+        train.run(loaded(corpus, tmp_path))
+    assert last(tmp_path)["epoch"] == 1 and (tmp_path / "t/curves.png").stat().st_size > 1000
+
+
+def test_raised_epochs_say_to_which_learning_rate_a_finished_run_jumps(corpus, tmp_path, capsys):
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    assert train.run(loaded(corpus, tmp_path, training__epochs=2), "true") == 0
+    assert re.search("the learning rate jumps from 0.00e[+]00 to 5.*e-04", capsys.readouterr().out)
 
 
 def test_resume_from_a_file_becomes_the_line_that_later_resumes_follow(corpus, tmp_path, capsys):

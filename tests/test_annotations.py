@@ -1,0 +1,432 @@
+"""annotations.py: which seizures a label file or an EDF+ marks, and what is refused. Real files."""
+
+import numpy as np
+import pytest
+
+import data
+import edf
+from annotations import (
+    Texts,
+    finish,
+    parse_annotations,
+    parse_csv,
+    parse_events_tsv,
+    parse_seizeit,
+    parse_siena,
+    parse_summary,
+    read_beside,
+    read_text,
+    release,
+    siena_times,
+    summary_labels,
+)
+from conftest import CSV, HEAD, command, imported, mark, plus, said, tsv, write_edf
+
+# ---- label files ----
+
+
+def test_szcore_events(shared):
+    good = tsv(
+        (20, 2, "sz"), (5, 10, "sz_foc_ia_nm"), (8, 12, "sz_gen_m_tonicClonic"), (0, 30, "bckg")
+    )
+    for text in (good, good.replace("\n", "\r\n"), "\ufeff" + good):
+        text = text.encode().decode("utf-8-sig").replace("\r\n", "\n")
+        np.testing.assert_array_equal(finish(parse_events_tsv(text), 30.0), [[5, 22]])
+    for row, reason in (
+        ((5, 2, "spkz"), "spkz"),
+        ((5, -2, "sz"), "lasts -2"),
+        ((5, 0, "sz"), "lasts 0"),
+        ((-1, 2, "sz"), "-1"),
+        (("n/a", 2, "sz"), "not a number"),
+        (("5,5", 2, "sz"), "not a number"),
+        ((5, "nan", "sz"), "number"),
+        ((5, 2, "sz_"), "sz_"),
+        ((5, 2, "SZ"), "SZ"),
+        ((5,), "incomplete"),
+    ):
+        with pytest.raises(edf.DataError, match=reason):
+            parse_events_tsv(tsv(row))
+    with pytest.raises(edf.DataError, match="no row"):
+        parse_events_tsv(HEAD)
+    with pytest.raises(edf.DataError, match="eventType"):
+        parse_events_tsv("onset\tduration\n1\t2\n")
+    with pytest.raises(edf.DataError, match="impedance"):
+        parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
+    assert "impedance test" in parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
+
+
+def test_a_lone_quote_swallows_no_event():
+    text = tsv((5, 2, "sz", 1, '"Fp1'), (10, 2, "sz"))
+    assert parse_events_tsv(text).events == [(5, 7), (10, 12)]
+
+
+def test_label_files_that_were_cut_or_contradict_themselves_are_refused():
+    for text in (tsv((5, 2, "sz"), (9, 2, "sz", 1))[:-1], tsv((5, 2, "sz", 1, "n/a"))[:-2]):
+        with pytest.raises(edf.DataError, match="incomplete row"):
+            parse_events_tsv(text)
+    with pytest.raises(edf.DataError, match="incomplete row"):
+        parse_csv(CSV.format("30") + "TERM,5,9,seiz")
+    with pytest.raises(edf.DataError, match="60 s and 30 s"):
+        parse_events_tsv(tsv((5, 2, "sz", 1, "n/a", "n/a", 60), (5, 2, "sz", 1, "n/a", "n/a", 30)))
+    with pytest.raises(edf.DataError, match="not a number"):
+        parse_events_tsv(tsv(("9" * 5000, 2, "sz")))
+
+
+def test_events_beyond_the_end_are_cut_and_said_or_refused():
+    labels = parse_events_tsv(tsv((25, 50, "sz")))
+    np.testing.assert_array_equal(finish(labels, 30.0), [[25, 30]])
+    assert "cut at the recording's end" in labels.notes[0]
+    with pytest.raises(edf.DataError, match="beyond"):
+        finish(parse_events_tsv(tsv((31, 5, "sz"))), 30.0)
+    with pytest.raises(edf.DataError, match="not the same recording"):
+        finish(parse_events_tsv(tsv((1, 5, "sz", 1, "n/a", "n/a", "600.00"))), 30.0)
+
+
+def test_tusz_labels():
+    text = (
+        CSV.format("30.0000")
+        + "TERM,0.0,10.0,bckg,1\nTERM,10.0,15.0,seiz,1\nTERM,15.0,30.0,bckg,1\n"
+    )
+    np.testing.assert_array_equal(finish(parse_csv(text), 30.0), [[10, 15]])
+    union = (
+        CSV.format("30.0")
+        + "FP1-F7,5,9,fnsz,1\nF7-T3,7,12,gnsz,1\nT3-T5,0,30,bckg,1\nF3-C3,20,21,tcsz,1\n"
+    )
+    np.testing.assert_array_equal(finish(parse_csv(union), 30.0), [[5, 12], [20, 21]])
+    for rows, reason in (
+        ("TERM,15,10,seiz,1\n", "from 15 s to 10 s"),
+        ("TERM,1,2,musc,1\n", "musc"),
+        ("", "no row"),
+        ("TERM,0,30,bckg,1\nTERM,5,9,seiz,1\n", "overlaps"),
+        ("TERM,a,9,seiz,1\n", "not a number"),
+    ):
+        with pytest.raises(edf.DataError, match=reason):
+            parse_csv(CSV.format("30") + rows)
+    with pytest.raises(edf.DataError, match="not the same"):
+        finish(parse_csv(text), 300.0)
+
+
+def test_the_shared_odd_labels(shared):
+    """What each of the odd label files gives for the 30 s recording: events, or a refusal."""
+    right = {
+        "00": [[10, 15]],
+        "01": [[25, 30]],
+        "03": [[5, 20]],
+        "04": [[5, 7], [20, 22]],
+        "09": [[10, 15]],
+        "20": [[10, 15]],
+        "21": [[10, 15]],
+        "24": np.empty((0, 2)),
+        "06": None,
+        "07": None,
+        "08": None,
+        "12": None,
+        "23": None,
+    }
+    for path in sorted((shared / "eeg" / "odd" / "labels").iterdir()):
+        if right[path.name[:2]] is None:
+            with pytest.raises(edf.DataError):
+                read_beside(path, None)
+        else:
+            found = finish(read_beside(path, None), 30.0)
+            np.testing.assert_array_equal(found, right[path.name[:2]], path.name)
+
+
+def test_chb_summaries_in_both_forms(shared):
+    folder = shared / "eeg" / "layouts" / "chbmit"
+    five = parse_summary(read_text(folder / "chb05" / "chb05-summary.txt"))
+    assert len(five) == 39 and summary_labels(five["chb05_06.edf"]).events == [(417.0, 532.0)]
+    assert summary_labels(five["chb05_01.edf"]).events == []
+    eight = parse_summary(read_text(folder / "chb08" / "chb08-summary.txt"))
+    assert summary_labels(eight["chb08_02.edf"]).events == [(2670.0, 2841.0)]
+    total = [summary_labels(blocks).events for files in (five, eight) for blocks in files.values()]
+    assert sum(map(len, total)) == 10
+    block = (
+        " a.edf\nNumber of Seizures in File: {}\nSeizure 1 Start Time:   3 seconds\n"
+        "Seizure 1 End Time: 9 seconds\n"
+    )
+    with pytest.raises(edf.DataError, match="2 seizures announced"):
+        summary_labels([block.format(2)])
+    no_clock = summary_labels([block.format(1).replace(" 1 ", " ")])
+    assert no_clock.events == [(3.0, 9.0)] and no_clock.seconds is None
+
+
+def test_siena_lists_are_read_over_midnight_and_contradictions_refused(shared):
+    folder = shared / "eeg" / "layouts" / "siena"
+    files = parse_siena(read_text(folder / "PN00" / "Seizures-list-PN00.txt"))
+    assert sorted(files) == [f"PN00-{i}.edf" for i in range(1, 6)]
+    assert siena_times(files["PN00-1.edf"][0], "") == (70773, 2605.0, 1143.0, 1213.0)
+    with pytest.raises(
+        edf.DataError, match="a seizure from 765 s to 4425 s in a recording of 2489 s"
+    ):
+        siena_times(files["PN00-3.edf"][0], "PN00-3")  # the list itself is wrong there
+    night = parse_siena(read_text(folder / "PN16" / "Seizures-list-PN16.txt"))
+    assert siena_times(night["PN16-1.edf"][0], "")[1:] == (8270.0, 7184.0, 7307.0)
+    over = {
+        "registration start": "23.00.00",
+        "registration end": "01.00.00",
+        "start": "00.10.00",
+        "end": "00:11:30",
+    }
+    assert siena_times(over, "") == (82800, 7200.0, 4200.0, 4290.0)
+    with pytest.raises(edf.DataError, match="not a time"):
+        siena_times({**over, "end": "0011"}, "")
+
+
+def test_seizeit_annotations(shared):
+    text = (shared / "eeg" / "layouts" / "seizeit" / "P_ID64" / "P_ID64_r3_a1.tsv").read_text()
+    assert parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
+    assert parse_seizeit("# Source: SeizeIt1\n \n").events == []
+    with pytest.raises(edf.DataError, match="no end"):
+        parse_seizeit("8971\tNone\tFIA\tHem:L\n")
+
+
+# ---- texts inside an EDF+ ----
+
+
+def test_annotations_inside_edf_plus_label_a_recording(tmp_path):
+    """A text with a duration, a pair, a bare text with an end, several of them, a text that says
+    background."""
+    cases = {
+        "duration": ({2: mark(2, "Seizure", 3)}, [[2, 5]]),
+        "pair": ({1: mark(1, "Seizure start"), 6: mark(6, "SEIZURE END")}, [[1, 6]]),
+        "bare": ({1: mark(1.5, "sz"), 6: mark(6.25, "sz_end")}, [[1.5, 6.25]]),
+        "numbered": (
+            {1: mark(1, "Seizure 1 onset"), 3: mark(3, "seizure 1 offset"), 5: mark(5, "sz 2", 2)},
+            [[1, 3], [5, 7]],
+        ),
+        "ilae": ({2: mark(2, "sz_foc_ia_nm", 3), 3: mark(3, "fnsz", 4)}, [[2, 7]]),
+        "german": ({1: mark(1, "Anfall Beginn"), 6: mark(6, "Anfall Ende")}, [[1, 6]]),
+        "none": ({1: mark(1, "background")}, []),
+    }
+    for name, (texts, _) in cases.items():
+        plus(tmp_path / "src" / f"{name}_1.edf", range(10), "EDF+C", texts)
+    plus(tmp_path / "src" / "quiet_1.edf", range(10), "EDF+C", {1: mark(1, "eyes open")})
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert not report.refused and report.unlabelled == 1
+    assert (
+        "1 x 'eyes open'" in text
+        and "--seizure-label TEXT" in text
+        and "seizure start" not in text.lower()
+    )
+    recordings = {r.patient: r for r in data.open_corpus(tmp_path / "out")}
+    for name, (_, events) in cases.items():
+        assert recordings[name].labelled and recordings[name].events.tolist() == events, name
+    assert not recordings["quiet"].labelled
+    again, text = said(tmp_path / "src", tmp_path / "out")
+    assert again.kept == 8 and "1 x 'eyes open'" in text
+
+
+@pytest.mark.parametrize(
+    "texts, why",
+    [
+        ({2: mark(2, "seizure")}, "'seizure' at 2 s has no end"),
+        ({2: mark(2, "seizure end")}, "'seizure end' at 2 s has no start"),
+        (
+            {2: mark(2, "sz start"), 4: mark(4, "sz start"), 6: mark(6, "sz end")},
+            "'sz start' at 2 s has no end",
+        ),
+        ({2: mark(2, "sz", 0)}, "'sz' at 2 s has no end"),
+        ({2: mark(2, "sz", 3) + b"+x"}, "record 3 cannot be read"),
+        ({2: mark(-2, "sz", 3)}, "event from -2 s"),
+        ({2: mark(20, "sz", 3)}, "beyond the recording's 10 s"),
+    ],
+)
+def test_annotations_that_contradict_themselves_leave_a_recording_unlabelled_and_are_said(
+    tmp_path, texts, why
+):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", texts)
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert report.unlabelled == 1 and why in text
+    assert not data.open_corpus(tmp_path / "out")[0].labelled
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no seizure",
+        "Seizure?",
+        "possible seizure",
+        "post seizure",
+        "seizure meds given",
+        "sz detected by software",
+        "seizures",
+        "szene",
+    ],
+)
+def test_texts_that_speak_of_seizures_are_not_taken_for_one(tmp_path, text):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, text, 3)})
+    imported(tmp_path / "src", tmp_path / "out")
+    r = data.open_corpus(tmp_path / "out")[0]
+    assert r.labelled == (text == "no seizure") and not len(r.events)
+
+
+def test_texts_given_by_the_user_label_and_a_change_of_them_is_noticed(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    plus(src / "a.edf", range(10), "EDF+C", {2: mark(2, "EVENT red-button", 3)})
+    plus(src / "b.edf", range(10), "EDF+C", {1: mark(1, "on set"), 4: mark(4, "off set")})
+    plus(src / "c.edf", range(10), "EDF+C", {0: mark(0, "Reviewed")})
+    write_edf(src / "d.edf", 10)
+    (src / "d_events.tsv").write_text(tsv((2, 3, "sz")))
+    assert said(src, out)[0].unlabelled == 3
+    done = command(
+        "import",
+        src,
+        out,
+        "--seizure-label",
+        "event Red-Button",
+        "--seizure-label",
+        "On Set..Off Set",
+        "--background-label",
+        "reviewed",
+        "--background-label",
+        "never there",
+    )
+    assert (
+        done.returncode == 0 and "3 read, 0 repaired, 1 already there" in done.stdout
+    ), done.stdout
+    assert "hint: no EDF+ annotation is 'never there'" in done.stdout
+    assert [r.events.tolist() for r in data.open_corpus(out)] == [[[2, 5]], [[1, 4]], [], [[2, 5]]]
+    assert all(r.labelled for r in data.open_corpus(out))
+    for seizure, background in (
+        ("a..a", []),
+        ("", []),
+        ("x..y..z", []),
+        ("a b", ["A_B"]),
+        ("..b", []),
+        ("a", ["-"]),
+    ):
+        with pytest.raises(edf.DataError, match="-label"):
+            imported(src, out, seizure_labels=[seizure], background_labels=background)
+
+
+def test_an_annotation_file_beside_an_edf_plus_counts_alone(tmp_path):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, "sz", 3)})
+    (tmp_path / "src" / "a_events.tsv").write_text(tsv((6, 1, "sz")))
+    imported(tmp_path / "src", tmp_path / "out")
+    assert data.open_corpus(tmp_path / "out")[0].events.tolist() == [[6, 7]]
+
+
+def test_a_long_list_of_texts_does_not_swell_the_table_or_the_file(tmp_path):
+    plus(
+        tmp_path / "src" / "a.edf",
+        range(200),
+        "EDF+C",
+        {i: mark(i, f"note {i}" + "x" * 30) for i in range(200)},
+    )
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert not report.refused and "and 80 other texts" in text and len(text.splitlines()) < 30
+
+
+def test_label_files_of_other_editors_are_read(tmp_path):
+    for k, encoding in enumerate(("utf-8", "utf-8-sig", "utf-16", "utf-16-be", "latin-1")):
+        path = tmp_path / f"{k}_events.tsv"
+        text = tsv((2, 3, "sz", 1, "F\xfc"))
+        path.write_bytes((b"\xfe\xff" if encoding == "utf-16-be" else b"") + text.encode(encoding))
+        assert read_beside(path, None).events == [(2, 5)], encoding
+
+
+def test_any_list_of_annotations_gives_right_events_none_or_a_reason():
+    """Events lie inside the recording, are disjoint and sorted, and each begins where a text of a
+    seizure does; every seizure that has a duration lies inside one."""
+    rng, read = np.random.default_rng(0), 0
+    kinds = (
+        "sz",
+        "seizure start",
+        "seizure end",
+        "bckg",
+        "eyes open",
+        "fnsz",
+        "Seizure 2",
+        "end of seizure",
+    )
+    for _ in range(2000):
+        found = [
+            (
+                float(rng.choice([rng.uniform(-1, 25), rng.integers(20)])),
+                rng.choice([None, 0.0, rng.uniform(0, 9)]),
+                str(rng.choice(kinds)),
+            )
+            for _ in range(rng.integers(1, 6))
+        ]
+        try:
+            labels = parse_annotations(found, Texts())
+            if labels is None:
+                assert all(text == "eyes open" for _, _, text in found)
+                continue
+            events = finish(labels, 20.0)
+        except edf.DataError as reason:
+            assert str(reason)
+            continue
+        read += len(events)
+        assert (
+            (events[:, 0] >= 0).all()
+            and (events[:, 1] <= 20).all()
+            and (events[:, 0] < events[:, 1]).all()
+        )
+        assert (events[1:, 0] > events[:-1, 1]).all()
+        assert set(events[:, 0]) <= {
+            onset for onset, _, text in found if text not in ("bckg", "eyes open")
+        }
+        for onset, duration, text in found:
+            if duration and text in ("sz", "fnsz", "Seizure 2"):
+                assert any(
+                    begin <= onset and min(onset + duration, 20) <= end for begin, end in events
+                )
+    assert read > 200
+
+
+def test_any_bytes_among_the_annotations_are_read_or_said_never_a_traceback(tmp_path):
+    rng, pieces = np.random.default_rng(0), [
+        b"+1",
+        b"-",
+        b"\x14",
+        b"\x15",
+        b"\0",
+        b"sz",
+        b"2.5",
+        b" ",
+        b"\xff",
+        b"\n",
+    ]
+    for _ in range(300):
+        raw = b"".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(1, 12)))
+        header = edf.read_header(plus(tmp_path / "a.edf", range(2), "EDF+C", {1: raw}))
+        try:
+            found = edf.read_annotations(header)
+        except edf.DataError as reason:
+            assert "cannot be read" in str(reason)
+            continue
+        assert all(text and "\x14" not in text and "\n" not in text for _, _, text in found), raw
+
+
+# ---- the corpus's own version ----
+
+
+def test_versions_of_other_corpora_and_files_that_say_nothing(tmp_path):
+    for name, wanted in (
+        ("siena-scalp-eeg-database-1.0.0", "version 1.0.0"),
+        ("mine", ""),
+        ("2024-01.02", ""),
+    ):
+        (tmp_path / name).mkdir()
+        assert release(tmp_path / name, []) == wanted, name
+    for content, wanted in (
+        ("Mine, 2024-01-02, 20199999", ""),
+        (
+            "Version 1.4 of 20240103 and 20249999",
+            "version 1.4, newest date in its README 2024-01-03",
+        ),
+    ):
+        (tmp_path / "mine" / "README.md").write_text(content)
+        assert release(tmp_path / "mine", []) == wanted, content
+    bids = tmp_path / "bids"
+    bids.mkdir()
+    for content, wanted in (
+        ('{"Name": "Own\\nset", "DatasetVersion": "1.2"}', "Own set 1.2"),
+        ("{half", ""),
+        ("[]", ""),
+        ('{"BIDSVersion": "1.8"}', ""),
+    ):
+        (bids / "dataset_description.json").write_text(content)
+        assert release(bids, []) == wanted, content

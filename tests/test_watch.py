@@ -1,0 +1,88 @@
+"""The watchdog: what stands still ends with exit code 70 and its stacks; what is slow or was stopped does not."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+
+START = """
+import ctypes, sys, time
+sys.path.insert(0, sys.argv[1])
+from watch import Watchdog
+minutes, path = float(sys.argv[2]) / 60, sys.argv[3]
+say = lambda line, every=False: print(line, flush=True)
+"""
+STUCK = START + """
+with Watchdog(minutes, path, say) as watch:
+    watch.facts = lambda: "step 7"
+    watch.did("step")
+    with watch.during("waiting for data"):
+        ctypes.CDLL(None).sleep(600)
+"""
+BUSY = START + """
+with Watchdog(minutes, path, say) as watch:
+    for step in range(int(sys.argv[4])):
+        print("step", step, flush=True)
+        time.sleep(0.05)
+        watch.did("step")
+"""
+SLOW = START + """
+with Watchdog(minutes, path, say) as watch:
+    for seconds in (0.9, 0.9, 4.0):             # the last one is four times the limit
+        time.sleep(seconds)
+        watch.did("step")
+"""
+EXCUSED = START + """
+with Watchdog(minutes, path, say) as watch:
+    with watch.excused():
+        time.sleep(5)
+"""
+
+
+def start(code, tmp_path, *arguments):
+    command = [sys.executable, "-c", code, str(ROOT), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_main_thread_stuck_in_c_ends_with_70_and_every_stack_in_the_log_and_the_file(tmp_path):
+    process = start(STUCK, tmp_path, 1.0, tmp_path / "hang.txt")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 70, out
+    for text in (out, (tmp_path / "hang.txt").read_text()):
+        assert "it was waiting for data; last done: step; step 7" in text
+        assert text.count("(most recent call first)") >= 2 and f"process id {process.pid}" in text
+
+
+def test_a_report_that_cannot_be_written_does_not_keep_the_process_alive(tmp_path):
+    process = start(STUCK, tmp_path, 1.0, tmp_path / "gone" / "hang.txt")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 70 and "it was waiting for data" in out
+
+
+def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
+    process = start(BUSY, tmp_path, 3.0, tmp_path / "hang.txt", 40)
+    while "step 3" not in process.stdout.readline():
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(8)
+    os.kill(process.pid, signal.SIGCONT)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "step 39" in out and not (tmp_path / "hang.txt").exists()
+
+
+def test_the_limit_grows_to_ten_times_the_slowest_step(tmp_path):
+    process = start(SLOW, tmp_path, 1.0, tmp_path / "hang.txt")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out
+
+
+@pytest.mark.parametrize("code", [STUCK, EXCUSED], ids=["off", "another process is waited for"])
+def test_nothing_ends_a_process_that_is_not_watched(tmp_path, code):
+    limit = 0.0 if code is STUCK else 1.0
+    process = start(code.replace("sleep(600)", "sleep(3)"), tmp_path, limit, tmp_path / "hang.txt")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out
