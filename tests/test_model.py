@@ -441,6 +441,7 @@ def test_a_training_step_launches_at_most_1500_kernels_and_touches_under_5_gb_a_
     assert 1e9 < launches.bytes < 5e9
 
 
+@pytest.mark.slow
 def test_compiled_forward_and_backward_are_one_graph_without_a_break():
     net, x = tiny(tcn_blocks=1), torch.randn(2, 4, 1024)
     plain = tiny(tcn_blocks=1)
@@ -456,6 +457,15 @@ def test_compiled_forward_and_backward_are_one_graph_without_a_break():
     assert counter.frame_count == 1
     for p, q in zip(net.parameters(), plain.parameters()):
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_layer_has_the_gradients_of_an_eager_one():
+    stack, x = v3.Mamba2(8, layers=1, state=4, headdim=8), torch.randn(2, 24, 8)
+    compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
+    inputs = list(stack.parameters())
+    eager = torch.autograd.grad(stack(x).square().sum(), inputs)
+    for one, other in zip(eager, torch.autograd.grad(compiled(x).square().sum(), inputs)):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_under_compile_makes_one_graph_though_its_last_batch_is_smaller(small_corpus, tmp_path, monkeypatch, capfd):
