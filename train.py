@@ -47,10 +47,12 @@ import synth
 from checkpoint import Signals
 from config import Refused, describe, load as load_config
 from machine import Console, Group, autocast, device_name, place, prepare_torch
-from records import Failed, Home, Log, fault, holds_checkpoints, move_aside, run_directory, tolerated
+from records import (Failed, Home, Log, fault, has_run, holds_checkpoints, move_aside, run_directory,
+                     tolerated)
 from watch import Watchdog
 
 MAX_NONFINITE = 50                      # steps in a row
+TIE = "average_precision"               # decides between epochs whose best_metric is the same
 
 
 # ---- the loop ----
@@ -398,10 +400,15 @@ class Trainer:
     def end_epoch(self, summary):
         """Metric, early stopping and checkpoints of the finished epoch; then the next one begins."""
         name = self.settings["best_metric"]
-        value = float(summary[name])
-        improved = checkpoint.better(value, self.stopping["value"], evaluate.METRICS[name])
+        value, tie = float(summary[name]), float(summary[TIE])
+        tied = value == self.stopping["value"]
+        if tied:                        # a small set gives the same event F1 over and over
+            improved = checkpoint.better(tie, self.stopping.get("tie"))
+        else:
+            improved = checkpoint.better(value, self.stopping["value"], evaluate.METRICS[name])
         if improved:
-            self.stopping = {"metric": name, "value": value, "epoch": self.epoch, "waited": 0}
+            self.stopping = {"metric": name, "value": value, "tie": tie, "epoch": self.epoch,
+                             "waited": 0}
         else:
             self.stopping["waited"] += 1
         self.summary, self.scores = summary, {}
@@ -411,10 +418,12 @@ class Trainer:
         with self.watch.during("in a save"):
             state = self.pack()
             if self.group.main:
-                self.home.save_epoch(state, value, name)
+                self.home.save_epoch(state, value, name, tie)
         self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         rank = "the best so far"
+        if improved and tied:
+            rank += f": as good as before, with a better {TIE}"
         if not improved:
             rank = f"the best is that of epoch {self.stopping['epoch']}"
         self.say(f"epoch {self.epoch}/{self.settings['epochs']}: {name} {shown}, {rank}")
@@ -433,7 +442,8 @@ class Trainer:
                 pictures.curves(self.home.directory)
 
     def _no_best(self):
-        return {"metric": self.settings["best_metric"], "value": None, "epoch": 0, "waited": 0}
+        return {"metric": self.settings["best_metric"], "value": None, "tie": None, "epoch": 0,
+                "waited": 0}
 
     def out_of_patience(self):
         patience, waited = self.settings["patience"], self.stopping["waited"]
@@ -493,7 +503,8 @@ class Trainer:
             "stopping": dict(self.stopping),
             "validation": dict(self.scores), "scores": dict(self.summary),
             "config": self.config, "data": split.fingerprint, "machine": self.machine(),
-            "montage": split.montage, "channels": list(split.channels)}
+            "montage": split.montage, "channels": list(split.channels),
+            "prepared": split.prepared}
 
     def machine(self):
         return {"device": device_name(self.group.device), "processes": self.group.size,
@@ -666,6 +677,7 @@ class Split:
             raise Refused(f"{c['path']}: {error}") from None
         self.fingerprint = data.fingerprint(self.train + self.dev)
         self.channels, self.montage = self.train[0].channels, self.train[0].montage
+        self.prepared = self.train[0].prepared
         self.batches = math.ceil(len(first) / config["training"]["batch_size"])
 
         # real samples of each window: those of a short recording end before the window does
@@ -786,7 +798,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
             recordings = group.from_main(lambda: open_recordings(config, watch, say))
         split = Split(config, recordings, say)
         net = build_model(config, split, group, say)
-        going_on = resume != "false" and holds_checkpoints(directory / "checkpoints")
+        going_on = resume != "false" and has_run(config)
         if not going_on:                # refused while nothing is touched
             start_from(config, split, net, say)
         with signals or Signals() as signals:
