@@ -723,6 +723,8 @@ def _facts(state):
         value = metric.get("value")
         if type(value) is float or type(value) is int and abs(value) < 2**53:
             facts["metric"] = {"name": metric["name"], "value": value}
+            if type(metric.get("tie")) is float:
+                facts["metric"]["tie"] = metric["tie"]
     return facts
 
 
@@ -1333,7 +1335,7 @@ def _best_of(found, open_, say):
             say(f"resume: best.pt alone is no run to continue: --resume {candidate.path} would start from it")
         elif chosen:
             reason = "the same save" if candidate.order[0] == chosen[2].order[0] else "an earlier save"
-            say(f"resume: passed {candidate.label}: {candidate}, {reason}")
+            say(f"resume: older: {candidate.label}: {candidate}, {reason}")
         else:
             state = _accepted(candidate, open_, say)
             if state is None:
@@ -1807,7 +1809,7 @@ class Checkpointer:
         mine = [c for c in candidates(self.directory) if self._of_line(c, state) and c.facts["metric"]]
         for candidate in sorted(mine, key=lambda c: c.order):
             metric = candidate.facts["metric"]
-            if self._is_best(metric["value"], metric["name"]):
+            if self._is_best(metric):
                 also(candidate.path, best.path, self.links)
         if best.path.exists():
             self.say("resume: best.pt is the best that is left of the line that goes on")
@@ -1837,7 +1839,7 @@ class Checkpointer:
         names = []
         if last.facts is None or last.facts["save_counter"] < facts["save_counter"]:
             names.append(KINDS["last"].name)
-        if metric and self._is_best(metric["value"], metric["name"]):
+        if metric and self._is_best(metric):
             names.append(KINDS["best"].name)
         try:
             for name in names:
@@ -1882,8 +1884,10 @@ class Checkpointer:
         state = {**state, "holdfast": {}}   # a state that was resumed brings its own along
         self._start(state, "mid_epoch", [KINDS["mid_epoch"].name.format(**_numbers(state))])
 
-    def save_epoch(self, state, metric=None, name="metric"):
-        """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly, best.pt. True if best."""
+    def save_epoch(self, state, metric=None, name="metric", tie=None):
+        """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly, best.pt. True if best.
+
+        tie: where `metric` equals that of best.pt, the larger one of these wins."""
         _check_progress(state, ("epoch",))
         self.wait()
         names = [KINDS["last"].name]
@@ -1893,13 +1897,15 @@ class Checkpointer:
         improved = False
         if metric is not None:
             ours["metric"] = {"name": name, "value": float(metric)}
-            improved = self._is_best(float(metric), name)
+            if tie is not None:
+                ours["metric"]["tie"] = float(tie)
+            improved = self._is_best(ours["metric"])
         if improved:
             names.append(KINDS["best"].name)
         self._start({**state, "holdfast": ours}, "epoch", names)
         return improved
 
-    def _is_best(self, value, name):
+    def _is_best(self, metric):
         """Strictly better than what best.pt itself holds; NaN never is. The file is asked, so no resume can forget it."""
         best = self.directory / KINDS["best"].name
         stored = None
@@ -1912,9 +1918,11 @@ class Checkpointer:
         except OSError as error:
             self.say(f"checkpoints: best.pt cannot be read now ({_reason(error)}): it stays as it is")
             return False
-        if not stored or stored["name"] != name:
-            return not math.isnan(value)
-        return better(value, stored["value"], self.mode)
+        if not stored or stored["name"] != metric["name"]:
+            return not math.isnan(metric["value"])
+        if metric["value"] == stored["value"] and "tie" in metric and "tie" in stored:
+            return better(metric["tie"], stored["tie"])
+        return better(metric["value"], stored["value"], self.mode)
 
     def _start(self, state, kind, names):
         began = time.monotonic()
@@ -1997,13 +2005,14 @@ class Checkpointer:
         self._slowest = max(self._slowest, blocked + wrote)
         self._costs.append(blocked)
         line = f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s"
-        if len(self._costs) >= 3:
-            cost = sorted(self._costs)[len(self._costs) // 2]               # the first one also allocates
-            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60          # Young, CACM 1974; Daly, FGCS 2006
-            line += f"; lost work and save cost balance at {minutes:.1f} min (one failure in {MTBF_HOURS:.0f} h assumed)"
         if self.mirror:
             line += self.mirror.age()
         self.say(line)
+        if len(self._costs) == 3:           # the first one also allocates
+            cost = sorted(self._costs)[1]
+            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60          # Young, CACM 1974; Daly, FGCS 2006
+            self.say(f"a save holds training up for {cost * 1e3:.0f} ms: with one failure in {MTBF_HOURS:.0f} h, a snapshot every "
+                     f"{minutes:.1f} min loses least time in all; yours come every {self.minutes:g} min")
 
     # -- faults and the end --
 
@@ -2244,7 +2253,7 @@ def list_run(directory, say=print):
             f"{facts['global_step']:>9}  {metric:<22} {info.st_size / 1e6:>7.1f} MB {_age(time.time() - info.st_mtime):>7}  {health}")
     say(f"    {len(files)} names, {len(disk)} files on disk, {sum(disk.values()) / 1e6:.1f} MB in all")
     for note in notes if chosen else notes + ["resume: nothing usable: a fresh start"]:
-        if not note.startswith("resume: passed"):                           # older and sound: the table shows them
+        if not note.startswith("resume: older"):                           # older and sound: the table shows them
             say(f"    {note}")
     return len(files)
 
@@ -2286,7 +2295,8 @@ def strip(source, target=None):
         raise CorruptCheckpoint(f"{source}: holds no model weights to strip")
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"{target} is the checkpoint itself: name another file")
-    keep = ("model", "config", "montage", "channels", "epoch", "batch", "global_step", "metric", "scores")
+    keep = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step",
+            "metric", "scores")
     atomic_save({k: state[k] for k in keep if k in state}, target)
     print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of {os.path.getsize(source) / 1e6:.1f} MB")
 

@@ -135,16 +135,21 @@ KEYS = {
 }
 
 
-def rows_of(section, script, may_change):
-    """The rows of another file's DEFAULTS; a key's meaning is the comment on its line there."""
+def rows_of(section, script, limits, may_change):
+    """The rows of another file's DEFAULTS; a key's meaning is the comment on its line there. That
+    file checks them: `limits` are texts."""
     table = Path(script.__file__).read_text().split("\nDEFAULTS = {\n")[1].split("\n}\n")[0]
     meaning = dict(re.findall(r'"(\w+)": [^#]*# (.*)', table))
-    return {f"{section}.{name}": Key(default, meaning[name], None, may_change)
+    return {f"{section}.{name}": Key(default, meaning[name], limits.get(name), may_change)
             for name, default in script.DEFAULTS.items()}
 
 
-KEYS |= rows_of("model", model, may_change=False)
-KEYS |= rows_of("evaluation", evaluate, may_change=True)
+in_model = {int: "at least 1", float: "0 to 1", str: None}
+in_model = {name: in_model[type(default)] for name, default in model.DEFAULTS.items()}
+in_evaluation = {name: f"{lowest:g} to {highest:,g}"
+                 for name, (lowest, highest) in evaluate.limits(evaluate.DEFAULTS).items()}
+KEYS |= rows_of("model", model, in_model, may_change=False)
+KEYS |= rows_of("evaluation", evaluate, in_evaluation, may_change=True)
 
 DEFAULTS = {}
 for name, key in KEYS.items():

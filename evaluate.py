@@ -94,14 +94,15 @@ def settings(config):
         kinds = (int, float) if type(default) is float else (type(default),)
         if type(c[name]) not in kinds:
             raise ValueError(f"evaluation.{name} must be like {default!r}, not {c[name]!r}")
-    for name, (low, high) in _limits(c).items():
+    for name, (low, high) in limits(c).items():
         if not low <= c[name] <= high:
             raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, "
                              f"not {c[name]}")
     return c
 
 
-def _limits(c):
+def limits(c):
+    """(lowest, highest) of every number of the checked settings `c`."""
     return {
         **{name: (0, 86400) for name in DEFAULTS if name.endswith("_seconds")},
         "max_false_alarms_per_24h": (0, 86400),
@@ -415,6 +416,12 @@ def open_data(path, state, scratch):
                           f"checkpoint was trained on {state['montage']}, "
                           f"{len(state['channels'])} channels: "
                           f"import with --montage {state['montage']}")
+    prepared = recordings[0].prepared
+    if state.get("prepared", prepared) != prepared:
+        here = corpora.describe(vars(recordings[0]))
+        there = corpora.describe(state)
+        print(f"evaluate.py: {path} is of {here}, the checkpoint was trained on {there}",
+              file=sys.stderr)
     return recordings, refused
 
 
@@ -422,9 +429,14 @@ def _import(path, state, scratch):
     """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
-    montage = state["montage"]
-    channels = state["channels"] if montage == "reduced" else ()
-    refused = corpora.import_corpus(path, scratch, montage=montage, channels=channels).refused
+    # as the training's recordings were, their mains and units too
+    recipe = corpora.recipe_of(state.get("prepared"), state["montage"], state["channels"])
+    if recipe is None:
+        reduced = state["channels"] if state["montage"] == "reduced" else ()
+        recipe = edf.Recipe(state["montage"], reduced=tuple(reduced))
+    refused = corpora.import_corpus(
+        path, scratch, montage=recipe.montage, notch=recipe.notch, blank_unit=recipe.blank_unit,
+        channels=recipe.reduced).refused
     if not next(scratch.rglob("*.h5"), None):
         reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
         raise Refused(f"no usable recording: {reasons}")

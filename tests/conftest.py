@@ -1,7 +1,9 @@
 """Shared by every test: the project root on sys.path, one torch thread, the place of the shared
 real EEG, slow tests asked for by name, EDF files written by hand, a recording in memory, and a
 small synthetic corpus."""
+import collections
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +25,13 @@ import synth  # noqa: E402
 NAMES = edf.CHANNELS["referential"]
 
 
+# what a background job (&) or nohup ignores, every child process would ignore too: with a handler
+# of its own this process still goes on, and children begin with the default
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long sweeps too")
 
@@ -36,6 +45,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="long sweep: run with --slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped, one line for each reason."""
+    reasons = collections.Counter(str(report.longrepr[2]).removeprefix("Skipped: ")
+                                  for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
 @pytest.fixture

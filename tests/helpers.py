@@ -1,10 +1,13 @@
 """What tests and benches of training share: a small configuration, real processes, and what makes two runs the same."""
+import contextlib
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from conftest import ROOT
 from model import SMALL
 
 PYTHON = [sys.executable, str(ROOT / "train.py")]
+LIMIT = 900                         # seconds: five times what a busy machine takes
 TIMES = {"seconds", "waited", "time"}
 
 
@@ -82,25 +86,63 @@ def assert_same_run(results, reference):
     assert curves(results) == curves(reference)
 
 
-def spawn(config_path, *arguments, minutes="0", command=PYTHON, ignored=(), **environment):
-    """A real training process; it inherits the signals `ignored` as nohup's child does."""
+def spawn(config_path, *arguments, minutes="0", held=(), command=PYTHON, ignored=(), **environment):
+    """A real training process; it inherits the signals `ignored` as nohup's child does. held: (method
+    of Trainer, which call of it, file), as in held.py."""
     def ignore():
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
+    if held:
+        command = [sys.executable, str(ROOT / "tests" / "held.py")]
+        environment |= {"HELD": " ".join(map(str, held))}
     return subprocess.Popen([*command, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
                             stderr=subprocess.STDOUT, text=True, preexec_fn=ignore,
                             env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
 
 
-def wait_for(process, text, limit=120):
+def wait_for(process, text, limit=LIMIT):
     """Output lines up to the first that contains `text`."""
-    lines, end = [], time.monotonic() + limit
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-        assert time.monotonic() < end, "".join(lines)
-    raise AssertionError(f"{text!r} never came:\n" + "".join(lines))
+    lines = []
+    watch = threading.Timer(limit, end, [process])
+    watch.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if text in line:
+                return lines
+    finally:
+        watch.cancel()
+    raise AssertionError(f"{text!r} never came, in {limit} s at most:\n" + "".join(lines))
+
+
+def rest(process, limit=LIMIT):
+    """What a process still says until it ends."""
+    try:
+        return process.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        end(process)
+        raise AssertionError(f"not ended within {limit} s:\n" + process.communicate()[0]) from None
+
+
+def end(process):
+    """Kill a process, and its children where it leads a session: they hold its output open."""
+    if os.getpgid(process.pid) == process.pid:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+
+
+def free_port():
+    """A port for a torchrun job. Each process of pytest-xdist tries a range of its own, so that two do not find the same."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 15000 + 100 * (worker % 100) + port))
+            return probe.getsockname()[1]
+    raise AssertionError("no free port")
+
+
+PORTS = itertools.count()           # none is used twice by one process
 
 
 def spawn_hooked(config_path, hook, *arguments, **options):

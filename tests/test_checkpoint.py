@@ -255,12 +255,12 @@ def test_a_reader_that_maps_a_file_keeps_its_values_through_later_saves(tmp_path
 def test_choosing_among_ten_files_costs_a_small_part_of_reading_them(tmp_path):
     for step in range(10):
         checkpoint.atomic_save({**state(step), "x": torch.randn(2_000_000)}, tmp_path / f"mid_epoch_001_{step:06d}.pt")
-    start = time.perf_counter()
+    start = time.process_time()             # the processor's: other work on the machine does not count
     for path in tmp_path.glob("*.pt"):
         checkpoint.verify(path)
-    reading, start = time.perf_counter() - start, time.perf_counter()
+    reading, start = time.process_time() - start, time.process_time()
     assert len(checkpoint.candidates(tmp_path)) == 10
-    assert (time.perf_counter() - start) < reading / 3
+    assert (time.process_time() - start) < reading / 3
 
 
 def test_saves_after_a_rollback_outrank_the_abandoned_line(tmp_path):
@@ -674,7 +674,7 @@ def test_a_process_that_ends_without_closing_still_finishes_its_last_file(tmp_pa
 
 def test_a_second_process_is_refused_and_death_frees_the_directory(tmp_path):
     script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; " \
-             f"s = checkpoint.Checkpointer({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)"
+             f"s = checkpoint.Checkpointer({str(tmp_path)!r}); print('held', flush=True); time.sleep(3600)"
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert "held" in holder.stdout.readline()
     with pytest.raises(checkpoint.InUse, match=f"in use by process {holder.pid}"):

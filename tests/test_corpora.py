@@ -16,6 +16,8 @@ import corpora
 import data
 import edf
 from conftest import CSV, ROOT, command, imported, said, tsv, write_edf
+from helpers import LIMIT, rest, wait_for
+
 
 # ---- layouts ----
 
@@ -125,8 +127,9 @@ def test_command_line_codes_table_and_going_on(tmp_path):
     assert command("import", tmp_path / "src").returncode == 2
     told = command("info", tmp_path / "out")
     assert told.returncode == 0 and "refused: 1" in told.stdout and "bad.edf" in told.stdout
-    one = command("import", tmp_path / "src" / "p1" / "good.edf", tmp_path / "one")
-    assert one.returncode == 0 and [r.name for r in data.open_corpus(tmp_path / "one")] == ["good"]
+    one = imported(tmp_path / "src" / "p1" / "good.edf", tmp_path / "one")
+    assert not one.refused
+    assert [r.name for r in data.open_corpus(tmp_path / "one")] == ["good"]
 
 
 def test_the_file_format_is_the_documented_one(synthetic, corpus):
@@ -212,6 +215,15 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
+def held_import(folder, number, workers, gate):
+    """An import whose processes stand still before they write their `number`-th recording, once one does."""
+    process = subprocess.Popen([sys.executable, ROOT / "tests" / "held.py", "import", folder / "src", folder / "out",
+                                "--workers", str(workers)], env={**os.environ, "HELD": f"write_recording {number} {gate}"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    wait_for(process, "held")
+    return process
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kills):
     """Killed when a recording is begun or just finished, and a little later: what stands under a
@@ -251,30 +263,19 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kill
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
-    for i in range(16):
-        write_edf(tmp_path / "src" / f"{i}.edf", 120)
-    arguments = [
-        sys.executable,
-        ROOT / "data.py",
-        "import",
-        tmp_path / "src",
-        tmp_path / "out",
-        "--workers",
-        str(workers),
-    ]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not any((tmp_path / "out").glob("*.h5")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+    for i in range(5):
+        write_edf(tmp_path / "src" / f"{i}.edf", 20)
+    process = held_import(tmp_path, 2, workers, tmp_path / "gate")
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=300)[1]
+    (tmp_path / "gate").touch()                         # a worker ends what it has begun
+    error = rest(process)
     assert process.returncode == 130 and "Traceback" not in error
     assert (
         error.splitlines()[-1]
         == "data.py: stopped: interrupted; the same command goes on from here"
     )
     assert not list((tmp_path / "out").glob("*.part"))
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert command("import", tmp_path / "src", tmp_path / "out").returncode == 0
 
 
 def test_two_imports_at_once_are_refused(tmp_path):
@@ -315,7 +316,7 @@ def test_strange_folders(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "1 read" in done.stdout
     assert done.stdout.count("its name holds a line break or is not UTF-8") == 2
     assert "unlabelled_events.tsv: No such file" in done.stdout
-    assert "3 refused" in command("import", named, tmp_path / "out3").stdout
+    assert "3 refused" in said(named, tmp_path / "out3")[1]
     if os.getuid():
         (src / "twice.EDF").chmod(0)
         assert "Permission" in str(imported(src, tmp_path / "out2").refused)
@@ -350,7 +351,8 @@ def test_another_preparation_over_a_folder_is_refused_naming_both_unless_asked_f
     write_edf(src / "a.edf")
     said(src, out)
     before = (out / "a.h5").read_bytes()
-    done = command("import", src, out, "--montage", "reduced", "--channels", "Cz,F7-T7")
+    wearable = ("--montage", "reduced", "--channels", "Cz,F7-T7")
+    done = command("import", src, out, *wearable)
     assert done.returncode == 2 and "--replace" in done.stderr
     assert "montage referential, notch both" in done.stderr
     assert "montage reduced of Cz, F7-T3, notch both" in done.stderr
@@ -363,9 +365,7 @@ def test_another_preparation_over_a_folder_is_refused_naming_both_unless_asked_f
     with pytest.raises(edf.DataError, match="--replace"):
         said(src, out, notch="50")
     assert (out / "a.h5").read_bytes() == before
-    done = command(
-        "import", src, out, "--montage", "reduced", "--channels", "Cz,F7-T3", "--replace"
-    )
+    done = command("import", src, out, *wearable, "--replace")
     assert done.returncode == 0 and data.open_corpus(out)[0].channels == ("Cz", "F7-T3")
     with pytest.raises(
         edf.DataError, match="of montage reduced of Cz, F7-T3, notch both, this import"
@@ -452,4 +452,6 @@ def test_the_corpus_version_is_printed_stored_and_shown(tmp_path):
     assert said_of in said(src, tmp_path / "b")[1]
     r = data.open_corpus(tmp_path / "b")[0]
     assert r.release == said_of and r.began == "2010-03-02 11:12:13" and r.split == "train"
-    assert said_of + ": 1 recordings" in command("info", tmp_path / "b").stdout
+    lines = []
+    data.info(tmp_path / "b", lines.append)
+    assert f"  {said_of}: 1 recordings" in lines

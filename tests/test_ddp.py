@@ -3,7 +3,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import checkpoint
 import config
 from conftest import ROOT
-from helpers import last, loaded, rows, same, wait_for
+from helpers import free_port, last, loaded, rest, rows, same, wait_for
 from model import SMALL
 
 
@@ -26,19 +25,18 @@ def corpus(small_corpus):
 STILL = {**SMALL, "dropout": 0.0}                       # dropout draws from each process's own random state
 
 
-def torchrun(results, processes, *arguments, restarts=0, minutes="0"):
-    with socket.socket() as probe:                      # a free port, so that runs do not meet
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def torchrun(results, processes, *arguments, restarts=0, minutes="0", held=()):
+    program = ROOT / "tests" / "held.py" if held else ROOT / "train.py"
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
-               "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train.py"), "--config",
+               "--master-addr=127.0.0.1", f"--master-port={free_port()}", str(program), "--config",
                str(Path(results, "config.yaml")), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BGB_MID_EPOCH_MINUTES": minutes})
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BGB_MID_EPOCH_MINUTES": minutes,
+                                 "HELD": " ".join(map(str, held))})
 
 
-def finish(process, limit=240):
-    out = process.communicate(timeout=limit)[0]
+def finish(process):
+    out = rest(process)
     assert process.returncode == 0, out[-4000:]
     return out
 
@@ -46,7 +44,7 @@ def finish(process, limit=240):
 def children(process):
     """Process ids of the workers of this torchrun."""
     text = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in text.splitlines() if "train.py" in line]
+    return [int(line.split()[0]) for line in text.splitlines() if "--config" in line]
 
 
 def close_to(a, b, tolerance):
@@ -86,9 +84,11 @@ def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identi
     prepare(corpus, tmp_path / "whole")
     finish(torchrun(tmp_path / "whole", processes))
     prepare(corpus, tmp_path / "cut")
-    process = torchrun(tmp_path / "cut", processes, restarts=2)
-    wait_for(process, "batch 3/")
+    gate = tmp_path / "gate"
+    process = torchrun(tmp_path / "cut", processes, restarts=2, held=("after_step", 3, gate))
+    wait_for(process, "held")
     os.kill(children(process)[-1], signal.SIGKILL)
+    gate.touch()
     out = finish(process)
     assert "resuming" in out and "resumed: epoch" in out
     mine, theirs = last(tmp_path / "cut"), last(tmp_path / "whole")
@@ -98,11 +98,13 @@ def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identi
 
 
 def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_path):
-    prepare(corpus, tmp_path, training__epochs=50)
-    process = torchrun(tmp_path, 2, minutes="30")
-    wait_for(process, "batch 3/")
+    prepare(corpus, tmp_path)
+    gate = tmp_path / "gate"
+    process = torchrun(tmp_path, 2, minutes="30", held=("after_step", 3, gate))
+    wait_for(process, "held")
     os.kill(children(process)[1], signal.SIGTERM)
-    out = process.communicate(timeout=120)[0]
+    gate.touch()
+    out = rest(process)
     assert "stopped by SIGTERM, saved" in out
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["batch"] >= 3 and len(state["rng"]) == 2
@@ -111,12 +113,14 @@ def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_pat
 def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_reason(corpus, tmp_path):
     import data
     shutil.copytree(corpus, tmp_path / "h5")
-    prepare(tmp_path / "h5", tmp_path, training__epochs=50)
+    prepare(tmp_path / "h5", tmp_path)
+    gate = tmp_path / "gate"
     dev = data.split_patients(data.open_corpus(tmp_path / "h5"), [], 0.3, 1)[1]
-    process = torchrun(tmp_path, 2)
-    lines = wait_for(process, "batch 1/")
+    process = torchrun(tmp_path, 2, held=("after_step", 3, gate))
+    lines = wait_for(process, "held")
     os.utime(dev[1].path, (1, 1))                       # the second process reads it, at the end of the first epoch
-    out = "".join(lines) + process.communicate(timeout=120)[0]
+    gate.touch()
+    out = "".join(lines) + rest(process)
     assert process.returncode == 1 and re.search(r"stopped: .*was changed since .*; mend it, then --resume", out), out[-4000:]
     assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] == 5
 
@@ -124,11 +128,13 @@ def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_
 @pytest.mark.slow
 def test_two_then_three_then_two_processes_see_every_window_once_and_say_that_rounding_may_differ(corpus, alone, tmp_path):
     prepare(corpus, tmp_path)
-    for processes, text in ((2, "batch 2/"), (3, "batch 4/")):
-        process = torchrun(tmp_path, processes, "--resume", minutes="30")
-        lines = wait_for(process, text)
+    for processes in (2, 3):
+        gate = tmp_path / f"gate{processes}"
+        process = torchrun(tmp_path, processes, "--resume", minutes="30", held=("after_step", 2, gate))
+        lines = wait_for(process, "held")
         os.killpg(process.pid, signal.SIGTERM)
-        lines += process.communicate(timeout=120)[0].splitlines()
+        gate.touch()
+        lines += rest(process).splitlines()
     assert any("processes 2 -> 3" in line and "rounding may differ" in line for line in lines)
     finish(torchrun(tmp_path, 2, "--resume", minutes="30"))
     mine, one = rows(tmp_path), rows(alone)

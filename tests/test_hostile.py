@@ -193,7 +193,7 @@ def test_pipes_links_and_folders_named_like_temps_or_checkpoints_hang_nothing_an
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    for _ in range(6000):                   # two minutes: a hang is a failure, not a long wait
+    for _ in range(30000):                  # ten minutes: a hang is a failure, not a long wait
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break

@@ -25,7 +25,7 @@ import config
 import data
 import train
 from conftest import ROOT
-from helpers import PYTHON, assert_same_run, last, loaded, rows, same, spawn, spawn_hooked, wait_for
+from helpers import LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 from model import SMALL
 
 
@@ -94,14 +94,14 @@ def test_five_cuts_in_one_run_by_different_signals_leave_no_trace(corpus, refere
 
 def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_ends_the_same(corpus, reference, tmp_path):
     loaded(corpus, tmp_path)
-    for text in ("batch 2/", "batch 4/", "epoch 1/2: auroc"):
-        process = spawn(tmp_path / "config.yaml", "--resume")
-        wait_for(process, text)
+    for place in (("after_step", 2), ("score", 2), ("after_step", 2)):
+        process = spawn(tmp_path / "config.yaml", "--resume", held=(*place, tmp_path / "never"))
+        wait_for(process, "held")
         process.kill()
         process.wait()
     process = spawn(tmp_path / "config.yaml", "--resume")
     lines = wait_for(process, "resumed: epoch")
-    assert process.communicate()[0] is not None and process.returncode == 0
+    assert rest(process) is not None and process.returncode == 0
     assert any("resume: chose" in line for line in lines)
     assert_same_run(tmp_path, reference)
 
@@ -143,7 +143,7 @@ def test_a_second_signal_exits_at_once_when_it_comes_a_second_after_the_first(co
     wait_for(process, "holding")
     time.sleep(1.2)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    rest(process)
     assert process.returncode == -signal.SIGTERM
 
 
@@ -155,7 +155,7 @@ def test_two_signals_within_milliseconds_are_one_wish_and_the_save_is_made(corpu
     process.send_signal(first)
     time.sleep(apart)
     process.send_signal(second)
-    out = process.communicate(timeout=120)[0]
+    out = rest(process)
     assert process.returncode == 128 + first and f"stopped by {first.name}, saved" in out, out
     assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] >= 1
 
@@ -167,7 +167,7 @@ def test_a_signal_inherited_as_ignored_stays_ignored(corpus, tmp_path):
     process.send_signal(signal.SIGHUP)
     wait_for(process, "epoch 2/")
     process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=120)[0]
+    out = rest(process)
     assert process.returncode == 128 + signal.SIGTERM and "SIGHUP" not in out
 
 
@@ -176,7 +176,7 @@ def test_the_last_line_of_a_stopped_run_is_the_command_that_continues_it(corpus,
     process = spawn(tmp_path / "config.yaml", "--set", "training.epochs=9")
     wait_for(process, "batch 1/")
     process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=120)[0]
+    out = rest(process)
     config_path = tmp_path / "config.yaml"
     assert f"to go on: python train.py --config {config_path} --resume --set training.epochs=9" in out
 
@@ -187,7 +187,7 @@ def test_ctrl_c_while_the_imports_run_is_one_line(tmp_path):
     process = spawn(tmp_path / "config.yaml", PYTHONPATH=str(tmp_path))
     wait_for(process, "importing")
     process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=120)[0]
+    out = rest(process)
     assert process.returncode == 130 and out.strip() == "train.py: stopped by SIGINT before training began"
 
 
@@ -206,7 +206,7 @@ def test_a_step_that_hangs_in_c_ends_the_run_with_70_and_says_where_it_stood_and
         corpus, reference, tmp_path):
     loaded(corpus, tmp_path, training__hang_minutes=0.2)
     process = spawn_hooked(tmp_path / "config.yaml", STUCK)
-    out = process.communicate(timeout=300)[0]
+    out = rest(process)
     assert process.returncode == 70, out
     for text in (out, (tmp_path / "t/hang.txt").read_text(), (tmp_path / "t/log.txt").read_text()):
         assert "it was in a step; last done: " in text and "epoch 1, batch 3 of 5, step 3, last save: mid_epoch_001_00000" in text
@@ -221,14 +221,14 @@ def test_the_time_limit_leaves_room_for_the_slowest_save_seen(corpus, tmp_path):
 original = train.Trainer.late
 def late(self):
     if self.step == 2:
-        self.home.saver.slowest = 5400.0
+        self.home.saver._slowest = 5400.0
         self.slowest = 2000.0
     return original(self)
 train.Trainer.late = late
 """
     loaded(corpus, tmp_path, training__time_limit_hours=2.0)
     process = spawn_hooked(tmp_path / "config.yaml", slow)
-    out = process.communicate(timeout=120)[0]
+    out = rest(process)
     assert process.returncode == 75 and "batch 2/" in out and "batch 3/" not in out, out
 
 
@@ -290,7 +290,7 @@ def test_a_terminal_that_dies_like_a_killed_tmux_session_loses_at_most_the_step_
     if pid == 0:
         os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    seen, end = b"", time.monotonic() + 60
+    seen, end = b"", time.monotonic() + LIMIT
     while b"loss=" not in seen:                                             # the progress bar after a first step
         seen += os.read(master, 4096)
         assert time.monotonic() < end, seen[-2000:]
@@ -502,7 +502,7 @@ def test_a_kill_while_the_synthetic_recordings_are_made_or_imported_costs_only_t
         process.kill()
         process.communicate()
     process = spawn(tmp_path / "config.yaml", "--resume")
-    out = process.communicate()[0]
+    out = rest(process)
     assert process.returncode == 0 and "names," in out, out
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [".lock", "h5", "h5_edf"]
 
@@ -579,6 +579,45 @@ def test_weights_of_other_channels_are_refused_with_both(corpus, tmp_path):
     checkpoint.atomic_save({"model": train.model.build(18, SMALL).state_dict(), "channels": ["F7-T3"] * 18}, path)
     with pytest.raises(train.Refused, match=r"its 18 channels \(F7-T3 ...\) are not the 19 of"):
         train.run(loaded(corpus, tmp_path, training__init=str(path)))
+
+
+@contextlib.contextmanager
+def validations(monkeypatch, **series):
+    """Real validations whose named metrics are replaced, epoch by epoch."""
+    original, left = train.evaluate.summarise, {name: list(values) for name, values in series.items()}
+
+    def summarise(*arguments):
+        return original(*arguments) | {name: values.pop(0) for name, values in left.items()}
+    monkeypatch.setattr(train.evaluate, "summarise", summarise)
+    yield
+    monkeypatch.undo()
+
+
+def best(results):
+    return checkpoint.peek(results / "t/checkpoints/best.pt")
+
+
+def test_of_epochs_with_the_same_metric_the_one_of_better_average_precision_is_the_best_and_that_is_said(
+        corpus, tmp_path, capsys, monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=4, training__best_metric="event_f1")
+    with validations(monkeypatch, event_f1=[1.0, 1.0, 1.0, 0.5], average_precision=[0.74, 0.85, 0.8, 0.9]):
+        assert train.run(config) == 0
+    assert best(tmp_path)["epoch"] == 2 and last(tmp_path)["stopping"]["epoch"] == 2
+    out = capsys.readouterr().out
+    assert "epoch 2/4: event_f1 1.0000, the best so far: as good as before, with a better average_precision" in out
+    assert "epoch 3/4: event_f1 1.0000, the best is that of epoch 2" in out
+
+
+def test_after_a_resume_from_a_file_the_log_and_best_pt_agree_on_what_is_best(corpus, tmp_path, capsys, monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=2)
+    with validations(monkeypatch, auroc=[0.5, 0.9]):
+        assert train.run(config) == 0
+    with validations(monkeypatch, auroc=[0.7]):
+        assert train.run(config, str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt")) == 0
+    assert "epoch 2/2: auroc 0.7000, the best so far" in capsys.readouterr().out
+    assert best(tmp_path)["metric"]["value"] == 0.7
+    aside = list((tmp_path / "t/checkpoints").glob("abandoned_best_*.pt"))
+    assert [checkpoint.peek(path)["metric"]["value"] for path in aside] == [0.9]
 
 
 def test_the_log_file_holds_every_printed_line_over_resumes(corpus, tmp_path, capsys):
