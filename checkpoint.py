@@ -2357,7 +2357,8 @@ def _clean(directory, yes):
         print(f"{directory}: {len(doomed)} files{hint}")
 
 
-SHARED = ("model", "config", "montage", "channels", "epoch", "batch", "global_step", "metric", "scores", "averaged")
+# what goes along with weights that are shared
+SHARED = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step", "metric", "scores", "averaged")
 
 
 def strip(source, target=None):

@@ -402,15 +402,21 @@ def _prepared(path):
         return None
 
 
-def describe(entry):
-    """The recipe of a recording in words, found by its hash."""
-    reduced = tuple(map(str, entry["channels"])) if entry["montage"] == "reduced" else ()
+def recipe_of(prepared, montage, channels):
+    """The Recipe of recordings, found by its hash; None where another version of edf.py made them."""
+    reduced = tuple(map(str, channels)) if montage == "reduced" else ()
     for notch in NOTCH:
         for unit in ("", *BLANK_UNITS):
-            recipe = Recipe(str(entry["montage"]), notch, unit, reduced)
-            if recipe.hash == entry["prepared"]:
-                return str(recipe)
-    return f"montage {entry['montage']}, prepared by another version of edf.py"
+            recipe = Recipe(str(montage), notch, unit, reduced)
+            if recipe.hash == prepared:
+                return recipe
+    return None
+
+
+def describe(entry):
+    """What recordings were prepared as, in words."""
+    recipe = recipe_of(entry["prepared"], entry["montage"], entry["channels"])
+    return str(recipe or f"montage {entry['montage']}, prepared by another version of edf.py")
 
 
 def _import_all(report, sources, task, workers, say, progress):
