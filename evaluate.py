@@ -54,6 +54,7 @@ import events
 import metrics
 import model
 import report
+import splits
 from metrics import METRICS, check_metric       # also for training, which knows only this file
 
 FS = edf.FS
@@ -442,12 +443,12 @@ def _import(path, state, scratch):
     return refused
 
 
-def choose(recordings, split, config):
-    """Those of one split: train and dev as the training drew them, eval as the corpus marks it."""
+def choose(recordings, split, config, path=None):
+    """Those of one split: train and dev as the training drew them, eval as the corpus marks it.
+    path: the folder that they lie in, where the training may have used several."""
     if split in ("train", "dev"):
-        c = config["data"]
         seed = config["experiment"]["seed"]
-        train, dev = data.split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)
+        train, dev = data.split_of(recordings, path, config["data"], seed)
         return train if split == "train" else dev
     chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
@@ -688,17 +689,21 @@ def score_folder(args):
     device = next(net.parameters()).device
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
-        recordings = choose(recordings, args.split, state["config"])
+        recordings = choose(recordings, args.split, state["config"], args.data)
         take_folder(out, recordings, args.data)
         records, detections = evaluate(net, recordings, c, device, about["precision"], out,
                                        args.plot, args.save_probabilities)
     trained_on = stored(state, "data").get("path", "")
-    same = bool(trained_on) and args.data.resolve() == Path(trained_on).resolve()
+    same = args.data.resolve() in data.resolved(trained_on)
+    warning = ""
+    if args.split == "dev":
+        warning = splits.WARNINGS.get(stored(state, "data").get("split"), "")
     result = tell(records, detections, c) | about | {
         "data": str(args.data),
         "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
         "split": args.split or "all",
         "includes_training": args.split == "train" or not args.split and same,
+        "split_warning": warning,
         "refused": refused,
     }
     checkpoint.write_json(out / "scores.json", result, indent=2)
@@ -707,6 +712,8 @@ def score_folder(args):
             import pictures             # here: matplotlib takes a second to import
             pictures.trade_off(result["trade_off"], c["threshold"], out / "trade_off.svg")
     report.show(result, list(METRICS), out)
+    if warning:
+        print(f"warning: {warning}")
 
 
 def score_one(args):
