@@ -35,11 +35,12 @@ from pathlib import Path
 import numpy as np
 
 import corpora
+import splits
 import synth
 from corpora import CHUNK
 from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
+from splits import person, split_patients  # noqa: F401  (part of what data.py offers)
 
-SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers
 SLOW = 0.05                             # share of a step's time; beyond it waiting for data is worth a word
 
@@ -74,6 +75,8 @@ class Recording:
     state: tuple = ()                   # size and mtime_ns of the file when the corpus was opened
     began: str = ""                     # YYYY-MM-DD hh:mm:ss by the EDF's header, "" where it says none
     release: str = ""                   # what the corpus said of its version at import
+    skipped: int = 0                    # chunks of the file before the first sample, of a part
+    corpus: str = ""                    # folder's name, in a run on several
     digest: str = ""                    # what header must still prove that the file is the index's
 
     @property
@@ -94,7 +97,7 @@ class Recording:
         wanted = whole_chunks(start % CHUNK + n)
         count = max(0, min(wanted, whole_chunks(self.samples) - first))
         if count:
-            self._read_bytes(self.offset + first * out[0].nbytes, out[:count])
+            self._read_bytes(self.offset + (self.skipped + first) * out[0].nbytes, out[:count])
         out[count:wanted] = 0
 
     def _read_bytes(self, position, out):
@@ -165,6 +168,59 @@ def open_corpus(path):
     return recordings
 
 
+def open_corpora(paths, same_person=()):
+    """The recordings of one imported folder, or of a list of them.
+
+    Of a list, names and patients carry the folder's name, so that sub-01 of one corpus is not sub-01 of
+    another. same_person: ["siena/PN00 = own/anna", ...], who is one all the same."""
+    if isinstance(paths, (str, Path)):
+        recordings = open_corpus(paths)
+    else:
+        recordings = [r for path in paths for r in _named(open_corpus(path), Path(path).resolve().name)]
+        twice = [Path(path).resolve().name for path in paths]
+        if len(set(twice)) < len(twice):
+            raise DataError(f"data.path: two folders have one name among {', '.join(twice)}: rename one")
+        _check_alike("data.path", recordings)
+    for line in same_person:
+        _join(recordings, line)
+    return recordings
+
+
+def resolved(paths):
+    """The folders of data.path, absolute."""
+    return [Path(path).resolve() for path in (paths if isinstance(paths, list) else [paths]) if path]
+
+
+def split_of(recordings, path, c, seed):
+    """(train, dev) of the recordings in the folder `path`, as a run with the section `data` c divided them:
+    one of several folders is divided together with the others."""
+    place = Path(path).resolve() if path else None
+    if not isinstance(c.get("path"), list) or place not in resolved(c["path"]):
+        return splits.split(recordings, c, seed)
+    parts = splits.split(open_corpora(c["path"], c.get("same_person", ())), c, seed)
+    return tuple([r for r in part if r.corpus == place.name] for part in parts)
+
+
+def _named(recordings, folder):
+    for r in recordings:
+        r.corpus = folder
+        r.name = f"{folder}/{r.name}"
+        r.patient = f"{folder}/{r.patient}"
+    return recordings
+
+
+def _join(recordings, line):
+    """The patient before the = goes under the name behind it."""
+    names = [name.strip() for name in line.split("=")]
+    known = sorted({r.patient for r in recordings})
+    unknown = [name for name in names if name not in known]
+    if len(names) != 2 or unknown:
+        raise DataError(f"data.same_person {line!r}: write A = B with two patients of {', '.join(known[:20])}")
+    for r in recordings:
+        if r.patient == names[0]:
+            r.patient = names[1]
+
+
 def _check_alike(path, recordings):
     for kind in ("montage", "channels", "prepared"):
         found = {getattr(r, kind): r.name for r in recordings}
@@ -193,60 +249,6 @@ def fingerprint(recordings):
         digest.update(json.dumps([r.name, r.samples, r.prepared, r.montage, r.labelled,
                                   r.events.tolist()]).encode())
     return digest.hexdigest()
-
-
-# ---- splits ----
-
-def person(patient):
-    return SAME_PERSON.get(patient, patient)
-
-
-def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
-    """(train, dev), no person in both, unlabelled recordings and a corpus's own eval split in neither.
-
-    dev is `dev_patients` where given, else the corpus's own train and dev, else a draw of `dev_fraction` of
-    the patients, with seizures on both sides where two patients have any. chb21 is chb01."""
-    usable = [r for r in recordings if r.labelled and r.split != "eval"]
-    people = sorted({person(r.patient) for r in usable})
-    wanted = {person(p) for p in dev_patients}
-    if wanted - set(people):
-        raise DataError(f"dev patients {', '.join(sorted(wanted - set(people)))} are not among the labelled "
-                        f"patients: {', '.join(people[:20])}")
-    if wanted:
-        dev = wanted
-    elif {"train", "dev"} <= {r.split for r in usable}:
-        usable = [r for r in usable if r.split]
-        dev = {person(r.patient) for r in usable if r.split == "dev"}
-        both = dev & {person(r.patient) for r in usable if r.split == "train"}
-        if both:
-            raise DataError(f"patients in both train and dev: {', '.join(sorted(both))}")
-    else:
-        dev = _draw(usable, people, dev_fraction, seed)
-    train = [r for r in usable if person(r.patient) not in dev]
-    dev = [r for r in usable if person(r.patient) in dev]
-    if not train or not dev:
-        raise DataError(f"{len(people)} labelled patients, {len(train)} recordings for training, "
-                        f"{len(dev)} for validation: both are needed, of different patients")
-    return train, dev
-
-
-def _draw(usable, people, fraction, seed):
-    """A share of the patients with seizures and of those without, at least one with."""
-    having = {person(r.patient) for r in usable if len(r.events)}
-    with_seizures = [p for p in people if p in having]
-    without = [p for p in people if p not in having]
-    rng = np.random.default_rng([seed, 20])
-    dev = set()
-    for group in (with_seizures, without):
-        count = round(fraction * len(group))
-        if len(group) > 1 and not dev:
-            count = min(max(1, count), len(group) - 1)
-        dev |= {group[i] for i in rng.permutation(len(group))[:count]}
-    # a lone patient with seizures is for training
-    if not dev and len(people) > 1:
-        rest = without or people
-        dev = {rest[rng.integers(len(rest))]}
-    return dev
 
 
 # ---- windows ----
@@ -292,38 +294,58 @@ class Windows:
             inside += np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None)
         return (inside > 0).astype(np.uint8) + (inside == ends - starts)
 
-    def epoch(self, seed, epoch, full=0.3, background=2.5):
+    def epoch(self, seed, epoch, full=0.3, background=2.5, balance="own"):
         """Window ids (int64) of one epoch in training order: a pure function of (seed, epoch).
 
         All partial windows, and per partial window `full` wholly seizure and `background` windows (the
         proportions of SeizureTransformer, Wu et al. 2025). Those two are gone through in a fixed random
         order that goes on from epoch to epoch, so that each of them comes up in time. background=None:
-        every window once."""
-        if background is None:
-            ids = np.arange(len(self))
-        else:
-            partial = np.flatnonzero(self.kind == 1)
-            if not len(partial):
-                raise DataError(f"none of {len(self)} windows contains a seizure's onset or end: balanced "
-                                "sampling needs some; train on such recordings, or set data.balanced: false")
-            full = self._next(2, "full_per_partial", full, len(partial), seed, epoch)
-            background = self._next(0, "background_per_partial", background, len(partial), seed, epoch)
-            ids = np.concatenate([partial, full, background])
-        return np.random.default_rng([seed, epoch, 1]).permutation(ids)
+        every window once.
 
-    def _next(self, kind, key, ratio, partial, seed, epoch):
+        balance: of several corpora, "own" keeps the proportions inside each, so that the corpus tells nothing
+        about the label; "equal" does, and repeats the partial windows of the smaller ones until each has as
+        many as the largest; "pooled" draws from all as from one."""
+        rng = np.random.default_rng([seed, epoch, 1])
+        if background is None:
+            return rng.permutation(np.arange(len(self)))
+        partial = [np.flatnonzero(mine & (self.kind == 1)) for mine in self._groups(balance)]
+        most = max(map(len, partial))
+        if not most:
+            raise DataError(f"none of {len(self)} windows contains a seizure's onset or end: balanced "
+                            "sampling needs some; train on such recordings, or set data.balanced: false")
+        drawn = []
+        for group, ids in enumerate(partial):
+            if balance == "equal" and len(ids):
+                ids = np.resize(ids, most)
+            drawn.append(ids)
+            drawn.append(self._next(2, "full_per_partial", full, len(ids), seed, epoch, balance, group))
+            drawn.append(self._next(0, "background_per_partial", background, len(ids), seed, epoch, balance, group))
+        return rng.permutation(np.concatenate(drawn))
+
+    def _groups(self, balance):
+        """Masks (N,) of the windows among which proportions are kept."""
+        corpus = np.array([r.corpus for r in self.recordings])[self.recording]
+        if balance == "pooled":
+            return [np.ones(len(self), bool)]
+        return [corpus == name for name in np.unique(corpus)]
+
+    def _next(self, kind, key, ratio, partial, seed, epoch, balance, group):
         """The next round(ratio * partial) windows of a kind."""
         if not (np.isfinite(ratio) and ratio >= 0):
             raise DataError(f"data.{key} is {ratio}: a ratio of 0 or more is needed")
         count = round(ratio * partial)
-        if (seed, kind) not in self._orders:
-            ids = np.flatnonzero(self.kind == kind)
-            self._orders[seed, kind] = np.random.default_rng([seed, kind, 2]).permutation(ids)
-        order = self._orders[seed, kind]
-        if count and not len(order):
+        if (seed, kind, balance, group) not in self._orders:
+            ids = np.flatnonzero(self._groups(balance)[group] & (self.kind == kind))
+            # a lone corpus draws as it did before there were several
+            keys = [seed, kind, 2, group] if group else [seed, kind, 2]
+            self._orders[seed, kind, balance, group] = np.random.default_rng(keys).permutation(ids)
+        order = self._orders[seed, kind, balance, group]
+        if count and not (self.kind == kind).any():
             what = "contains no seizure" if kind == 0 else "lies wholly inside a seizure"
             raise DataError(f"no window {what}, {count} are asked for: "
                             f"set data.{key}: 0, or other data.window_seconds")
+        # where one corpus of several has none of a kind, it gives none
+        count = count if len(order) else 0
         return order[(epoch * count + np.arange(count)) % max(1, len(order))]
 
 
@@ -660,6 +682,9 @@ def info(path, say=print):
             f"{len({person(r.patient) for r in part})} patients, "
             f"{sum(r.seconds for r in part) / 3600:.2f} h, {sum(len(r.events) for r in part)} seizures, "
             f"{sum(float((r.events[:, 1] - r.events[:, 0]).sum()) for r in part) / 3600:.3f} h of them")
+    for name in sorted({person(r.patient) for r in recordings}):
+        mine = [r for r in recordings if person(r.patient) == name]
+        say(f"    {name}: {sum(r.seconds for r in mine) / 3600:.2f} h, {sum(len(r.events) for r in mine)} seizures")
     rates = [f"{r.source_fs:g}" for r in recordings]
     say("  source rates: " + ", ".join(f"{rate} Hz x {rates.count(rate)}"
                                        for rate in sorted(set(rates), key=float)))

@@ -191,8 +191,19 @@ class Home:
         self._check(state, path)
         saver = self._open_saver()
         saver.adopt(state, path)
+        state["stopping"] = self._best_left(state["stopping"])
         self.say(f"resume: {path} as asked; later resumes follow this line")
         return saver, state
+
+    def _best_left(self, stopping):
+        """Early stopping compares with the best.pt that the chosen line has, as the saver does."""
+        best = {"value": None, "epoch": 0, "tie": None}
+        with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
+            facts = checkpoint.peek(self.checkpoints / "best.pt")
+            if facts["metric"] and facts["metric"]["name"] == stopping["metric"]:
+                best |= facts["metric"] | {"epoch": facts["epoch"]}
+                del best["name"]
+        return stopping | best
 
     def _open_saver(self):
         s = self.config["training"]
@@ -241,9 +252,9 @@ class Home:
         self.record.flush()
         self.saver.save_mid(state)
 
-    def save_epoch(self, state, value, name):
+    def save_epoch(self, state, value, name, tie):
         self.record.flush()
-        self.saver.save_epoch(state, value, name)
+        self.saver.save_epoch(state, value, name, tie)
 
     def saved(self, path):
         """In the writer thread, once a checkpoint is durable."""
@@ -269,6 +280,13 @@ def holds_checkpoints(directory):
     if not directory.is_dir():
         return False
     return any(checkpoint.NAME.fullmatch(n) or n == "best.pt" for n in os.listdir(directory))
+
+
+def has_run(config):
+    """Whether the run directory, or its mirror, holds checkpoints."""
+    directory, mirror = run_directory(config), config["training"]["mirror"]
+    places = [directory, Path(mirror, directory.name)] if mirror else [directory]
+    return any(holds_checkpoints(place / "checkpoints") for place in places)
 
 
 def move_aside(run_directory, say):

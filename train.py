@@ -43,14 +43,17 @@ import data
 import edf
 import evaluate
 import model
+import splits
 import synth
 from checkpoint import Signals
 from config import Refused, describe, load as load_config
 from machine import Console, Group, autocast, device_name, place, prepare_torch
-from records import Failed, Home, Log, fault, holds_checkpoints, move_aside, run_directory, tolerated
+from records import (Failed, Home, Log, fault, has_run, holds_checkpoints, move_aside, run_directory,
+                     tolerated)
 from watch import Watchdog
 
 MAX_NONFINITE = 50                      # steps in a row
+TIE = "average_precision"               # decides between epochs whose best_metric is the same
 
 
 # ---- the loop ----
@@ -116,6 +119,7 @@ class Trainer:
         self.summary = {}               # all metrics of the last finished validation
 
         self.batches = split.batches    # of this epoch
+        self.compiled = False           # in this process
         self.slowest = 0.0              # seconds of the slowest step so far
         self.saved_at = None            # (step, recordings scored) of the last snapshot
         self.epoch_began = time.monotonic(), 0      # when, and at which batch, in this process
@@ -124,7 +128,12 @@ class Trainer:
     def _build(self, model):
         s, device = self.settings, self.group.device
         self.model = model
-        self.net = torch.compile(model) if s["compile"] else model
+        # windows of the largest piece that a batch is cut into
+        self.piece = math.ceil(s["batch_size"] / (s["accumulate"] * self.group.size))
+        self.net = model
+        if s["compile"]:
+            # one graph for one shape: pieces of a batch that are smaller are filled up to it
+            self.net = torch.compile(model, fullgraph=True, dynamic=False)
         if self.group.size > 1:
             # the random states are those of a single process once it is built
             rng = checkpoint.random_states()
@@ -148,11 +157,9 @@ class Trainer:
         after its first, and the sums of three or more processes round by that order. So a resumed
         run has the whole run's order from its first step."""
         device = self.group.device
-        pieces = self.settings["accumulate"] * self.group.size
-        share = math.ceil(self.settings["batch_size"] / pieces)
         devices = [device] if device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(self.net, devices, broadcast_buffers=False)
-        x = torch.randn(share, len(self.split.channels), self.split.windows.length, device=device)
+        x = torch.randn(self.piece, len(self.split.channels), self.split.windows.length, device=device)
         with autocast(self.settings["precision"], device):
             logits = net(x)
         logits.float().sum().backward()
@@ -198,6 +205,9 @@ class Trainer:
                 began = time.monotonic()
                 with self.watch.during("in a step"):
                     loss, norm = self.train_step(batch, pieces, feed)
+                if self.settings["compile"] and not self.compiled:
+                    self.compiled = True
+                    self.say(f"compiled: the first step took {time.monotonic() - began:.0f} s")
                 self.after_step(batch, loss, norm, time.monotonic() - began)
                 self.watch.did("step")
 
@@ -234,7 +244,7 @@ class Trainer:
             travel = number == len(pieces) or self.group.size == 1
             with contextlib.nullcontext() if travel else self.net.no_sync():
                 with autocast(s["precision"], self.group.device):
-                    logits = self.net(x)
+                    logits = self.net(self.filled(x))[:len(x)]
                 part = focal_loss(logits, y, mask * weight, s["focal_alpha"], s["focal_gamma"])
                 share = part / total
                 # DDP averages gradients; our loss is a sum of shares
@@ -253,6 +263,14 @@ class Trainer:
             self.optimizer.found_inf = 1 - result.isfinite().all().float()
             self.optimizer.step()
         return result.tolist()
+
+    def filled(self, x):
+        """x, under training.compile with windows of zeros up to the size of a whole piece: another
+        shape would be compiled anew. Their logits are cut off, so they weigh nothing."""
+        if not self.settings["compile"]:
+            return x
+        missing = self.piece - len(x)
+        return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
     def after_step(self, batch, loss, norm, seconds):
         """Count, log, let the boundary act."""
@@ -383,10 +401,15 @@ class Trainer:
     def end_epoch(self, summary):
         """Metric, early stopping and checkpoints of the finished epoch; then the next one begins."""
         name = self.settings["best_metric"]
-        value = float(summary[name])
-        improved = checkpoint.better(value, self.stopping["value"], evaluate.METRICS[name])
+        value, tie = float(summary[name]), float(summary[TIE])
+        tied = value == self.stopping["value"]
+        if tied:                        # a small set gives the same event F1 over and over
+            improved = checkpoint.better(tie, self.stopping.get("tie"))
+        else:
+            improved = checkpoint.better(value, self.stopping["value"], evaluate.METRICS[name])
         if improved:
-            self.stopping = {"metric": name, "value": value, "epoch": self.epoch, "waited": 0}
+            self.stopping = {"metric": name, "value": value, "tie": tie, "epoch": self.epoch,
+                             "waited": 0}
         else:
             self.stopping["waited"] += 1
         self.summary, self.scores = summary, {}
@@ -396,13 +419,15 @@ class Trainer:
         with self.watch.during("in a save"):
             state = self.pack()
             if self.group.main:
-                self.home.save_epoch(state, value, name)
+                self.home.save_epoch(state, value, name, tie)
         self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
         missed = evaluate.over_cap(summary, self.config["evaluation"])
         if missed:
             self.say(f"validation of epoch {self.epoch}: {missed}")
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         rank = "the best so far"
+        if improved and tied:
+            rank += f": as good as before, with a better {TIE}"
         if not improved:
             rank = f"the best is that of epoch {self.stopping['epoch']}"
         self.say(f"epoch {self.epoch}/{self.settings['epochs']}: {name} {shown}, {rank}")
@@ -421,7 +446,8 @@ class Trainer:
                 pictures.curves(self.home.directory)
 
     def _no_best(self):
-        return {"metric": self.settings["best_metric"], "value": None, "epoch": 0, "waited": 0}
+        return {"metric": self.settings["best_metric"], "value": None, "tie": None, "epoch": 0,
+                "waited": 0}
 
     def out_of_patience(self):
         patience, waited = self.settings["patience"], self.stopping["waited"]
@@ -481,7 +507,8 @@ class Trainer:
             "stopping": dict(self.stopping),
             "validation": dict(self.scores), "scores": dict(self.summary),
             "config": self.config, "data": split.fingerprint, "machine": self.machine(),
-            "montage": split.montage, "channels": list(split.channels)}
+            "montage": split.montage, "channels": list(split.channels),
+            "prepared": split.prepared}
 
     def machine(self):
         return {"device": device_name(self.group.device), "processes": self.group.size,
@@ -592,25 +619,36 @@ def expect_data(config):
     c = config["data"]
     if not c["path"]:
         raise Refused("data.path is not set: the folder that data.py import wrote")
-    if not Path(c["path"]).is_dir() and not c["synth_hours"]:
-        raise Refused(f"data.path {c['path']} does not exist: "
-                      f"python data.py import CORPUS_FOLDER {c['path']}")
+    if isinstance(c["path"], list) and c["synth_hours"]:
+        raise Refused("data.synth_hours makes one folder, and data.path is a list of several")
+    for path in folders(config):
+        if not Path(path).is_dir() and not c["synth_hours"]:
+            raise Refused(f"data.path {path} does not exist: "
+                          f"python data.py import CORPUS_FOLDER {path}")
     if c["copy_to"] and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
                       "on each, and name the copy as data.path")
 
 
+def folders(config):
+    path = config["data"]["path"]
+    return path if isinstance(path, list) else [path]
+
+
 def open_recordings(config, watch, say):
     """Recordings at data.path; synthetic ones are made there first where the config asks for them,
     and only then."""
-    path = Path(config["data"]["path"])
+    c = config["data"]
+    path = c["path"]
     try:
-        if config["data"]["synth_hours"] and not path.is_dir():
-            make_recordings(config, path, watch, say)
-        if config["data"]["copy_to"]:
-            path = data.copy_corpus(path, config["data"]["copy_to"], say,
-                                    lambda: watch.did("copied recording"))
-        return data.open_corpus(path)
+        if c["synth_hours"] and not Path(path).is_dir():
+            make_recordings(config, Path(path), watch, say)
+        if c["copy_to"]:
+            copies = [data.copy_corpus(folder, c["copy_to"], say,
+                                       lambda: watch.did("copied recording"))
+                      for folder in folders(config)]
+            path = copies if isinstance(path, list) else copies[0]
+        return data.open_corpora(path, c["same_person"])
     except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
     except OSError as error:
@@ -645,8 +683,7 @@ class Split:
         self.seed, self.c = config["experiment"]["seed"], config["data"]
         c = self.c
         try:
-            self.train, self.dev = data.split_patients(recordings, c["dev_patients"],
-                                                       c["dev_fraction"], self.seed)
+            self.train, self.dev = splits.split(recordings, c, self.seed)
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             first = self.order(1)
             evaluate.check_metric(config["training"]["best_metric"], self.dev)
@@ -654,6 +691,7 @@ class Split:
             raise Refused(f"{c['path']}: {error}") from None
         self.fingerprint = data.fingerprint(self.train + self.dev)
         self.channels, self.montage = self.train[0].channels, self.train[0].montage
+        self.prepared = self.train[0].prepared
         self.batches = math.ceil(len(first) / config["training"]["batch_size"])
 
         # real samples of each window: those of a short recording end before the window does
@@ -666,6 +704,8 @@ class Split:
             seizures = sum(len(r.events) for r in part)
             say(f"{name}: {len(part)} recordings of {len(patients)} patients, {hours:.2f} h, "
                 f"{seizures} seizures")
+        for line in splits.told(recordings, self.train, self.dev, c["split"]):
+            say(line)
         say(f"epoch: {self._told(len(first))} in {self.batches} batches")
         self.warn(config["training"]["batch_size"], len(first), say)
 
@@ -689,7 +729,8 @@ class Split:
     def order(self, epoch):
         """Window ids of `epoch` in the order of training: a pure function of (seed, epoch)."""
         background = self.c["background_per_partial"] if self.c["balanced"] else None
-        return self.windows.epoch(self.seed, epoch, self.c["full_per_partial"], background)
+        return self.windows.epoch(self.seed, epoch, self.c["full_per_partial"], background,
+                                  self.c["corpus_balance"])
 
 
 def read_init(config, split, net):
@@ -743,7 +784,7 @@ def build_model(config, split, group, say):
         raise Refused(str(error)) from None
     checkpoint.restore_random_states(rng)
     count = sum(p.numel() for p in net.parameters())
-    line = (f"model: V3, {count:,} parameters, {config['training']['precision']} "
+    line = (f"model: {type(net).__name__}, {count:,} parameters, {config['training']['precision']} "
             f"on {device_name(group.device)}")
     if group.size > 1:
         line += f", {group.size} processes"
@@ -774,7 +815,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
             recordings = group.from_main(lambda: open_recordings(config, watch, say))
         split = Split(config, recordings, say)
         net = build_model(config, split, group, say)
-        going_on = resume != "false" and holds_checkpoints(directory / "checkpoints")
+        going_on = resume != "false" and has_run(config)
         if not going_on:                # refused while nothing is touched
             start_from(config, split, net, say)
         with signals or Signals() as signals:

@@ -559,7 +559,7 @@ def here(*arguments):
 
 def run(*arguments):
     command = [sys.executable, ROOT / "evaluate.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(corpus, tmp_path):
@@ -587,6 +587,20 @@ def test_raw_edf_files_give_the_scores_of_their_import(corpus, tmp_path):
     assert {m: a[m] for m in METRICS} == {m: b[m] for m in METRICS}
     assert {p.relative_to(tmp_path / "edf") for p in (tmp_path / "edf").rglob("*_events.tsv")} == \
         {p.relative_to(tmp_path / "imported") for p in (tmp_path / "imported").rglob("*_events.tsv")}
+
+
+def test_raw_edf_files_are_prepared_as_the_training_was_and_another_preparation_is_said(corpus, tmp_path, capsys):
+    state = checkpoint.load(corpus / "best.pt")
+    recipe = edf.Recipe("referential", "50", "mV")
+    for prepared, wanted in ((recipe.hash, recipe.hash), ("of another version", edf.Recipe().hash)):
+        scratch = tmp_path / prepared
+        scratch.mkdir()
+        recordings, _ = evaluate.open_data(corpus / "edf", state | {"prepared": prepared}, scratch)
+        assert {r.prepared for r in recordings} == {wanted}
+    evaluate.open_data(corpus / "imported", state | {"prepared": recipe.hash}, tmp_path)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "is of montage referential, notch both, the checkpoint was trained on" in line
+    assert line.endswith("montage referential, notch 50, blank unit mV")
 
 
 def test_a_file_that_cannot_be_read_is_named_beside_the_scores_of_the_others(corpus, tmp_path):

@@ -221,7 +221,7 @@ def test_the_time_limit_leaves_room_for_the_slowest_save_seen(corpus, tmp_path):
 original = train.Trainer.late
 def late(self):
     if self.step == 2:
-        self.home.saver.slowest = 5400.0
+        self.home.saver._slowest = 5400.0
         self.slowest = 2000.0
     return original(self)
 train.Trainer.late = late
@@ -579,6 +579,45 @@ def test_weights_of_other_channels_are_refused_with_both(corpus, tmp_path):
     checkpoint.atomic_save({"model": train.model.build(18, SMALL).state_dict(), "channels": ["F7-T3"] * 18}, path)
     with pytest.raises(train.Refused, match=r"its 18 channels \(F7-T3 ...\) are not the 19 of"):
         train.run(loaded(corpus, tmp_path, training__init=str(path)))
+
+
+@contextlib.contextmanager
+def validations(monkeypatch, **series):
+    """Real validations whose named metrics are replaced, epoch by epoch."""
+    original, left = train.evaluate.summarise, {name: list(values) for name, values in series.items()}
+
+    def summarise(*arguments):
+        return original(*arguments) | {name: values.pop(0) for name, values in left.items()}
+    monkeypatch.setattr(train.evaluate, "summarise", summarise)
+    yield
+    monkeypatch.undo()
+
+
+def best(results):
+    return checkpoint.peek(results / "t/checkpoints/best.pt")
+
+
+def test_of_epochs_with_the_same_metric_the_one_of_better_average_precision_is_the_best_and_that_is_said(
+        corpus, tmp_path, capsys, monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=4, training__best_metric="event_f1")
+    with validations(monkeypatch, event_f1=[1.0, 1.0, 1.0, 0.5], average_precision=[0.74, 0.85, 0.8, 0.9]):
+        assert train.run(config) == 0
+    assert best(tmp_path)["epoch"] == 2 and last(tmp_path)["stopping"]["epoch"] == 2
+    out = capsys.readouterr().out
+    assert "epoch 2/4: event_f1 1.0000, the best so far: as good as before, with a better average_precision" in out
+    assert "epoch 3/4: event_f1 1.0000, the best is that of epoch 2" in out
+
+
+def test_after_a_resume_from_a_file_the_log_and_best_pt_agree_on_what_is_best(corpus, tmp_path, capsys, monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=2)
+    with validations(monkeypatch, auroc=[0.5, 0.9]):
+        assert train.run(config) == 0
+    with validations(monkeypatch, auroc=[0.7]):
+        assert train.run(config, str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt")) == 0
+    assert "epoch 2/2: auroc 0.7000, the best so far" in capsys.readouterr().out
+    assert best(tmp_path)["metric"]["value"] == 0.7
+    aside = list((tmp_path / "t/checkpoints").glob("abandoned_best_*.pt"))
+    assert [checkpoint.peek(path)["metric"]["value"] for path in aside] == [0.9]
 
 
 def test_the_log_file_holds_every_printed_line_over_resumes(corpus, tmp_path, capsys):
