@@ -726,9 +726,9 @@ def test_scores_are_in_the_precision_of_the_training(corpus, tmp_path):
     for out, given in (("own", ()), ("asked", ("--precision", "fp32"))):
         assert here("--checkpoint", tmp_path / "best.pt", "--data", corpus / "imported",
                     "--out", tmp_path / out, "--save-probabilities", *given)[0] == 0
-    net, _ = evaluate.load_model(tmp_path / "best.pt", "cpu")
+    net, state = evaluate.load_model(tmp_path / "best.pt", "cpu")
     r = data.open_corpus(corpus / "imported")[0]
-    c = {"window_seconds": 20.0}
+    c, _ = evaluate.stored_settings(state)
     for out, precision in (("own", "bf16"), ("asked", "fp32")):
         assert json.loads((tmp_path / out / "scores.json").read_text())["precision"] == precision
         track = np.load(evaluate.output(tmp_path / out, r, "_probability.npy"))
