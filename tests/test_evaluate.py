@@ -539,7 +539,7 @@ def here(*arguments):
 
 def run(*arguments):
     command = [sys.executable, ROOT / "evaluate.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(corpus, tmp_path):
