@@ -3,7 +3,8 @@
     python checkpoint.py ls results/            every run: its files, their health, and which one a resume takes
     python checkpoint.py verify FILE_OR_DIR     exit 1 and the file's name on any damage
     python checkpoint.py clean results/ [--yes] what no resume needs; removed only with --yes
-    python checkpoint.py strip best.pt [DST]    the weights alone, to share
+    python checkpoint.py strip best.pt [DST]    the weights alone, to share, with a model card
+    python checkpoint.py average A.pt B.pt --out FILE       the mean of their weights
 
 Copy this one file (it needs torch and nothing else of ours) and train like this; kill it whenever you like:
 
@@ -1296,6 +1297,7 @@ def candidates(directory, mirror=None):
     found = [_Candidate(path) for path in checkpoints(directory)]
     if mirror:
         found += [_Candidate(path, second=True) for path in checkpoints(mirror)]
+    found = [c for c in found if c.facts or c.fault or os.path.lexists(c.path)]     # a run at work rotates
     usable = sorted((c for c in found if not c.damage), key=lambda c: c.order, reverse=True)
     usable.sort(key=lambda c: c.kind == "best")
     return usable + [c for c in found if c.damage]
@@ -2198,10 +2200,10 @@ def _take(fd, directory, say):
 # ---- command line ----
 
 def find_runs(path):
-    """Directories at or under `path` that hold checkpoints."""
+    """Directories at or under `path` that hold checkpoints; those that may not be read are left out."""
     path = Path(path)
     places = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
-    return [p for p in places if checkpoints(p)]
+    return [p for p in places if os.access(p, os.R_OK | os.X_OK) and checkpoints(p)]
 
 
 def _age(seconds):
@@ -2212,93 +2214,250 @@ def _age(seconds):
 
 
 def _health(path):
+    """"ok", or what is wrong; "gone" where the run has rotated it away meanwhile."""
     try:
         verify(path)
         return "ok"
     except CorruptCheckpoint as damage:
         return f"DAMAGED: {_reason(damage)}"
     except OSError as error:
+        if not os.path.lexists(path):
+            return "gone"
         return f"UNREADABLE: {_reason(error)}"
 
 
-def _in_use(directory):
-    """What the lock file says of its holder, or None."""
+def _holder(directory):
+    """What the lock file says of the process that holds it, or None. Writes nothing and follows no link."""
     try:
-        if Path(directory, ".lock").exists():
-            lock(directory).close()
-    except InUse as held:
-        return held.strerror.split(" is ", 1)[1].split(":")[0]
+        fd = os.open(Path(directory, ".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        text = os.pread(fd, 200, 0).decode(errors="replace")
+        return "in use by " + ("".join(filter(str.isprintable, text)).strip() or "another process")
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def second_place(directory):
+    """Where the run of `directory` has its second copy, or None."""
+    try:
+        return Path(json.loads(Path(directory, MIRROR_NOTE).read_text())["checkpoints"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def list_run(directory, say=print):
-    """One run as a table; the file a resume takes is marked, with the reason below."""
+    """One run and its second copy as tables; the file a resume takes is marked, with the reason below. Writes nothing."""
+    directory, second = Path(directory), second_place(directory)
     notes = []
-    chosen = find_resume(directory, notes.append)
-    files = sorted((c for c in map(_Candidate, checkpoints(directory))),
-                   key=lambda c: (c.facts is not None, c.order if c.facts else (), c.path.name), reverse=True)
-    busy = _in_use(directory)
-    say(f"\n{directory}" + (f"  ({busy})" if busy and f"process {os.getpid()} " not in busy else ""))
+    chosen = None
+    try:
+        chosen, _ = _choose(directory, verify, notes.append, mirror=second)
+        if not chosen:
+            notes.append("resume: nothing usable: a fresh start")
+    except OSError as error:
+        notes.append(f"resume: {error.filename} cannot be read now ({error.strerror}): a resume would wait for it")
+    busy = _holder(directory)
+    others = busy and f"process {os.getpid()} " not in busy
+    say(f"\n{directory}" + (f"  ({busy})" if others else ""))
+    count = _table(directory, chosen, say)
+    if second:
+        say(f"  second copy: {second}")
+        _table(second, chosen, say)
+    for note in notes:
+        if not note.startswith("resume: older"):           # older and sound: the table shows them
+            say(f"    {note}")
+    return count
+
+
+def _table(directory, chosen, say):
+    """The files of a directory, newest save first, and what they take; returns their number."""
     say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} {'age':>7}  health")
-    disk, first = {}, {}
-    for c in files:
-        info = os.lstat(c.path)
+    try:
+        found = [_Candidate(path) for path in checkpoints(directory)]
+    except OSError as error:
+        say(f"    cannot be read: {error.strerror}")
+        return 0
+    sound = sorted((c for c in found if c.facts), key=lambda c: (c.order, c.path.name), reverse=True)
+    sizes, first = {}, {}
+    count = 0
+    for c in sound + [c for c in found if not c.facts]:
+        try:
+            info = os.lstat(c.path)
+        except FileNotFoundError:
+            continue                        # rotated away meanwhile
         twin = first.setdefault(info.st_ino, c.path.name)
-        disk[info.st_ino] = info.st_size
         health = f"= {twin}" if twin != c.path.name else _health(c.path)
+        if health == "gone":
+            continue
+        sizes[info.st_ino] = info.st_size
+        count += 1
         facts = c.facts or dict.fromkeys(PROGRESS, "-") | {"metric": None}
         metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
-        say(f" {'->' if c.path == chosen else '  '} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
-            f"{facts['global_step']:>9}  {metric:<22} {info.st_size / 1e6:>7.1f} MB {_age(time.time() - info.st_mtime):>7}  {health}")
-    say(f"    {len(files)} names, {len(disk)} files on disk, {sum(disk.values()) / 1e6:.1f} MB in all")
-    for note in notes if chosen else notes + ["resume: nothing usable: a fresh start"]:
-        if not note.startswith("resume: older"):                           # older and sound: the table shows them
-            say(f"    {note}")
-    return len(files)
+        mark = "->" if c.path == chosen else "  "
+        age = _age(time.time() - info.st_mtime)
+        say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} {facts['global_step']:>9}  {metric:<22} "
+            f"{info.st_size / 1e6:>7.1f} MB {age:>7}  {health}")
+    say(f"    {count} names, {len(sizes)} files on disk, {sum(sizes.values()) / 1e6:.1f} MB in all")
+    return count
 
 
 def _removable(directory):
-    """[(path, why)]: what no resume needs. Snapshots older than the file a resume takes, damage, temps of dead processes."""
-    out = [(p, "temp of a dead process") for p in directory.glob(".*.tmp") if TEMP.fullmatch(p.name) and _dead(p)]
-    chosen = find_resume(directory, lambda line: None)
+    """([(path, why)], [(path, why not)]): what no resume needs, and damage that nothing shows to be of this format."""
+    doomed = [(p, "temp of a dead process") for p in directory.glob(".*.tmp") if TEMP.fullmatch(p.name) and _dead(p)]
+    spared = []
+    chosen, _ = _choose(directory, verify, lambda line: None)
     for c in candidates(directory) if chosen else []:
         health = "ok" if c.path == chosen else _health(c.path)
         if health.startswith("DAMAGED"):    # what cannot be read here, or is no file, may be sound
-            out.append((c.path, health))
-        elif health == "ok" and c.path != chosen and c.path.name.startswith("mid_epoch"):
-            out.append((c.path, f"older than {chosen.name}"))
-    return out
+            (doomed if _ours(c.path) else spared).append((c.path, health))
+        elif health == "ok" and c.path != chosen and KINDS[c.kind].spare:
+            doomed.append((c.path, f"older than {chosen.name}"))
+    return doomed, spared
+
+
+def _ours(path):
+    """Whether a damaged file is of this format by what is left of it, or holds nothing that any program could load.
+
+    A sound file of another program can be one that we refuse."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            head = file.read(PAGE)
+            file.seek(-min(os.path.getsize(path), 1 << 16), os.SEEK_END)
+            tail = file.read()
+    except OSError:
+        return False
+    begins = head.startswith(b"PK\3\4") and head[30:].startswith(b"archive/data/")      # torch.save begins with data.pkl
+    return len(head) < 22 or not any(head) or begins or MAGIC in tail
 
 
 def _clean(directory, yes):
     try:
         held = lock(directory)              # to the end: no run may begin between the look and the removal
     except InUse as error:
-        return print(f"left alone: {error.strerror}")
-    try:
-        doomed = _removable(directory)
+        print(f"left alone: {error.strerror}")
+        return
+    with held:
+        doomed, spared = _removable(directory)
+        for path, why in spared:
+            print(f"left {path}  ({why}; it may be another program's)")
         for path, why in doomed:
             print(f"{'removed' if yes else 'would remove'} {path}  {os.lstat(path).st_size / 1e6:.1f} MB  ({why})")
             if yes:
                 _unlink(path)
-        print(f"{directory}: {len(doomed)} files" + ("" if yes or not doomed else "; --yes removes them"))
-    finally:
-        held.close()
+        hint = "" if yes or not doomed else "; --yes removes them"
+        print(f"{directory}: {len(doomed)} files{hint}")
+
+
+# what goes along with weights that are shared
+SHARED = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step", "metric", "scores", "averaged")
 
 
 def strip(source, target=None):
-    """Write the weights of `source`, with the settings that rebuild the model, to `target` (SOURCE_weights.pt)."""
-    state = load(source)
+    """Write the weights of `source`, with the settings that rebuild the model, to `target` (SOURCE_weights.pt), and a model
+    card beside it (.md). Nothing that exists is replaced."""
+    state = _with_weights(source)
     target = Path(target or Path(source).with_name(f"{Path(source).stem}_weights.pt"))
-    if not isinstance(state.get("model"), dict):
-        raise CorruptCheckpoint(f"{source}: holds no model weights to strip")
-    if target.exists() and os.path.samefile(source, target):
-        raise ValueError(f"{target} is the checkpoint itself: name another file")
-    keep = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step",
-            "metric", "scores")
-    atomic_save({k: state[k] for k in keep if k in state}, target)
+    _share({key: state[key] for key in SHARED if key in state}, target, source)
     print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of {os.path.getsize(source) / 1e6:.1f} MB")
+
+
+def average(sources, target):
+    """Write the mean of the weights of `sources`, checkpoints of one run, to `target` (LAWA, arXiv 2306.03241).
+
+    Counts and running statistics are those of the newest. An average kept during training instead (EMA) would be a second set
+    of weights in every checkpoint: with the defaults, more than the 2 GB that they promise to stay below."""
+    if len(sources) < 2:
+        raise ValueError("average needs two checkpoints or more")
+    facts = {source: peek(source) for source in sources}
+    saves = [(f["run"], f["save_counter"]) for f in facts.values()]
+    if None in {run for run, _ in saves} or len({run for run, _ in saves}) > 1:
+        raise ValueError("the checkpoints are not all of one run, or do not say of which")
+    if len(set(saves)) < len(sources):
+        raise ValueError("two of the files are the same save: it would count twice")
+    newest = max(facts, key=lambda source: facts[source]["save_counter"])
+    state = _with_weights(newest)
+    mean = {name: value.double() for name, value in state["model"].items() if _is_weight(name, value)}
+    for source in sources:
+        if source != newest:
+            _add(mean, state["model"], _with_weights(source)["model"], source)
+    model = dict(state["model"])
+    for name, total in mean.items():
+        model[name] = (total / len(sources)).to(model[name].dtype)
+    kept = {key: state[key] for key in SHARED if key in state and key not in ("metric", "scores")}
+    if isinstance(state.get("scores"), dict) and "threshold" in state["scores"]:
+        kept["scores"] = {"threshold": state["scores"]["threshold"]}       # its other scores are not the average's
+    _share({**kept, "model": model, "averaged": [Path(s).name for s in sources]}, Path(target), newest)
+    print(f"{target}: the mean of {len(sources)} checkpoints, counts and statistics of {newest}")
+
+
+def _is_weight(name, value):
+    statistic = name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not statistic
+
+
+def _add(mean, newest, model, source):
+    shapes = [{name: tuple(getattr(value, "shape", ())) for name, value in m.items()} for m in (newest, model)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+        raise ValueError(f"{source}: {odd[0]} has another shape or is absent: another model")
+    for name, total in mean.items():
+        total += model[name]
+
+
+def _with_weights(source):
+    state = load(source)
+    if not isinstance(state.get("model"), dict):
+        raise CorruptCheckpoint(f"{source}: holds no model weights")
+    return state
+
+
+def _share(state, target, source):
+    """Weights and their card, where neither exists yet."""
+    card = target.with_suffix(".md")
+    for path in (target, card):
+        if os.path.lexists(path):
+            raise ValueError(f"{path} exists: name another file, or move it away")
+    atomic_save(state, target)
+    atomic_write(card, [model_card(state, target, source).encode()])
+
+
+def model_card(state, target, source):
+    """Markdown: what the weights were trained on, how well they did there, and what they are not for."""
+    config = state.get("config") if isinstance(state.get("config"), dict) else {}
+    section = {name: config[name] for name in ("experiment", "data", "evaluation") if isinstance(config.get(name), dict)}
+    data, scores = section.get("data", {}), state.get("scores") or {}
+    patients = ", ".join(map(str, data.get("dev_patients") or [])) or "the corpus's own, or drawn by the seed"
+    metric = state["metric"] if isinstance(state.get("metric"), dict) else {}
+    rows = {
+        "run": section.get("experiment", {}).get("name"),
+        "from": f"{Path(source).name}, epoch {state.get('epoch', '?')}, step {state.get('global_step', '?')}",
+        "averaged": ", ".join(state.get("averaged", [])),
+        "data": data.get("path"),
+        "validation patients": patients if data else None,
+        "montage": state.get("montage"),
+        "channels": ", ".join(map(str, state.get("channels", []))),
+        "threshold": scores.get("threshold", section.get("evaluation", {}).get("threshold")),
+        "chosen by": f"{metric['name']} {metric['value']}" if {"name", "value"} <= metric.keys() else None,
+    }
+    lines = [f"# {target.name}", "", *(f"- {name}: {value}" for name, value in rows.items() if value not in (None, ""))]
+    numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and k != "threshold"}
+    if numbers:
+        lines += ["", "## Scores on the validation patients", "", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
+    lines += ["", "## Intended use", "",
+              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device: not for diagnosis, alarms or",
+              "treatment. The scores above were seen by the choice of these weights; on other patients, hospitals and recording",
+              "systems expect worse, and measure it before use.", ""]
+    return "\n".join(lines)
 
 
 def _verify_all(paths):
@@ -2306,6 +2465,8 @@ def _verify_all(paths):
     for path in paths:
         for file in checkpoints(path) if path.is_dir() else [path]:
             health = _health(file)
+            if health == "gone":
+                continue
             damaged += health != "ok"
             print(f"{file}: {health}")
     return 1 if damaged else 0
@@ -2313,26 +2474,13 @@ def _verify_all(paths):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["ls", "verify", "clean", "strip"])
+    parser.add_argument("command", choices=["ls", "verify", "clean", "strip", "average"])
     parser.add_argument("paths", nargs="+", metavar="PATH", help="file, run directory, or a folder of runs")
     parser.add_argument("--yes", action="store_true", help="clean: remove, do not only list")
+    parser.add_argument("--out", metavar="FILE", help="average: the file to write")
     args = parser.parse_args(argv)
     try:
-        missing = [p for p in args.paths[:1 if args.command == "strip" else None] if not os.path.lexists(p)]
-        if missing:
-            raise FileNotFoundError(errno.ENOENT, f"{missing[0]}: no such file or directory")
-        if args.command == "strip":
-            strip(*args.paths[:2])
-            return 0
-        places = [q for p in args.paths for q in (find_runs(p) if Path(p).is_dir() else [Path(p)])]
-        if not places:
-            print(f"no checkpoints in {' '.join(args.paths)}")
-        if args.command == "verify":
-            return _verify_all(places)
-        for place in places:
-            directory = place if place.is_dir() else place.parent
-            list_run(directory) if args.command == "ls" else _clean(directory, args.yes)
-        return 0
+        return _command(args)
     except CorruptCheckpoint as damage:
         print(damage, file=sys.stderr)
         return 1
@@ -2340,6 +2488,34 @@ def main(argv=None):
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
         print(f"checkpoint.py: {where}{getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
+
+
+def _command(args):
+    if args.command == "strip":
+        if len(args.paths) > 2:
+            raise ValueError(f"strip takes SRC and DST, not {len(args.paths)} paths: nothing was written")
+        strip(*args.paths)
+        return 0
+    if args.command == "average":
+        if not args.out:
+            raise ValueError("average needs --out FILE")
+        average(args.paths, args.out)
+        return 0
+    for path in args.paths:
+        if not os.path.lexists(path):
+            raise FileNotFoundError(errno.ENOENT, "no such file or directory", path)
+    places = [place for path in args.paths for place in (find_runs(path) if Path(path).is_dir() else [Path(path)])]
+    if not places:
+        print(f"no checkpoints in {' '.join(args.paths)}")
+    if args.command == "verify":
+        return _verify_all(places)
+    for place in places:
+        directory = place if place.is_dir() else place.parent
+        if args.command == "ls":
+            list_run(directory)
+        else:
+            _clean(directory, args.yes)
+    return 0
 
 
 if __name__ == "__main__":
