@@ -594,7 +594,7 @@ def write_recording(target, eeg, events, attributes):
         with h5py.File(temp, "w", libver="latest") as f:
             f.attrs.update(attributes)
             f.create_dataset("events", data=events)
-            # all that stands about the recording takes its place before it
+            # all that stands about the recording takes its place before the samples
             f.flush()
             _write_chunks(make_dataset(f, *eeg.shape), eeg)
             end = _first_chunk(target, f["eeg"]) + 2 * len(eeg) * CHUNK * -(-eeg.shape[1] // CHUNK)
@@ -664,8 +664,7 @@ def load_recording(path):
             entry["digest"] = digest(raw.read(entry["offset"]))
     except DataError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError,
-            AttributeError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
     chunks = -(-entry["samples"] // CHUNK)
     if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:
