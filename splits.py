@@ -1,11 +1,11 @@
-"""Who trains and who validates: patient-disjoint unless asked otherwise, the same for the same seed.
+"""Who trains and who validates: patient-disjoint unless asked otherwise, the same for the same
+seed.
 
     train, dev = split(recordings, config["data"], seed)
 
-By patient (the default): each corpus's own train and dev where it has them, else a draw. By recording, by
-time or in folds where a corpus has too few patients. Unlabelled recordings and a corpus's own eval split are
-in neither part.
-"""
+By patient (the default): each corpus's own train and dev where it has them, else a draw. By
+recording, by time or in folds where a corpus has too few patients. Unlabelled recordings and a
+corpus's own eval split are in neither part. """
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +15,10 @@ from edf import DataError
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 WARNINGS = {                            # of the splits that do not keep patients apart
-    "recording": "data.split: recording: the same patients train and validate: scores say nothing about new "
-                 "patients",
-    "time": "data.split: time: the first part of each recording trains and its end validates: scores say nothing "
-            "about new patients or recordings",
+    "recording": "data.split: recording: the same patients train and validate: scores say nothing "
+                 "about new patients",
+    "time": "data.split: time: the first part of each recording trains and its end validates: "
+            "scores say nothing about new patients or recordings",
 }
 
 
@@ -33,7 +33,8 @@ def owner(recording):
 
 
 def split(recordings, c, seed):
-    """(train, dev) by the section `data` of a configuration; DataError where one of them would be empty."""
+    """(train, dev) by the section `data` of a configuration; DataError where one of them would be
+    empty."""
     kind, folds = c.get("split", "patient"), c.get("folds", 0)
     usable = [r for r in recordings if r.labelled and r.split != "eval"]
     if kind == "time":
@@ -50,18 +51,21 @@ def split(recordings, c, seed):
 
 
 def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
-    """(train, dev), no person in both, unlabelled recordings and a corpus's own eval split in neither.
+    """(train, dev), no person in both, unlabelled recordings and a corpus's own eval split in
+    neither.
 
-    Corpus by corpus: dev is `dev_patients` where some are its own, else the corpus's own train and dev, else a
-    draw of `dev_fraction` of the patients, with seizures on both sides where two patients have any. Who
-    validates in one corpus does so in all. chb21 is chb01."""
+    Corpus by corpus: dev is `dev_patients` where some are its own, else the corpus's own train and
+    dev, else a draw of `dev_fraction` of the patients, with seizures on both sides where two
+    patients have any. Who validates in one corpus does so in all. chb21 is chb01."""
     usable = [r for r in recordings if r.labelled and r.split != "eval"]
     people = sorted({owner(r) for r in usable})
     wanted = {person(p) for p in dev_patients}
     if wanted - set(people):
-        raise DataError(f"dev patients {', '.join(sorted(wanted - set(people)))} are not among the labelled "
-                        f"patients: {', '.join(people[:20])}")
-    dev, kept = set(), []
+        unknown = ", ".join(sorted(wanted - set(people)))
+        raise DataError(f"dev patients {unknown} are not among the labelled patients: "
+                        f"{', '.join(people[:20])}")
+    dev = set()
+    kept = []
     for corpus in sorted({r.corpus for r in usable}):
         mine = [r for r in usable if r.corpus == corpus]
         named = wanted & {owner(r) for r in mine}
@@ -97,8 +101,9 @@ def _divide(recordings, unit, dev, what):
 
 def _both(train, dev, what):
     if not train or not dev:
-        raise DataError(f"{what}, {len(train)} recordings for training, {len(dev)} for validation: both are "
-                        "needed, of different patients; data.split: recording or time divides one patient's")
+        raise DataError(f"{what}, {len(train)} recordings for training, {len(dev)} for validation: "
+                        "both are needed, of different patients; data.split: recording or time "
+                        "divides one patient's")
     return train, dev
 
 
@@ -127,7 +132,8 @@ def _draw(recordings, unit, fraction, seed):
 
 
 def _fold(recordings, unit, folds, fold, seed):
-    """Cross-validation: everyone validates in one of the folds; those with seizures are dealt out evenly."""
+    """Cross-validation: everyone validates in one of the folds; those with seizures are dealt out
+    evenly."""
     groups = _groups(recordings, unit)
     count = len(groups[0]) + len(groups[1])
     if not 2 <= folds <= count:
@@ -140,7 +146,8 @@ def _fold(recordings, unit, folds, fold, seed):
 
 
 def _split_time(recordings, fraction):
-    """Each recording cut at a chunk: its last `fraction` validates. One too short to be cut trains."""
+    """Each recording cut at a chunk: its last `fraction` validates. One too short to be cut
+    trains."""
     train, dev = [], []
     for r in recordings:
         chunks = r.samples // CHUNK
@@ -154,28 +161,33 @@ def _split_time(recordings, fraction):
 
 
 def part(recording, begin, end):
-    """The samples from `begin`, which begins a chunk, to `end` of a recording, as one of its own."""
+    """The samples from `begin`, which begins a chunk, to `end` of a recording, as one of its
+    own."""
     fs = recording.fs
     events = np.clip(recording.events, begin / fs, end / fs) - begin / fs
     events = events[events[:, 1] > events[:, 0]]
-    return replace(recording, name=f"{recording.name}_{begin // fs}-{end // fs}s", samples=end - begin,
-                   events=events, skipped=recording.skipped + begin // CHUNK)
+    name = f"{recording.name}_{begin // fs}-{end // fs}s"
+    skipped = recording.skipped + begin // CHUNK
+    return replace(recording, name=name, samples=end - begin, events=events, skipped=skipped)
 
 
 # ---- what is said of it ----
 
 def told(recordings, train, dev, kind):
-    """Lines on who was drawn for validation, what each of several corpora gives, and what is left out."""
+    """Lines on who was drawn for validation, what each of several corpora gives, and what is left
+    out."""
     lines = [f"warning: {WARNINGS[kind]}"] if kind in WARNINGS else []
     lines.append("validation patients: " + _patients(dev))
     if not any(len(r.events) for r in dev):
-        lines.append("warning: no patient of the validation has a seizure: name some with data.dev_patients")
+        lines.append("warning: no patient of the validation has a seizure: name some with "
+                     "data.dev_patients")
     used = {r.path for r in train + dev}
     for corpus in sorted({r.corpus for r in recordings}):
         mine = [r for r in recordings if r.corpus == corpus]
         out = [r for r in mine if r.path not in used]
         if corpus:
-            lines.append(f"{corpus}: train {_amount(train, corpus)}; validation {_amount(dev, corpus)}")
+            lines.append(f"{corpus}: train {_amount(train, corpus)}; "
+                         f"validation {_amount(dev, corpus)}")
         if out:
             lines.append(f"{corpus or 'corpus'}: left out: {_reasons(out)}")
     return lines
@@ -183,15 +195,21 @@ def told(recordings, train, dev, kind):
 
 def _amount(part, corpus):
     mine = [r for r in part if r.corpus == corpus]
-    return (f"{len(mine)} recordings of {len({owner(r) for r in mine})} patients, "
-            f"{sum(r.seconds for r in mine) / 3600:.2f} h, {sum(len(r.events) for r in mine)} seizures")
+    people = {owner(r) for r in mine}
+    hours = sum(r.seconds for r in mine) / 3600
+    seizures = sum(len(r.events) for r in mine)
+    return f"{len(mine)} recordings of {len(people)} patients, {hours:.2f} h, {seizures} seizures"
 
 
 def _patients(recordings, most=20):
     people = sorted({owner(r) for r in recordings})
-    seizures = {p: sum(len(r.events) for r in recordings if owner(r) == p) for p in people[:most]}
-    text = ", ".join(f"{name} ({count} seizures)" for name, count in seizures.items())
-    return text + (f" and {len(people) - most} more" if len(people) > most else "")
+    shown = []
+    for name in people[:most]:
+        seizures = sum(len(r.events) for r in recordings if owner(r) == name)
+        shown.append(f"{name} ({seizures} seizures)")
+    if len(people) > most:
+        shown.append(f"and {len(people) - most} more")
+    return ", ".join(shown)
 
 
 def _reasons(recordings):

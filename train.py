@@ -421,6 +421,9 @@ class Trainer:
             if self.group.main:
                 self.home.save_epoch(state, value, name, tie)
         self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
+        missed = evaluate.over_cap(summary, self.config["evaluation"])
+        if missed:
+            self.say(f"validation of epoch {self.epoch}: {missed}")
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         rank = "the best so far"
         if improved and tied:
