@@ -108,8 +108,8 @@ class Split:
         total = len(self.windows)
         if not self.c["balanced"]:
             return f"all {total} windows"
-        return (f"{drawn} windows, a balanced draw from {total}: for each with a seizure's onset or "
-                f"end {self.c['full_per_partial']:g} inside one and "
+        return (f"{drawn} windows, a balanced draw from {total}: for each with a seizure's onset "
+                f"or end {self.c['full_per_partial']:g} inside one and "
                 f"{self.c['background_per_partial']:g} without; where a kind is rare it repeats,")
 
     def warn(self, batch_size, windows, say):

@@ -241,7 +241,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s["grad_clip"])
         result = torch.stack([loss.double(), norm.double()])
-        self.group.add(result[:1])      # of the shares of all processes; the norm is the same in all
+        self.group.add(result[:1])      # the sum of all shares; the norm is the same everywhere
         if self.scaler.is_enabled():    # fp16 may go on after a skipped step with another scale
             if result.isfinite().all():
                 self.scaler.step(self.optimizer)
@@ -379,7 +379,7 @@ class Trainer:
             raise Stopped
 
     def end_epoch(self, summary):
-        """Metric, early stopping and checkpoints of the finished epoch; then the next one begins."""
+        """Metric, early stopping, checkpoints of the finished epoch; then the next one begins."""
         name = self.settings["best_metric"]
         value, tie = float(summary[name]), float(summary[TIE])
         tied = value == self.stopping["value"]
@@ -539,8 +539,8 @@ class Trainer:
             group["initial_lr"] = rate
             group["lr"] = now
         if not math.isclose(before, now):
-            self.say(f"resume: the learning rate jumps from {before:.2e} to {now:.2e}, its place in "
-                     f"the schedule of this configuration")
+            self.say(f"resume: the learning rate jumps from {before:.2e} to {now:.2e}, its place "
+                     f"in the schedule of this configuration")
         groups[0]["weight_decay"] = self.settings["weight_decay"]
         self.scheduler.base_lrs = [rate] * len(groups)
         if not self.scaler.is_enabled():
