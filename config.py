@@ -25,6 +25,7 @@ import model
 
 HERE = Path(__file__).resolve().parent
 PATH = "a path, relative to the folder of train.py unless absolute"
+PATHS = "a path or a list of paths, relative to the folder of train.py unless absolute"
 FOLDER_NAME = "a plain folder name"
 METRIC = "a name in evaluate.METRICS"
 COUNT = (1, 10**6)
@@ -40,7 +41,22 @@ KEYS = {
     "experiment.seed": Key(42, "weights, sampling, augmentation, dropout", (0, 2**63 - 1)),
     "experiment.results": Key("results", "folder of run directories", PATH, CHANGES),
 
-    "data.path": Key("", "folder written by data.py import", PATH, CHANGES),
+    "data.path": Key(
+        "", "folder written by data.py import, or a list of several: then names and patients carry "
+        "the folder's name", PATHS, CHANGES),
+    "data.same_person": Key(
+        [], "patients that are one: [siena/PN00 = own/anna, ...]"),
+    "data.corpus_balance": Key(
+        "own", "of several corpora: own = the proportions below inside each, so that the corpus "
+        "tells nothing about the label; equal = also as many seizures from each, repeated; pooled = "
+        "drawn from all as from one", ("own", "equal", "pooled")),
+    "data.split": Key(
+        "patient", "what validation is apart in; recording and time are for too few patients",
+        ("patient", "recording", "time")),
+    "data.folds": Key(
+        0, "cross-validation: parts that the patients (or recordings) are dealt into; as many as "
+        "there are patients = leave one out; 0 = no", COUNT_OR_0),
+    "data.fold": Key(1, "which of data.folds validates, from 1", COUNT),
     "data.synth_hours": Key(
         0.0, "more than 0: make this many hours of synthetic EDF at PATH_edf and import them",
         (0, 10**4), CHANGES),
@@ -119,16 +135,21 @@ KEYS = {
 }
 
 
-def rows_of(section, script, may_change):
-    """The rows of another file's DEFAULTS; a key's meaning is the comment on its line there."""
+def rows_of(section, script, limits, may_change):
+    """The rows of another file's DEFAULTS; a key's meaning is the comment on its line there. That
+    file checks them: `limits` are texts."""
     table = Path(script.__file__).read_text().split("\nDEFAULTS = {\n")[1].split("\n}\n")[0]
     meaning = dict(re.findall(r'"(\w+)": [^#]*# (.*)', table))
-    return {f"{section}.{name}": Key(default, meaning[name], None, may_change)
+    return {f"{section}.{name}": Key(default, meaning[name], limits.get(name), may_change)
             for name, default in script.DEFAULTS.items()}
 
 
-KEYS |= rows_of("model", model, may_change=False)
-KEYS |= rows_of("evaluation", evaluate, may_change=True)
+in_model = {int: "at least 1", float: "0 to 1", str: None}
+in_model = {name: in_model[type(default)] for name, default in model.DEFAULTS.items()}
+in_evaluation = {name: f"{lowest:g} to {highest:,g}"
+                 for name, (lowest, highest) in evaluate.limits(evaluate.DEFAULTS).items()}
+KEYS |= rows_of("model", model, in_model, may_change=False)
+KEYS |= rows_of("evaluation", evaluate, in_evaluation, may_change=True)
 
 DEFAULTS = {}
 for name, key in KEYS.items():
@@ -188,9 +209,11 @@ def load(path, overrides=()):
     config = {section: DEFAULTS[section] | given[section] for section in DEFAULTS}
     check(config, given)
     for name, key in KEYS.items():
-        if key.limits == PATH:
+        if key.limits in (PATH, PATHS):
             section, _, short = name.partition(".")
-            config[section][short] = placed(config[section][short])
+            value = config[section][short]
+            several = isinstance(value, list)
+            config[section][short] = [placed(v) for v in value] if several else placed(value)
     return config
 
 
@@ -220,7 +243,8 @@ def typed(value, name, source):
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
-    if kind is list and isinstance(value, list):
+    several = KEYS[name].limits == PATHS and value
+    if (kind is list or several) and isinstance(value, list):
         return [str(item) for item in value]
     if type(value) is not kind:
         raise Refused(f"{source}: {name} must be {kind.__name__}, like {default!r}, not {value!r}")

@@ -30,9 +30,9 @@ What was chosen, and why
 Stable by construction: the input is companded, every stream enters its layers normalised,
 similarities are cosines, edges lie in (0, 1), the graph operator has norm <= 1, decays are bounded
 so that no exponential overflows, eigenvectors carry no gradient. Scans, edges, eigenvectors and
-the last products stay in fp32 under autocast. A NaN in the input gives NaN logits, never a number. Deterministic on CPU
-and GPU: matrix products, pads, stable sorts and elementwise operations; no scatter, cumsum or
-interpolation.
+the last products stay in fp32 under autocast. A NaN in the input gives NaN logits, never a number.
+Deterministic on CPU and GPU: matrix products, pads, stable sorts and elementwise operations; no
+scatter, cumsum or interpolation.
 
 Papers: Mamba-2 (Dao & Gu, ICML 2024), TCN (Bai et al., 2018), Laplacian encoding (Dwivedi &
 Bresson, 2021), SSGC (Zhu & Koniusz, ICLR 2021), prior of the last bias (Lin et al., ICCV 2017).
@@ -313,8 +313,8 @@ def scan_gradient(dy, growth, x, b, c, order, kept):
 
 
 def accumulate(growth, order):
-    """Gradient of each log-decay: the growth of its own and of all later steps, (n, D, chunks, chunk,
-    heads) both."""
+    """Gradient of each log-decay: the growth of its own and of all later steps, (n, D, chunks,
+    chunk, heads) both."""
     growth = by_head(growth)
     later = growth.sum(-1).flatten(1, 2) @ order.before
     own = growth.flatten(1, 3) @ order.seen
@@ -370,8 +370,8 @@ class Inner(torch.autograd.Function):
     convolution, SiLU, scan, gate, RMS norm and last matrix.
 
     mixed (n, T, D x (inner + 2 states) + D x inner + D x heads) holds rows of the convolution,
-    gates, and step sizes before softplus; it, taps (D x (inner + 2 states), CONV) and bias may be 16
-    bits wide. dt_bias, decay, skip (D, 1, heads), out (D, inner, width) -> (n, T, width).
+    gates, and step sizes before softplus; it, taps (D x (inner + 2 states), CONV) and bias may be
+    16 bits wide. dt_bias, decay, skip (D, 1, heads), out (D, inner, width) -> (n, T, width).
 
     Differentiated by hand: autograd would keep twice as much, and pass over memory more often."""
 
@@ -434,8 +434,8 @@ def split_mixed(mixed, taps, out):
 
 
 def gate_gradient(g, d_gate, kept):
-    """Back through the last matrix, the norm and the gate: fills d_gate, returns the gradients of v,
-    as (n, T, D, inner), and of the matrix."""
+    """Back through the last matrix, the norm and the gate: fills d_gate, returns the gradients of
+    v, as (n, T, D, inner), and of the matrix."""
     inner = kept.v.shape[3]
     _, gate, _ = split_mixed(kept.mixed, kept.taps, kept.out)
     y = per_direction(kept.y)
@@ -447,8 +447,17 @@ def gate_gradient(g, d_gate, kept):
 
     dy = dy.transpose(0, 1).view_as(kept.y)
     d_opened = dy * kept.v.transpose(1, 2)
-    torch.ops.aten.silu_backward.grad_input(d_opened, gate, grad_input=d_gate)
+    fill_silu_gradient(d_opened, gate, d_gate)
     return kept.opened * dy, d_out
+
+
+def fill_silu_gradient(g, x, place):
+    """Back through silu(x), into `place`, a view of any layout."""
+    if torch.compiler.is_compiling():
+        # a compiler knows no results in place, and makes one kernel of both
+        place.copy_(torch.ops.aten.silu_backward(g, x))
+    else:
+        torch.ops.aten.silu_backward.grad_input(g, x, grad_input=place)
 
 
 def inputs_gradient(dv, order, kept, scanned):
@@ -485,9 +494,8 @@ def conv_gradient(dx, d_states, d_rows, kept):
     d_conv = torch.zeros(conv.shape, dtype=conv.dtype, device=conv.device)
     found = in_directions(d_conv, directions, dx.shape[2])
     silent = in_directions(conv, directions, dx.shape[2])
-    back = torch.ops.aten.silu_backward.grad_input
-    back(dx.flatten(-2), silent[..., :inner], grad_input=found[..., :inner])
-    back(d_states, silent[..., inner:], grad_input=found[..., inner:])
+    fill_silu_gradient(dx.flatten(-2), silent[..., :inner], found[..., :inner])
+    fill_silu_gradient(d_states, silent[..., inner:], found[..., inner:])
 
     image = d_conv.transpose(1, 2).unsqueeze(2)
     kernel = taps.flip(1)[:, None, None]

@@ -15,6 +15,7 @@ import data
 import edf
 import evaluate
 import model
+import splits
 import synth
 from config import Refused
 from machine import device_name
@@ -27,25 +28,36 @@ def expect_data(config):
     c = config["data"]
     if not c["path"]:
         raise Refused("data.path is not set: the folder that data.py import wrote")
-    if not Path(c["path"]).is_dir() and not c["synth_hours"]:
-        raise Refused(f"data.path {c['path']} does not exist: "
-                      f"python data.py import CORPUS_FOLDER {c['path']}")
+    if isinstance(c["path"], list) and c["synth_hours"]:
+        raise Refused("data.synth_hours makes one folder, and data.path is a list of several")
+    for path in folders(config):
+        if not Path(path).is_dir() and not c["synth_hours"]:
+            raise Refused(f"data.path {path} does not exist: "
+                          f"python data.py import CORPUS_FOLDER {path}")
     if c["copy_to"] and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
                       "on each, and name the copy as data.path")
 
 
+def folders(config):
+    path = config["data"]["path"]
+    return path if isinstance(path, list) else [path]
+
+
 def open_recordings(config, watch, say):
     """Recordings at data.path; synthetic ones are made there first where the config asks for them,
     and only then."""
-    path = Path(config["data"]["path"])
+    c = config["data"]
+    path = c["path"]
     try:
-        if config["data"]["synth_hours"] and not path.is_dir():
-            make_recordings(config, path, watch, say)
-        if config["data"]["copy_to"]:
-            path = data.copy_corpus(path, config["data"]["copy_to"], say,
-                                    lambda: watch.did("copied recording"))
-        return data.open_corpus(path)
+        if c["synth_hours"] and not Path(path).is_dir():
+            make_recordings(config, Path(path), watch, say)
+        if c["copy_to"]:
+            copies = [data.copy_corpus(folder, c["copy_to"], say,
+                                       lambda: watch.did("copied recording"))
+                      for folder in folders(config)]
+            path = copies if isinstance(path, list) else copies[0]
+        return data.open_corpora(path, c["same_person"])
     except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
     except OSError as error:
@@ -80,8 +92,7 @@ class Split:
         self.seed, self.c = config["experiment"]["seed"], config["data"]
         c = self.c
         try:
-            self.train, self.dev = data.split_patients(recordings, c["dev_patients"],
-                                                       c["dev_fraction"], self.seed)
+            self.train, self.dev = splits.split(recordings, c, self.seed)
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             first = self.order(1)
             evaluate.check_metric(config["training"]["best_metric"], self.dev)
@@ -89,6 +100,7 @@ class Split:
             raise Refused(f"{c['path']}: {error}") from None
         self.fingerprint = data.fingerprint(self.train + self.dev)
         self.channels, self.montage = self.train[0].channels, self.train[0].montage
+        self.prepared = self.train[0].prepared
         self.batches = math.ceil(len(first) / config["training"]["batch_size"])
 
         # real samples of each window: those of a short recording end before the window does
@@ -101,6 +113,8 @@ class Split:
             seizures = sum(len(r.events) for r in part)
             say(f"{name}: {len(part)} recordings of {len(patients)} patients, {hours:.2f} h, "
                 f"{seizures} seizures")
+        for line in splits.told(recordings, self.train, self.dev, c["split"]):
+            say(line)
         say(f"epoch: {self._told(len(first))} in {self.batches} batches")
         self.warn(config["training"]["batch_size"], len(first), say)
 
@@ -124,7 +138,8 @@ class Split:
     def order(self, epoch):
         """Window ids of `epoch` in the order of training: a pure function of (seed, epoch)."""
         background = self.c["background_per_partial"] if self.c["balanced"] else None
-        return self.windows.epoch(self.seed, epoch, self.c["full_per_partial"], background)
+        return self.windows.epoch(self.seed, epoch, self.c["full_per_partial"], background,
+                                  self.c["corpus_balance"])
 
 
 def read_init(config, split, net):
@@ -178,7 +193,7 @@ def build_model(config, split, group, say):
         raise Refused(str(error)) from None
     checkpoint.restore_random_states(rng)
     count = sum(p.numel() for p in net.parameters())
-    line = (f"model: V3, {count:,} parameters, {config['training']['precision']} "
+    line = (f"model: {type(net).__name__}, {count:,} parameters, {config['training']['precision']} "
             f"on {device_name(group.device)}")
     if group.size > 1:
         line += f", {group.size} processes"

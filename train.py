@@ -114,6 +114,7 @@ class Trainer:
         self.summary = {}               # all metrics of the last finished validation
 
         self.batches = split.batches    # of this epoch
+        self.compiled = False           # in this process
         self.slowest = 0.0              # seconds of the slowest step so far
         self.saved_at = None            # (step, recordings scored) of the last snapshot
         self.epoch_began = time.monotonic(), 0      # when, and at which batch, in this process
@@ -122,7 +123,12 @@ class Trainer:
     def _build(self, model):
         s, device = self.settings, self.group.device
         self.model = model
-        self.net = torch.compile(model) if s["compile"] else model
+        # windows of the largest piece that a batch is cut into
+        self.piece = math.ceil(s["batch_size"] / (s["accumulate"] * self.group.size))
+        self.net = model
+        if s["compile"]:
+            # one graph for one shape: pieces of a batch that are smaller are filled up to it
+            self.net = torch.compile(model, fullgraph=True, dynamic=False)
         if self.group.size > 1:
             # the random states are those of a single process once it is built
             rng = checkpoint.random_states()
@@ -146,11 +152,10 @@ class Trainer:
         after its first, and the sums of three or more processes round by that order. So a resumed
         run has the whole run's order from its first step."""
         device = self.group.device
-        pieces = self.settings["accumulate"] * self.group.size
-        share = math.ceil(self.settings["batch_size"] / pieces)
         devices = [device] if device.type == "cuda" else None
         net = torch.nn.parallel.DistributedDataParallel(self.net, devices, broadcast_buffers=False)
-        x = torch.randn(share, len(self.split.channels), self.split.windows.length, device=device)
+        shape = self.piece, len(self.split.channels), self.split.windows.length
+        x = torch.randn(*shape, device=device)
         with autocast(self.settings["precision"], device):
             logits = net(x)
         logits.float().sum().backward()
@@ -196,6 +201,9 @@ class Trainer:
                 began = time.monotonic()
                 with self.watch.during("in a step"):
                     loss, norm = self.train_step(batch, pieces, feed)
+                if self.settings["compile"] and not self.compiled:
+                    self.compiled = True
+                    self.say(f"compiled: the first step took {time.monotonic() - began:.0f} s")
                 self.after_step(batch, loss, norm, time.monotonic() - began)
                 self.watch.did("step")
 
@@ -232,7 +240,7 @@ class Trainer:
             travel = number == len(pieces) or self.group.size == 1
             with contextlib.nullcontext() if travel else self.net.no_sync():
                 with autocast(s["precision"], self.group.device):
-                    logits = self.net(x)
+                    logits = self.net(self.filled(x))[:len(x)]
                 part = focal_loss(logits, y, mask * weight, s["focal_alpha"], s["focal_gamma"])
                 share = part / total
                 # DDP averages gradients; our loss is a sum of shares
@@ -251,6 +259,14 @@ class Trainer:
             self.optimizer.found_inf = 1 - result.isfinite().all().float()
             self.optimizer.step()
         return result.tolist()
+
+    def filled(self, x):
+        """x, under training.compile with windows of zeros up to the size of a whole piece: another
+        shape would be compiled anew. Their logits are cut off, so they weigh nothing."""
+        if not self.settings["compile"]:
+            return x
+        missing = self.piece - len(x)
+        return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
     def after_step(self, batch, loss, norm, seconds):
         """Count, log, let the boundary act."""
@@ -401,6 +417,9 @@ class Trainer:
             if self.group.main:
                 self.home.save_epoch(state, value, name, tie)
         self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
+        missed = evaluate.over_cap(summary, self.config["evaluation"])
+        if missed:
+            self.say(f"validation of epoch {self.epoch}: {missed}")
         shown = "not computable" if math.isnan(value) else f"{value:.4f}"
         rank = "the best so far"
         if improved and tied:
@@ -484,7 +503,8 @@ class Trainer:
             "stopping": dict(self.stopping),
             "validation": dict(self.scores), "scores": dict(self.summary),
             "config": self.config, "data": split.fingerprint, "machine": self.machine(),
-            "montage": split.montage, "channels": list(split.channels)}
+            "montage": split.montage, "channels": list(split.channels),
+            "prepared": split.prepared}
 
     def machine(self):
         return {"device": device_name(self.group.device), "processes": self.group.size,

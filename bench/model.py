@@ -1,16 +1,20 @@
-"""Speed, memory and size of V3 beside SeizureTransformer and the torch path of transformers' Mamba-2.
+"""Speed, memory, size and launches of V3 beside SeizureTransformer and the torch path of
+transformers' Mamba-2.
 
     python bench/model.py [--seizuretransformer FOLDER] [--batch 2] [--threads 2] [--device auto]
 
-Prints whole detectors on 60 s windows of 19 channels (windows a second, forward and training, which is
-forward + backward), the sequence core at equal dimensions (6 bidirectional layers, 19 streams x 960 steps,
-d_model 64, d_state 16, headdim 8), and where V3's time goes; ratios hold within a run. On a GPU: bf16, memory
-at batch 8, 48 and 64, share of the measured matrix-product peak, with and without torch.compile.
+Prints whole detectors on 60 s windows of 19 channels (windows a second, forward and training, which
+is forward + backward), the sequence core at equal dimensions (6 bidirectional layers, 19 streams x
+960 steps, d_model 64, d_state 16, headdim 8), and where V3's time goes; ratios hold within a run.
+Launches and GB a window are what a training step of one window in bf16 asks of a GPU: operators that
+are no views, and the bytes of the tensors that they read and write, counted by dispatch on whatever
+machine runs this. What a GPU makes of it: bench/gpu.py.
 
-FOLDER holds the published model.py of SeizureTransformer (github.com/keruiwu/SeizureTransformer, its folder
-time_step_level). Without it, or without transformers, those rows are left out and the output says so. Every
-contestant has a process, so that its memory is its own; they take turns, and the best round of each counts.
-Beside other load, --threads 1 is fairer: two threads that wait for each other lose more than their share.
+FOLDER holds the published model.py of SeizureTransformer (github.com/keruiwu/SeizureTransformer, its
+folder time_step_level). Without it, or without transformers, those rows are left out and the output
+says so. Every contestant has a process, so that its memory is its own; they take turns, and the best
+round of each counts. Beside other load, --threads 1 is fairer: two threads that wait for each other
+lose more than their share.
 """
 import argparse
 import importlib.util
@@ -24,6 +28,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as v3
@@ -31,6 +37,7 @@ import model as v3
 CORE = {"layers": 6, "width": 64, "state": 16, "headdim": 8, "streams": 19, "steps": 960}
 CHUNKS = (16, 64)         # chunk_size of transformers: its fastest of 16, 32, 64 and 256, and a larger one
 SAMPLES = 15360
+UNSEEN = {"aten::detach", "aten::_unsafe_view", "aten::_reshape_alias"}      # views by another name
 
 
 def arguments():
@@ -42,10 +49,42 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--count", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators under it that are no views, and the bytes of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator.is_view or operator._schema.name in UNSEEN:
+            return result
+        self.count += 1
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes += leaf.numel() * leaf.element_size()
+        return result
+
+
+def launches(net, x):
+    """(launches, bytes) of forward, loss and backward of one window in bf16."""
+    v3.BLOCK = 10**12                   # as on a GPU: all sequences at once
+    net.train()
+    net.zero_grad(set_to_none=True)
+    with Launches() as counted:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = net(x[:1])
+        F.binary_cross_entropy_with_logits(y, torch.ones_like(y)).backward()
+    return counted.count, counted.bytes
 
 
 class TransformersCore(torch.nn.Module):
@@ -92,13 +131,23 @@ def contest(name, args):
     """Answers lines on stdin: "forward" and "train" with seconds a call, "end" with the peak memory in MB."""
     torch.set_num_threads(args.threads)
     net, x = build(name, args)
+    counts = launches_apart(name, args)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"parameters": sum(p.numel() for p in net.parameters())}), flush=True)
+    parameters = sum(p.numel() for p in net.parameters())
+    print(json.dumps({"parameters": parameters, "counts": counts}), flush=True)
     for line in sys.stdin:
         if line.strip() == "end":
             break
         print(json.dumps(measure(net, x, line.strip(), args.device)), flush=True)
     print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024), flush=True)
+
+
+def launches_apart(name, args):
+    """launches() of a contestant in a process of its own, whose memory does not count."""
+    command = [sys.executable, __file__, "--count", name]
+    if args.seizuretransformer:
+        command += ["--seizuretransformer", args.seizuretransformer]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(net, x, what, device):
@@ -138,13 +187,19 @@ def race(names, args):
 
 
 def table(title, found, items, base):
-    """One line per contestant: items a second forward and training, the ratio to `base`, memory."""
-    print(f"\n{title}\n{'':24}{'parameters':>12}{'forward/s':>12}{'train/s':>10}{'ratio':>14}{'peak MB':>14}")
+    """One line per contestant: items a second forward and training, the ratio to `base`, memory,
+    launches and bytes."""
+    print(f"\n{title}")
+    print(f"{'':24}{'parameters':>12}{'forward/s':>11}{'train/s':>10}{'ratio':>14}{'peak MB':>10}"
+          f"{'launches':>10}{'GB':>7}")
     for name, r in found.items():
-        ratio = [found[base][w] / r[w] if base in found else float("nan") for w in ("forward", "train")]
-        speed = f"{items / r['forward']:12.2f}{items / r['train']:10.2f}"
-        size = f"{ratio[0]:7.2f}{ratio[1]:7.2f}{r['memory']:14,.0f}"
-        print(f"{name.split(':')[1]:24}{r['parameters']:12,}{speed}{size}")
+        ratio = [float("nan")] * 2
+        if base in found:
+            ratio = [found[base][what] / r[what] for what in ("forward", "train")]
+        count, touched = r["counts"]
+        print(f"{name.split(':')[1]:24}{r['parameters']:12,}"
+              f"{items / r['forward']:11.2f}{items / r['train']:10.2f}"
+              f"{ratio[0]:7.2f}{ratio[1]:7.2f}{r['memory']:10,.0f}{count:10,}{touched / 1e9:7.2f}")
 
 
 def parts(args):
@@ -196,24 +251,11 @@ def matmul_flop(net, x):
     return counter.get_total_flops()
 
 
-def on_gpu(args, flop, peak):
-    """bf16 training at the batch sizes of the configs: windows a second, share of the peak, memory."""
-    print(f"\nV3 on {torch.cuda.get_device_name()}, bf16, training")
-    print(f"{'batch':>6}{'compile':>9}{'windows/s':>11}{'of peak':>9}{'GB':>7}")
-    for batch in (8, 48, 64):
-        for compiled in (False, True):
-            net = v3.V3(19).cuda()
-            run = torch.compile(net) if compiled else net
-            x = torch.randn(batch, 19, SAMPLES, device="cuda")
-            torch.cuda.reset_peak_memory_stats()
-            measure(run, x, "train", "cuda")
-            seconds = min(measure(run, x, "train", "cuda") for _ in range(3))
-            share, memory = batch * flop / seconds / peak, torch.cuda.max_memory_allocated() / 1e9
-            print(f"{batch:6}{str(compiled):>9}{batch / seconds:11.1f}{100 * share:8.1f}%{memory:7.1f}")
-
-
 def main():
     args = arguments()
+    if args.count:
+        print(json.dumps(launches(*build(args.count, args))))
+        return
     if args.one:
         return contest(args.one, args)
     torch.set_num_threads(args.threads)
@@ -235,8 +277,6 @@ def main():
     net, x = build("detector:V3", argparse.Namespace(**{**vars(args), "batch": 1}))
     flop, peak = matmul_flop(net, x), matmul_peak(args)
     print(f"\nmatrix products: {flop / 1e9:.1f} GFLOP a window in training; peak {peak / 1e9:.0f} GFLOP/s")
-    if args.device == "cuda":
-        on_gpu(args, flop, peak)
 
 
 if __name__ == "__main__":

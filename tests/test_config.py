@@ -1,5 +1,6 @@
 """Configurations: every key has its meaning, limits and resume mark; what is wrong is refused."""
 import copy
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import config
 from conftest import ROOT
 
 MAY_NOT_CHANGE = {          # what makes another run: the weights' shapes, which windows, in what order
-    "experiment.seed", "data.dev_patients", "data.dev_fraction", "data.window_seconds",
+    "experiment.seed", "data.same_person", "data.corpus_balance", "data.split", "data.folds", "data.fold",
+    "data.dev_patients", "data.dev_fraction", "data.window_seconds",
     "data.stride_seconds", "data.balanced", "data.full_per_partial", "data.background_per_partial",
     "data.augment"} | {name for name in config.KEYS if name.startswith("model.")}
 
@@ -60,7 +62,9 @@ def test_every_number_has_limits_and_nan_and_infinity_are_beyond_them(tmp_path):
     numbers = {name: key for name, key in config.KEYS.items() if type(key.default) in (int, float)}
     assert len(numbers) > 50
     for name, key in numbers.items():
-        if not name.startswith(("model.", "evaluation.")):
+        if name.startswith(("model.", "evaluation.")):
+            assert re.fullmatch(r"at least 1|[\d.e-]+ to ([\d.,]+|inf)", key.limits)
+        else:
             assert len(key.limits) == 2
         for wrong in ("-1",) if type(key.default) is int else (".nan", ".inf", "-1"):
             assert name.split(".")[1] in refusal(path, [f"{name}={wrong}"])
