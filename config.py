@@ -25,6 +25,7 @@ import model
 
 HERE = Path(__file__).resolve().parent
 PATH = "a path, relative to the folder of train.py unless absolute"
+PATHS = "a path or a list of paths, relative to the folder of train.py unless absolute"
 FOLDER_NAME = "a plain folder name"
 METRIC = "a name in evaluate.METRICS"
 COUNT = (1, 10**6)
@@ -40,7 +41,22 @@ KEYS = {
     "experiment.seed": Key(42, "weights, sampling, augmentation, dropout", (0, 2**63 - 1)),
     "experiment.results": Key("results", "folder of run directories", PATH, CHANGES),
 
-    "data.path": Key("", "folder written by data.py import", PATH, CHANGES),
+    "data.path": Key(
+        "", "folder written by data.py import, or a list of several: then names and patients carry "
+        "the folder's name", PATHS, CHANGES),
+    "data.same_person": Key(
+        [], "patients that are one: [siena/PN00 = own/anna, ...]"),
+    "data.corpus_balance": Key(
+        "own", "of several corpora: own = the proportions below inside each, so that the corpus "
+        "tells nothing about the label; equal = also as many seizures from each, repeated; pooled = "
+        "drawn from all as from one", ("own", "equal", "pooled")),
+    "data.split": Key(
+        "patient", "what validation is apart in; recording and time are for too few patients",
+        ("patient", "recording", "time")),
+    "data.folds": Key(
+        0, "cross-validation: parts that the patients (or recordings) are dealt into; as many as "
+        "there are patients = leave one out; 0 = no", COUNT_OR_0),
+    "data.fold": Key(1, "which of data.folds validates, from 1", COUNT),
     "data.synth_hours": Key(
         0.0, "more than 0: make this many hours of synthetic EDF at PATH_edf and import them",
         (0, 10**4), CHANGES),
@@ -193,9 +209,11 @@ def load(path, overrides=()):
     config = {section: DEFAULTS[section] | given[section] for section in DEFAULTS}
     check(config, given)
     for name, key in KEYS.items():
-        if key.limits == PATH:
+        if key.limits in (PATH, PATHS):
             section, _, short = name.partition(".")
-            config[section][short] = placed(config[section][short])
+            value = config[section][short]
+            several = isinstance(value, list)
+            config[section][short] = [placed(v) for v in value] if several else placed(value)
     return config
 
 
@@ -225,7 +243,8 @@ def typed(value, name, source):
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
-    if kind is list and isinstance(value, list):
+    several = KEYS[name].limits == PATHS and value
+    if (kind is list or several) and isinstance(value, list):
         return [str(item) for item in value]
     if type(value) is not kind:
         raise Refused(f"{source}: {name} must be {kind.__name__}, like {default!r}, not {value!r}")

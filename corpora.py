@@ -34,6 +34,8 @@ INDEX, REPORT = "index.json", "import.json"
 WORKER = 200_000_000                    # bytes of EDF that make a further process worth its start
 EQUAL = 3                               # files refused for one reason; more share a line
 KEPT = 100                              # texts of a recording's EDF+ annotations
+# recordings that are not read
+FOREIGN = (".edf.gz", ".edf.zip", ".bdf", ".rec", ".vhdr", ".set", ".fif", ".cnt", ".nwb", ".e")
 LISTED = 20                             # texts of EDF+ annotations in the table
 SPLITS = ("train", "dev", "eval")
 
@@ -353,7 +355,7 @@ def find_edf(src):
         return [src], src.parent, []
     if not src.is_dir():
         raise DataError(f"{src}: no such file or folder")
-    found, seen, closed = [], set(), []
+    paths, seen, closed = [], set(), []
 
     def note(error):
         closed.append((str(error.filename), error.strerror))
@@ -364,10 +366,22 @@ def find_edf(src):
             continue
         seen.add((here.st_dev, here.st_ino))
         folders.sort()
-        found += [Path(folder, name) for name in files if name.lower().endswith(".edf")]
+        paths += [Path(folder, name) for name in files]
+    # ._x.edf is what macOS writes beside x.edf on a foreign disk: no recording
+    found = [path for path in paths
+             if path.suffix.lower() == ".edf" and not path.name.startswith("._")]
     if not found and not closed:
-        raise DataError(f"{src}: no EDF file in it")
+        raise DataError(f"{src}: no EDF file in it{_foreign(paths)}")
     return sorted(found), src, closed
+
+
+def _foreign(paths):
+    """In words: recordings among the files that are of other kinds."""
+    kinds = Counter(kind for path in paths for kind in FOREIGN if path.name.lower().endswith(kind))
+    if not kinds:
+        return ""
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return f" ({found}: convert or unpack them to .edf)"
 
 
 def identify_all(files, root, layout, report):
@@ -403,7 +417,7 @@ def _prepared(path):
 
 
 def recipe_of(prepared, montage, channels):
-    """The Recipe of recordings, found by its hash; None where another version of edf.py made them."""
+    """The Recipe of recordings, found by its hash; None: another version of edf.py made them."""
     reduced = tuple(map(str, channels)) if montage == "reduced" else ()
     for notch in NOTCH:
         for unit in ("", *BLANK_UNITS):
@@ -580,7 +594,8 @@ def write_recording(target, eeg, events, attributes):
         with h5py.File(temp, "w", libver="latest") as f:
             f.attrs.update(attributes)
             f.create_dataset("events", data=events)
-            f.flush()                   # all that stands about the recording takes its place before it
+            # all that stands about the recording takes its place before the samples
+            f.flush()
             _write_chunks(make_dataset(f, *eeg.shape), eeg)
             end = _first_chunk(target, f["eeg"]) + 2 * len(eeg) * CHUNK * -(-eeg.shape[1] // CHUNK)
         if os.path.getsize(temp) != end:
@@ -649,7 +664,7 @@ def load_recording(path):
             entry["digest"] = digest(raw.read(entry["offset"]))
     except DataError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
     chunks = -(-entry["samples"] // CHUNK)
     if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:

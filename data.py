@@ -1,20 +1,22 @@
-"""EEG recordings for seizure detection: EDF in, one HDF5 file per recording out, training windows at the
-speed of memory or of the disk.
+"""EEG recordings for seizure detection: EDF in, one HDF5 file per recording out, training windows
+at the speed of memory or of the disk.
 
     python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit]
                                    [--montage referential|bipolar|reduced] [--channels F7-T3,...]
-                                   [--notch both|50|60|0] [--seizure-label TEXT] [--skip-bad] [--replace]
+                                   [--notch both|50|60|0] [--seizure-label TEXT]
+                                   [--skip-bad] [--replace]
     python data.py synth OUT [--hours H] [--patients N] [--seed S]
     python data.py info OUT [--speed]
 
 SRC is a corpus, any folder of EDF files, or one EDF; without annotations a recording is imported as
-unlabelled. The import is resumable: a finished recording is kept while its source files and the settings of
-the preparation are the same. What cannot be read rightly is refused with one line and the rest goes on:
-exit 1 when anything was refused (--skip-bad: 0), 2 for bad usage. Preparation: edf.py; layouts: corpora.py.
+unlabelled. The import is resumable: a finished recording is kept while its source files and the
+settings of the preparation are the same. What cannot be read rightly is refused with one line and
+the rest goes on: exit 1 when anything was refused (--skip-bad: 0), 2 for bad usage. Preparation:
+edf.py; layouts: corpora.py; who trains and who validates: splits.py.
 
-A window is one read: ten seconds of all channels lie together in the file, the chunks one after the other
-(corpora.write_recording). Threads read ahead of the training, so that a corpus may be larger than memory and
-lie on a network; which thread reads what changes nothing in the batches.
+A window is one read: ten seconds of all channels lie together in the file, the chunks one after the
+other (corpora.write_recording). Threads read ahead of the training, so that a corpus may be larger
+than memory and lie on a network; which thread reads what changes nothing in the batches.
 """
 import argparse
 import collections
@@ -24,7 +26,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,26 +36,29 @@ from pathlib import Path
 import numpy as np
 
 import corpora
+import splits
 import synth
 from corpora import CHUNK
+from disk import copy_corpus, disk_bytes, file_system  # noqa: F401  (part of what data.py offers)
 from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
+from splits import person, split_patients  # noqa: F401  (part of what data.py offers)
 
-SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
-READERS = 16                            # threads; a waiting reader costs nothing, see bench/loader.py --readers
-SLOW = 0.05                             # share of a step's time; beyond it waiting for data is worth a word
+READERS = 16                            # threads; a sweep: bench/loader.py --sweep
+SLOW = 0.05                             # share of the time; more of waiting is worth a word
 
 
 class ReadFailed(DataError):
-    """A recording that could be opened before and cannot be read now: a disk, a network or a hand at work."""
+    """A recording that could be opened before and cannot be read now: a disk, a network or a hand
+    at work."""
 
 
 # ---- recordings ----
 
 @dataclass
 class Recording:
-    """One imported recording. Holds no open file: each read opens it anew, so that neither 6,500 recordings
-    nor a run of weeks holds more descriptors than there are readers, and a file that was changed under the
-    run is noticed at its next window."""
+    """One imported recording. Holds no open file: each read opens it anew, so that neither 6,500
+    recordings nor a run of weeks holds more descriptors than there are readers, and a file that was
+    changed under the run is noticed at its next window."""
     path: str
     name: str                           # below the corpus folder, without .h5
     patient: str
@@ -72,8 +76,10 @@ class Recording:
     source_fs: float = 0.0
     offset: int = 0                     # of the samples in the file, bytes
     state: tuple = ()                   # size and mtime_ns of the file when the corpus was opened
-    began: str = ""                     # YYYY-MM-DD hh:mm:ss by the EDF's header, "" where it says none
+    began: str = ""                     # YYYY-MM-DD hh:mm:ss by the EDF's header, or ""
     release: str = ""                   # what the corpus said of its version at import
+    skipped: int = 0                    # chunks of the file before the first sample, of a part
+    corpus: str = ""                    # folder's name, in a run on several
     digest: str = ""                    # what header must still prove that the file is the index's
 
     @property
@@ -86,15 +92,15 @@ class Recording:
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
 
     def read_chunks(self, start, n, out):
-        """The chunks that hold `n` samples from `start` on, into the first of out int16 (K, C, CHUNK); zeros
-        beyond the end. ReadFailed or DataError where the file is not what it was."""
+        """The chunks that hold `n` samples from `start` on, into the first of out int16 (K, C,
+        CHUNK); zeros beyond the end. ReadFailed or DataError where the file is not what it was."""
         if start < 0:
             raise ValueError(f"{self.name}: start {start} is before the recording")
         first = start // CHUNK
         wanted = whole_chunks(start % CHUNK + n)
         count = max(0, min(wanted, whole_chunks(self.samples) - first))
         if count:
-            self._read_bytes(self.offset + first * out[0].nbytes, out[:count])
+            self._read_bytes(self.offset + (self.skipped + first) * out[0].nbytes, out[:count])
         out[count:wanted] = 0
 
     def _read_bytes(self, position, out):
@@ -109,7 +115,8 @@ class Recording:
                 while rest:
                     count = os.preadv(handle, [rest], position)
                     if not count:
-                        raise ReadFailed(f"{self.path} ends {len(rest)} bytes early: it is being written or was cut")
+                        raise ReadFailed(f"{self.path} ends {len(rest)} bytes early: "
+                                         "it is being written or was cut")
                     rest = rest[count:]
                     position += count
             finally:
@@ -123,7 +130,8 @@ class Recording:
             raise DataError(f"{self.path} was changed since the corpus was opened")
         if self.digest:
             if corpora.digest(os.pread(handle, self.offset, 0)) != self.digest:
-                raise DataError(f"{self.path} is not the recording that the index describes: import it again")
+                raise DataError(f"{self.path} is not the recording that the index describes: "
+                                "import it again")
             self.digest = ""            # once is enough: from now on its time would tell
 
     def read(self, start, n):
@@ -147,8 +155,8 @@ def whole_chunks(samples):
 
 
 def open_corpus(path):
-    """All recordings below an imported folder, sorted by name, from its index and the sizes of the files.
-    DataError for damaged or foreign files, or recordings that were prepared differently."""
+    """All recordings below an imported folder, sorted by name, from its index and the sizes of the
+    files. DataError for damaged or foreign files, or recordings that were prepared differently."""
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder; python data.py import SRC {path}")
@@ -165,18 +173,78 @@ def open_corpus(path):
     return recordings
 
 
+def open_corpora(paths, same_person=()):
+    """The recordings of one imported folder, or of a list of them.
+
+    Of a list, names and patients carry the folder's name, so that sub-01 of one corpus is not
+    sub-01 of another. same_person: ["siena/PN00 = own/anna", ...], who is one all the same."""
+    if isinstance(paths, (str, Path)):
+        recordings = open_corpus(paths)
+    else:
+        names = [path.name for path in resolved(paths)]
+        if len(set(names)) < len(names):
+            raise DataError(f"data.path: two folders have one name among {', '.join(names)}: "
+                            "rename one")
+        recordings = []
+        for path, name in zip(paths, names):
+            recordings += _named(open_corpus(path), name)
+        _check_alike("data.path", recordings)
+    for line in same_person:
+        _join(recordings, line)
+    return recordings
+
+
+def resolved(paths):
+    """The folders of data.path, absolute."""
+    if not isinstance(paths, list):
+        paths = [paths]
+    return [Path(path).resolve() for path in paths if path]
+
+
+def split_of(recordings, path, c, seed):
+    """(train, dev) of the recordings in the folder `path`, as a run with the section `data` c
+    divided them: one of several folders is divided together with the others."""
+    place = Path(path).resolve() if path else None
+    if not isinstance(c.get("path"), list) or place not in resolved(c["path"]):
+        return splits.split(recordings, c, seed)
+    parts = splits.split(open_corpora(c["path"], c.get("same_person", ())), c, seed)
+    return tuple([r for r in part if r.corpus == place.name] for part in parts)
+
+
+def _named(recordings, folder):
+    for r in recordings:
+        r.corpus = folder
+        r.name = f"{folder}/{r.name}"
+        r.patient = f"{folder}/{r.patient}"
+    return recordings
+
+
+def _join(recordings, line):
+    """The patient before the = goes under the name behind it."""
+    names = [name.strip() for name in line.split("=")]
+    known = sorted({r.patient for r in recordings})
+    unknown = [name for name in names if name not in known]
+    if len(names) != 2 or unknown:
+        raise DataError(f"data.same_person {line!r}: write A = B with two patients of "
+                        f"{', '.join(known[:20])}")
+    for r in recordings:
+        if r.patient == names[0]:
+            r.patient = names[1]
+
+
 def _check_alike(path, recordings):
     for kind in ("montage", "channels", "prepared"):
         found = {getattr(r, kind): r.name for r in recordings}
         if len(found) > 1:
             names = " and ".join(list(found.values())[:2])
-            raise DataError(f"{path}: {kind} differs between {names}: import all of it again, and delete what "
-                            "has no EDF any more")
+            raise DataError(f"{path}: {kind} differs between {names}: import all of it again, "
+                            "and delete what has no EDF any more")
 
 
 def _recording(path, name, state, entry):
     fields = dict(entry)
-    size, mtime = fields.pop("size"), fields.pop("mtime")
+    size = fields.pop("size")
+    mtime = fields.pop("mtime")
     # the same size and time as the index says: nothing is left to prove
     if tuple(state) == (size, mtime):
         fields["digest"] = ""
@@ -190,71 +258,18 @@ def fingerprint(recordings):
     """Hash over what must not change within a run: names, lengths, preparation, events, montage."""
     digest = hashlib.sha256()
     for r in sorted(recordings, key=lambda r: r.name):
-        digest.update(json.dumps([r.name, r.samples, r.prepared, r.montage, r.labelled,
-                                  r.events.tolist()]).encode())
+        events = r.events.tolist()
+        facts = [r.name, r.samples, r.prepared, r.montage, r.labelled, events]
+        digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
-
-
-# ---- splits ----
-
-def person(patient):
-    return SAME_PERSON.get(patient, patient)
-
-
-def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
-    """(train, dev), no person in both, unlabelled recordings and a corpus's own eval split in neither.
-
-    dev is `dev_patients` where given, else the corpus's own train and dev, else a draw of `dev_fraction` of
-    the patients, with seizures on both sides where two patients have any. chb21 is chb01."""
-    usable = [r for r in recordings if r.labelled and r.split != "eval"]
-    people = sorted({person(r.patient) for r in usable})
-    wanted = {person(p) for p in dev_patients}
-    if wanted - set(people):
-        raise DataError(f"dev patients {', '.join(sorted(wanted - set(people)))} are not among the labelled "
-                        f"patients: {', '.join(people[:20])}")
-    if wanted:
-        dev = wanted
-    elif {"train", "dev"} <= {r.split for r in usable}:
-        usable = [r for r in usable if r.split]
-        dev = {person(r.patient) for r in usable if r.split == "dev"}
-        both = dev & {person(r.patient) for r in usable if r.split == "train"}
-        if both:
-            raise DataError(f"patients in both train and dev: {', '.join(sorted(both))}")
-    else:
-        dev = _draw(usable, people, dev_fraction, seed)
-    train = [r for r in usable if person(r.patient) not in dev]
-    dev = [r for r in usable if person(r.patient) in dev]
-    if not train or not dev:
-        raise DataError(f"{len(people)} labelled patients, {len(train)} recordings for training, "
-                        f"{len(dev)} for validation: both are needed, of different patients")
-    return train, dev
-
-
-def _draw(usable, people, fraction, seed):
-    """A share of the patients with seizures and of those without, at least one with."""
-    having = {person(r.patient) for r in usable if len(r.events)}
-    with_seizures = [p for p in people if p in having]
-    without = [p for p in people if p not in having]
-    rng = np.random.default_rng([seed, 20])
-    dev = set()
-    for group in (with_seizures, without):
-        count = round(fraction * len(group))
-        if len(group) > 1 and not dev:
-            count = min(max(1, count), len(group) - 1)
-        dev |= {group[i] for i in rng.permutation(len(group))[:count]}
-    # a lone patient with seizures is for training
-    if not dev and len(people) > 1:
-        rest = without or people
-        dev = {rest[rng.integers(len(rest))]}
-    return dev
 
 
 # ---- windows ----
 
 class Windows:
     """(recording, start) pairs over `recordings`, never stored: arrays recording int32, start int64
-    (samples) and kind uint8 (0 background, 1 partly seizure, 2 wholly seizure). A recording shorter than a
-    window gives one, padded; a last window covers the tail."""
+    (samples) and kind uint8 (0 background, 1 partly seizure, 2 wholly seizure). A recording shorter
+    than a window gives one, padded; a last window covers the tail."""
 
     def __init__(self, recordings, seconds=60.0, stride=10.0):
         unlabelled = [r.name for r in recordings if not r.labelled]
@@ -265,11 +280,14 @@ class Windows:
         self.length = round(seconds * FS)
         step = round(stride * FS)
         if self.length < 1 or step < 1:
-            raise DataError(f"windows of {seconds} s every {stride} s: both must be at least {1 / FS:.4f} s")
+            raise DataError(f"windows of {seconds} s every {stride} s: "
+                            f"both must be at least {1 / FS:.4f} s")
         starts = [self._starts(r.samples, step) for r in self.recordings]
-        self.recording = np.repeat(np.arange(len(starts), dtype=np.int32), [len(s) for s in starts])
+        counts = [len(s) for s in starts]
+        self.recording = np.repeat(np.arange(len(starts), dtype=np.int32), counts)
         self.start = np.concatenate(starts)
-        self.kind = np.concatenate([self._kinds(r, s) for r, s in zip(self.recordings, starts)])
+        kinds = [self._kinds(r, s) for r, s in zip(self.recordings, starts)]
+        self.kind = np.concatenate(kinds)
         self._orders = {}
 
     def __len__(self):
@@ -289,51 +307,79 @@ class Windows:
         ends = np.minimum(starts + self.length, recording.samples)
         inside = np.zeros(len(starts), np.int64)
         for begin, end in recording.spans:
-            inside += np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None)
+            shared = np.minimum(ends, end) - np.maximum(starts, begin)
+            inside += np.clip(shared, 0, None)
         return (inside > 0).astype(np.uint8) + (inside == ends - starts)
 
-    def epoch(self, seed, epoch, full=0.3, background=2.5):
+    def epoch(self, seed, epoch, full=0.3, background=2.5, balance="own"):
         """Window ids (int64) of one epoch in training order: a pure function of (seed, epoch).
 
-        All partial windows, and per partial window `full` wholly seizure and `background` windows (the
-        proportions of SeizureTransformer, Wu et al. 2025). Those two are gone through in a fixed random
-        order that goes on from epoch to epoch, so that each of them comes up in time. background=None:
-        every window once."""
-        if background is None:
-            ids = np.arange(len(self))
-        else:
-            partial = np.flatnonzero(self.kind == 1)
-            if not len(partial):
-                raise DataError(f"none of {len(self)} windows contains a seizure's onset or end: balanced "
-                                "sampling needs some; train on such recordings, or set data.balanced: false")
-            full = self._next(2, "full_per_partial", full, len(partial), seed, epoch)
-            background = self._next(0, "background_per_partial", background, len(partial), seed, epoch)
-            ids = np.concatenate([partial, full, background])
-        return np.random.default_rng([seed, epoch, 1]).permutation(ids)
+        All partial windows, and per partial window `full` wholly seizure and `background` windows
+        (the proportions of SeizureTransformer, Wu et al. 2025). Those two are gone through in a
+        fixed random order that goes on from epoch to epoch, so that each of them comes up in time.
+        background=None: every window once.
 
-    def _next(self, kind, key, ratio, partial, seed, epoch):
+        balance: of several corpora, "own" keeps the proportions inside each, so that the corpus
+        tells nothing about the label; "equal" does, and repeats the partial windows of the smaller
+        ones until each has as many as the largest; "pooled" draws from all as from one."""
+        rng = np.random.default_rng([seed, epoch, 1])
+        if background is None:
+            return rng.permutation(np.arange(len(self)))
+        partial = [np.flatnonzero(mine & (self.kind == 1)) for mine in self._groups(balance)]
+        most = max(map(len, partial))
+        if not most:
+            raise DataError(f"none of {len(self)} windows contains a seizure's onset or end: "
+                            "balanced sampling needs some; train on such recordings, or set "
+                            "data.balanced: false")
+        drawn = []
+        for group, ids in enumerate(partial):
+            if balance == "equal" and len(ids):
+                ids = np.resize(ids, most)
+            place = seed, epoch, balance, group
+            drawn.append(ids)
+            drawn.append(self._next(2, "full_per_partial", full, len(ids), *place))
+            drawn.append(self._next(0, "background_per_partial", background, len(ids), *place))
+        return rng.permutation(np.concatenate(drawn))
+
+    def _groups(self, balance):
+        """Masks (N,) of the windows among which proportions are kept."""
+        corpus = np.array([r.corpus for r in self.recordings])[self.recording]
+        if balance == "pooled":
+            return [np.ones(len(self), bool)]
+        return [corpus == name for name in np.unique(corpus)]
+
+    def _next(self, kind, key, ratio, partial, seed, epoch, balance, group):
         """The next round(ratio * partial) windows of a kind."""
         if not (np.isfinite(ratio) and ratio >= 0):
             raise DataError(f"data.{key} is {ratio}: a ratio of 0 or more is needed")
         count = round(ratio * partial)
-        if (seed, kind) not in self._orders:
-            ids = np.flatnonzero(self.kind == kind)
-            self._orders[seed, kind] = np.random.default_rng([seed, kind, 2]).permutation(ids)
-        order = self._orders[seed, kind]
-        if count and not len(order):
+        if (seed, kind, balance, group) not in self._orders:
+            ids = np.flatnonzero(self._groups(balance)[group] & (self.kind == kind))
+            # a lone corpus draws as it did before there were several
+            keys = [seed, kind, 2, group] if group else [seed, kind, 2]
+            self._orders[seed, kind, balance, group] = np.random.default_rng(keys).permutation(ids)
+        order = self._orders[seed, kind, balance, group]
+        if count and not (self.kind == kind).any():
             what = "contains no seizure" if kind == 0 else "lies wholly inside a seizure"
             raise DataError(f"no window {what}, {count} are asked for: "
                             f"set data.{key}: 0, or other data.window_seconds")
+        # where one corpus of several has none of a kind, it gives none
+        count = count if len(order) else 0
         return order[(epoch * count + np.arange(count)) % max(1, len(order))]
 
 
 # ---- loader ----
 
-def normalise(eeg, scale, norm, out=None):
-    """int16 tensor (..., C, T), uV per unit (..., C), typical amplitude in uV (...) -> float32 (..., C, T),
-    about 1 in size."""
-    factor = (scale / norm.unsqueeze(-1)).unsqueeze(-1)
-    return eeg * factor if out is None else out.copy_(eeg).mul_(factor)
+def factor(scale, norm):
+    """uV per unit (..., C), typical amplitude in uV (...) -> what int16 (..., C, T) is multiplied
+    with to be about 1 in size: (..., C, 1)."""
+    return (scale / norm.unsqueeze(-1)).unsqueeze(-1)
+
+
+def normalise(eeg, scale, norm):
+    """int16 tensor (..., C, T) -> float32 (..., C, T), about 1 in size; scale and norm as of
+    factor()."""
+    return eeg * factor(scale, norm)
 
 
 @dataclass
@@ -347,20 +393,26 @@ class Slot:
 
 
 class Loader:
-    """Batches of a Windows object. `readers` threads copy whole windows, in the order of the plan and ahead by
-    `buffers` batches, into a ring of int16 buffers (pinned for CUDA); they are put in order of channels and
-    scaled on the device. Needs no worker processes: they would copy every batch once more.
+    """Batches of a Windows object. `readers` threads copy whole windows, in the order of the plan
+    and ahead by `buffers` batches, into a ring of int16 buffers (pinned for CUDA); they are put in
+    order of channels and scaled on the device. Needs no worker processes: they would copy every
+    batch once more.
 
-    waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read: seconds that
-    the readers took, for so many windows."""
+    waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read:
+    seconds that the readers took, for so many windows."""
 
     def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4, readers=READERS):
         # in this class alone: import workers and commands start in a third of the time
         import torch
         self.device = torch.device(device)
-        self.windows, self.seed, self.augment = windows, seed, augment
-        self.buffers, self.readers = buffers, readers
-        self.waited = self.reading = self.lasted = 0.0
+        self.windows = windows
+        self.seed = seed
+        self.augment = augment
+        self.buffers = buffers
+        self.readers = readers
+        self.waited = 0.0
+        self.lasted = 0.0
+        self.reading = 0.0
         self.read = 0
         self.said = 0.0, 0.0            # waited and lasted at the last share()
         self.scale = np.stack([r.scale for r in windows.recordings])
@@ -369,9 +421,9 @@ class Loader:
         self._ring = []
 
     def batches(self, lists_of_ids, epoch):
-        """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each list of
-        window ids, in order; None for an empty list. mask is 0 on padding. Closing the iterator early ends
-        its threads."""
+        """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each
+        list of window ids, in order; None for an empty list. mask is 0 on padding. Closing the
+        iterator early ends its threads."""
         lists = [np.asarray(ids, np.int64) for ids in lists_of_ids]
         ring = self._slots(max(map(len, lists), default=0))
         pool = ThreadPoolExecutor(self.readers, "reader")
@@ -379,8 +431,9 @@ class Loader:
 
         def begin(number):
             slot = ring[number % len(ring)]
-            places = enumerate(lists[number].tolist())
-            begun.append((slot, [pool.submit(self._fill, slot, i, window, epoch) for i, window in places]))
+            fills = [pool.submit(self._fill, slot, place, window, epoch)
+                     for place, window in enumerate(lists[number].tolist())]
+            begun.append((slot, fills))
 
         try:
             clock = time.perf_counter()
@@ -407,8 +460,9 @@ class Loader:
             return ring
         import torch
         channels, length = self.scale.shape[1], self.windows.length
+        chunks = self.windows.chunks
         shapes = {
-            "eeg": ((size, self.windows.chunks, channels, CHUNK), torch.int16),
+            "eeg": ((size, chunks, channels, CHUNK), torch.int16),
             "y": ((size, length), torch.uint8),
             "real": ((size,), torch.int64),
             "scale": ((size, channels), torch.float32),
@@ -419,13 +473,16 @@ class Loader:
         pin = self.device.type == "cuda"
 
         def tensors():
-            return {key: torch.zeros(shape, dtype=kind, pin_memory=pin) for key, (shape, kind) in shapes.items()}
+            return {key: torch.zeros(shape, dtype=kind, pin_memory=pin)
+                    for key, (shape, kind) in shapes.items()}
         return [Slot(tensors()) for _ in range(self.buffers)]
 
     def _fill(self, slot, place, window, epoch):
         """In a reader: one window into its place; seconds that it took to read."""
-        which, start = self.windows.recording[window], int(self.windows.start[window])
-        recording, host = self.windows.recordings[which], slot.arrays
+        which = self.windows.recording[window]
+        start = int(self.windows.start[window])
+        recording = self.windows.recordings[which]
+        host = slot.arrays
         # the GPU may still be copying the batch before out of this slot
         if slot.copied is not None:
             slot.copied.synchronize()
@@ -438,14 +495,15 @@ class Loader:
         host["scale"][place] = self.scale[which]
         host["norm"][place] = self.norm[which]
         host["mirrored"][place] = 0
-        if self.augment:                # a gain of about +-20 % and, for one in two, left and right changed
+        if self.augment:                # a gain of about +-20 %; for one in two left is right
             rng = np.random.default_rng([self.seed, epoch, window, 3])
             host["scale"][place] *= np.float32(np.exp(rng.normal(0, 0.2)))
             host["mirrored"][place] = rng.random() < 0.5
         return took
 
     def _wait(self, fills, last):
-        """Until a batch is read; raises what its reading raised. Returns the time, to be given as `last`."""
+        """Until a batch is read; raises what its reading raised. Returns the time, to be given as
+        `last`."""
         began = time.perf_counter()
         for fill in fills:
             self.reading += fill.result()
@@ -457,7 +515,8 @@ class Loader:
 
     def share(self):
         """Share of the time since the last call that the consumer waited for batches."""
-        waited, lasted = self.waited - self.said[0], self.lasted - self.said[1]
+        waited = self.waited - self.said[0]
+        lasted = self.lasted - self.said[1]
         self.said = self.waited, self.lasted
         return waited / lasted if lasted else 0.0
 
@@ -465,28 +524,34 @@ class Loader:
         """What to do where training waits for data for `share` of the time: one line."""
         folder = os.path.dirname(self.windows.recordings[0].path)
         cost = 1e3 * self.reading / max(1, self.read)
-        return (f"training waited for data {100 * share:.0f} % of the time: a window takes {cost:.1f} ms to read from {folder} "
-                f"({file_system(folder)}), {self.readers} at a time; raise data.readers, or set data.copy_to to a "
-                "folder on a local disk")
+        return (f"training waited for data {100 * share:.0f} % of the time: a window takes "
+                f"{cost:.1f} ms to read from {folder} ({file_system(folder)}), {self.readers} at a "
+                "time; raise data.readers, or set data.copy_to to a folder on a local disk")
 
     def _to_device(self, slot, count):
         """(x, y, mask) of the first `count` windows of a slot."""
         import torch
-        t = {key: tensor[:count].to(self.device, non_blocking=True) for key, tensor in slot.tensors.items()}
-        length = self.windows.length
-        x = torch.empty((count, self.scale.shape[1], length), device=self.device)
-        for i in range(count):
-            first = int(slot.arrays["start"][i])
-            # (K, C, CHUNK) as in the file -> (C, T)
-            eeg = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
-            normalise(eeg, t["scale"][i], t["norm"][i], x[i])
-            if slot.arrays["mirrored"][i]:
-                x[i] = x[i][self.mirror]
+        t = {key: tensor[:count].to(self.device, non_blocking=True)
+             for key, tensor in slot.tensors.items()}
+        channels, length = self.scale.shape[1], self.windows.length
+        x = torch.empty((count, channels, length), device=self.device)
+        starts = slot.arrays["start"][:count]
+        if length % CHUNK == 0 and not starts.any():
+            # every window begins a chunk: one pass brings (K, C, CHUNK) of the file to (C, T)
+            chunks = t["eeg"][:, :length // CHUNK].transpose(1, 2)
+            x.view(count, channels, -1, CHUNK).copy_(chunks)
+        else:
+            for i, first in enumerate(starts.tolist()):
+                x[i] = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
+        x *= factor(t["scale"], t["norm"])
+        for i in np.flatnonzero(slot.arrays["mirrored"][:count]).tolist():
+            x[i] = x[i][self.mirror]
         mask = torch.arange(length, device=self.device) < t["real"][:, None]
         return x, t["y"].float(), mask.float()
 
     def _copied(self):
-        """A CUDA event after the copies that are under way; None on the CPU, where they are done."""
+        """A CUDA event after the copies that are under way; None on the CPU, where they are
+        done."""
         if self.device.type != "cuda":
             return None
         import torch
@@ -496,8 +561,8 @@ class Loader:
 
 
 def mirror(channels):
-    """Index of each channel's left-right counterpart: int64 (C,). Where one has none, as in a reduced montage,
-    every channel stays in its place."""
+    """Index of each channel's left-right counterpart: int64 (C,). Where one has none, as in a
+    reduced montage, every channel stays in its place."""
     swap = dict(zip("Fp1 F3 C3 P3 O1 F7 T3 T5".split(), "Fp2 F4 C4 P4 O2 F8 T4 T6".split()))
     swap |= {right: left for left, right in swap.items()}
     other = ["-".join(swap.get(part, part) for part in name.split("-")) for name in channels]
@@ -507,8 +572,8 @@ def mirror(channels):
 
 
 def read_ahead(windows, n, depth=32, readers=READERS):
-    """Yield int16 (C, n) of each (recording, start) of `windows` in turn, up to `depth` of them read ahead by
-    threads. For inference, where windows come in the order of time."""
+    """Yield int16 (C, n) of each (recording, start) of `windows` in turn, up to `depth` of them
+    read ahead by threads. For inference, where windows come in the order of time."""
     pool = ThreadPoolExecutor(readers, "reader")
     begun = collections.deque()
     try:
@@ -522,101 +587,24 @@ def read_ahead(windows, n, depth=32, readers=READERS):
         pool.shutdown(cancel_futures=True)
 
 
-# ---- where the recordings lie ----
-
-def file_system(path):
-    """Type of the file system that holds `path`, as the kernel names it."""
-    place = os.path.realpath(path)
-    found = "unknown file system"
-    longest = 0
-    with open("/proc/self/mounts") as mounts:
-        for line in mounts:
-            mount, kind = line.split()[1:3]
-            inside = place == mount or place.startswith(mount.rstrip("/") + "/")
-            if inside and len(mount) >= longest:
-                found, longest = kind, len(mount)
-    return found
-
-
-def copy_corpus(path, folder, say=print, copied=lambda: None):
-    """Copy an imported folder below `folder`, on a faster disk, and return the copy's path. What an earlier
-    call has copied stays; DataError without room, or where other recordings lie in the way. copied() is called
-    after each file."""
-    import checkpoint                   # here: torch takes a command a second
-    source = Path(path).resolve()
-    target = Path(folder).resolve() / source.name
-    if target == source:
-        raise DataError(f"data.copy_to {folder} is where {path} lies already")
-    sizes = {f"{name}.h5": state for name, (state, _) in corpora.entries(source).items()}
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        held = checkpoint.lock(target)
-    except checkpoint.InUse as error:
-        raise DataError(f"{target}: another process copies there: {error}") from None
-    try:
-        strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in sizes]
-        if strange:
-            raise DataError(f"{strange[0]} is not in {path}: give data.copy_to a folder of its own")
-        missing = {name: size for name, (size, mtime) in sizes.items()
-                   if not _is_copied(target / name, (size, mtime))}
-        room = shutil.disk_usage(target).free
-        needed = sum(missing.values())
-        if needed > 0.98 * room:
-            raise DataError(f"data.copy_to {folder}: {needed / 1e9:.1f} GB to copy, {room / 1e9:.1f} GB free")
-        _copy_files(source, target, missing, say, copied)
-        for name in (corpora.INDEX, corpora.REPORT):
-            if (source / name).exists():
-                shutil.copy2(source / name, target / name)
-    finally:
-        held.close()
-    return str(target)
-
-
-def _is_copied(path, state):
-    return path.exists() and corpora.file_state(path.stat()) == state
-
-
-def _copy_files(source, target, sizes, say, copied):
-    """Each file under its name only when it is whole, and with its time, which the index knows."""
-    from checkpoint import durable_replace
-    total, done = sum(sizes.values()), 0
-    if sizes:
-        say(f"copying {len(sizes)} recordings, {total / 1e9:.2f} GB, to {target}")
-    said = time.monotonic()
-
-    def copy(name):
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temp = place.with_name(place.name + ".copying")
-        shutil.copy2(source / name, temp)
-        durable_replace(temp, place)
-        return sizes[name]
-
-    pool = ThreadPoolExecutor(READERS, "copy")
-    try:
-        for size in pool.map(copy, sizes):
-            done += size
-            copied()
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                say(f"copying to {target}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
-    finally:
-        pool.shutdown(cancel_futures=True)
-
+# ---- command line ----
 
 def speed(path, seconds=10.0, say=print):
-    """Measure how fast windows of 60 s are read from an imported folder in random order: from the disk, each
-    once, and again from memory."""
+    """Measure how fast windows of 60 s are read from an imported folder in random order: from the
+    disk, each once, and again from memory."""
     recordings = open_corpus(path)
     length = 60 * FS
-    places = [(r, start) for r in recordings for start in range(0, max(1, r.samples - length), length)]
+    places = [(r, start) for r in recordings
+              for start in range(0, max(1, r.samples - length), length)]
     places = [places[i] for i in np.random.default_rng().permutation(len(places))]
     for r in recordings:
         with open(r.path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     say(f"{path} on {file_system(path)}, {READERS} readers, windows of 60 s in random order")
     count, rate, ratio = _rate(places, length, 0.6 * seconds)
-    from_disk = f"{ratio:.2f} bytes from the disk per byte used" if ratio else "this disk's reads are not counted"
+    from_disk = "this disk's reads are not counted"
+    if ratio:
+        from_disk = f"{ratio:.2f} bytes from the disk per byte used"
     say(f"  cold: {rate:,.0f} windows/s ({count} windows), {from_disk}")
     count, rate, _ = _rate(itertools.cycle(places[:min(count, 1000)]), length, 0.3 * seconds)
     say(f"  warm: {rate:,.0f} windows/s")
@@ -637,49 +625,52 @@ def _rate(windows, length, seconds):
     return count, count / lasted, (disk_bytes() - before) / used
 
 
-def disk_bytes():
-    """Bytes that this process has read from block devices so far."""
-    with open("/proc/self/io") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
-
-
-# ---- command line ----
-
 def info(path, say=print):
     """What an imported folder holds."""
     recordings = open_corpus(path)
     labelled = [r for r in recordings if r.labelled]
-    say(f"{path}: {len(recordings)} recordings of {len({person(r.patient) for r in recordings})} patients, "
-        f"{sum(r.seconds for r in recordings) / 3600:.2f} h, montage {recordings[0].montage}, {FS} Hz, "
-        f"prepared {recordings[0].prepared}")
+    people = sorted({person(r.patient) for r in recordings})
+    say(f"{path}: {len(recordings)} recordings of {len(people)} patients, {_hours(recordings)}, "
+        f"montage {recordings[0].montage}, {FS} Hz, prepared {recordings[0].prepared}")
     for release in sorted({r.release for r in recordings if r.release}):
         say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
         say(f"  {split or 'no split':8} {len(part)} recordings, "
-            f"{len({person(r.patient) for r in part})} patients, "
-            f"{sum(r.seconds for r in part) / 3600:.2f} h, {sum(len(r.events) for r in part)} seizures, "
-            f"{sum(float((r.events[:, 1] - r.events[:, 0]).sum()) for r in part) / 3600:.3f} h of them")
+            f"{len({person(r.patient) for r in part})} patients, {_hours(part)}, "
+            f"{_seizures(part)}, "
+            f"{sum(float(np.diff(r.events).sum()) for r in part) / 3600:.3f} h of them")
+    for name in people:
+        mine = [r for r in recordings if person(r.patient) == name]
+        say(f"    {name}: {_hours(mine)}, {_seizures(mine)}")
     rates = [f"{r.source_fs:g}" for r in recordings]
-    say("  source rates: " + ", ".join(f"{rate} Hz x {rates.count(rate)}"
-                                       for rate in sorted(set(rates), key=float)))
+    counted = [f"{rate} Hz x {rates.count(rate)}" for rate in sorted(set(rates), key=float)]
+    say("  source rates: " + ", ".join(counted))
     say(f"  shorter than 60 s: {sum(r.seconds < 60 for r in recordings)}, without annotations: "
         f"{len(recordings) - len(labelled)}, repaired: {sum(bool(r.repaired) for r in recordings)}")
     if labelled:
         w = Windows(labelled)
         counts = np.bincount(w.kind, minlength=3)
-        say(f"  windows of 60 s every 10 s: {counts[0]} background, {counts[1]} partial, {counts[2]} full "
-            f"({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
+        say(f"  windows of 60 s every 10 s: {counts[0]} background, {counts[1]} partial, "
+            f"{counts[2]} full ({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
     refused = corpora.read_report(path)
     say(f"  refused: {len(refused)}")
     for file, why in refused:
         say(f"    {file}: {why}")
 
 
+def _hours(recordings):
+    return f"{sum(r.seconds for r in recordings) / 3600:.2f} h"
+
+
+def _seizures(recordings):
+    return f"{sum(len(r.events) for r in recordings)} seizures"
+
+
 def arguments():
     parser = argparse.ArgumentParser(description="EDF to HDF5, synthetic EDF, what a folder holds.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("import", help="EDF files and their annotations to one HDF5 file per recording")
+    p = commands.add_parser("import", help="EDF files to one HDF5 file per recording")
     p.add_argument("src", help="corpus folder, any folder of EDF files, or one EDF")
     p.add_argument("out")
     p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto")
@@ -692,10 +683,11 @@ def arguments():
     p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
                    help="unit where the EDF names none")
     p.add_argument("--seizure-label", action="append", default=[], metavar="TEXT",
-                   help="EDF+ annotation that marks a seizure; START..END for a pair; may be repeated")
+                   help="EDF+ annotation of a seizure; START..END for a pair; may be repeated")
     p.add_argument("--background-label", action="append", default=[], metavar="TEXT",
                    help="EDF+ annotation of a recording that was read and holds no other seizure")
-    p.add_argument("--replace", action="store_true", help="make recordings of another preparation anew")
+    p.add_argument("--replace", action="store_true",
+                   help="make recordings of another preparation anew")
     p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
     p.add_argument("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
@@ -705,7 +697,8 @@ def arguments():
     p.add_argument("--seed", type=int, default=0)
     p = commands.add_parser("info", help="hours, patients, seizures, balance, refusals")
     p.add_argument("out")
-    p.add_argument("--speed", action="store_true", help="measure for 10 s how fast windows are read")
+    p.add_argument("--speed", action="store_true",
+                   help="measure for 10 s how fast windows are read")
     return parser.parse_args()
 
 
@@ -728,10 +721,12 @@ def main():
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:    # disk full, a worker out of memory
-        what = " ".join(str(error).split()) or "interrupted"
-        goes_on = "; the same command goes on from here" * (args.command == "import")
-        print(f"data.py: stopped: {what}{goes_on}", file=sys.stderr)
+    # disk full, a worker out of memory
+    except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
+        line = f"data.py: stopped: {' '.join(str(error).split()) or 'interrupted'}"
+        if args.command == "import":
+            line += "; the same command goes on from here"
+        print(line, file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 

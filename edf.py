@@ -85,7 +85,10 @@ class Header:
     def body(self):
         """All samples as they lie in the file, mapped: int16 (records, samples of all signals)."""
         shape = (self.records, sum(self.signals["count"]))
-        return np.memmap(self.path, "<i2", "r", self.offset, shape)
+        try:
+            return np.memmap(self.path, "<i2", "r", self.offset, shape)
+        except ValueError:
+            raise DataError("it was cut while it was read") from None
 
     def block(self, body, i):
         """Samples of signal i as they lie in the file: int16 (records, samples per record)."""
@@ -396,7 +399,8 @@ def _unit(text):
 
 ALIAS = {"T7": "T3", "T8": "T4", "P7": "T5", "P8": "T6"}
 SPELLED = {name.upper(): name for name in CHANNELS["referential"]}
-REFERENCE = re.compile(r"-(REF|LE|AR|AVG|AVERAGE|CAR)$")
+# common, or an ear or mastoid, or both of these linked
+REFERENCE = re.compile(r"-(REF|LE|AR|AVG|AVERAGE|CAR|[AM][12]|A1\+?A2|M1\+?M2)$")
 
 
 def electrode(text):
@@ -442,13 +446,9 @@ class Recipe:
             raise DataError(f"--channels: {', '.join(self.reduced)} names a channel twice")
 
     def __str__(self):
-        words = f"montage {self.montage}"
-        if self.reduced:
-            words += f" of {', '.join(self.reduced)}"
-        words += f", notch {self.notch}"
-        if self.blank_unit:
-            words += f", blank unit {self.blank_unit}"
-        return words
+        channels = f" of {', '.join(self.reduced)}" if self.reduced else ""
+        unit = f", blank unit {self.blank_unit}" if self.blank_unit else ""
+        return f"montage {self.montage}{channels}, notch {self.notch}{unit}"
 
     @property
     def channels(self):
@@ -523,6 +523,9 @@ def derivations(header, recipe, places):
     missing = [name for name in CHANNELS["referential"] if name not in single]
     if set(missing) - {"Fz", "Pz"}:
         raise DataError(_missing(header, recipe.montage, missing, places))
+    # within a pair a reference cancels: each pair may have its own, left and right ear for one
+    if recipe.montage == "bipolar" and not missing:
+        return [_pair(header, name.split("-"), single) for name in BIPOLAR]
     _check_references(header, single.values())
     weights = spline(tuple(single), tuple(missing))
     known = list(single)
@@ -535,16 +538,22 @@ def derivations(header, recipe, places):
     return [_difference(*(single[end] for end in name.split("-"))) for name in BIPOLAR]
 
 
+def _pair(header, ends, electrodes):
+    rows = [electrodes[end] for end in ends]
+    _check_references(header, rows)
+    return _difference(*rows)
+
+
 def _reduced(header, name, places):
     """Row of one channel that the user named: a derivation of the file, an electrode, the
     difference of two, or the very label of a signal."""
     ends = tuple(name.split("-"))
     if ends in places.pairs:
         return {places.pairs[ends]: 1}
-    if all(end in places.electrodes for end in ends):
-        rows = [places.electrodes[end] for end in ends]
-        _check_references(header, rows)
-        return _difference(*rows) if len(rows) == 2 else rows[0]
+    if name in places.electrodes:
+        return places.electrodes[name]
+    if len(ends) == 2 and all(end in places.electrodes for end in ends):
+        return _pair(header, ends, places.electrodes)
     labels = [label.lower() for label in header.signals["label"]]
     if labels.count(name.lower()) == 1:
         return {labels.index(name.lower()): 1}

@@ -54,6 +54,7 @@ import events
 import metrics
 import model
 import report
+import splits
 from metrics import METRICS, check_metric       # also for training, which knows only this file
 
 FS = edf.FS
@@ -61,7 +62,7 @@ FS = edf.FS
 
 DEFAULTS = {
     "window_seconds": 60.0,       # length of a window at inference; as in training
-    "overlap_seconds": 0.0,       # shared by neighbouring windows, which are weighted and added
+    "overlap_seconds": 10.0,      # shared by neighbouring windows; not given: a sixth of a window
     "batch_size": 8,              # windows per call of the model
     "tune": True,                 # validation picks the threshold, by event F1 on the dev set
     "max_false_alarms_per_24h": 10.0,   # among those with no more there, mean over patients
@@ -93,6 +94,10 @@ def settings(config):
         kinds = (int, float) if type(default) is float else (type(default),)
         if type(c[name]) not in kinds:
             raise ValueError(f"evaluation.{name} must be like {default!r}, not {c[name]!r}")
+    if "overlap_seconds" not in config:
+        # a third of the jump in probability where windows meet, for 1.2 times the compute; more
+        # overlap changes neither jump nor scores much (bench/overlap.py)
+        c["overlap_seconds"] = c["window_seconds"] / 6
     for name, (low, high) in limits(c).items():
         if not low <= c[name] <= high:
             raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, "
@@ -302,9 +307,10 @@ def summarise(scores, config):
 
 def over_cap(summary, config):
     """A sentence where the tuned threshold of a summary does not keep to the cap, else ""."""
-    cap = settings(config)["max_false_alarms_per_24h"]
+    c = settings(config)
+    cap = c["max_false_alarms_per_24h"]
     alarms = summary["false_alarms_per_24h"]
-    if not alarms > cap or math.isnan(summary["event_f1"]):
+    if not c["tune"] or not alarms > cap or math.isnan(summary["event_f1"]):
         return ""
     return (f"no threshold keeps to evaluation.max_false_alarms_per_24h {cap:g}: "
             f"the nearest, {summary['threshold']:.3f}, gives {alarms:.1f}")
@@ -442,12 +448,12 @@ def _import(path, state, scratch):
     return refused
 
 
-def choose(recordings, split, config):
-    """Those of one split: train and dev as the training drew them, eval as the corpus marks it."""
+def choose(recordings, split, config, path=None):
+    """Those of one split: train and dev as the training drew them, eval as the corpus marks it.
+    path: the folder that they lie in, where the training may have used several."""
     if split in ("train", "dev"):
-        c = config["data"]
         seed = config["experiment"]["seed"]
-        train, dev = data.split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)
+        train, dev = data.split_of(recordings, path, config["data"], seed)
         return train if split == "train" else dev
     chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
@@ -688,17 +694,21 @@ def score_folder(args):
     device = next(net.parameters()).device
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
-        recordings = choose(recordings, args.split, state["config"])
+        recordings = choose(recordings, args.split, state["config"], args.data)
         take_folder(out, recordings, args.data)
         records, detections = evaluate(net, recordings, c, device, about["precision"], out,
                                        args.plot, args.save_probabilities)
     trained_on = stored(state, "data").get("path", "")
-    same = bool(trained_on) and args.data.resolve() == Path(trained_on).resolve()
+    same = args.data.resolve() in data.resolved(trained_on)
+    warning = ""
+    if args.split == "dev":
+        warning = splits.WARNINGS.get(stored(state, "data").get("split"), "")
     result = tell(records, detections, c) | about | {
         "data": str(args.data),
         "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
         "split": args.split or "all",
         "includes_training": args.split == "train" or not args.split and same,
+        "split_warning": warning,
         "refused": refused,
     }
     checkpoint.write_json(out / "scores.json", result, indent=2)
@@ -707,6 +717,8 @@ def score_folder(args):
             import pictures             # here: matplotlib takes a second to import
             pictures.trade_off(result["trade_off"], c["threshold"], out / "trade_off.svg")
     report.show(result, list(METRICS), out)
+    if warning:
+        print(f"warning: {warning}")
 
 
 def score_one(args):

@@ -13,27 +13,39 @@ from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring, SampleScoring
 
 
+DAY = 86400                             # seconds
+TINY = 1e-12                            # scores that differ by less are equal
+
+
 # ---- counted metrics: formulas over counts of events or samples, arrays over the thresholds ----
 
 def _sensitivity(n, kind):
-    return _ratio(n[f"{kind}_tp"], n[f"{kind}_true"])
+    return _ratio(n[kind + "_tp"], n[kind + "_true"])
 
 
 def _precision(n, kind):
-    return _ratio(n[f"{kind}_tp"], n[f"{kind}_tp"] + n[f"{kind}_fp"])
+    tp = n[kind + "_tp"]
+    fp = n[kind + "_fp"]
+    return _ratio(tp, tp + fp)
 
 
 def _f1(n, kind):
     """2 TP / (2 TP + FP + FN); NaN only where there is neither a reference nor a detection."""
-    return _ratio(2 * n[f"{kind}_tp"], n[f"{kind}_tp"] + n[f"{kind}_fp"] + n[f"{kind}_true"])
+    tp = n[kind + "_tp"]
+    fp = n[kind + "_fp"]
+    true = n[kind + "_true"]
+    return _ratio(2 * tp, tp + fp + true)
 
 
 def _per_24h(n, kind):
-    return n[f"{kind}_fp"] / (n["seconds"] / 86400)
+    days = n["seconds"] / DAY
+    return n[kind + "_fp"] / days
 
 
 def _ratio(a, b):
-    return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
+    """a / b, NaN where b is 0."""
+    undefined = np.full(len(a), np.nan)
+    return np.divide(a, b, out=undefined, where=b > 0)
 
 
 # name -> what is better, formula, of which counts of a patient
@@ -63,16 +75,22 @@ def check_metric(name, recordings=None):
     """Raise ValueError unless `name` is in METRICS and, where recordings are given, computable
     on them."""
     if name not in METRICS:
-        near = difflib.get_close_matches(str(name).lower(), METRICS, 1, 0.0)[0]
-        raise ValueError(f"unknown metric {name!r}; the nearest is {near}")
+        near = difflib.get_close_matches(str(name).lower(), METRICS, 1, 0.0)
+        raise ValueError(f"unknown metric {name!r}; the nearest is {near[0]}")
     if recordings is None:
         return
     labelled = [r for r in recordings if r.labelled]
-    seizure = sum(float((r.events[:, 1] - r.events[:, 0]).sum()) for r in labelled)
+    seizure = sum(_inside(r) for r in labelled)
     total = sum(r.seconds for r in labelled)
-    why = _undefined(bool(labelled), seizure > 0, seizure < total).get(name)
-    if why:
-        raise ValueError(f"{name} cannot be computed on these recordings: {why}")
+    why = _undefined(bool(labelled), seizure > 0, seizure < total)
+    if name in why:
+        raise ValueError(f"{name} cannot be computed on these recordings: {why[name]}")
+
+
+def _inside(recording):
+    """Seconds within seizures."""
+    begin, end = recording.events.T
+    return float((end - begin).sum())
 
 
 # ---- counts of one recording ----
@@ -81,9 +99,7 @@ def count(truth, found, seconds):
     """{name: int}: counts of events found against the truth, both (N, 2) in seconds. A new count
     is one more row here, and a formula of it one more in COUNTED."""
     by_event, by_sample = _scorers(truth, found, seconds)
-    before = truth[:, None, 0] < found[None, :, 1]
-    after = found[None, :, 0] < truth[:, None, 1]
-    overlap = before & after                                # (true, found)
+    overlap = touching(truth, found)
     counts = {
         "event_tp": by_event.tp,
         "event_fp": by_event.fp,
@@ -97,22 +113,38 @@ def count(truth, found, seconds):
     return {name: int(value) for name, value in counts.items()}
 
 
+def touching(truth, found):
+    """Whether they share a moment: bool (true, found) of events (N, 2)."""
+    begin, end = truth.T
+    first, last = found.T
+    starts_before = np.less.outer(begin, last)
+    ends_after = np.greater.outer(end, first)
+    return starts_before & ends_after
+
+
 def _scorers(truth, found, seconds):
     """timescoring's, which works at 10 Hz by event and at 1 Hz by sample."""
     tenths = max(10, round(seconds * 10))
-    reference = Annotation([tuple(event) for event in truth.tolist()], 10, tenths)
-    hypothesis = Annotation([tuple(event) for event in found.tolist()], 10, tenths)
+    reference = _annotation(truth, tenths)
+    hypothesis = _annotation(found, tenths)
     return EventScoring(reference, hypothesis), SampleScoring(reference, hypothesis)
+
+
+def _annotation(events, tenths):
+    rows = [tuple(event) for event in events.tolist()]
+    return Annotation(rows, 10, tenths)
 
 
 def cross_entropy(probability, label, block=1 << 20):
     """Sum over the samples, a block at a time: float64 copies of a whole day would be large."""
     total = 0.0
     for i in range(0, len(label), block):
-        p = probability[i:i + block].astype(np.float64)
+        part = slice(i, i + block)
+        p = probability[part].astype(np.float64)
         p = np.clip(p, 1e-7, 1 - 1e-7)                      # float32 saturates
-        total -= float(np.log(np.where(label[i:i + block] > 0, p, 1 - p)).sum())
-    return total
+        likelihood = np.where(label[part] > 0, p, 1 - p)
+        total -= np.log(likelihood).sum()
+    return float(total)
 
 
 # ---- metrics of a set of records ----
@@ -122,7 +154,7 @@ def undefined(scores):
     records = [s for s in scores if s["labelled"]]
     if any(not s["finite"] for s in records):
         return dict.fromkeys(METRICS, "the model gave a probability that is not finite")
-    background = any((s["label"] == 0).any() for s in records)
+    background = any(not s["label"].all() for s in records)
     return _undefined(bool(records), any_reference(records), background)
 
 
@@ -146,7 +178,8 @@ def summed(records):
     """Counts of some records together, by name: {name: (K,)}, and their seconds."""
     total = {"seconds": sum(s["seconds"] for s in records)}
     for s in records:
-        for name, values in zip(s["counted"], s["counts"].numpy().T):
+        columns = s["counts"].numpy().T
+        for name, values in zip(s["counted"], columns):
             total[name] = total.get(name, 0) + values
     return total
 
@@ -156,9 +189,14 @@ def by_patient(records):
     patients = {}
     for s in records:
         patients.setdefault(s["patient"], []).append(s)
-    counts = [summed(patients[patient]) for patient in sorted(patients)]
-    return [{name: formula(n, kind) for name, (_, formula, kind) in COUNTED.items()}
-            for n in counts]
+    rows = []
+    for patient in sorted(patients):
+        n = summed(patients[patient])
+        row = {}
+        for name, (_, formula, kind) in COUNTED.items():
+            row[name] = formula(n, kind)
+        rows.append(row)
+    return rows
 
 
 def over_patients(patients):
@@ -168,26 +206,33 @@ def over_patients(patients):
 def _mean(rows):
     """Mean over patients of those that have a value; NaN where none has."""
     rows = np.stack(rows)
-    return _ratio(np.nansum(rows, 0), (~np.isnan(rows)).sum(0))
+    known = ~np.isnan(rows)
+    return _ratio(np.nansum(rows, axis=0), known.sum(axis=0))
 
 
 def best(f1, alarms, cap):
     """Index of the highest F1 with at most `cap` false alarms, or with the fewest where there is
     none; among equals the fewest false alarms; among those the middle one."""
     within = alarms <= max(cap, alarms.min())
-    f1 = np.where(within & ~np.isnan(f1), f1, -1)
-    ties = np.flatnonzero(f1 >= f1.max() - 1e-12)
-    ties = ties[alarms[ties] <= alarms[ties].min() + 1e-12]
+    known = ~np.isnan(f1)
+    f1 = np.where(within & known, f1, -1)
+    best = f1 >= f1.max() - TINY
+    fewest = alarms <= alarms[best].min() + TINY
+    ties = np.flatnonzero(best & fewest)
     return int(ties[len(ties) // 2])
 
 
 def at_false_alarms(records):
     """Any-overlap sensitivity of the best threshold within each false-alarm rate; 0 if none is."""
     n = summed(records)
-    rate = n["alarms"] / (n["seconds"] / 86400)
-    share = n["found"] / max(1, sum(s["seizures"] for s in records))
-    return {f"sensitivity_at_{limit:g}fa": float(share[rate <= limit].max(initial=0))
-            for limit in FALSE_ALARMS}
+    seizures = sum(s["seizures"] for s in records)
+    rate = n["alarms"] / (n["seconds"] / DAY)
+    share = n["found"] / max(1, seizures)
+    best = {}
+    for limit in FALSE_ALARMS:
+        within = share[rate <= limit]
+        best[f"sensitivity_at_{limit:g}fa"] = float(within.max(initial=0))
+    return best
 
 
 def ranking(probability, label):
@@ -197,8 +242,10 @@ def ranking(probability, label):
     negative = len(label) - positive
     if not positive or not negative:
         return math.nan, math.nan
-    rank = float(rankdata(probability)[label].sum())
-    auroc = (rank - positive * (positive + 1) / 2) / positive / negative
+    ranks = rankdata(probability)
+    rank = float(ranks[label].sum())
+    lowest = positive * (positive + 1) / 2                  # where all positives come last
+    auroc = (rank - lowest) / positive / negative
     order = np.argsort(-probability, kind="stable")
     changes = np.flatnonzero(np.diff(probability[order]))
     last = np.append(changes, len(order) - 1)           # ties count at once, with the last of them
@@ -211,7 +258,9 @@ def ranking(probability, label):
 def calibration_error(probability, label, bins=10):
     if not len(label):
         return math.nan
-    which = np.minimum((probability * bins).astype(int), bins - 1)
+    which = (probability * bins).astype(int)
+    which = np.minimum(which, bins - 1)
     expected = np.bincount(which, probability.astype(np.float64), bins)
     observed = np.bincount(which, label.astype(np.float64), bins)
-    return float(np.abs(expected - observed).sum() / len(label))
+    error = np.abs(expected - observed)
+    return float(error.sum() / len(label))

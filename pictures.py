@@ -22,12 +22,16 @@ from scipy.signal import butter, sosfiltfilt
 
 import checkpoint
 import edf
+import metrics
 
 FS = edf.FS
 TRUE = "#e08e0b"                        # labelled seizures, best.pt
 FOUND = "#1f6fb2"                       # detected seizures
 INK = "#22262b"                         # traces, text
 STOP = "#b3261e"                        # resumes, cut traces
+BLUNT = {"solid_capstyle": "butt"}
+DASHED = {"lw": 1.1, "ls": (0, (4, 3))}
+SMALL = {"fontsize": 9, "color": INK}
 
 CHAINS = (
     "Fp1 F7 T3 T5 O1",
@@ -42,9 +46,11 @@ PAIRS = {                               # derivation -> (its electrodes, number 
     for a, b in zip(chain.split(), chain.split()[1:])
 }
 
+STEPS = (1, 1.5, 2, 3, 6, 10)           # of ticks in seconds, times powers of 10
 PAGE = 10                               # seconds
 SPEED = 30                              # mm per second
 SENSITIVITIES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)        # uV per mm
+ALONE = ("", "", 0)                     # as in PAIRS: of a channel that is none of them
 SPACING = 8                             # mm between neighbouring traces
 GAP = 5                                 # mm more between chains
 CUT = 2.5                               # traces are cut this many spacings from their line
@@ -72,7 +78,9 @@ def draw(recording, probability, events, threshold, path, most=4):
     truth = np.asarray(recording.events).reshape(-1, 2)
     found = np.asarray(events).reshape(-1, 2) / FS
     places = _places(recording, probability, truth, found)
-    pages = [page for place in places[:most] for page in _pages(place, recording.seconds)]
+    pages = []
+    for place in places[:most]:
+        pages += _pages(place, recording.seconds)
     sheet = Sheet(recording, probability, truth, found, threshold, len(pages))
     sheet.overview(_title(recording, places, most), pages)
     for caption, begin in pages:
@@ -93,21 +101,24 @@ def _save(figure, path):
 
 def _places(recording, probability, truth, found):
     """[(kind, begin, end)] in seconds, those first that a reader looks for."""
-    before = truth[:, None, 0] < found[None, :, 1]
-    after = found[None, :, 0] < truth[:, None, 1]
-    overlap = before & after                                # (true, found)
-    missed = [("missed seizure", *event) for event in truth[~overlap.any(1)].tolist()]
+    overlap = metrics.touching(truth, found)
     kind = "false alarm" if recording.labelled else "detection"
-    false = [(kind, *event) for event in found[~overlap.any(0)].tolist()]
+    missed = _named("missed seizure", truth[~overlap.any(1)])
+    false = _named(kind, found[~overlap.any(0)])
     hits = []
     for event, touched in zip(truth, overlap):
         if touched.any():
-            whole = np.concatenate([event[None], found[touched]])
-            hits.append(("found seizure", float(whole[:, 0].min()), float(whole[:, 1].max())))
+            begin, end = np.concatenate([[event], found[touched]]).T
+            whole = np.array([[begin.min(), end.max()]])
+            hits += _named("found seizure", whole)
     if missed or false or hits:
         return missed + false + hits
     peak = float(np.argmax(probability)) / FS
     return [("nothing detected; highest probability", peak, peak)]
+
+
+def _named(kind, events):
+    return [(kind, begin, end) for begin, end in events.tolist()]
 
 
 def _pages(place, seconds):
@@ -116,7 +127,7 @@ def _pages(place, seconds):
     kind, begin, end = place
     last = max(0.0, min(end + LEAD, seconds) - PAGE)        # the page on which the event ends
     first = max(0.0, min(begin - LEAD, last))
-    starts = [float(start) for start in np.arange(first, last, PAGE)] or [first]
+    starts = np.arange(first, last, PAGE).tolist() or [first]
     if starts[-1] + PAGE < min(end, seconds):
         starts.append(last)
     pages = [(f"{kind}, {max(0.0, end - begin):.1f} s, page {number} of {len(starts)}", start)
@@ -177,8 +188,12 @@ class Sheet:
         """The next axis downwards, `above` inches below the last one."""
         self.top -= above + height
         width = PAGE * SPEED / INCH
-        where = (LEFT / WIDTH, self.top / self.height, width / WIDTH, height / self.height)
-        axis = self.figure.add_axes(where)
+        axis = self.figure.add_axes((
+            LEFT / WIDTH,
+            self.top / self.height,
+            width / WIDTH,
+            height / self.height,
+        ))
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, colors=INK)
         return axis
@@ -193,7 +208,7 @@ class Sheet:
         axis = self.axis(STRIP, TITLE)
         self.track(axis, 0, self.recording.seconds)
         for _, begin in pages:
-            axis.plot([begin, begin + PAGE], [0, 0], color=INK, lw=6, solid_capstyle="butt")
+            axis.plot((begin, begin + PAGE), (0, 0), color=INK, lw=6, **BLUNT)
         axis.set_xlim(0, self.recording.seconds)
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.1), frameon=False, fontsize=9)
         where = "time of day" if self.began else "time since the start"
@@ -214,10 +229,10 @@ class Sheet:
         for begin, end in self.truth:
             axis.axvspan(begin, end, color=TRUE, alpha=0.18, lw=0)
         top = axis.get_xaxis_transform()
-        for begin, end in self.found:
-            axis.plot([begin, end], [1, 1], color=FOUND, lw=9, solid_capstyle="butt", transform=top)
-            axis.axvline(begin, color=FOUND, lw=1.1, ls=(0, (4, 3)))
-            axis.axvline(end, color=FOUND, lw=1.1, ls=(0, (4, 3)))
+        for event in self.found:
+            axis.plot(event, (1, 1), color=FOUND, lw=9, **BLUNT, transform=top)
+            for edge in event:
+                axis.axvline(edge, color=FOUND, **DASHED)
 
     def track(self, axis, begin, end):
         first = int(begin * FS)
@@ -237,9 +252,9 @@ class Sheet:
         axis.fill_between([], [], color=FOUND, lw=0, label="detected seizure")
         axis.set_ylim(0, 1.04)
         axis.set_yticks((0, 1))
-        axis.set_ylabel("probability", fontsize=9, color=INK)
+        axis.set_ylabel("probability", **SMALL)
         axis.xaxis.set_major_formatter(self.clock)
-        axis.xaxis.set_major_locator(MaxNLocator(10, steps=(1, 1.5, 2, 3, 6, 10)))
+        axis.xaxis.set_major_locator(MaxNLocator(10, steps=STEPS))
 
     def traces(self, axis, begin, end):
         eeg, names = _displayed(self.recording, begin, end)
@@ -266,12 +281,12 @@ class Sheet:
     def legend(self, axis, scale, foot):
         edge = 1.012                    # right of the axis, in its own widths
         side = axis.get_yaxis_transform()
-        axis.plot([edge, edge], [-foot, SPACING - foot], color=INK, lw=2, clip_on=False,
-                  transform=side)
+        bar = (-foot, SPACING - foot)
+        axis.plot((edge, edge), bar, color=INK, lw=2, clip_on=False, transform=side)
         text = (f"{scale} \u00b5V/mm\nbar {SPACING * scale} \u00b5V\nnegative up\n"
                 f"{BAND[0]} to {BAND[1]} Hz\n{SPEED} mm/s\n"
                 f"red: cut at \u00b1{CUT * SPACING * scale:.0f} \u00b5V")
-        axis.text(edge + 0.01, -foot, text, va="bottom", fontsize=9, color=INK, transform=side)
+        axis.text(edge + 0.01, -foot, text, va="bottom", **SMALL, transform=side)
 
 
 def _derivations(recording, begin, end):
@@ -283,22 +298,33 @@ def _derivations(recording, begin, end):
     eeg = recording.read(first, last - first) * scale[:, None]
     row = dict(zip(recording.channels, eeg))
     names = _drawn(recording)
-    traces = [row[n] if n in row else row[PAIRS[n][0]] - row[PAIRS[n][1]] for n in names]
-    return np.stack(traces), names
+    for name in names:
+        if name not in row:
+            a, b, _ = PAIRS[name]
+            row[name] = row[a] - row[b]
+    return np.stack([row[name] for name in names]), names
 
 
 def _drawn(recording):
     """Names of the traces, from top to bottom."""
     there = set(recording.channels)
-    names = [name for name, (a, b, _) in PAIRS.items() if name in there or {a, b} <= there]
+    names = []
+    for name, (a, b, _) in PAIRS.items():
+        if name in there or {a, b} <= there:
+            names.append(name)
     return names or list(recording.channels)
 
 
 def _below(names):
     """mm of each trace below the first: chains stand apart."""
-    chain = np.array([PAIRS.get(name, (0, 0, 0))[2] for name in names])
-    gaps = np.cumsum(np.diff(chain, prepend=chain[0]) > 0)
-    return np.arange(len(names)) * SPACING + gaps * GAP
+    heights = []
+    height = 0
+    for name, before in zip(names, [names[0], *names]):
+        height += SPACING
+        if PAIRS.get(name, ALONE)[2] != PAIRS.get(before, ALONE)[2]:
+            height += GAP
+        heights.append(height)
+    return np.array(heights) - SPACING
 
 
 def _eeg_height(recording):
@@ -312,10 +338,12 @@ def _displayed(recording, begin, end):
     traces, names = _derivations(recording, early, end + MARGIN)
     sos = butter(2, BAND, "bandpass", fs=FS, output="sos")
     centred = traces - traces.mean(1, keepdims=True)
-    filtered = sosfiltfilt(sos, centred, axis=1, padlen=min(FS, traces.shape[1] - 1))
-    first = int(begin * FS) - int(early * FS)
-    wanted = math.ceil(end * FS) - int(begin * FS)
-    return filtered[:, first:first + wanted], names
+    padding = min(FS, traces.shape[1] - 1)
+    filtered = sosfiltfilt(sos, centred, axis=1, padlen=padding)
+    first = int(begin * FS)
+    last = math.ceil(end * FS)
+    skipped = int(early * FS)
+    return filtered[:, first - skipped:last - skipped], names
 
 
 def _sensitivity(eeg):
@@ -338,20 +366,23 @@ def trade_off(rows, threshold, path):
 
 
 def _against_alarms(axis, rows, threshold, name, label, colour):
-    known = [row for row in rows if row[name][0] is not None]
-    alarms = [row["false_alarms_per_24h"][0] for row in known]
-    axis.plot(alarms, [row[name][0] for row in known], "o-", color=colour, ms=3, lw=1.4)
-    bounded = [row for row in known if row[name][1] is not None]
-    if bounded:
-        alarms = [row["false_alarms_per_24h"][0] for row in bounded]
-        low = [row[name][1] for row in bounded]
-        high = [row[name][2] for row in bounded]
-        axis.fill_between(alarms, low, high, color=colour, alpha=0.18, lw=0,
-                          label="95 % interval over patients")
-    for row in known:
+    points = []
+    bands = []
+    for row in rows:
+        alarms = row["false_alarms_per_24h"][0]
+        value, low, high = row[name]
+        if value is None:
+            continue
+        points.append((alarms, value))
+        if low is not None:
+            bands.append((alarms, low, high))
         if row["threshold"] == threshold:
-            axis.plot(row["false_alarms_per_24h"][0], row[name][0], "*", color=INK, ms=14,
-                      label=f"threshold in use, {threshold:.2f}")
+            label = f"threshold in use, {threshold:.2f}"
+            axis.plot(alarms, value, "*", color=INK, ms=14, label=label)
+    axis.plot(*zip(*points), "o-", color=colour, ms=3, lw=1.4)
+    if bands:
+        label = "95 % interval over patients"
+        axis.fill_between(*zip(*bands), color=colour, alpha=0.18, lw=0, label=label)
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xlim(left=0)
     axis.set_ylim(0, 1.04)
@@ -375,8 +406,10 @@ def curves(run_directory):
     checks = [r for r in rows if r["kind"] == "validation"]
     metric = _best_metric(directory / "config.yaml")
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
-    loss, rate, best = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.4, 3))
-    figure.suptitle(directory.resolve().name, x=0.01, ha="left", fontsize=13, color=INK)
+    heights = (3, 1.4, 3)
+    loss, rate, best = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+    name = directory.resolve().name
+    figure.suptitle(name, x=0.01, ha="left", fontsize=13, color=INK)
     _curve(loss, train, "loss", INK, "training loss")
     validation = loss.twinx() if train else loss
     _curve(validation, checks, "loss", TRUE, "validation: cross-entropy", "o-")
@@ -394,16 +427,24 @@ def curves(run_directory):
 
 
 def _stars(axis, checks, metric):
-    chosen = [r for r in checks if r.get("best") and r.get(metric) is not None]
-    steps = [r["step"] for r in chosen]
-    values = [r[metric] for r in chosen]
+    chosen = [r for r in checks if r.get("best")]
+    steps, values = _points(chosen, metric)
     axis.plot(steps, values, "*", color=TRUE, ms=13, label="best.pt")
+
+
+def _points(rows, key):
+    """Steps and values of the rows that have one."""
+    known = [r for r in rows if r.get(key) is not None]
+    steps = [r["step"] for r in known]
+    values = [r[key] for r in known]
+    return steps, values
 
 
 def _saves(axis, files):
     steps = _steps(files, "save")
     foot = axis.get_xaxis_transform()
-    axis.plot(steps, [0.02] * len(steps), "|", color=INK, ms=9, label="save", transform=foot)
+    heights = np.full(len(steps), 0.02)
+    axis.plot(steps, heights, "|", color=INK, ms=9, label="save", transform=foot)
 
 
 def _resumes(axis, files):
@@ -429,9 +470,7 @@ def _best_metric(config):
 
 
 def _curve(axis, rows, key, colour, label, style="-"):
-    known = [r for r in rows if r.get(key) is not None]
-    steps = [r["step"] for r in known]
-    values = [r[key] for r in known]
+    steps, values = _points(rows, key)
     axis.plot(steps, values, style, color=colour, lw=1.4, ms=4)
     axis.set_ylabel(label, color=colour, fontsize=9)
     axis.tick_params(labelsize=8, colors=INK)

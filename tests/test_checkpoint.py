@@ -190,7 +190,7 @@ def test_damaged_and_odd_files_are_named_and_skipped(tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("mid_epoch_001_000003.pt", "last.pt", "checkpoint_epoch_009.pt", "mid_epoch_001_000009.pt", "mid_epoch_001_000010.pt"):
         assert f"skipped {name}" in out
-    assert "passed mid_epoch_001_000001.pt" in out and checkpoint.find_resume(tmp_path / "absent") is None
+    assert "older: mid_epoch_001_000001.pt" in out and checkpoint.find_resume(tmp_path / "absent") is None
 
 
 def test_whichever_of_the_newest_files_are_damaged_the_resume_takes_the_best_of_the_rest(tmp_path):
@@ -726,16 +726,29 @@ def test_clean_leaves_alone_what_it_cannot_read_and_no_run_can_begin_while_it_wo
     assert (tmp_path / "mid_epoch_001_000002.pt").is_dir() and (tmp_path / "mid_epoch_001_000003.pt").is_symlink()
 
 
+STAND = """
+import glob, os, time
+
+def still():                            # a slow step; where the snapshot is that a kill waits for, an endless one
+    time.sleep(0.02)
+    while os.environ["STAND"] and glob.glob(os.environ["STAND"]):
+        time.sleep(0.02)
+"""
+
+
 def test_the_docstring_runs_alone_in_an_empty_directory_killed_and_resumed(tmp_path):
     results = {}
     for name, kills in (("whole", 0), ("cut", 2)):
         home = tmp_path / name
         home.mkdir()
         shutil.copy(ROOT / "checkpoint.py", home)
-        slow = docstring_loop().replace("loss.backward()", "loss.backward(), __import__('time').sleep(0.02)")
+        slow = docstring_loop().replace("loss.backward()", "loss.backward(), __import__('stand').still()")
         (home / "loop.py").write_text(slow)
+        (home / "stand.py").write_text(STAND)
         for attempt in range(kills + 1):
-            process = subprocess.Popen([sys.executable, "loop.py"], cwd=home, stdout=subprocess.PIPE, text=True)
+            wanted = f"checkpoints/mid_epoch_00{attempt + 2}_*.pt" if attempt < kills else ""
+            process = subprocess.Popen([sys.executable, "loop.py"], cwd=home, stdout=subprocess.PIPE, text=True,
+                                       env={**os.environ, "STAND": wanted})
             if attempt < kills:
                 for line in process.stdout:
                     if f"saved mid_epoch_00{attempt + 2}_" in line:

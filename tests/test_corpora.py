@@ -18,7 +18,6 @@ import edf
 from conftest import CSV, ROOT, command, imported, said, tsv, write_edf
 from helpers import LIMIT, rest, wait_for
 
-
 # ---- layouts ----
 
 
@@ -216,10 +215,24 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
 
 
 def held_import(folder, number, workers, gate):
-    """An import whose processes stand still before they write their `number`-th recording, once one does."""
-    process = subprocess.Popen([sys.executable, ROOT / "tests" / "held.py", "import", folder / "src", folder / "out",
-                                "--workers", str(workers)], env={**os.environ, "HELD": f"write_recording {number} {gate}"},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    """An import whose processes stand still before they write their `number`-th recording, once one
+    does."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "tests" / "held.py",
+            "import",
+            folder / "src",
+            folder / "out",
+            "--workers",
+            str(workers),
+        ],
+        env={**os.environ, "HELD": f"write_recording {number} {gate}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     wait_for(process, "held")
     return process
 
@@ -267,7 +280,7 @@ def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
         write_edf(tmp_path / "src" / f"{i}.edf", 20)
     process = held_import(tmp_path, 2, workers, tmp_path / "gate")
     os.killpg(process.pid, signal.SIGINT)
-    (tmp_path / "gate").touch()                         # a worker ends what it has begun
+    (tmp_path / "gate").touch()  # a worker ends what it has begun
     error = rest(process)
     assert process.returncode == 130 and "Traceback" not in error
     assert (
@@ -455,3 +468,17 @@ def test_the_corpus_version_is_printed_stored_and_shown(tmp_path):
     lines = []
     data.info(tmp_path / "b", lines.append)
     assert f"  {said_of}: 1 recordings" in lines
+
+
+def test_what_is_no_edf_is_left_out_or_named(tmp_path):
+    src = tmp_path / "src"
+    write_edf(src / "x.edf")
+    (src / "._x.edf").write_bytes(b"\0\5\x16\7" + bytes(4092))  # macOS beside every file
+    assert imported(src, tmp_path / "out").read == ["x"]
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("a.bdf", "b.BDF", "c.edf.gz", "notes.txt"):
+        (other / name).write_bytes(b"x")
+    with pytest.raises(edf.DataError, match=r"no EDF file in it \(1 .edf.gz, 2 .bdf: convert or"):
+        imported(other, tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()

@@ -312,7 +312,7 @@ def test_loader_works_in_child_processes(corpus, method):
     children = [context.Process(target=in_child, args=(corpus, plan(w), queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [right, right]
+    assert [queue.get(timeout=900) for _ in children] == [right, right]
     for child in children:
         child.join()
 

@@ -689,3 +689,31 @@ def test_the_shared_odd_files_are_read_like_the_good_one_or_refused(shared):
         microvolts(prepare(folder / "20_missing_Fz_Pz.edf"))[kept], right[kept], atol=0.1
     )
     assert prepare(folder / "37_bipolar_CHB_names_T8-P8_twice.edf", "bipolar").repaired == ""
+
+
+def test_ear_and_mastoid_references_are_known_and_cancel_within_a_pair(tmp_path):
+    """One reference for all is as good as REF; left and right ear are refused, but for the
+    differences within one side the bipolar montage has no need of them."""
+    eeg = np.random.default_rng(0).normal(0, 300, (19, 20 * 256))
+    plain = prepare(write_edf(tmp_path / "a.edf", eeg=eeg))
+    for ear in ("A1", "M2", "A1A2", "A1+A2", "M1M2"):
+        path = write_edf(
+            tmp_path / "b.edf", eeg=eeg, labels=[f"EEG {name}-{ear}" for name in NAMES]
+        )
+        np.testing.assert_array_equal(prepare(path).memory, plain.memory)
+    sides = [f"{name}-{'A2' if name[-1] in '2468z' else 'A1'}" for name in NAMES]
+    path = write_edf(tmp_path / "c.edf", eeg=eeg, labels=sides)
+    assert "different references: A1, A2" in refusal(path)
+    wanted = prepare(tmp_path / "a.edf", "bipolar")
+    np.testing.assert_array_equal(prepare(path, "bipolar").memory, wanted.memory)
+    crossed = [name.replace("T5-A1", "T5-A2") for name in sides]
+    path = write_edf(tmp_path / "d.edf", eeg=eeg, labels=crossed)
+    assert "different references: A1, A2" in refusal(path, "bipolar")
+
+
+def test_a_file_that_is_cut_between_its_header_and_its_samples_is_refused(tmp_path):
+    path = write_edf(tmp_path / "a.edf")
+    header = edf.read_header(path)
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(edf.DataError, match="cut while it was read"):
+        edf.prepare_edf(header, edf.Recipe())

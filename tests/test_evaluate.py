@@ -107,6 +107,26 @@ def test_windows_are_stitched_to_the_output_of_the_whole_recording(seconds, over
     assert all(shape[0] <= 3 and shape[2] == 10 * FS for shape in model.calls)
 
 
+def test_windows_share_a_sixth_of_their_length_unless_told_otherwise():
+    for given, step in (({}, 50), ({"overlap_seconds": 0.0}, 60), ({"overlap_seconds": 30.0}, 30)):
+        c = evaluate.settings({"window_seconds": 60.0, **given})
+        starts = evaluate._starts(600 * FS, c)
+        assert starts[1] == step * FS and starts[-1] == 540 * FS
+
+
+def test_where_windows_disagree_overlap_turns_the_jump_into_a_slope():
+    class Alternating(torch.nn.Module):
+        def forward(self, x):
+            level = torch.tensor([-2.0, 2.0]).repeat(len(x))[:len(x), None]
+            return level.expand(len(x), x.shape[2])
+    track, jumps = Track("a", 120), []
+    for given in ({"overlap_seconds": 0.0}, {}):
+        c = {"window_seconds": 30.0, "batch_size": 9, **given}
+        p = evaluate.predict(Alternating(), track, "cpu", c)
+        jumps.append(np.abs(np.diff(p)).max())
+    assert jumps[0] > 0.7 and jumps[1] < 0.01
+
+
 def test_overlap_weighs_the_middle_of_a_window_more_than_its_edge():
     class Position(torch.nn.Module):
         def forward(self, x):
@@ -539,7 +559,7 @@ def here(*arguments):
 
 def run(*arguments):
     command = [sys.executable, ROOT / "evaluate.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(corpus, tmp_path):
@@ -706,9 +726,9 @@ def test_scores_are_in_the_precision_of_the_training(corpus, tmp_path):
     for out, given in (("own", ()), ("asked", ("--precision", "fp32"))):
         assert here("--checkpoint", tmp_path / "best.pt", "--data", corpus / "imported",
                     "--out", tmp_path / out, "--save-probabilities", *given)[0] == 0
-    net, _ = evaluate.load_model(tmp_path / "best.pt", "cpu")
+    net, state = evaluate.load_model(tmp_path / "best.pt", "cpu")
     r = data.open_corpus(corpus / "imported")[0]
-    c = {"window_seconds": 20.0}
+    c, _ = evaluate.stored_settings(state)
     for out, precision in (("own", "bf16"), ("asked", "fp32")):
         assert json.loads((tmp_path / out / "scores.json").read_text())["precision"] == precision
         track = np.load(evaluate.output(tmp_path / out, r, "_probability.npy"))

@@ -1,11 +1,15 @@
-"""The README tells the truth: its commands exist, and its measured figures stand in bench/RESULTS.md."""
+"""The README tells the truth: its commands exist, its files and keys are there, and its measured
+figures stand in bench/RESULTS.md."""
 import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 
-from conftest import ROOT
+import config
+from conftest import ROOT, SHARED
+from crash import docstring_loop
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "bench" / "RESULTS.md").read_text()
@@ -14,6 +18,11 @@ MEASURED = re.findall(r"<!-- measured: (\w+) -->(.*?)<!-- end -->", README, re.S
 
 def section(name):
     return re.search(rf"^## {name}$(.*?)(?=^## |\Z)", RESULTS, re.S | re.M)[1]
+
+
+def chapter(name):
+    """The text of the README below the heading `name`."""
+    return README.split(f"\n## {name}\n")[1].split("\n## ")[0]
 
 
 def numbers(text):
@@ -34,15 +43,23 @@ def test_the_readme_quotes_every_section_of_the_results_and_every_section_has_it
         assert (ROOT / "bench" / f"{name}.py").exists()
 
 
+def joined():
+    """Lines of the README, those that end with a backslash as one."""
+    return README.replace("\\\n", " ").splitlines()
+
+
 def commands():
-    for line in README.splitlines():
-        if line.startswith("    ") and "python " in line:
-            yield re.split(r" {3,}#", line.split("&& ")[-1].strip())[0]
+    for line in joined():
+        for start in ("python ", "train.py "):
+            if line.startswith("    ") and start in line:
+                words = line[line.index(start):].removeprefix("python ")
+                yield re.split(r" {3,}#|;", words.split("&& python ")[-1].strip())[0]
+                break
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if ".py" in c])
+@pytest.mark.parametrize("command", [c for c in commands() if ".py" in c.split()[0]])
 def test_files_and_flags_of_the_readme_exist(command):
-    script, *arguments = command.split()[command.split().index("python") + 1:]
+    script, *arguments = command.split()
     text = (ROOT / script).read_text()
     for argument in arguments:
         if argument.startswith("--") or argument.startswith("[--"):
@@ -52,7 +69,81 @@ def test_files_and_flags_of_the_readme_exist(command):
             assert (ROOT / argument).exists()
 
 
+@pytest.mark.parametrize("flag, script", [
+    (flag, script)
+    for line in joined() if line.startswith("    modal run ")
+    for script in re.findall(r"(\w+\.py)", line)[:1]
+    for flag in re.findall(r" --(\w+) ", line.split(script)[1])])
+def test_arguments_of_modal_commands_are_those_of_the_entry_point(flag, script):
+    head = (ROOT / script).read_text().split("\ndef main(")[1].split("):")[0]
+    assert re.search(rf"\b{flag}: ", head)
+
+
+def test_flags_named_in_the_text_belong_to_a_command_and_paths_to_a_file():
+    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), ROOT / "tests" / "conftest.py"])
+    others = {"--detach", "--max-restarts", "--no-deps"}        # of modal and torchrun
+    for flag in set(re.findall(r"`(--[a-z-]+)", README)) - others:
+        assert f'"{flag}"' in code or f"{flag[2:]}: Literal" in code, f"no command has {flag}"
+    for path in set(re.findall(r"\b(?:bench|configs|deploy|docs|tests)/[\w@./-]*\w", README)):
+        assert (ROOT / path).exists(), f"README names {path}"
+
+
+def test_every_top_level_file_stands_in_where_things_are_and_what_stands_there_exists():
+    lines = [line.split()[0] for line in chapter("Where things are").splitlines() if line.startswith("    ")]
+    for name in lines:
+        assert (ROOT / name).exists(), f"README names {name}"
+    assert len(set(lines)) == len(lines)
+    absent = {p.name for p in ROOT.glob("*.py")} - set(lines)
+    assert not absent, f"not in the README: {', '.join(sorted(absent))}"
+
+
+def test_every_exit_code_of_the_training_is_in_the_table():
+    table = chapter("What is saved, and what a resume takes").split("| exit code | meaning |")[1]
+    codes = re.findall(r"^\| ([\d+N]+) \|", table, re.M)
+    assert codes == ["0", "1", "2", "70", "75", "128+N"]
+
+
+def test_the_table_of_exit_codes_is_that_of_the_contract(shared):
+    line = re.search(r"^- Exit codes: (.*)$", (SHARED / "DESIGN.md").read_text(), re.M)[1]
+    table = chapter("What is saved, and what a resume takes").split("| exit code | meaning |")[1]
+    for code in re.findall(r"(?:^|; )(128\+N|\d+) ", line):
+        assert f"\n| {code} |" in table
+
+
+def test_every_configuration_key_of_the_readme_exists_and_has_the_default_that_stands_there():
+    sections = "|".join(config.DEFAULTS)
+    named = set(re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z]\w*)(?![\w(/.])", README))
+    files = {p.name for p in ROOT.glob("*.py")}
+    named = {name for name in named if name not in files}
+    assert len(named) > 10
+    assert not named - set(config.KEYS), f"no such keys: {sorted(named - set(config.KEYS))}"
+    for name, value in re.findall(rf"`((?:{sections})\.\w+)` = (\w[\w.]*\w|\w)", README):
+        assert config.KEYS[name].default == yaml.safe_load(value), name
+
+
+def test_the_commands_that_ci_greps_are_each_a_line_of_their_own():
+    assert "\n    pip install -r requirements.txt && python train.py --config configs/local/smoke.yaml --resume\n" in README
+    assert "\n    python -m pytest\n" in README
+
+
+def test_no_path_of_one_machine_stands_in_the_readme():
+    assert not re.search(r"(?<![\w/])/(work|tmp|home|root|Users)/", README)
+    assert max(map(len, re.findall(r"^[^|\n]*$", README, re.M))) <= 220
+
+
+def test_the_citation_file_has_what_the_format_asks_for():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= set(citation)
+    assert citation["license"] in (ROOT / "LICENSE").read_text()
+
+
 def test_every_script_explains_itself():
     for script in ("train.py", "data.py", "evaluate.py", "checkpoint.py"):
         done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_the_loop_to_copy_has_as_many_lines_as_the_readme_says():
+    said = re.search(r"resumable loop of (\d+) lines", README)[1]
+    assert len([line for line in docstring_loop().splitlines() if line.strip()]) == int(said)

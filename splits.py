@@ -1,0 +1,226 @@
+"""Who trains and who validates: patient-disjoint unless asked otherwise, the same for the same
+seed.
+
+    train, dev = split(recordings, config["data"], seed)
+
+By patient (the default): each corpus's own train and dev where it has them, else a draw. By
+recording, by time or in folds where a corpus has too few patients. Unlabelled recordings and a
+corpus's own eval split are in neither part. """
+from dataclasses import replace
+
+import numpy as np
+
+from corpora import CHUNK
+from edf import DataError
+
+SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
+WARNINGS = {                            # of the splits that do not keep patients apart
+    "recording": "data.split: recording: the same patients train and validate: scores say nothing "
+                 "about new patients",
+    "time": "data.split: time: the first part of each recording trains and its end validates: "
+            "scores say nothing about new patients or recordings",
+}
+
+
+def person(patient):
+    """The patient under one name; in a run on several corpora the folder stands before it."""
+    folder, slash, own = patient.rpartition("/")
+    return folder + slash + SAME_PERSON.get(own, own)
+
+
+def owner(recording):
+    return person(recording.patient)
+
+
+def split(recordings, c, seed):
+    """(train, dev) by the section `data` of a configuration; DataError where one of them would be
+    empty."""
+    kind, folds = c.get("split", "patient"), c.get("folds", 0)
+    usable = [r for r in recordings if r.labelled and r.split != "eval"]
+    if kind == "time":
+        if folds:
+            raise DataError("data.folds needs data.split: patient or recording")
+        return _both(*_split_time(usable, c["dev_fraction"]), "recordings of 20 s and more")
+    unit = owner if kind == "patient" else _name
+    if folds:
+        return _fold(usable, unit, folds, c["fold"], seed)
+    if kind == "recording":
+        dev = _draw(usable, unit, c["dev_fraction"], seed)
+        return _divide(usable, unit, dev, "recordings")
+    return split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)
+
+
+def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
+    """(train, dev), no person in both, unlabelled recordings and a corpus's own eval split in
+    neither.
+
+    Corpus by corpus: dev is `dev_patients` where some are its own, else the corpus's own train and
+    dev, else a draw of `dev_fraction` of the patients, with seizures on both sides where two
+    patients have any. Who validates in one corpus does so in all. chb21 is chb01."""
+    usable = [r for r in recordings if r.labelled and r.split != "eval"]
+    people = sorted({owner(r) for r in usable})
+    wanted = {person(p) for p in dev_patients}
+    if wanted - set(people):
+        unknown = ", ".join(sorted(wanted - set(people)))
+        raise DataError(f"dev patients {unknown} are not among the labelled patients: "
+                        f"{', '.join(people[:20])}")
+    dev = set()
+    kept = []
+    for corpus in sorted({r.corpus for r in usable}):
+        mine = [r for r in usable if r.corpus == corpus]
+        named = wanted & {owner(r) for r in mine}
+        if named:
+            dev |= named
+        elif {"train", "dev"} <= {r.split for r in mine}:
+            mine = [r for r in mine if r.split]
+            dev |= _own_dev(mine)
+        else:
+            dev |= _draw(mine, owner, dev_fraction, seed)
+        kept += mine
+    return _divide(kept, owner, dev, "patients")
+
+
+def _own_dev(recordings):
+    dev = {owner(r) for r in recordings if r.split == "dev"}
+    both = dev & {owner(r) for r in recordings if r.split == "train"}
+    if both:
+        raise DataError(f"patients in both train and dev: {', '.join(sorted(both))}")
+    return dev
+
+
+def _name(recording):
+    return recording.name
+
+
+def _divide(recordings, unit, dev, what):
+    train = [r for r in recordings if unit(r) not in dev]
+    chosen = [r for r in recordings if unit(r) in dev]
+    count = len({unit(r) for r in recordings})
+    return _both(train, chosen, f"{count} labelled {what}")
+
+
+def _both(train, dev, what):
+    if not train or not dev:
+        raise DataError(f"{what}, {len(train)} recordings for training, {len(dev)} for validation: "
+                        "both are needed, of different patients; data.split: recording or time "
+                        "divides one patient's")
+    return train, dev
+
+
+def _groups(recordings, unit):
+    """(those with seizures, those without) of the patients or recordings, sorted."""
+    everyone = sorted({unit(r) for r in recordings})
+    having = {unit(r) for r in recordings if len(r.events)}
+    return [u for u in everyone if u in having], [u for u in everyone if u not in having]
+
+
+def _draw(recordings, unit, fraction, seed):
+    """A share of those with seizures and of those without, at least one with where two have any."""
+    with_seizures, without = _groups(recordings, unit)
+    rng = np.random.default_rng([seed, 20])
+    dev = set()
+    for group in (with_seizures, without):
+        count = round(fraction * len(group))
+        if len(group) > 1 and not dev:
+            count = min(max(1, count), len(group) - 1)
+        dev |= {group[i] for i in rng.permutation(len(group))[:count]}
+    # a lone one with seizures is for training
+    if not dev and len(with_seizures) + len(without) > 1:
+        rest = without or with_seizures
+        dev = {rest[rng.integers(len(rest))]}
+    return dev
+
+
+def _fold(recordings, unit, folds, fold, seed):
+    """Cross-validation: everyone validates in one of the folds; those with seizures are dealt out
+    evenly."""
+    groups = _groups(recordings, unit)
+    count = len(groups[0]) + len(groups[1])
+    if not 2 <= folds <= count:
+        raise DataError(f"data.folds is {folds}: 2 to {count}, for {count} there are")
+    if not 1 <= fold <= folds:
+        raise DataError(f"data.fold is {fold}: 1 to {folds}, data.folds")
+    rng = np.random.default_rng([seed, 21])
+    order = [group[i] for group in groups for i in rng.permutation(len(group))]
+    return _divide(recordings, unit, set(order[fold - 1::folds]), f"of {folds} folds")
+
+
+def _split_time(recordings, fraction):
+    """Each recording cut at a chunk: its last `fraction` validates. One too short to be cut
+    trains."""
+    train, dev = [], []
+    for r in recordings:
+        chunks = r.samples // CHUNK
+        cut = min(max(1, round((1 - fraction) * chunks)), chunks - 1)
+        if chunks < 2:
+            train.append(r)
+            continue
+        train.append(part(r, 0, cut * CHUNK))
+        dev.append(part(r, cut * CHUNK, r.samples))
+    return train, dev
+
+
+def part(recording, begin, end):
+    """The samples from `begin`, which begins a chunk, to `end` of a recording, as one of its
+    own."""
+    fs = recording.fs
+    events = np.clip(recording.events, begin / fs, end / fs) - begin / fs
+    events = events[events[:, 1] > events[:, 0]]
+    name = f"{recording.name}_{begin // fs}-{end // fs}s"
+    skipped = recording.skipped + begin // CHUNK
+    return replace(recording, name=name, samples=end - begin, events=events, skipped=skipped)
+
+
+# ---- what is said of it ----
+
+def told(recordings, train, dev, kind):
+    """Lines on who was drawn for validation, what each of several corpora gives, and what is left
+    out."""
+    lines = [f"warning: {WARNINGS[kind]}"] if kind in WARNINGS else []
+    lines.append("validation patients: " + _patients(dev))
+    if not any(len(r.events) for r in dev):
+        lines.append("warning: no patient of the validation has a seizure: name some with "
+                     "data.dev_patients")
+    used = {r.path for r in train + dev}
+    for corpus in sorted({r.corpus for r in recordings}):
+        mine = [r for r in recordings if r.corpus == corpus]
+        out = [r for r in mine if r.path not in used]
+        if corpus:
+            lines.append(f"{corpus}: train {_amount(train, corpus)}; "
+                         f"validation {_amount(dev, corpus)}")
+        if out:
+            lines.append(f"{corpus or 'corpus'}: left out: {_reasons(out)}")
+    return lines
+
+
+def _amount(part, corpus):
+    mine = [r for r in part if r.corpus == corpus]
+    people = {owner(r) for r in mine}
+    hours = sum(r.seconds for r in mine) / 3600
+    seizures = sum(len(r.events) for r in mine)
+    return f"{len(mine)} recordings of {len(people)} patients, {hours:.2f} h, {seizures} seizures"
+
+
+def _patients(recordings, most=20):
+    people = sorted({owner(r) for r in recordings})
+    shown = []
+    for name in people[:most]:
+        seizures = sum(len(r.events) for r in recordings if owner(r) == name)
+        shown.append(f"{name} ({seizures} seizures)")
+    if len(people) > most:
+        shown.append(f"and {len(people) - most} more")
+    return ", ".join(shown)
+
+
+def _reasons(recordings):
+    """Counted: why recordings are in neither part."""
+    def why(r):
+        if not r.labelled:
+            return "without annotations"
+        if r.split == "eval":
+            return "of its eval split"
+        return "without a split in a corpus that has its own"
+    counts = {}
+    for r in recordings:
+        counts[why(r)] = counts.get(why(r), 0) + 1
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

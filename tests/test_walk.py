@@ -1,0 +1,166 @@
+"""A newcomer's walk with own recordings, by the README's own lines: EDF+ files, import, training, a
+kill, a resume, evaluation, pictures. The lines are read from the README and run as they stand, in a
+copy of the scripts; only sizes are set smaller. The other walk, the loop of checkpoint.py copied into
+another repository and killed ten times, is test_checkpointer.py's
+test_the_loop_of_the_docstring_with_its_dropout_killed_ten_times_ends_bit_identical."""
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pyedflib
+import pytest
+from PIL import Image
+
+import checkpoint
+import edf
+from conftest import ROOT
+from helpers import LIMIT, rest, wait_for
+
+README = (ROOT / "README.md").read_text()
+SMALL = [f"--set {key}" for key in (
+    "data.window_seconds=10", "training.epochs=2", "training.batch_size=4", "training.log_every=1",
+    "data.background_per_partial=1", "evaluation.window_seconds=10", "evaluation.overlap_seconds=0")]
+PEOPLE = {                              # who -> the texts with which their seizures are marked
+    "anna": ("Seizure", None), "ben": ("Seizure start", "Seizure end"),
+    "cem": ("sz on", "sz off"), "dora": ("Anfall Beginn", "Anfall Ende")}
+
+
+def lines(heading):
+    """The first block of commands below a heading of the README."""
+    block = README.split(f"\n## {heading}\n")[1].split("\n    ", 1)[1].split("\n\n")[0]
+    return [line.strip() for line in block.splitlines()]
+
+
+def write_edf_plus(path, eeg, events, first, last):
+    """EDF+ of eeg, (19, T) in uV at 256 Hz, whose annotations say where its seizures are: by one text
+    with a duration, or by a first and a last text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = pyedflib.EdfWriter(str(path), len(eeg), file_type=pyedflib.FILETYPE_EDFPLUS)
+    limit = 3000.0
+    for number, name in enumerate(edf.CHANNELS["referential"]):
+        writer.setSignalHeader(number, {
+            "label": f"EEG {name}-REF", "dimension": "uV", "sample_frequency": edf.FS,
+            "physical_min": -limit, "physical_max": limit, "digital_min": -32768,
+            "digital_max": 32767, "transducer": "", "prefilter": ""})
+    writer.writeSamples([np.clip(row, -limit, limit).astype(float) for row in eeg])
+    writer.writeAnnotation(1.0, -1, "eyes closed")
+    for onset, end in events:
+        writer.writeAnnotation(onset, -1 if last else end - onset, first)
+        if last:
+            writer.writeAnnotation(end, -1, last)
+    writer.close()
+
+
+def own_folder(folder):
+    """Two nights of each of PEOPLE, a seizure in every one."""
+    for number, (who, texts) in enumerate(PEOPLE.items()):
+        for night in (1, 2):
+            rng = np.random.default_rng([number, night])
+            eeg = rng.normal(0, 20, (19, 60 * edf.FS)).astype(np.float32)
+            begin = rng.integers(15, 25)
+            seconds = np.arange(15 * edf.FS) / edf.FS
+            eeg[:, begin * edf.FS:(begin + 15) * edf.FS] += 150 * np.sin(2 * np.pi * 4 * seconds)
+            write_edf_plus(folder / who / f"night{night}.edf", eeg, [(begin, begin + 15)], *texts)
+
+
+class Project:
+    """A copy of the scripts and configurations, as a clone would give them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        for script in ROOT.glob("*.py"):
+            shutil.copy2(script, folder)
+        shutil.copytree(ROOT / "configs", folder / "configs")
+
+    def start(self, line, *more, **environment):
+        words = shlex.split(" ".join([line, *more]))
+        assert words[0] == "python"
+        return subprocess.Popen(
+            [sys.executable, *words[1:]], cwd=self.folder, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment})
+
+    def run(self, line, *more):
+        process = self.start(line, *more)
+        said = rest(process, LIMIT)
+        assert process.returncode == 0, f"{line}\n{said}"
+        return said
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """(project, {name of a step: what its command said}) of the README's walk, gone once."""
+    base = tmp_path_factory.mktemp("walk")
+    project, said = Project(base / "holdfast"), {}
+    own_folder(project.folder / "MY_EDFS")
+    importing, info, training, evaluation, board = lines("Your own recordings")
+    said["import"], said["info"] = project.run(importing), project.run(info)
+
+    first = project.start(training, *SMALL, BGB_MID_EPOCH_MINUTES="0")
+    said["killed"] = "".join(wait_for(first, "saved mid_epoch_001_"))
+    first.send_signal(signal.SIGKILL)
+    said["killed"] += rest(first)
+    assert first.returncode == -signal.SIGKILL
+
+    said["resumed"] = project.run(training, *SMALL)
+    said["evaluated"] = project.run(evaluation)
+    said["board"] = board
+    return project, said
+
+
+def test_the_first_lines_are_an_import_a_look_a_training_an_evaluation_and_a_board():
+    importing, info, training, evaluation, board = lines("Your own recordings")
+    assert importing.startswith("python data.py import MY_EDFS ")
+    assert info.startswith("python data.py info ")
+    assert training == "python train.py --config configs/local/own.yaml --resume"
+    assert evaluation.startswith("python evaluate.py ") and evaluation.endswith(" --plot")
+    assert board.startswith("tensorboard --logdir ")
+
+
+def test_the_import_reads_the_seizures_that_the_annotations_of_the_edf_mark(walk):
+    _, said = walk
+    assert "8 recordings" in said["info"] and "4 patients" in said["info"]
+    for who in PEOPLE:
+        assert re.search(rf"\b{who}: .* 2 seizures", said["info"]), said["info"]
+    assert "without annotations: 0" in said["info"]
+    assert re.search(r"eyes closed.*8|8.*eyes closed", said["import"]), said["import"]
+
+
+def test_after_a_kill_in_mid_epoch_the_same_line_goes_on_from_the_snapshot_and_finishes(walk):
+    project, said = walk
+    assert "starting fresh" in said["killed"]
+    assert re.search(r"resume: .*mid_epoch_001_", said["resumed"]), said["resumed"]
+    run = project.folder / "results" / "own"
+    state = checkpoint.load(run / "checkpoints" / "last.pt")
+    assert (state["epoch"], state["kind"]) == (2, "epoch")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == list(range(1, state["global_step"] + 1))
+
+
+def test_evaluation_leaves_events_scores_and_a_picture_of_each_recording(walk):
+    project, said = walk
+    run = project.folder / "results" / "own"
+    scores = json.loads((run / "evaluation" / "scores.json").read_text())
+    assert scores["split"] == "dev" and scores["seizures"] == scores["recordings"] > 0
+    for row in scores["per_recording"]:
+        stem = run / "evaluation" / row["recording"]
+        assert stem.with_name(stem.name + "_events.tsv").read_text().startswith("onset\tduration")
+        with Image.open(stem.with_name(stem.name + ".png")) as picture:
+            assert min(picture.size) > 300
+    with Image.open(run / "curves.png") as picture:
+        assert min(picture.size) > 300
+    assert "false alarms" in said["evaluated"]
+
+
+def test_the_board_finds_the_run_in_the_folder_that_the_readme_names(walk):
+    project, said = walk
+    folder = project.folder / shlex.split(said["board"])[-1]
+    assert list(folder.rglob("events.out.tfevents.*"))
+    assert shutil.which("tensorboard", path=os.path.dirname(sys.executable))
