@@ -8,13 +8,11 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 
 import numpy as np
 import pyedflib
-import pytest
 from PIL import Image
 
 import checkpoint
@@ -25,7 +23,7 @@ from helpers import LIMIT, rest, wait_for
 README = (ROOT / "README.md").read_text()
 SMALL = [f"--set {key}" for key in (
     "data.window_seconds=10", "training.epochs=2", "training.batch_size=4", "training.log_every=1",
-    "data.background_per_partial=1", "evaluation.window_seconds=10", "evaluation.overlap_seconds=0")]
+    "data.background_per_partial=1", "data.full_per_partial=0", "evaluation.window_seconds=10", "evaluation.overlap_seconds=0")]
 PEOPLE = {                              # who -> the texts with which their seizures are marked
     "anna": ("Seizure", None), "ben": ("Seizure start", "Seizure end"),
     "cem": ("sz on", "sz off"), "dora": ("Anfall Beginn", "Anfall Ende")}
@@ -62,11 +60,11 @@ def own_folder(folder):
     for number, (who, texts) in enumerate(PEOPLE.items()):
         for night in (1, 2):
             rng = np.random.default_rng([number, night])
-            eeg = rng.normal(0, 20, (19, 60 * edf.FS)).astype(np.float32)
-            begin = rng.integers(15, 25)
-            seconds = np.arange(15 * edf.FS) / edf.FS
-            eeg[:, begin * edf.FS:(begin + 15) * edf.FS] += 150 * np.sin(2 * np.pi * 4 * seconds)
-            write_edf_plus(folder / who / f"night{night}.edf", eeg, [(begin, begin + 15)], *texts)
+            eeg = rng.normal(0, 20, (19, 40 * edf.FS)).astype(np.float32)
+            begin = rng.integers(10, 20)
+            seconds = np.arange(12 * edf.FS) / edf.FS
+            eeg[:, begin * edf.FS:(begin + 12) * edf.FS] += 150 * np.sin(2 * np.pi * 4 * seconds)
+            write_edf_plus(folder / who / f"night{night}.edf", eeg, [(begin, begin + 12)], *texts)
 
 
 class Project:
@@ -78,6 +76,8 @@ class Project:
         for script in ROOT.glob("*.py"):
             shutil.copy2(script, folder)
         shutil.copytree(ROOT / "configs", folder / "configs")
+        (folder / "tests").mkdir()
+        shutil.copy2(ROOT / "tests" / "held.py", folder / "tests")
 
     def start(self, line, *more, **environment):
         words = shlex.split(" ".join([line, *more]))
@@ -93,25 +93,37 @@ class Project:
         return said
 
 
-@pytest.fixture(scope="module")
-def walk(tmp_path_factory):
-    """(project, {name of a step: what its command said}) of the README's walk, gone once."""
-    base = tmp_path_factory.mktemp("walk")
-    project, said = Project(base / "holdfast"), {}
-    own_folder(project.folder / "MY_EDFS")
-    importing, info, training, evaluation, board = lines("Your own recordings")
-    said["import"], said["info"] = project.run(importing), project.run(info)
+def expect_import(said, info):
+    """The annotations inside the EDF were read: all that mark seizures, and the rest counted."""
+    assert "8 recordings" in info and "4 patients" in info
+    for who in PEOPLE:
+        assert re.search(rf"\b{who}: .* 2 seizures", info), info
+    assert "without annotations: 0" in info
+    assert re.search(r"8 x 'eyes closed'", said), said
 
-    first = project.start(training, *SMALL, BGB_MID_EPOCH_MINUTES="0")
-    said["killed"] = "".join(wait_for(first, "saved mid_epoch_001_"))
-    first.send_signal(signal.SIGKILL)
-    said["killed"] += rest(first)
-    assert first.returncode == -signal.SIGKILL
 
-    said["resumed"] = project.run(training, *SMALL)
-    said["evaluated"] = project.run(evaluation)
-    said["board"] = board
-    return project, said
+def expect_whole_run(said, run):
+    """The line that was killed went on from its snapshot, to the end, without a step twice."""
+    assert re.search(r"resume: chose mid_epoch_001_", said), said
+    state = checkpoint.load(run / "checkpoints" / "last.pt")
+    assert (state["epoch"], state["kind"]) == (2, "epoch")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == list(range(1, state["global_step"] + 1))
+
+
+def expect_evaluation(run):
+    """Events, scores and a picture of each recording that validated, and the curves of the run."""
+    scores = json.loads((run / "evaluation" / "scores.json").read_text())
+    assert scores["split"] == "dev" and scores["seizures"] == scores["recordings"] > 0
+    for row in scores["per_recording"]:
+        stem = run / "evaluation" / row["recording"]
+        events = stem.with_name(stem.name + "_events.tsv").read_text()
+        assert events.startswith("onset\tduration")
+        with Image.open(stem.with_name(stem.name + ".png")) as picture:
+            assert min(picture.size) > 300
+    with Image.open(run / "curves.png") as picture:
+        assert min(picture.size) > 300
 
 
 def test_the_first_lines_are_an_import_a_look_a_training_an_evaluation_and_a_board():
@@ -123,44 +135,22 @@ def test_the_first_lines_are_an_import_a_look_a_training_an_evaluation_and_a_boa
     assert board.startswith("tensorboard --logdir ")
 
 
-def test_the_import_reads_the_seizures_that_the_annotations_of_the_edf_mark(walk):
-    _, said = walk
-    assert "8 recordings" in said["info"] and "4 patients" in said["info"]
-    for who in PEOPLE:
-        assert re.search(rf"\b{who}: .* 2 seizures", said["info"]), said["info"]
-    assert "without annotations: 0" in said["info"]
-    assert re.search(r"eyes closed.*8|8.*eyes closed", said["import"]), said["import"]
+def test_own_recordings_go_from_import_to_pictures_by_the_lines_of_the_readme_through_a_kill(tmp_path):
+    project = Project(tmp_path / "holdfast")
+    own_folder(project.folder / "MY_EDFS")
+    importing, info, training, evaluation, board = lines("Your own recordings")
 
-
-def test_after_a_kill_in_mid_epoch_the_same_line_goes_on_from_the_snapshot_and_finishes(walk):
-    project, said = walk
-    assert "starting fresh" in said["killed"]
-    assert re.search(r"resume: .*mid_epoch_001_", said["resumed"]), said["resumed"]
+    expect_import(project.run(importing), project.run(info))
     run = project.folder / "results" / "own"
-    state = checkpoint.load(run / "checkpoints" / "last.pt")
-    assert (state["epoch"], state["kind"]) == (2, "epoch")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if row["kind"] == "train"]
-    assert steps == list(range(1, state["global_step"] + 1))
+    # the same script, held in its third step until it is killed there
+    held = training.replace("train.py", "tests/held.py")
+    first = project.start(held, *SMALL, BGB_MID_EPOCH_MINUTES="0",
+                          HELD=f"after_step 3 {tmp_path}/never")
+    assert "starting fresh" in "".join(wait_for(first, "saved mid_epoch_001_"))
+    first.kill()
+    rest(first)
+    expect_whole_run(project.run(training, *SMALL), run)
+    assert "false alarms" in project.run(evaluation)
+    expect_evaluation(run)
 
-
-def test_evaluation_leaves_events_scores_and_a_picture_of_each_recording(walk):
-    project, said = walk
-    run = project.folder / "results" / "own"
-    scores = json.loads((run / "evaluation" / "scores.json").read_text())
-    assert scores["split"] == "dev" and scores["seizures"] == scores["recordings"] > 0
-    for row in scores["per_recording"]:
-        stem = run / "evaluation" / row["recording"]
-        assert stem.with_name(stem.name + "_events.tsv").read_text().startswith("onset\tduration")
-        with Image.open(stem.with_name(stem.name + ".png")) as picture:
-            assert min(picture.size) > 300
-    with Image.open(run / "curves.png") as picture:
-        assert min(picture.size) > 300
-    assert "false alarms" in said["evaluated"]
-
-
-def test_the_board_finds_the_run_in_the_folder_that_the_readme_names(walk):
-    project, said = walk
-    folder = project.folder / shlex.split(said["board"])[-1]
-    assert list(folder.rglob("events.out.tfevents.*"))
-    assert shutil.which("tensorboard", path=os.path.dirname(sys.executable))
+    assert list((project.folder / shlex.split(board)[-1]).rglob("events.out.tfevents.*"))
