@@ -975,3 +975,6 @@ def test_events_go_to_one_file_and_nothing_else(corpus, tmp_path, monkeypatch):
     code, lines = here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported",
                        "--events", tmp_path / "y.tsv")
     assert code == 2 and "one EDF" in lines[0] and not (tmp_path / "y.tsv").exists()
+    before = source.read_bytes()
+    code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--events", source)
+    assert code == 2 and "over the EDF itself" in lines[0] and source.read_bytes() == before
