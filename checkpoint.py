@@ -1,12 +1,13 @@
-"""Checkpoints that survive: durable saves, damage found before it is believed, resume from the furthest good file.
+"""Checkpoints that survive: durable saves, damage found before it is believed, exact resumes.
 
-    python checkpoint.py ls results/            every run: its files, their health, and which one a resume takes
+    python checkpoint.py ls results/            every run: files, health, what a resume takes
     python checkpoint.py verify FILE_OR_DIR     exit 1 and the file's name on any damage
     python checkpoint.py clean results/ [--yes] what no resume needs; removed only with --yes
     python checkpoint.py strip best.pt [DST]    the weights alone, to share, with a model card
     python checkpoint.py average A.pt B.pt --out FILE       the mean of their weights
 
-Copy this one file (it needs torch and nothing else of ours) and train like this; kill it whenever you like:
+Copy this one file (it needs torch and nothing else of ours) and train like this;
+kill it whenever you like:
 
     import sys
     import torch
@@ -20,7 +21,8 @@ Copy this one file (it needs torch and nothing else of ours) and train like this
 
     def pack():
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "random": checkpoint.random_states(), "epoch": epoch, "batch": batch, "global_step": step}
+                "random": checkpoint.random_states(),
+                "epoch": epoch, "batch": batch, "global_step": step}
 
     with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=0.001) as saver, saver.signals():
         state = saver.resume()
@@ -51,9 +53,9 @@ Copy this one file (it needs torch and nothing else of ours) and train like this
             batch = 0
         saver.settle()                              # the last save is durable, or this raises
 
-A checkpoint is a plain .pt (a stored zip): `torch.load(path, weights_only=True)` and `unzip -t` open it. Every byte is
-covered: tensors by their zip CRC-32, all the rest by a SHA-256 in the zip comment, next to the progress as JSON, so that
-choosing among many files reads a few hundred bytes of each.
+A checkpoint is a plain .pt (a stored zip): `torch.load(path, weights_only=True)` and `unzip -t`
+open it. Every byte is covered: tensors by their zip CRC-32, all the rest by a SHA-256 in the zip
+comment, next to the progress as JSON, so that a choice among files reads a few hundred bytes of each.
 """
 import argparse
 import contextlib
@@ -92,19 +94,25 @@ import torch
 TEMP = re.compile(r"\..+\.(\d+)(?:@([\w-]+))?\.\d+\.tmp")     # .NAME.PID@HOST.SERIAL.tmp
 ABANDONED = 3600.0              # seconds after which a temp of another host counts as dead
 PROGRESS = ("epoch", "batch", "global_step", "save_counter")
-PAGE, CHUNK = 4096, 32 << 20    # alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
-MTBF_HOURS = 24.0               # assumed mean time between failures for the Young/Daly advice: one Modal time limit
-MAGIC = b"holdfast1 "           # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
+# alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
+PAGE, CHUNK = 4096, 32 << 20
+# assumed mean time between failures for the Young/Daly advice: one Modal time limit
+MTBF_HOURS = 24.0
+# zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
+MAGIC = b"holdfast1 "
 MIRROR_NOTE = ".mirror.json"    # in a run's directory: where its second copy lies
 MIRROR_WAIT = 20.0              # seconds that a run which ends waits for its second copy
-READ_PATIENCE = 30.0            # seconds that a resume waits for a disk or a network that does not answer
+# seconds that a resume waits for a disk or a network that does not answer
+READ_PATIENCE = 30.0
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
-LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO}
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+           errno.EACCES, errno.EPERM, errno.ENXIO}
 _serial = itertools.count()
 
 
 class CorruptCheckpoint(Exception):
-    """The file is damaged, or is no checkpoint that can be loaded without running code. The message names file and damage."""
+    """The file is damaged, or is no checkpoint that can be loaded without running code. The message
+    names file and damage."""
 
 
 class InUse(OSError):
@@ -441,7 +449,8 @@ def _raw(slot):
 
 
 def _local(name, size, crc, offset):
-    """Local zip header for a stored record at `offset`, padded: its data begin at a multiple of 64."""
+    """Local zip header for a stored record at `offset`, padded: its data begin at a multiple of
+    64."""
     big = b""
     if size >= 0xFFFFFFFF:
         big = struct.pack("<HHQQ", 1, 16, size, size)
@@ -455,7 +464,8 @@ def _local(name, size, crc, offset):
 
 
 def _directory(records, offset):
-    """Central directory and end records, from `offset` on, of [(name, size, crc, header offset)]."""
+    """Central directory and end records, from `offset` on, of [(name, size, crc, header
+    offset)]."""
     out = io.BytesIO()
     for name, size, crc, at in records:
         big, version, small, short = b"", 20, size, at
@@ -531,7 +541,8 @@ class _Image:
             if number in gpu[-1:]:
                 self.gpu_end = end
         self.end = end
-        self.views = self.clones = self.staging = None                      # free before taking more
+        # free before taking more
+        self.views = self.clones = self.staging = None
         if self.buffer is None or self.buffer.numel() < end:
             self.buffer = None
             room = self._room(end + end // 16 + PAGE)
@@ -614,7 +625,8 @@ class _Image:
     def refuse_nonfinite(self, weights):
         """Raise OSError (EDOM) where one of `weights`, [(name, slot)], holds a NaN or an infinity.
 
-        A tensor that held infinities, and no NaN, when it was first seen is a mask, not a weight."""
+        A tensor that held infinities, and no NaN, when it was first seen is a mask, not a
+        weight."""
         self._await_copy()
         for name, slot in weights:
             if name in self.masks or not slot.numel:
@@ -845,7 +857,8 @@ def _lock_shared(fd):
 
 
 def write_json(path, value, indent=None):
-    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN, which JSON has not."""
+    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN,
+    which JSON has not."""
     path = Path(path)
     text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     sweep_temps(path.parent)
@@ -855,7 +868,8 @@ def write_json(path, value, indent=None):
 def read_json_lines(path, say=print):
     """Yield the dicts of a file with one JSON object a line; none where it is absent.
 
-    A kill or a power cut may tear the last row: what cannot be read is named through `say` and left out."""
+    A kill or a power cut may tear the last row: what cannot be read is named through `say` and left
+    out."""
     try:
         file = open(path, errors="replace")
     except FileNotFoundError:
@@ -962,7 +976,8 @@ def _unlink(path):
 
 
 def sweep_temps(directory):
-    """Remove the temp files of dead processes in `directory`; a live writer holds a lock on its own."""
+    """Remove the temp files of dead processes in `directory`; a live writer holds a lock on its
+    own."""
     for temp in Path(directory).glob(".*.tmp"):
         if TEMP.fullmatch(temp.name):
             _dead(temp, remove=True)
@@ -991,7 +1006,8 @@ def _dead(temp, remove=False):
 
 
 def _abandoned(fd, name, age):
-    """By its lock; by its process where this host has no locks, by its age where another one wrote."""
+    """By its lock; by its process where this host has no locks, by its age where another one
+    wrote."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locks = True
@@ -1039,7 +1055,8 @@ def _checked(path, map_location):
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except OSError as error:
-            if error.errno != errno.EINVAL:                                 # damage made us seek to nowhere
+            # damage made us seek to nowhere
+            if error.errno != errno.EINVAL:
                 raise
             raise CorruptCheckpoint(f"{path}: misplaced records") from None
         except CorruptCheckpoint as damage:
@@ -1202,8 +1219,8 @@ def peek(path):
 
     Its keys: epoch, batch, global_step, save_counter (ints), kind, run (or None), metric (a dict
     with name and value, or None), position (epoch in progress and batches trained in it, or None
-    where no resume can go on from it), bytes. A few hundred bytes are read of a file written here; any
-    other .pt is loaded. Raises CorruptCheckpoint or OSError."""
+    where no resume can go on from it), bytes. A few hundred bytes are read of a file written here;
+    any other .pt is loaded. Raises CorruptCheckpoint or OSError."""
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -1223,7 +1240,8 @@ def peek(path):
 # ---- choosing and rotating: by what is stored inside, never by mtime or by the order of names ----
 
 class Kind(NamedTuple):
-    """One kind of checkpoint file. A state saved under several names is one file where links work."""
+    """One kind of checkpoint file. A state saved under several names is one file where links
+    work."""
 
     name: str               # filled in from the state
     mirrored: int = 0       # newest files of it in the second copy
@@ -1234,7 +1252,8 @@ class Kind(NamedTuple):
         return re.sub(r"\{.*?\}", "*", self.name)
 
 
-KINDS = {                   # of one save under two names a resume takes the upper; the best is its last resort
+# of one save under two names a resume takes the upper; the best is its last resort
+KINDS = {
     "mid_epoch": Kind("mid_epoch_{epoch:03d}_{batch:06d}.pt", mirrored=2, spare=True),
     "last": Kind("last.pt", mirrored=1),
     "checkpoint_epoch": Kind("checkpoint_epoch_{epoch:03d}.pt"),
@@ -1247,9 +1266,10 @@ NAME = re.compile("|".join(f"(?P<{key}>{re.escape(kind.glob)})" for key, kind in
 def checkpoints(directory):
     """Paths in `directory` that are named like a checkpoint, by name; none where it is absent."""
     try:
-        return [Path(directory, name) for name in sorted(os.listdir(directory)) if NAME.fullmatch(name)]
+        names = sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return [Path(directory, name) for name in names if NAME.fullmatch(name)]
 
 
 class _Candidate:
@@ -1277,7 +1297,8 @@ class _Candidate:
 
     @property
     def order(self):
-        """Newest save first: the counter only grows, also after a rollback; equal counters go by progress, then by kind."""
+        """Newest save first: the counter only grows, also after a rollback; equal counters go by
+        progress, then by kind."""
         f = self.facts
         rank = -list(KINDS).index(self.kind) if self.kind else -len(KINDS)
         return f["save_counter"], f["global_step"], f["epoch"], f["batch"], rank
@@ -1288,25 +1309,29 @@ class _Candidate:
 
     def __str__(self):
         f = self.facts
-        return f"epoch {f['epoch']} batch {f['batch']} step {f['global_step']} save {f['save_counter']}"
+        return (f"epoch {f['epoch']} batch {f['batch']} step {f['global_step']} "
+                f"save {f['save_counter']}")
 
 
 def candidates(directory, mirror=None):
-    """Files of `directory` and of its second copy that a resume may take, furthest first, then the best, then what cannot
-    be taken. Of equal saves the one at home comes first."""
+    """Files of `directory` and of its second copy that a resume may take, furthest first, then the
+    best, then what cannot be taken. Of equal saves the one at home comes first."""
     found = [_Candidate(path) for path in checkpoints(directory)]
     if mirror:
         found += [_Candidate(path, second=True) for path in checkpoints(mirror)]
-    found = [c for c in found if c.facts or c.fault or os.path.lexists(c.path)]     # a run at work rotates
+    # a run at work rotates
+    found = [c for c in found if c.facts or c.fault or os.path.lexists(c.path)]
     usable = sorted((c for c in found if not c.damage), key=lambda c: c.order, reverse=True)
     usable.sort(key=lambda c: c.kind == "best")
     return usable + [c for c in found if c.damage]
 
 
 def _choose(directory, open_, say, patience=0.0, mirror=None):
-    """(path, what open_ returned) of the latest save that open_ accepts, or (None, None); says why for each.
+    """(path, what open_ returned) of the latest save that open_ accepts, or (None, None); says why
+    for each.
 
-    A disk or a network that does not answer is no damage: for `patience` seconds it is asked again, then OSError."""
+    A disk or a network that does not answer is no damage: for `patience` seconds it is asked again,
+    then OSError."""
     ends = time.monotonic() + patience
     pause = 0.5
     while True:
@@ -1315,7 +1340,8 @@ def _choose(directory, open_, say, patience=0.0, mirror=None):
         except OSError as error:
             if time.monotonic() >= ends:
                 raise
-            say(f"resume: {error.filename} cannot be read now ({error.strerror}): no damage, trying again")
+            say(f"resume: {error.filename} cannot be read now ({error.strerror}): no damage, "
+                f"trying again")
             time.sleep(pause)
             pause = min(2 * pause, 10.0)
 
@@ -1334,9 +1360,11 @@ def _best_of(found, open_, say):
         if candidate in refused or (candidate.kind == "best" and chosen):
             continue
         if candidate.kind == "best" and not refused:
-            say(f"resume: best.pt alone is no run to continue: --resume {candidate.path} would start from it")
+            say(f"resume: best.pt alone is no run to continue: --resume {candidate.path} would "
+                f"start from it")
         elif chosen:
-            reason = "the same save" if candidate.order[0] == chosen[2].order[0] else "an earlier save"
+            same = candidate.facts["save_counter"] == chosen[2].facts["save_counter"]
+            reason = "the same save" if same else "an earlier save"
             say(f"resume: older: {candidate.label}: {candidate}, {reason}")
         else:
             state = _accepted(candidate, open_, say)
@@ -1370,17 +1398,19 @@ def _reason(error):
 
 
 def find_resume(checkpoints_directory, say=print):
-    """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it was taken or not.
+    """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it
+    was taken or not.
 
-    Raises OSError where a file cannot be read for READ_PATIENCE seconds: what cannot be read may be the latest."""
+    Raises OSError where a file cannot be read for READ_PATIENCE seconds: what cannot be read may be
+    the latest."""
     return _choose(checkpoints_directory, verify, say, READ_PATIENCE)[0]
 
 
 def rotate(directory, glob_pattern, keep, protect=()):
     """Delete all but the newest `keep` files (0 = all stay) that match; returns the deleted paths.
 
-    Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect` (they count as kept), what
-    cannot be parsed, and files of another run than the newest one's."""
+    Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect`
+    (they count as kept), what cannot be parsed, and files of another run than the newest one's."""
     if keep < 0:
         raise ValueError(f"keep must be 0 (all) or more, not {keep}")
     if keep == 0:
@@ -1400,7 +1430,8 @@ def rotate(directory, glob_pattern, keep, protect=()):
 # ---- what a copied loop needs besides: random states, signals ----
 
 def random_states():
-    """Random states of Python, NumPy (if loaded), torch and the current GPU, as plain values and CPU tensors."""
+    """Random states of Python, NumPy (if loaded), torch and the current GPU, as plain values and
+    CPU tensors."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
@@ -1416,17 +1447,20 @@ def restore_random_states(states):
     random.setstate((version, tuple(keys), gauss))
     torch.set_rng_state(states["torch"])
     if "numpy" in states:
-        import numpy                        # the process that saved had loaded it; torch does not need it
+        # the process that saved had loaded it; torch does not need it
+        import numpy
         numpy.random.set_state(tuple(states["numpy"]))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
 class Signals:
-    """While entered, the first signal that asks to stop sets `number`; one that comes a second or more later acts as ever.
+    """While entered, the first signal that asks to stop sets `number`; one that comes a second or
+    more later acts as ever.
 
-    `tmux kill-session` and systemd send two within milliseconds: they are one wish. Signals that were inherited as ignored
-    (nohup) stay ignored. Only the main thread of the process that entered it can listen."""
+    `tmux kill-session` and systemd send two within milliseconds: they are one wish. Signals that
+    were inherited as ignored (nohup) stay ignored. Only the main thread of the process that entered
+    it can listen."""
 
     WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -1449,7 +1483,8 @@ class Signals:
         elif not self.number:
             self.number = number
             self.since = time.monotonic()
-            text = f"\n{signal.Signals(number).name}: saving at the next step; once more to exit at once\n"
+            name = signal.Signals(number).name
+            text = f"\n{name}: saving at the next step; once more to exit at once\n"
             try:
                 os.write(2, text.encode())
             except OSError:
@@ -1458,7 +1493,8 @@ class Signals:
             self._act(number)
 
     def _note_in_child(self, number):
-        """A forked worker must not die of the Ctrl-C that its parent answers with a save, but of a kill it must."""
+        """A forked worker must not die of the Ctrl-C that its parent answers with a save, but of a
+        kill it must."""
         if number == signal.SIGTERM:
             self._act(number)
 
@@ -1478,10 +1514,12 @@ class OtherRun(ValueError):
 
 
 class Mirror:
-    """The newest state, best.pt and the records of a run once more, in FOLDER/<name>/checkpoints and beside.
+    """The newest state, best.pt and the records of a run once more, in FOLDER/<name>/checkpoints
+    and beside.
 
-    A thread of its own copies what is newer at home; training and the next save never wait for it. A save that comes while
-    it copies is copied next, so a slow place skips states. What fails is said when it begins and when it ends."""
+    A thread of its own copies what is newer at home; training and the next save never wait for it.
+    A save that comes while it copies is copied next, so a slow place skips states. What fails is
+    said when it begins and when it ends."""
 
     def __init__(self, folder, home, records, say):
         run = home.parent if home.name == "checkpoints" else home
@@ -1496,7 +1534,8 @@ class Mirror:
         self.trouble = ""                   # why there is no newest copy
         self.copied = None                  # when the state of the newest copy was saved
         self.slowest = 0.0                  # seconds of a round
-        self.waiting = 0.0                  # when the newest state was saved that is not being copied yet
+        # when the newest state was saved that is not being copied yet
+        self.waiting = 0.0
         self.busy = False
         self.closing = False
         self.changed = threading.Condition()
@@ -1529,6 +1568,7 @@ class Mirror:
             trouble = self._round()
             with self.changed:
                 self.busy = False
+                self.changed.notify_all()
                 if trouble:
                     self._begin(trouble)
                     self.waiting = self.waiting or saved
@@ -1544,7 +1584,8 @@ class Mirror:
 
     def _begin(self, trouble):
         if not self.trouble:
-            self.say(f"mirror: {self.place}: {trouble}: training goes on without a newest second copy")
+            self.say(f"mirror: {self.place}: {trouble}: training goes on without a newest second "
+                     f"copy")
         self.trouble = trouble
 
     def _round(self):
@@ -1558,13 +1599,15 @@ class Mirror:
             return str(error) or type(error).__name__
 
     def _update(self):
-        os.stat(self.folder)                # gone: making it anew would fill the disk below the mount point
+        # gone: making it anew would fill the disk below the mount point
+        os.stat(self.folder)
         self.place.mkdir(parents=True, exist_ok=True)
         with lock(self.place, say=lambda line: None):
             sweep_temps(self.place)
             if self.runs() - self.known:
                 raise OtherRun("holds another run of this name")
-            for record, copy in self.records.items():       # first: they may be ahead of a state, never behind
+            # first: they may be ahead of a state, never behind
+            for record, copy in self.records.items():
                 if record.exists():
                     atomic_write(copy, [record.read_bytes()])
             here = [c for c in candidates(self.home) if not c.damage and KINDS[c.kind].mirrored]
@@ -1587,11 +1630,17 @@ class Mirror:
             with contextlib.suppress(OSError):
                 return durable_link(there[0].path, target)
         try:
-            verify(candidate.path)          # what the home disk has garbled must not replace a good copy
+            # what the home disk has garbled must not replace a good copy
+            verify(candidate.path)
             copy_file(candidate.path, target, self.say)
         except FileNotFoundError:
             if candidate.path.exists():
                 raise                       # else it was rotated away: a newer state comes
+
+    def wait(self, seconds=None):
+        """Until the newest state is copied; False after so many seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not self.busy and not self.waiting, seconds)
 
     def age(self):
         """What a save's line says of a second copy that is not the newest."""
@@ -1599,7 +1648,8 @@ class Mirror:
             return ""
         if self.copied is None:
             return f"; no second copy since the start ({self.trouble})"
-        return f"; the newest second copy is {_age(time.monotonic() - self.copied)} old ({self.trouble})"
+        age = _age(time.monotonic() - self.copied)
+        return f"; the newest second copy is {age} old ({self.trouble})"
 
     def close(self):
         """Wait for the copy of the newest state, MIRROR_WAIT seconds at most."""
@@ -1609,23 +1659,27 @@ class Mirror:
             self.closing = True
             self.changed.notify_all()
             if self.busy or self.waiting:
-                self.say(f"mirror: waiting at most {MIRROR_WAIT:.0f} s for the copy in {self.place}")
+                self.say(f"mirror: waiting at most {MIRROR_WAIT:.0f} s for the copy in "
+                         f"{self.place}")
         self.thread.join(MIRROR_WAIT)
         if self.busy or self.waiting:
             self.say(f"mirror: {self.place} lacks the newest state{self.age()}")
 
 
 def copy_file(source, target, say=print):
-    """`target` becomes a durable copy of `source`; where the place knows no fsync or rename it is written in place, said."""
+    """`target` becomes a durable copy of `source`; where the place knows no fsync or rename it is
+    written in place, said."""
     with open(source, "rb", buffering=0) as file:
         try:
             atomic_write(target, _pieces(file))
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
                 raise
-            say(f"mirror: {target.parent} does not take durable files ({error.strerror}): {target.name} is written in place")
+            say(f"mirror: {target.parent} does not take durable files ({error.strerror}): "
+                f"{target.name} is written in place")
             shutil.copyfile(source, target)
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)       # the cache is for the EEG
+        # the cache is for the EEG
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _pieces(file):
@@ -1641,7 +1695,8 @@ def _pieces(file):
 # ---- policy ----
 
 def overridden(name, kind, value, say=print):
-    """`value`, or what the environment variable `name` says instead; ValueError where that is no number from 0."""
+    """`value`, or what the environment variable `name` says instead; ValueError where that is no
+    number from 0."""
     text = os.environ.get(name, "").strip()
     if not text:
         return value
@@ -1657,32 +1712,39 @@ def overridden(name, kind, value, say=print):
 
 
 def environment(minutes, keep, say=print):
-    """(minutes, keep) with BGB_MID_EPOCH_MINUTES (0 = after every step) and BGB_MID_EPOCH_KEEP (0 = all) in charge."""
+    """(minutes, keep) with BGB_MID_EPOCH_MINUTES (0 = after every step) and BGB_MID_EPOCH_KEEP (0 =
+    all) in charge."""
     minutes = overridden("BGB_MID_EPOCH_MINUTES", float, minutes, say)
     keep = overridden("BGB_MID_EPOCH_KEEP", int, keep, say)
     return minutes, keep
 
 
 class Checkpointer:
-    """When to save, what to keep, and the background writer, for one run directory held by one process.
+    """When to save, what to keep, and the background writer, of a directory held by one process.
 
-    mid_epoch_minutes   between timed snapshots; the first of a process comes after 2 at most (0 = after every step)
+    mid_epoch_minutes   between timed snapshots (0 = after every step); the first of a process
+                        comes after 2 at most
     mid_epoch_keep, checkpoint_keep   newest files kept of each kind (0 = all)
     checkpoint_interval epochs between checkpoint_epoch_EEE.pt
     mode                "max" or "min": which metric is better
-    on_saved            called with the path in the writer thread once a file is durable; its exception stops the run
-    before_save         called in the writer thread before a file is written: makes durable what the state counts on
-    save_patience_minutes   a failed save is said and tried again for so long, the state kept in memory; then SaveFailed
-    mirror              folder of a second copy, best on another disk: see Mirror; `records` are files of the run's folder
-                        that go along
+    on_saved            called with the path in the writer thread once a file is durable; its
+                        exception stops the run
+    before_save         called in the writer thread before a file is written: makes durable what
+                        the state counts on
+    save_patience_minutes   a failed save is said and tried again for so long, the state kept in
+                        memory; then SaveFailed
+    mirror              folder of a second copy, best on another disk: see Mirror; `records` are
+                        files of the run's folder that go along
     check_finite        refuse to write weights (state["model"]) that became infinite or NaN
 
-    A state is any dict with whole numbers `epoch` (from 1) and, in a snapshot, `batch`. The file holds it with `save_counter`
-    and, under "holdfast", the kind, run and metric that choosing goes by; `kind`, `run` and `metric` stand beside the
-    state's own keys too, unless it has keys of these names itself."""
+    A state is any dict with whole numbers `epoch` (from 1) and, in a snapshot, `batch`. The file
+    holds it with `save_counter` and, under "holdfast", the kind, run and metric that choosing goes
+    by; `kind`, `run` and `metric` stand beside the state's own keys too, unless it has keys of
+    these names itself."""
 
-    def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1, checkpoint_keep=3,
-                 mode="max", on_saved=None, before_save=None, background=True, say=print, save_patience_minutes=60.0,
+    def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1,
+                 checkpoint_keep=3, mode="max", on_saved=None, before_save=None, background=True,
+                 say=print, save_patience_minutes=60.0,
                  check_finite=True, mirror=None, records=("config.yaml", "metrics.jsonl")):
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         minutes, keep = environment(mid_epoch_minutes, mid_epoch_keep, say)
@@ -1699,7 +1761,8 @@ class Checkpointer:
         self.run = uuid.uuid4().hex[:12]
         self.counter = 0                    # of the newest save
         self.position = (1, 0)              # epoch in progress, batches trained in it
-        self.resumed = None                 # the file that this run goes on from: never rotated away
+        # the file that this run goes on from: never rotated away
+        self.resumed = None
         self.blocked = 0.0                  # seconds that training waited for the last save
         self.mirror = Mirror(mirror, self.directory, records, say) if mirror else None
         self._image = _Image(say)
@@ -1719,15 +1782,18 @@ class Checkpointer:
         except BaseException:
             self._lock.close()
             raise
-        self._writer = ThreadPoolExecutor(1, "checkpoint writer")           # waiting: starting a thread per save costs 5 ms
+        # waiting: starting a thread per save costs 5 ms
+        self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
 
     def _look(self):
-        """What the directory holds and can: dead temps go, saves from here on outrank every file in it."""
+        """What the directory holds and can: dead temps go, saves from here on outrank every file in
+        it."""
         sweep_temps(self.directory)
         self.links = _links_work(self.directory)
         if not self.links:
-            self.say(f"checkpoints: no hard links in {self.directory}: last.pt and best.pt are full copies")
+            self.say(f"checkpoints: no hard links in {self.directory}: last.pt and best.pt are "
+                     f"full copies")
         found = [c for c in candidates(self.directory) if c.facts]
         self.counter = max([c.facts["save_counter"] for c in found], default=0)
         note = self.directory / MIRROR_NOTE
@@ -1739,12 +1805,13 @@ class Checkpointer:
     # -- going on --
 
     def resume(self, resume=True):
-        """State to continue from, or None: the best file of the directory and its second copy, or `resume` itself where it
-        is a path; False begins anew.
+        """State to continue from, or None: the best file of the directory and its second copy, or
+        `resume` itself where it is a path; False begins anew.
 
-        Sets `position` to (epoch in progress, batches already trained in it). Raises OSError where the directory cannot be
-        read for READ_PATIENCE seconds: nothing may be begun over a run that is only out of reach. Raises OtherRun where the
-        second copy is of a run that is not this one."""
+        Sets `position` to (epoch in progress, batches already trained in it). Raises OSError where
+        the directory cannot be read for READ_PATIENCE seconds: nothing may be begun over a run that
+        is only out of reach. Raises OtherRun where the second copy is of a run that is not this
+        one."""
         if resume is False:
             self._expect_mirror(begins=True)
             return None
@@ -1765,27 +1832,32 @@ class Checkpointer:
         return state
 
     def _expect_mirror(self, begins):
-        """Raise OtherRun where the second copy is of another run; only an empty home may take one over, to resume it."""
+        """Raise OtherRun where the second copy is of another run; only an empty home may take one
+        over, to resume it."""
         if not self.mirror:
             return
         home = {c.facts["run"] for c in candidates(self.directory) if c.facts}
         known = home | {self.run}
         try:
             there = self.mirror.runs()
-        except OSError:                     # the mirror's thread says so, and looks again before it writes
+        # the mirror's thread says so, and looks again before it writes
+        except OSError:
             there = set()
         if there - known and (home or begins):
-            raise OtherRun(f"{self.mirror.place} holds another run of this name ({', '.join(there - known)}): "
+            raise OtherRun(f"{self.mirror.place} holds another run of this name "
+                           f"({', '.join(there - known)}): "
                            f"move it away, or name another mirror")
         self.mirror.known = known | there
 
     def _bring_home(self, path):
-        """Copy the chosen file, best.pt, last.pt and the records home, where these are not newer; returns its new path."""
+        """Copy the chosen file, best.pt, last.pt and the records home, where these are not newer;
+        returns its new path."""
         self.say(f"resume: brought home from the second copy in {path.parent}")
         singles = [path.parent / kind.name for kind in KINDS.values() if kind.mirrored == 1]
         for source in [path, *(p for p in singles if p != path)]:
             there, here = _Candidate(source), _Candidate(self.directory / source.name)
-            if not there.facts or (here.facts and not here.damage and here.order >= there.order and source != path):
+            newer = here.facts and not here.damage and here.order >= there.order
+            if not there.facts or (newer and source != path):
                 continue
             try:
                 verify(source)
@@ -1793,22 +1865,26 @@ class Checkpointer:
             except CorruptCheckpoint as damage:
                 self.say(f"resume: left {source}: {_reason(damage)}")
         for record, copy in self.mirror.records.items():
-            if copy.exists() and (not record.exists() or record.stat().st_size < copy.stat().st_size):
+            have = record.stat().st_size if record.exists() else -1
+            if copy.exists() and have < copy.stat().st_size:
                 atomic_write(record, [copy.read_bytes()])
         return self.directory / path.name
 
     def adopt(self, state, path=None):
-        """Continue the line that `state` belongs to, whatever later saves the directory holds: those from here on outrank
-        them. A best.pt that this line has not made is kept under another name, and the best of this line takes its place."""
+        """Continue the line that `state` belongs to, whatever later saves the directory holds:
+        those from here on outrank them. A best.pt that this line has not made is kept under another
+        name, and the best of this line takes its place."""
         self._follow(state, path)
         self._expect_mirror(begins=True)
         best = _Candidate(self.directory / KINDS["best"].name)
         if not best.facts or self._of_line(best, state):
             return
-        aside = self.directory / f"abandoned_best_{best.facts['run'] or 'run'}_{best.facts['save_counter']}.pt"
+        run, counter = best.save
+        aside = self.directory / f"abandoned_best_{run or 'run'}_{counter}.pt"
         os.replace(best.path, aside)
         self.say(f"resume: best.pt is of the line that is left: kept as {aside.name}")
-        mine = [c for c in candidates(self.directory) if self._of_line(c, state) and c.facts["metric"]]
+        mine = [c for c in candidates(self.directory) if self._of_line(c, state)]
+        mine = [c for c in mine if c.facts["metric"]]
         for candidate in sorted(mine, key=lambda c: c.order):
             metric = candidate.facts["metric"]
             if self._is_best(metric):
@@ -1817,22 +1893,27 @@ class Checkpointer:
             self.say("resume: best.pt is the best that is left of the line that goes on")
 
     def _of_line(self, candidate, state):
-        """Whether the file was saved before `state`, by its run: later ones are of a line that a rollback leaves."""
-        facts = candidate.facts
-        return facts and facts["run"] == self.run and facts["save_counter"] <= state.get("save_counter", 0)
+        """Whether the file was saved before `state`, by its run: later ones are of a line that a
+        rollback leaves."""
+        if not candidate.facts:
+            return False
+        run, counter = candidate.save
+        return run == self.run and counter <= state.get("save_counter", 0)
 
     def _follow(self, state, path):
         facts = _facts(state)
         position = _position(facts)
         if not position:
-            raise CorruptCheckpoint(f"{path or 'the state'}: it names no epoch and batch to go on from")
+            raise CorruptCheckpoint(f"{path or 'the state'}: it names no epoch and batch to go on "
+                                    f"from")
         self.resumed = Path(path) if path else None
         self.run = facts.get("run") or self.run
         self.counter = max(self.counter, facts.get("save_counter") or 0)
         self.position = position
 
     def _complete(self, path, state):
-        """Give an epoch's file the names that a kill kept from it: last.pt and, where its metric is better, best.pt."""
+        """Give an epoch's file the names that a kill kept from it: last.pt and, where its metric is
+        better, best.pt."""
         facts = {"save_counter": 0, "kind": None, "metric": None} | _facts(state)
         if facts["kind"] != "epoch":
             return
@@ -1846,21 +1927,25 @@ class Checkpointer:
         try:
             for name in names:
                 also(path, self.directory / name, self.links)
-                self.say(f"resume: {name} is {path.name} again: the process that wrote it died before naming it so")
-        except OSError as error:            # the state is loaded: the next epoch's end names its own files
+                self.say(f"resume: {name} is {path.name} again: the process that wrote it died "
+                         f"before naming it so")
+        # the state is loaded: the next epoch's end names its own files
+        except OSError as error:
             self.say(f"resume: {path.name} could not be named {name}: {error.strerror}")
 
     # -- when --
 
     def due(self):
-        """True when a timed snapshot should be taken. Raises what went wrong in the background since the last call."""
+        """True when a timed snapshot should be taken. Raises what went wrong in the background
+        since the last call."""
         self.check()
         return time.monotonic() >= self._due_at
 
     @contextlib.contextmanager
     def signals(self):
-        """`with saver.signals():` has SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 wait for `stopping`. Left only when the
-        last save is durable: the second signal of a pair must not meet a writer at work."""
+        """`with saver.signals():` has SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 wait for
+        `stopping`. Left only when the last save is durable: the second signal of a pair must not
+        meet a writer at work."""
         with Signals() as self._signals:
             try:
                 yield self._signals
@@ -1868,12 +1953,14 @@ class Checkpointer:
                 self.close()
 
     def stopping(self):
-        """0, or once a signal came the exit code to leave with when the state is saved: 128 + its number."""
+        """0, or once a signal came the exit code to leave with when the state is saved: 128 + its
+        number."""
         return 128 + self._signals.number if self._signals.number else 0
 
     @property
     def slowest(self):
-        """Seconds of the slowest save until it was durable, second copy included: what a time limit must leave."""
+        """Seconds of the slowest save until it was durable, second copy included: what a time limit
+        must leave."""
         if not self.mirror:
             return self._slowest
         return self._slowest + min(self.mirror.slowest, MIRROR_WAIT)
@@ -1881,13 +1968,15 @@ class Checkpointer:
     # -- saving --
 
     def save_mid(self, state):
-        """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained in it."""
+        """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained
+        in it."""
         _check_progress(state, ("epoch", "batch"))
         state = {**state, "holdfast": {}}   # a state that was resumed brings its own along
         self._start(state, "mid_epoch", [KINDS["mid_epoch"].name.format(**_numbers(state))])
 
     def save_epoch(self, state, metric=None, name="metric", tie=None):
-        """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly, best.pt. True if best.
+        """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly,
+        best.pt. True if best.
 
         tie: where `metric` equals that of best.pt, the larger one of these wins."""
         _check_progress(state, ("epoch",))
@@ -1908,7 +1997,8 @@ class Checkpointer:
         return improved
 
     def _is_best(self, metric):
-        """Strictly better than what best.pt itself holds; NaN never is. The file is asked, so no resume can forget it."""
+        """Strictly better than what best.pt itself holds; NaN never is. The file is asked, so no
+        resume can forget it."""
         best = self.directory / KINDS["best"].name
         stored = None
         try:
@@ -1916,9 +2006,11 @@ class Checkpointer:
         except FileNotFoundError:
             pass                            # the first one
         except CorruptCheckpoint as damage:
-            self.say(f"checkpoints: best.pt cannot be compared ({_reason(damage)}): the next metric replaces it")
+            self.say(f"checkpoints: best.pt cannot be compared ({_reason(damage)}): the next "
+                     f"metric replaces it")
         except OSError as error:
-            self.say(f"checkpoints: best.pt cannot be read now ({_reason(error)}): it stays as it is")
+            self.say(f"checkpoints: best.pt cannot be read now ({_reason(error)}): it stays as it "
+                     f"is")
             return False
         if not stored or stored["name"] != metric["name"]:
             return not math.isnan(metric["value"])
@@ -1931,7 +2023,8 @@ class Checkpointer:
         if self.mirror and not self.mirror.known:           # nobody asked for a resume
             self._expect_mirror(begins=True)
         self.wait()
-        if self._epoch_waits():             # perhaps the best: no snapshot may take its place in memory
+        # perhaps the best: no snapshot may take its place in memory
+        if self._epoch_waits():
             self._retry()
             if self._failed and kind == "mid_epoch":
                 self._due_at = time.monotonic() + 60
@@ -1950,8 +2043,10 @@ class Checkpointer:
             self.wait()
 
     def _epoch_waits(self):
-        """Whether the image is the end of an epoch whose save failed, and not for weights that no time makes finite."""
-        return self._failed and KINDS["last"].name in self._names and self._failed.errno != errno.EDOM
+        """Whether the image is the end of an epoch whose save failed, and not for weights that no
+        time makes finite."""
+        epoch = KINDS["last"].name in self._names
+        return epoch and self._failed and self._failed.errno != errno.EDOM
 
     def _retry(self):
         """Write the image again whose save failed."""
@@ -1959,7 +2054,8 @@ class Checkpointer:
         self.wait()
 
     def _write(self, names, blocked):
-        """Writer thread: durable first, then the other names, then the hook, and only then rotation."""
+        """Writer thread: durable first, then the other names, then the hook, and only then
+        rotation."""
         began = time.monotonic()
         try:
             if self.before_save:
@@ -1979,13 +2075,16 @@ class Checkpointer:
             self._call_hook(first)
             for kind, keep in self.keep.items():
                 self._rotate(kind, keep)
-        except BaseException as error:      # handed to the training loop, which raises it at its next step
+        # handed to the training loop, which raises it at its next step
+        except BaseException as error:
             self._error = error
 
     def _make_room(self, names):
-        """Copies instead of links need room: the oldest snapshots go first, newer durable ones remain."""
+        """Copies instead of links need room: the oldest snapshots go first, newer durable ones
+        remain."""
         for weights in self._image.weights(self.finite).values():
-            self._image.refuse_nonfinite(weights)           # a save that will be refused costs no snapshot
+            # a save that will be refused costs no snapshot
+            self._image.refuse_nonfinite(weights)
         room = 2 if len(names) > 1 else 1
         keep = self.keep["mid_epoch"]
         if keep:
@@ -2006,20 +2105,25 @@ class Checkpointer:
     def _report(self, names, blocked, wrote, size):
         self._slowest = max(self._slowest, blocked + wrote)
         self._costs.append(blocked)
-        line = f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s"
+        line = (f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, "
+                f"training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s")
         if self.mirror:
             line += self.mirror.age()
         self.say(line)
         if len(self._costs) == 3:           # the first one also allocates
             cost = sorted(self._costs)[1]
-            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60          # Young, CACM 1974; Daly, FGCS 2006
-            self.say(f"a save holds training up for {cost * 1e3:.0f} ms: with one failure in {MTBF_HOURS:.0f} h, a snapshot every "
-                     f"{minutes:.1f} min loses least time in all; yours come every {self.minutes:g} min")
+            # Young, CACM 1974; Daly, FGCS 2006
+            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60
+            self.say(f"a save holds training up for {cost * 1e3:.0f} ms: with one failure in "
+                     f"{MTBF_HOURS:.0f} h, a snapshot every "
+                     f"{minutes:.1f} min loses least time in all; "
+                     f"yours come every {self.minutes:g} min")
 
     # -- faults and the end --
 
     def check(self):
-        """Raise the writer's error here: SaveFailed when saves fail beyond patience, else anything that is no OSError."""
+        """Raise the writer's error here: SaveFailed when saves fail beyond patience, else anything
+        that is no OSError."""
         error, self._error = self._error, None
         if error is None:
             return
@@ -2033,14 +2137,16 @@ class Checkpointer:
         self._due_at = min(self._due_at, now + 60)          # no need to wait for the whole interval
         line = f"save failed ({self._failures} in a row): {error.strerror or error}"
         if error.errno == errno.ENOSPC:
-            line += f" ({self._image.end / 1e6:.0f} MB needed, {_free(self.directory) / 1e6:.0f} MB free)"
+            needed, free = self._image.end / 1e6, _free(self.directory) / 1e6
+            line += f" ({needed:.0f} MB needed, {free:.0f} MB free)"
         self.say(f"{line}; every earlier checkpoint is as it was")
         # time mends a disk, but no weights that are not finite
         patience = 0 if error.errno == errno.EDOM else 60 * self.patience
         if self._failures >= 3 and now - self._failing_since >= patience:
             self._failed = None
             minutes = (now - self._failing_since) / 60
-            raise SaveFailed(error.errno, f"saves failed for {minutes:.0f} minutes, {self._failures} in a row, "
+            raise SaveFailed(error.errno, f"saves failed for {minutes:.0f} minutes, "
+                                          f"{self._failures} in a row, "
                                           f"the last one: {error.strerror or error}")
 
     def wait(self):
@@ -2051,7 +2157,8 @@ class Checkpointer:
         self.check()
 
     def settle(self):
-        """Until the newest save is durable: where it failed again and again, for save_patience_minutes. Else SaveFailed."""
+        """Until the newest save is durable: where it failed again and again, for
+        save_patience_minutes. Else SaveFailed."""
         self.wait()
         pause = 1.0
         while self._failed:
@@ -2060,7 +2167,8 @@ class Checkpointer:
             self._retry()
 
     def close(self):
-        """Wait for the writer, once more where the newest save failed, and give the directory up."""
+        """Wait for the writer, once more where the newest save failed, and give the directory
+        up."""
         try:
             self.wait()
             if self._failed:
@@ -2091,10 +2199,12 @@ def _check_progress(state, needed):
     """Raise TypeError for a state that no resume could take."""
     for key in needed:
         if key not in state:
-            raise IncompleteState(f"the state has no {key!r}: a resume goes on from its epoch (they count from 1) and batch")
+            raise IncompleteState(f"the state has no {key!r}: a resume goes on from its epoch "
+                                  f"(they count from 1) and batch")
     for key, value in _numbers(state).items():
         if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < 2**63:
-            raise TypeError(f"[{key!r}] must be a whole number, 0 or more, not {value!r}: no resume could take this file")
+            raise TypeError(f"[{key!r}] must be a whole number, 0 or more, not {value!r}: no "
+                            f"resume could take this file")
 
 
 def _numbers(state):
@@ -2102,7 +2212,8 @@ def _numbers(state):
 
 
 def also(source, target, links=True):
-    """`target` becomes another name of `source`: a hard link where possible, else a second durable file."""
+    """`target` becomes another name of `source`: a hard link where possible, else a second durable
+    file."""
     if links:
         durable_link(source, target)
     else:
@@ -2132,7 +2243,8 @@ def _free(directory):
 
 
 class Lock:
-    """A directory held by this process: until `close`, or until its death. Nothing forked from it holds on."""
+    """A directory held by this process: until `close`, or until its death. Nothing forked from it
+    holds on."""
 
     held = set()                            # the open ones of this process
 
@@ -2145,14 +2257,16 @@ class Lock:
             return
         self.held.discard(self)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_UN)     # closing alone would leave it to a child that has the descriptor
+            # closing alone would leave it to a child that has the descriptor
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
         except OSError:
             pass                            # a file system without locks: nothing to give back
         os.close(self.fd)
 
     @classmethod
     def leave_to_parent(cls):
-        """In a forked child: close the descriptors without unlocking, which would take the lock from the parent too."""
+        """In a forked child: close the descriptors without unlocking, which would take the lock
+        from the parent too."""
         for lock in cls.held:
             os.close(lock.fd)
         cls.held.clear()
@@ -2168,7 +2282,8 @@ os.register_at_fork(after_in_child=Lock.leave_to_parent)
 
 
 def lock(directory, say=print):
-    """Hold `directory` for this process; returns a Lock with `close`. Raises InUse where another process does."""
+    """Hold `directory` for this process; returns a Lock with `close`. Raises InUse where another
+    process does."""
     path = Path(directory, ".lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
@@ -2188,19 +2303,22 @@ def _take(fd, directory, say):
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.05)                # `ls` looks at a lock for a moment, and the dying need one
+            # `ls` looks at a lock for a moment, and the dying need one
+            time.sleep(0.05)
         except OSError as error:
             say(f"checkpoints: {directory} cannot be locked ({error.strerror}): "
                 f"see to it that one process writes here")
             return
     owner = os.pread(fd, 200, 0).decode(errors="replace").strip()
-    raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it first")
+    raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it "
+                             f"first")
 
 
 # ---- command line ----
 
 def find_runs(path):
-    """Directories at or under `path` that hold checkpoints; those that may not be read are left out."""
+    """Directories at or under `path` that hold checkpoints; those that may not be read are left
+    out."""
     path = Path(path)
     places = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
     return [p for p in places if os.access(p, os.R_OK | os.X_OK) and checkpoints(p)]
@@ -2227,7 +2345,8 @@ def _health(path):
 
 
 def _holder(directory):
-    """What the lock file says of the process that holds it, or None. Writes nothing and follows no link."""
+    """What the lock file says of the process that holds it, or None. Writes nothing and follows no
+    link."""
     try:
         fd = os.open(Path(directory, ".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -2253,7 +2372,8 @@ def second_place(directory):
 
 
 def list_run(directory, say=print):
-    """One run and its second copy as tables; the file a resume takes is marked, with the reason below. Writes nothing."""
+    """One run and its second copy as tables; the file a resume takes is marked, with the reason
+    below. Writes nothing."""
     directory, second = Path(directory), second_place(directory)
     notes = []
     chosen = None
@@ -2262,7 +2382,8 @@ def list_run(directory, say=print):
         if not chosen:
             notes.append("resume: nothing usable: a fresh start")
     except OSError as error:
-        notes.append(f"resume: {error.filename} cannot be read now ({error.strerror}): a resume would wait for it")
+        notes.append(f"resume: {error.filename} cannot be read now ({error.strerror}): a resume "
+                     f"would wait for it")
     busy = _holder(directory)
     others = busy and f"process {os.getpid()} " not in busy
     say(f"\n{directory}" + (f"  ({busy})" if others else ""))
@@ -2278,13 +2399,15 @@ def list_run(directory, say=print):
 
 def _table(directory, chosen, say):
     """The files of a directory, newest save first, and what they take; returns their number."""
-    say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} {'age':>7}  health")
+    say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} "
+        f"{'age':>7}  health")
     try:
         found = [_Candidate(path) for path in checkpoints(directory)]
     except OSError as error:
         say(f"    cannot be read: {error.strerror}")
         return 0
-    sound = sorted((c for c in found if c.facts), key=lambda c: (c.order, c.path.name), reverse=True)
+    sound = [c for c in found if c.facts]
+    sound.sort(key=lambda c: (c.order, c.path.name), reverse=True)
     sizes, first = {}, {}
     count = 0
     for c in sound + [c for c in found if not c.facts]:
@@ -2302,15 +2425,18 @@ def _table(directory, chosen, say):
         metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
         mark = "->" if c.path == chosen else "  "
         age = _age(time.time() - info.st_mtime)
-        say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} {facts['global_step']:>9}  {metric:<22} "
+        say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
+            f"{facts['global_step']:>9}  {metric:<22} "
             f"{info.st_size / 1e6:>7.1f} MB {age:>7}  {health}")
     say(f"    {count} names, {len(sizes)} files on disk, {sum(sizes.values()) / 1e6:.1f} MB in all")
     return count
 
 
 def _removable(directory):
-    """([(path, why)], [(path, why not)]): what no resume needs, and damage that nothing shows to be of this format."""
-    doomed = [(p, "temp of a dead process") for p in directory.glob(".*.tmp") if TEMP.fullmatch(p.name) and _dead(p)]
+    """([(path, why)], [(path, why not)]): what no resume needs, and damage that nothing shows to be
+    of this format."""
+    temps = [path for path in directory.glob(".*.tmp") if TEMP.fullmatch(path.name)]
+    doomed = [(path, "temp of a dead process") for path in temps if _dead(path)]
     spared = []
     chosen, _ = _choose(directory, verify, lambda line: None)
     for c in candidates(directory) if chosen else []:
@@ -2323,7 +2449,8 @@ def _removable(directory):
 
 
 def _ours(path):
-    """Whether a damaged file is of this format by what is left of it, or holds nothing that any program could load.
+    """Whether a damaged file is of this format by what is left of it, or holds nothing that any
+    program could load.
 
     A sound file of another program can be one that we refuse."""
     try:
@@ -2335,13 +2462,15 @@ def _ours(path):
             tail = file.read()
     except OSError:
         return False
-    begins = head.startswith(b"PK\3\4") and head[30:].startswith(b"archive/data/")      # torch.save begins with data.pkl
+    # torch.save begins with data.pkl
+    begins = head.startswith(b"PK\3\4") and head[30:].startswith(b"archive/data/")
     return len(head) < 22 or not any(head) or begins or MAGIC in tail
 
 
 def _clean(directory, yes):
     try:
-        held = lock(directory)              # to the end: no run may begin between the look and the removal
+        # to the end: no run may begin between the look and the removal
+        held = lock(directory)
     except InUse as error:
         print(f"left alone: {error.strerror}")
         return
@@ -2350,7 +2479,8 @@ def _clean(directory, yes):
         for path, why in spared:
             print(f"left {path}  ({why}; it may be another program's)")
         for path, why in doomed:
-            print(f"{'removed' if yes else 'would remove'} {path}  {os.lstat(path).st_size / 1e6:.1f} MB  ({why})")
+            print(f"{'removed' if yes else 'would remove'} {path}  "
+                  f"{os.lstat(path).st_size / 1e6:.1f} MB  ({why})")
             if yes:
                 _unlink(path)
         hint = "" if yes or not doomed else "; --yes removes them"
@@ -2358,23 +2488,27 @@ def _clean(directory, yes):
 
 
 # what goes along with weights that are shared
-SHARED = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step", "metric", "scores", "averaged")
+SHARED = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step",
+          "metric", "scores", "averaged")
 
 
 def strip(source, target=None):
-    """Write the weights of `source`, with the settings that rebuild the model, to `target` (SOURCE_weights.pt), and a model
-    card beside it (.md). Nothing that exists is replaced."""
+    """Write the weights of `source`, with the settings that rebuild the model, to `target`
+    (SOURCE_weights.pt), and a model card beside it (.md). Nothing that exists is replaced."""
     state = _with_weights(source)
     target = Path(target or Path(source).with_name(f"{Path(source).stem}_weights.pt"))
     _share({key: state[key] for key in SHARED if key in state}, target, source)
-    print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of {os.path.getsize(source) / 1e6:.1f} MB")
+    print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of "
+          f"{os.path.getsize(source) / 1e6:.1f} MB")
 
 
 def average(sources, target):
-    """Write the mean of the weights of `sources`, checkpoints of one run, to `target` (LAWA, arXiv 2306.03241).
+    """Write the mean of the weights of `sources`, checkpoints of one run, to `target` (LAWA, arXiv
+    2306.03241).
 
-    Counts and running statistics are those of the newest. An average kept during training instead (EMA) would be a second set
-    of weights in every checkpoint: with the defaults, more than the 2 GB that they promise to stay below."""
+    Counts and running statistics are those of the newest. An average kept during training instead
+    (EMA) would be a second set of weights in every checkpoint: with the defaults, more than the 2
+    GB that they promise to stay below."""
     if len(sources) < 2:
         raise ValueError("average needs two checkpoints or more")
     facts = {source: peek(source) for source in sources}
@@ -2385,7 +2519,8 @@ def average(sources, target):
         raise ValueError("two of the files are the same save: it would count twice")
     newest = max(facts, key=lambda source: facts[source]["save_counter"])
     state = _with_weights(newest)
-    mean = {name: value.double() for name, value in state["model"].items() if _is_weight(name, value)}
+    weights = {name: value for name, value in state["model"].items() if _is_weight(name, value)}
+    mean = {name: value.double() for name, value in weights.items()}
     for source in sources:
         if source != newest:
             _add(mean, state["model"], _with_weights(source)["model"], source)
@@ -2394,8 +2529,10 @@ def average(sources, target):
         model[name] = (total / len(sources)).to(model[name].dtype)
     kept = {key: state[key] for key in SHARED if key in state and key not in ("metric", "scores")}
     if isinstance(state.get("scores"), dict) and "threshold" in state["scores"]:
-        kept["scores"] = {"threshold": state["scores"]["threshold"]}       # its other scores are not the average's
-    _share({**kept, "model": model, "averaged": [Path(s).name for s in sources]}, Path(target), newest)
+        # its other scores are not the average's
+        kept["scores"] = {"threshold": state["scores"]["threshold"]}
+    names = [Path(source).name for source in sources]
+    _share({**kept, "model": model, "averaged": names}, Path(target), newest)
     print(f"{target}: the mean of {len(sources)} checkpoints, counts and statistics of {newest}")
 
 
@@ -2405,12 +2542,15 @@ def _is_weight(name, value):
 
 
 def _add(mean, newest, model, source):
-    shapes = [{name: tuple(getattr(value, "shape", ())) for name, value in m.items()} for m in (newest, model)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
-        raise ValueError(f"{source}: {odd[0]} has another shape or is absent: another model")
+    for name in sorted(newest.keys() | model.keys()):
+        if name not in newest or name not in model or _shape(newest[name]) != _shape(model[name]):
+            raise ValueError(f"{source}: {name} has another shape or is absent: another model")
     for name, total in mean.items():
         total += model[name]
+
+
+def _shape(value):
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def _with_weights(source):
@@ -2431,33 +2571,42 @@ def _share(state, target, source):
 
 
 def model_card(state, target, source):
-    """Markdown: what the weights were trained on, how well they did there, and what they are not for."""
-    config = state.get("config") if isinstance(state.get("config"), dict) else {}
-    section = {name: config[name] for name in ("experiment", "data", "evaluation") if isinstance(config.get(name), dict)}
-    data, scores = section.get("data", {}), state.get("scores") or {}
-    patients = ", ".join(map(str, data.get("dev_patients") or [])) or "the corpus's own, or drawn by the seed"
-    metric = state["metric"] if isinstance(state.get("metric"), dict) else {}
+    """Markdown: what the weights were trained on, how well they did there, and what they are not
+    for."""
+    config = _dict(state.get("config"))
+    data, evaluation = _dict(config.get("data")), _dict(config.get("evaluation"))
+    scores, metric = _dict(state.get("scores")), _dict(state.get("metric"))
+    patients = ", ".join(map(str, data.get("dev_patients") or []))
     rows = {
-        "run": section.get("experiment", {}).get("name"),
-        "from": f"{Path(source).name}, epoch {state.get('epoch', '?')}, step {state.get('global_step', '?')}",
+        "run": _dict(config.get("experiment")).get("name"),
+        "from": Path(source).name,
+        "epoch": state.get("epoch"),
+        "step": state.get("global_step"),
         "averaged": ", ".join(state.get("averaged", [])),
         "data": data.get("path"),
-        "validation patients": patients if data else None,
+        "validation patients": patients or "the corpus's own, or drawn by the seed",
         "montage": state.get("montage"),
         "channels": ", ".join(map(str, state.get("channels", []))),
-        "threshold": scores.get("threshold", section.get("evaluation", {}).get("threshold")),
-        "chosen by": f"{metric['name']} {metric['value']}" if {"name", "value"} <= metric.keys() else None,
+        "threshold": scores.get("threshold", evaluation.get("threshold")),
+        "chosen by": metric.get("name"),
+        "at": metric.get("value"),
     }
-    lines = [f"# {target.name}", "", *(f"- {name}: {value}" for name, value in rows.items() if value not in (None, ""))]
+    lines = [f"# {target.name}", ""]
+    lines += [f"- {name}: {value}" for name, value in rows.items() if value not in (None, "")]
     numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and k != "threshold"}
     if numbers:
         lines += ["", "## Scores on the validation patients", "", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
     lines += ["", "## Intended use", "",
-              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device: not for diagnosis, alarms or",
-              "treatment. The scores above were seen by the choice of these weights; on other patients, hospitals and recording",
-              "systems expect worse, and measure it before use.", ""]
+              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device: not",
+              "for diagnosis, alarms or treatment. The scores above were seen by the choice of these",
+              "weights; on other patients, hospitals and recording systems expect worse, and measure it",
+              "before use.", ""]
     return "\n".join(lines)
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}
 
 
 def _verify_all(paths):
@@ -2475,7 +2624,8 @@ def _verify_all(paths):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=["ls", "verify", "clean", "strip", "average"])
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="file, run directory, or a folder of runs")
+    parser.add_argument("paths", nargs="+", metavar="PATH",
+                        help="file, run directory, or a folder of runs")
     parser.add_argument("--yes", action="store_true", help="clean: remove, do not only list")
     parser.add_argument("--out", metavar="FILE", help="average: the file to write")
     args = parser.parse_args(argv)
@@ -2493,7 +2643,8 @@ def main(argv=None):
 def _command(args):
     if args.command == "strip":
         if len(args.paths) > 2:
-            raise ValueError(f"strip takes SRC and DST, not {len(args.paths)} paths: nothing was written")
+            raise ValueError(f"strip takes SRC and DST, not {len(args.paths)} paths: nothing was "
+                             f"written")
         strip(*args.paths)
         return 0
     if args.command == "average":
@@ -2504,7 +2655,9 @@ def _command(args):
     for path in args.paths:
         if not os.path.lexists(path):
             raise FileNotFoundError(errno.ENOENT, "no such file or directory", path)
-    places = [place for path in args.paths for place in (find_runs(path) if Path(path).is_dir() else [Path(path)])]
+    places = []
+    for path in args.paths:
+        places += find_runs(path) if Path(path).is_dir() else [Path(path)]
     if not places:
         print(f"no checkpoints in {' '.join(args.paths)}")
     if args.command == "verify":

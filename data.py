@@ -370,11 +370,16 @@ class Windows:
 
 # ---- loader ----
 
-def normalise(eeg, scale, norm, out=None):
-    """int16 tensor (..., C, T), uV per unit (..., C), typical amplitude in uV (...) -> float32
-    (..., C, T), about 1 in size."""
-    factor = (scale / norm.unsqueeze(-1)).unsqueeze(-1)
-    return eeg * factor if out is None else out.copy_(eeg).mul_(factor)
+def factor(scale, norm):
+    """uV per unit (..., C), typical amplitude in uV (...) -> what int16 (..., C, T) is multiplied
+    with to be about 1 in size: (..., C, 1)."""
+    return (scale / norm.unsqueeze(-1)).unsqueeze(-1)
+
+
+def normalise(eeg, scale, norm):
+    """int16 tensor (..., C, T) -> float32 (..., C, T), about 1 in size; scale and norm as of
+    factor()."""
+    return eeg * factor(scale, norm)
 
 
 @dataclass
@@ -528,15 +533,19 @@ class Loader:
         import torch
         t = {key: tensor[:count].to(self.device, non_blocking=True)
              for key, tensor in slot.tensors.items()}
-        length = self.windows.length
-        x = torch.empty((count, self.scale.shape[1], length), device=self.device)
-        for i in range(count):
-            first = int(slot.arrays["start"][i])
-            # (K, C, CHUNK) as in the file -> (C, T)
-            eeg = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
-            normalise(eeg, t["scale"][i], t["norm"][i], x[i])
-            if slot.arrays["mirrored"][i]:
-                x[i] = x[i][self.mirror]
+        channels, length = self.scale.shape[1], self.windows.length
+        x = torch.empty((count, channels, length), device=self.device)
+        starts = slot.arrays["start"][:count]
+        if length % CHUNK == 0 and not starts.any():
+            # every window begins a chunk: one pass brings (K, C, CHUNK) of the file to (C, T)
+            chunks = t["eeg"][:, :length // CHUNK].transpose(1, 2)
+            x.view(count, channels, -1, CHUNK).copy_(chunks)
+        else:
+            for i, first in enumerate(starts.tolist()):
+                x[i] = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
+        x *= factor(t["scale"], t["norm"])
+        for i in np.flatnonzero(slot.arrays["mirrored"][:count]).tolist():
+            x[i] = x[i][self.mirror]
         mask = torch.arange(length, device=self.device) < t["real"][:, None]
         return x, t["y"].float(), mask.float()
 

@@ -214,11 +214,11 @@ class Safetensors(TorchSave):
 class Ours(TorchSave):
     name, durable = "holdfast", True
 
-    def __init__(self, place, training, keep=2):
+    def __init__(self, place, training, keep=2, mirror=None):
         super().__init__(place, training)
         self.done = threading.Event()                               # on_saved: durable; what follows is rotation
         self.saver = checkpoint.Checkpointer(place, mid_epoch_keep=keep, on_saved=lambda path: self.done.set(),
-                                             say=lambda line: None)
+                                             say=lambda line: None, mirror=mirror)
 
     def save(self, state):
         self.done.clear()
@@ -235,6 +235,19 @@ class Ours(TorchSave):
         self.saver.close()
 
 
+class OursMirrored(Ours):
+    """The second copy lies on the same disk, the worst place for it; its work counts until it is durable too."""
+
+    name = "holdfast with a mirror"
+
+    def __init__(self, place, training):
+        super().__init__(place, training, mirror=place / "second")
+
+    def wait(self):
+        super().wait()
+        assert self.saver.mirror.wait(60)
+
+
 class OursResume(Ours):
     """A directory of ten snapshots, for the time to choose, verify and load."""
 
@@ -249,7 +262,7 @@ class OursResume(Ours):
         assert state["batch"] == 10
 
 
-SYSTEMS = (TorchSave, TorchSaveSync, Dcp, DcpAsync, Lightning, LightningAsync, Accelerate, Safetensors, Ours)
+SYSTEMS = (TorchSave, TorchSaveSync, Dcp, DcpAsync, Lightning, LightningAsync, Accelerate, Safetensors, Ours, OursMirrored)
 
 
 # ---- measurements ----
@@ -372,8 +385,10 @@ def load_seconds(system, rounds=5):
     return statistics.median(times[1:])
 
 
-def systems_in(place, training):
+def systems_in(place, training, only):
     for kind in SYSTEMS:
+        if only not in kind.name:
+            continue
         (place / kind.__name__).mkdir()
         try:
             yield kind(place / kind.__name__, training)
@@ -389,10 +404,10 @@ def table(rows):
         print("| " + " | ".join(x if isinstance(x, str) else f"{x:.1f}" for x in row) + " |")
 
 
-def measure(place, training, rounds, deadline):
+def measure(place, training, rounds, deadline, only=""):
     """Rows of the table, and the floors."""
     size = sum(t.nbytes for t in training.tensors())
-    floors, systems = Floors(size, place), list(systems_in(place, training))
+    floors, systems = Floors(size, place), list(systems_in(place, training, only))
     torch.distributed.init_process_group("gloo", init_method=f"file://{place.resolve()}/group", rank=0, world_size=1)
     extra = {s: first_save(s, training) for s in systems}
     nothing, number = NoSave(place, training), 0
@@ -411,9 +426,12 @@ def measure(place, training, rounds, deadline):
         stall, lost, durable = (statistics.median(column) for column in zip(*saves[s]))
         bytes_, memory_ = written(s, training), extra[s]
         if isinstance(s, Ours):
+            name = s.name
             s.close()
-            (place / "ten").mkdir()
-            s = OursResume(place / "ten", training)
+            ten = place / f"ten of {name}"
+            ten.mkdir()
+            s = OursResume(ten, training)
+            s.name = name
         rows.append((s.name, stall / floors["copy"], lost / floors["copy"], durable / floors["durable"],
                      "yes" if s.durable else "no", bytes_ / size, memory_ / size, load_seconds(s) / floors["read"]))
         s.close()
@@ -421,14 +439,25 @@ def measure(place, training, rounds, deadline):
     noise = statistics.median(lost for _, lost, _ in saves[nothing])
     print(f"{number} rounds; copy floor {floors['copy'] * 1e3:.0f} ms, durable floor {floors['durable'] * 1e3:.0f} ms, "
           f"read floor {floors['read'] * 1e3:.0f} ms, step {training.step() * 1e3:.0f} ms, {size / 1e6:.1f} MB of state; "
-          f"without any save the same loop loses {noise / floors['copy']:.1f} copy floors\n")
+          f"without any save the same loop loses {noise / floors['copy']:.1f} copy floors")
+    print(mirror_ratio({s.name: rows for s, rows in saves.items()}) + "\n")
     return rows
+
+
+def mirror_ratio(saves):
+    """Stall, and stall + slow-down, with a mirror in multiples of those without (target 1.15)."""
+    pair = [saves.get(kind.name) for kind in (OursMirrored, Ours)]
+    if None in pair:
+        return ""
+    with_, without = [[statistics.median(column) for column in zip(*rows)] for rows in pair]
+    return f"with a mirror on the same disk: stall x {with_[0] / without[0]:.2f}, stall + slow-down x {with_[1] / without[1]:.2f}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--minutes", type=float, default=6.0, help="no new round after these")
+    parser.add_argument("--only", default="", metavar="TEXT", help="systems whose name holds it")
     parser.add_argument("--dir", type=Path, default=ROOT / "bench/results", help="on the disk to measure")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
@@ -436,7 +465,7 @@ def main():
     logging.disable(logging.WARNING)
     args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as place:
-        table([*measure(Path(place), Training(), args.rounds, deadline), TARGET])
+        table([*measure(Path(place), Training(), args.rounds, deadline, args.only), TARGET])
 
 
 if __name__ == "__main__":

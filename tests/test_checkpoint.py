@@ -190,7 +190,7 @@ def test_damaged_and_odd_files_are_named_and_skipped(tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("mid_epoch_001_000003.pt", "last.pt", "checkpoint_epoch_009.pt", "mid_epoch_001_000009.pt", "mid_epoch_001_000010.pt"):
         assert f"skipped {name}" in out
-    assert "passed mid_epoch_001_000001.pt" in out and checkpoint.find_resume(tmp_path / "absent") is None
+    assert "older: mid_epoch_001_000001.pt" in out and checkpoint.find_resume(tmp_path / "absent") is None
 
 
 def test_whichever_of_the_newest_files_are_damaged_the_resume_takes_the_best_of_the_rest(tmp_path):
