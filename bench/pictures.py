@@ -4,7 +4,7 @@
 
     ls.png          the run directory right after SIGKILL, as `python checkpoint.py ls` shows it
     curves.png      loss, learning rate and best metric of the whole run, the resume marked
-    seizure.png     the first page of what `evaluate.py --plot` draws of an unseen recording
+    seizure.png     a seizure found in an unseen recording, as `evaluate.py --plot` draws it
 
 The run is configs/local/smoke.yaml with another count of hours and epochs: synthetic EEG. The
 detector is small and has trained for minutes; the pictures show what the project draws, not how
@@ -78,7 +78,8 @@ def draw_text(text, path):
 
 
 def seizure(work, path):
-    """Overview and first page of the unseen recording whose first seizure is found best."""
+    """Overview of the unseen recording with the best event F1, and the page on which the first
+    seizure that was found begins."""
     synth.synth(work / "unseen_edf", hours=0.5, patients=3, seed=99)
     corpora.import_corpus(work / "unseen_edf", work / "unseen", say=lambda line: None)
     net, state = evaluate.load_model(work / "results/night/checkpoints/best.pt", "cpu")
@@ -94,12 +95,16 @@ def seizure(work, path):
             best = (f1, r, track)
     _, r, track = best
     found = evaluate.postprocess(track, c["threshold"], c)
-    pictures.draw(r, track, found, c["threshold"], path)
-    sheet = pictures.Sheet(r, track, r.events, found / evaluate.FS, c["threshold"], 1)
-    with Image.open(path) as whole:
-        height = round(100 * sheet.height)
-        page = whole.crop((0, 0, whole.width, height)).convert("RGB")
-    page.quantize(24).save(path, optimize=True)
+    truth, seconds = r.events, found / evaluate.FS
+    places = pictures._places(r, track, truth, seconds)
+    hit = next(place for place in places if place[0] == "found seizure")
+    pages = pictures._pages(hit, r.seconds)[:1]
+    sheet = pictures.Sheet(r, track, truth, seconds, c["threshold"], 1)
+    sheet.overview(pictures._title(r, places, 1), pages)
+    sheet.page(*pages[0])
+    pictures._save(sheet.figure, path)
+    with Image.open(path) as page:
+        page.convert("RGB").quantize(24).save(path, optimize=True)
 
 
 def main():
