@@ -1,4 +1,4 @@
-"""The run directory: who holds it, the state found in it, and its records cut back to that state."""
+"""The run directory: who holds it, the state found in it, its records cut back to that state."""
 import contextlib
 import errno
 import json

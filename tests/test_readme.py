@@ -9,6 +9,7 @@ import yaml
 
 import config
 from conftest import ROOT, SHARED
+from crash import docstring_loop
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "bench" / "RESULTS.md").read_text()
@@ -141,3 +142,8 @@ def test_every_script_explains_itself():
     for script in ("train.py", "data.py", "evaluate.py", "checkpoint.py"):
         done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_the_loop_to_copy_has_as_many_lines_as_the_readme_says():
+    said = re.search(r"resumable loop of (\d+) lines", README)[1]
+    assert len([line for line in docstring_loop().splitlines() if line.strip()]) == int(said)

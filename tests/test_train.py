@@ -26,6 +26,7 @@ import data
 import train
 from conftest import ROOT
 from helpers import LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
+import model
 from model import SMALL
 
 
@@ -72,6 +73,7 @@ def last_validation(reference):
 
 # ---- the same run, wherever it was cut ----
 
+@pytest.mark.slow
 def test_a_run_cut_at_any_step_or_recording_of_an_epoch_ends_as_the_uninterrupted_one(corpus, reference, tmp_path, capsys):
     per_epoch = boundaries(reference) // 2
     for boundary in range(1, per_epoch + 1):
@@ -567,7 +569,7 @@ def test_a_run_started_from_weights_alone_has_a_new_optimizer_and_names_their_ha
     ({"node_width": 16, "node_headdim": 16}, "is (.*) in it and (.*) in the model of this configuration"), (None, "holds no weights")])
 def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_begun(corpus, tmp_path, change, message):
     path = tmp_path / "weights.pt"
-    net = train.model.build(19, SMALL | (change or {}))
+    net = model.build(19, SMALL | (change or {}))
     checkpoint.atomic_save({"model": net.state_dict()} if change else {"x": 1}, path)
     with pytest.raises(train.Refused, match=message):
         train.run(loaded(corpus, tmp_path, training__init=str(path)))
@@ -576,7 +578,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_begun(co
 
 def test_weights_of_other_channels_are_refused_with_both(corpus, tmp_path):
     path = tmp_path / "weights.pt"
-    checkpoint.atomic_save({"model": train.model.build(18, SMALL).state_dict(), "channels": ["F7-T3"] * 18}, path)
+    checkpoint.atomic_save({"model": model.build(18, SMALL).state_dict(), "channels": ["F7-T3"] * 18}, path)
     with pytest.raises(train.Refused, match=r"its 18 channels \(F7-T3 ...\) are not the 19 of"):
         train.run(loaded(corpus, tmp_path, training__init=str(path)))
 

@@ -1,0 +1,201 @@
+"""What is trained, on what: recordings, their split, the model and its first weights. Whatever can
+be refused is refused here, before a run directory is touched."""
+import hashlib
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import corpora
+import data
+import edf
+import evaluate
+import model
+import splits
+import synth
+from config import Refused
+from machine import device_name
+from records import fault
+
+
+def expect_data(config):
+    """Refuse a configuration whose recordings are neither there nor to be made: the first thing
+    that a newcomer lacks."""
+    c = config["data"]
+    if not c["path"]:
+        raise Refused("data.path is not set: the folder that data.py import wrote")
+    if isinstance(c["path"], list) and c["synth_hours"]:
+        raise Refused("data.synth_hours makes one folder, and data.path is a list of several")
+    for path in folders(config):
+        if not Path(path).is_dir() and not c["synth_hours"]:
+            raise Refused(f"data.path {path} does not exist: "
+                          f"python data.py import CORPUS_FOLDER {path}")
+    if c["copy_to"] and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
+                      "on each, and name the copy as data.path")
+
+
+def folders(config):
+    path = config["data"]["path"]
+    return path if isinstance(path, list) else [path]
+
+
+def open_recordings(config, watch, say):
+    """Recordings at data.path; synthetic ones are made there first where the config asks for them,
+    and only then."""
+    c = config["data"]
+    path = c["path"]
+    try:
+        if c["synth_hours"] and not Path(path).is_dir():
+            make_recordings(config, Path(path), watch, say)
+        if c["copy_to"]:
+            copies = [data.copy_corpus(folder, c["copy_to"], say,
+                                       lambda: watch.did("copied recording"))
+                      for folder in folders(config)]
+            path = copies if isinstance(path, list) else copies[0]
+        return data.open_corpora(path, c["same_person"])
+    except edf.DataError as error:
+        raise Refused(f"{path}: {error}") from None
+    except OSError as error:
+        raise fault(error, path) from None
+
+
+def make_recordings(config, path, watch, say):
+    """Synthetic EDF files at PATH_edf and their import at PATH; what a kill left half made is made
+    anew."""
+    c = config["data"]
+    source, temp = Path(f"{path}_edf"), Path(f"{path}_edf.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = checkpoint.lock(path.parent)             # of two first runs one makes them
+    try:
+        if not source.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
+            synth.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"],
+                        seed=config["experiment"]["seed"], progress=watch.did)
+            os.replace(temp, source)
+        say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, "
+            f"importing them to {path}")
+        corpora.import_corpus(source, f"{path}.part", progress=watch.did)
+        os.replace(f"{path}.part", path)
+    finally:
+        held.close()
+
+
+class Split:
+    """Who trains and who validates, the windows of the former, and their order in every epoch."""
+
+    def __init__(self, config, recordings, say):
+        self.seed, self.c = config["experiment"]["seed"], config["data"]
+        c = self.c
+        try:
+            self.train, self.dev = splits.split(recordings, c, self.seed)
+            self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
+            first = self.order(1)
+            evaluate.check_metric(config["training"]["best_metric"], self.dev)
+        except (edf.DataError, ValueError) as error:
+            raise Refused(f"{c['path']}: {error}") from None
+        self.fingerprint = data.fingerprint(self.train + self.dev)
+        self.channels, self.montage = self.train[0].channels, self.train[0].montage
+        self.prepared = self.train[0].prepared
+        self.batches = math.ceil(len(first) / config["training"]["batch_size"])
+
+        # real samples of each window: those of a short recording end before the window does
+        lengths = np.array([r.samples for r in self.train])[self.windows.recording]
+        self.samples = np.minimum(lengths - self.windows.start, self.windows.length)
+
+        for name, part in (("train", self.train), ("validation", self.dev)):
+            patients = {r.patient for r in part}
+            hours = sum(r.seconds for r in part) / 3600
+            seizures = sum(len(r.events) for r in part)
+            say(f"{name}: {len(part)} recordings of {len(patients)} patients, {hours:.2f} h, "
+                f"{seizures} seizures")
+        for line in splits.told(recordings, self.train, self.dev, c["split"]):
+            say(line)
+        say(f"epoch: {self._told(len(first))} in {self.batches} batches")
+        self.warn(config["training"]["batch_size"], len(first), say)
+
+    def _told(self, drawn):
+        total = len(self.windows)
+        if not self.c["balanced"]:
+            return f"all {total} windows"
+        return (f"{drawn} windows, a balanced draw from {total}: for each with a seizure's onset "
+                f"or end {self.c['full_per_partial']:g} inside one and "
+                f"{self.c['background_per_partial']:g} without; where a kind is rare it repeats,")
+
+    def warn(self, batch_size, windows, say):
+        longest = max(r.seconds for r in self.train)
+        if self.c["window_seconds"] > longest:
+            say(f"warning: data.window_seconds {self.c['window_seconds']:g} is longer than every "
+                f"recording (the longest has {longest:g} s): the rest of each window is empty")
+        if batch_size > windows:
+            say(f"warning: training.batch_size {batch_size} is larger than an epoch ({windows} "
+                f"windows): an epoch is one step")
+
+    def order(self, epoch):
+        """Window ids of `epoch` in the order of training: a pure function of (seed, epoch)."""
+        background = self.c["background_per_partial"] if self.c["balanced"] else None
+        return self.windows.epoch(self.seed, epoch, self.c["full_per_partial"], background,
+                                  self.c["corpus_balance"])
+
+
+def read_init(config, split, net):
+    """(weights, SHA-256 of their file) that training.init names, fit for `net`. Raises Refused."""
+    path = config["training"]["init"]
+    try:
+        state = checkpoint.load(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except checkpoint.CorruptCheckpoint as damage:
+        raise Refused(f"training.init: {damage}") from None
+    except OSError as error:
+        raise fault(error, path) from None
+    weights, channels = state.get("model"), state.get("channels")
+    if not isinstance(weights, dict):
+        raise Refused(f"training.init {path}: holds no weights")
+    if channels and list(channels) != list(split.channels):
+        raise Refused(f"training.init {path}: its {len(channels)} channels ({channels[0]} ...) are "
+                      f"not the {len(split.channels)} of {config['data']['path']} "
+                      f"({split.channels[0]} ...)")
+    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise Refused(f"training.init {path}: {name} is {found.get(name, 'absent')} in it and "
+                          f"{expected.get(name, 'absent')} in the model of this configuration")
+    wanted = config["training"]["init_sha256"]
+    if wanted and wanted != digest:
+        raise Refused(f"training.init {path}: its SHA-256 is {digest}, not training.init_sha256")
+    return weights, digest
+
+
+def start_from(config, split, net, say):
+    """The weights of training.init into `net`; optimizer and step are those of a new run."""
+    path = config["training"]["init"]
+    if not path:
+        return
+    weights, digest = read_init(config, split, net)
+    net.load_state_dict(weights)
+    config["training"]["init_sha256"] = digest
+    say(f"init: weights of {path}, SHA-256 {digest}")
+
+
+def build_model(config, split, group, say):
+    """The detector on this process's device, with the same weights in every process."""
+    rng = checkpoint.random_states()
+    torch.manual_seed(config["experiment"]["seed"])
+    try:
+        net = model.build(len(split.channels), config["model"]).to(group.device)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    checkpoint.restore_random_states(rng)
+    count = sum(p.numel() for p in net.parameters())
+    line = (f"model: {type(net).__name__}, {count:,} parameters, {config['training']['precision']} "
+            f"on {device_name(group.device)}")
+    if group.size > 1:
+        line += f", {group.size} processes"
+    say(line)
+    return net
