@@ -1317,8 +1317,11 @@ def candidates(directory, mirror=None):
     """Files of `directory` and of its second copy that a resume may take, furthest first, then the
     best, then what cannot be taken. Of equal saves the one at home comes first."""
     found = [_Candidate(path) for path in checkpoints(directory)]
-    if mirror:
-        found += [_Candidate(path, second=True) for path in checkpoints(mirror)]
+    try:
+        found += [_Candidate(path, second=True) for path in checkpoints(mirror)] if mirror else []
+    except OSError:
+        if all(c.damage for c in found):    # nothing at home: what cannot be read may be all there is
+            raise
     # a run at work rotates
     found = [c for c in found if c.facts or c.fault or os.path.lexists(c.path)]
     usable = sorted((c for c in found if not c.damage), key=lambda c: c.order, reverse=True)
@@ -1525,7 +1528,7 @@ class Mirror:
         run = home.parent if home.name == "checkpoints" else home
         self.folder = Path(folder).absolute()
         self.place = self.folder / run.name / "checkpoints"
-        if self.place.resolve() == home.resolve():
+        if os.path.realpath(self.place) == os.path.realpath(home):
             raise ValueError(f"mirror {folder} is the run's own folder: name another disk's")
         self.home = home
         self.records = {run / name: self.place.parent / name for name in records}
@@ -1540,7 +1543,8 @@ class Mirror:
         self.closing = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="checkpoint mirror", daemon=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # its thread will say so
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def runs(self):
         return {c.facts["run"] for c in candidates(self.place) if c.facts and c.facts["run"]}
@@ -1556,8 +1560,6 @@ class Mirror:
             self.changed.notify_all()
 
     def _work(self):
-        with contextlib.suppress(OSError):  # of this thread alone: what trains goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.closing)
@@ -1775,6 +1777,13 @@ class Checkpointer:
         self._signals = Signals()           # heard only within signals()
         self._writing = None
         self._error = None
+        self._open()
+        # waiting: starting a thread per save costs 5 ms
+        self._writer = ThreadPoolExecutor(1, "checkpoint writer")
+        self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
+
+    def _open(self):
+        """Take the directory. Raises InUse where another process has it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory)
         try:
@@ -1782,9 +1791,6 @@ class Checkpointer:
         except BaseException:
             self._lock.close()
             raise
-        # waiting: starting a thread per save costs 5 ms
-        self._writer = ThreadPoolExecutor(1, "checkpoint writer")
-        self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
 
     def _look(self):
         """What the directory holds and can: dead temps go, saves from here on outrank every file in

@@ -48,8 +48,8 @@ KEYS = {
         [], "patients that are one: [siena/PN00 = own/anna, ...]"),
     "data.corpus_balance": Key(
         "own", "of several corpora: own = the proportions below inside each, so that the corpus "
-        "tells nothing about the label; equal = also as many seizures from each, repeated; pooled = "
-        "drawn from all as from one", ("own", "equal", "pooled")),
+        "tells nothing about the label; equal = also as many seizures from each, repeated; "
+        "pooled = drawn from all as from one", ("own", "equal", "pooled")),
     "data.split": Key(
         "patient", "what validation is apart in; recording and time are for too few patients",
         ("patient", "recording", "time")),

@@ -29,7 +29,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from scipy import signal as dsp
 
 FS = 256                                # Hz, of everything after the import
 PREPARATION = 1                         # version of what prepare_edf does, part of the hash
@@ -647,6 +646,7 @@ def spline(known, wanted):
 def fir(mains):
     """Taps of the whole filter at 256 Hz: band-pass, 6.6 s, and each mains with its first harmonic,
     6.6 s."""
+    from scipy import signal as dsp     # here: training starts a second earlier without it
     taps = dsp.firwin(1691, BAND, pass_zero=False, fs=FS)
     for f in (harmonic for base in mains for harmonic in (base, 2 * base)):
         stop = dsp.firwin(1691, (f - 1, f + 1), fs=FS)
@@ -657,6 +657,7 @@ def fir(mains):
 def prepare_row(row, rate, mains):
     """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 /
     rate) samples."""
+    from scipy import signal as dsp     # here, too
     row -= np.float32(np.median(sparse(row)))
     ratio = resampling(rate)
     if abs(ratio / (FS / rate) - 1) * len(row) > 1:

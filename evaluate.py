@@ -727,6 +727,8 @@ def score_one(args):
     net, state, c, about = prepare(args)
     if not args.data.is_file():
         raise Refused(f"--events takes one EDF: {args.data} is no file")
+    if args.events.resolve() == args.data.resolve():
+        raise Refused(f"--events {args.events} would be written over the EDF itself")
     device = next(net.parameters()).device
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         try:

@@ -146,7 +146,8 @@ def wavelets(taps, count):
     power."""
     time = torch.arange(taps)[:, None] / 256
     frequency = 64 ** (torch.arange(count) / max(1, count - 1))
-    waves = torch.sin(2 * math.pi * (time * frequency + torch.rand(count)))
+    turns = time * frequency + torch.rand(count)
+    waves = torch.sin(2 * math.pi * turns)
     waves = waves * torch.hann_window(taps + 2)[1:-1, None]
     return waves / waves.norm(dim=0)
 
@@ -243,7 +244,8 @@ def scan(x, dt, a, b, c, order):
     rise = by_row(level.view(a.shape)).exp()
     fall = dt / rise
 
-    u = (x * fall[..., None]).flatten(-2)
+    u = x * fall[..., None]
+    u = u.flatten(-2)
     own = u.transpose(-1, -2) @ b
     start = relay(own, links)
     mask = c @ b.transpose(-1, -2)
@@ -291,7 +293,8 @@ def scan_gradient(dy, growth, x, b, c, order, kept):
     steps = x.shape[2]
     dy, growth, x, b, c = (chunked(v, order.chunk) for v in (dy, growth, x, b, c))
     # the first factor gives e its layout, rows of one chunk after another
-    e = (kept.rise[..., None] * dy).flatten(-2)
+    e = kept.rise[..., None] * dy
+    e = e.flatten(-2)
 
     d_start = e.transpose(-1, -2) @ c
     d_own = relay(d_start, kept.links.transpose(1, 2)).flatten(0, 2)
@@ -309,7 +312,8 @@ def scan_gradient(dy, growth, x, b, c, order, kept):
     dx = du.mul_(kept.fall[..., None])
     d_dt = d_fall / kept.rise
     db, dc = (v.view(*x.shape[:4], -1) for v in (db, dc))
-    return [v.flatten(2, 3)[:, :, :steps] for v in (dx, d_dt, da, db, dc)]
+    found = [v.flatten(2, 3) for v in (dx, d_dt, da, db, dc)]
+    return [v[:, :, :steps] for v in found]
 
 
 def accumulate(growth, order):
@@ -386,7 +390,8 @@ class Inner(torch.autograd.Function):
         conv = conv.squeeze(2).transpose(1, 2).contiguous()    # all rows that a tap sees
         active = F.silu(in_directions(conv, directions, steps))
         x = active[..., :inner].unflatten(-1, (skip.shape[-1], -1))
-        b, c = active[..., inner:].to(out.dtype).chunk(2, -1)
+        states = active[..., inner:].to(out.dtype)
+        b, c = states.chunk(2, -1)
 
         inside = raw.transpose(1, 2) + dt_bias
         dt = F.softplus(inside)
@@ -397,8 +402,8 @@ class Inner(torch.autograd.Function):
         y = opened * v.transpose(1, 2)
 
         square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_()
-        rms = torch.rsqrt(square.div_(inner).add_(1e-5))
-        rms = per_direction(rms)
+        mean = square.div_(inner).add_(1e-5)
+        rms = per_direction(torch.rsqrt(mean))
         # normalised behind the matrix, where it is narrow
         h = torch.bmm(per_direction(y), out).mul_(rms)
         kept = Kept(mixed, taps, decay, skip, out, conv, x, b, c, inside, dt, fade,
@@ -430,7 +435,9 @@ def split_mixed(mixed, taps, out):
     directions, inner, _ = out.shape
     heads = mixed.shape[2] - len(taps) - directions * inner
     rows, gate, raw = mixed.split([len(taps), directions * inner, heads], -1)
-    return rows, gate.unflatten(-1, (directions, -1)), raw.unflatten(-1, (directions, -1))
+    gate = gate.unflatten(-1, (directions, -1))
+    raw = raw.unflatten(-1, (directions, -1))
+    return rows, gate, raw
 
 
 def gate_gradient(g, d_gate, kept):
@@ -439,7 +446,8 @@ def gate_gradient(g, d_gate, kept):
     inner = kept.v.shape[3]
     _, gate, _ = split_mixed(kept.mixed, kept.taps, kept.out)
     y = per_direction(kept.y)
-    g = g.reshape(1, -1, g.shape[-1]) * kept.rms
+    g = g.reshape(1, -1, g.shape[-1])
+    g = g * kept.rms
     dot = (g * kept.h).sum(-1, keepdim=True)
     d_out = y.transpose(1, 2) @ g
     dy = torch.bmm(g, kept.out.transpose(1, 2))
@@ -477,7 +485,8 @@ def inputs_gradient(dv, order, kept, scanned):
 def step_gradient(ddt, da, d_raw, kept):
     """Back through a = -MAX_DECAY tanh(softplus(raw + bias) decay): fills d_raw, returns the
     gradients of bias and decay."""
-    d_fade = torch.ops.aten.tanh_backward(da, kept.fade).mul_(-MAX_DECAY)
+    d_fade = torch.ops.aten.tanh_backward(da, kept.fade)
+    d_fade.mul_(-MAX_DECAY)
     d_decay = (d_fade * kept.dt).sum((0, 2))
     ddt = torch.addcmul(ddt, d_fade, kept.decay)
     d_inside = torch.ops.aten.softplus_backward(ddt, kept.inside, 1, 20)
@@ -594,7 +603,8 @@ class Windows(torch.autograd.Function):
         reach = dilation * (kernel // 2)
         padded = F.pad(x.to(dtype), (0, 0, reach, reach))
         strides = (padded[0].numel(), width, dilation * width, 1)
-        return padded.as_strided((n, length, kernel, width), strides).contiguous().flatten(2)
+        windows = padded.as_strided((n, length, kernel, width), strides)
+        return windows.contiguous().flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -605,7 +615,8 @@ class Windows(torch.autograd.Function):
         shape = (n, length + 2 * reach, g.shape[3])
         d_padded = torch.zeros(shape, dtype=torch.float32, device=g.device)
         for k in range(ctx.kernel):
-            d_padded[:, k * ctx.dilation:][:, :length].add_(g[:, :, k])
+            start = k * ctx.dilation
+            d_padded[:, start:start + length].add_(g[:, :, k])
         return d_padded[:, reach:reach + length], None, None, None
 
 
@@ -669,7 +680,9 @@ def laplacian_encoding(operator, count):
     Sign: the largest entry is positive. No gradient: it goes with 1 / (eigenvalue gap). Fewer than
     `count` electrodes leave zeros. NaN, at which the solver would stop, reaches the logits by the
     streams instead."""
-    vectors = torch.linalg.eigh(-torch.nan_to_num(operator.float())).eigenvectors[..., :count]
+    operator = torch.nan_to_num(operator.float())
+    vectors = torch.linalg.eigh(-operator).eigenvectors
+    vectors = vectors[..., :count]
     largest = vectors.abs().argmax(-2, keepdim=True)
     vectors = vectors * vectors.gather(-2, largest).sign()
     return F.pad(vectors, (0, count - vectors.shape[-1]))
@@ -699,11 +712,14 @@ class DynamicGraph(nn.Module):
         C^2)."""
         batch, channels, length, _ = streams.shape
         graphs = length // self.steps
-        q = (streams @ self.query).view(batch, channels, graphs, self.steps, self.heads, -1)
+        q = streams @ self.query
+        q = q.view(batch, channels, graphs, self.steps, self.heads, -1)
         # (B, G, heads, C, steps * width / heads)
         q = q.permute(0, 2, 4, 1, 3, 5).flatten(-2)
-        q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-3)
-        return (q @ q.transpose(-1, -2)).flatten(-2)
+        square = q.square().sum(-1, keepdim=True)
+        q = q * torch.rsqrt(square + 1e-3)
+        similar = q @ q.transpose(-1, -2)
+        return similar.flatten(-2)
 
     def forward(self, streams):
         batch, channels, length, _ = streams.shape
@@ -711,12 +727,16 @@ class DynamicGraph(nn.Module):
         with torch.autocast(streams.device.type, enabled=False):
             # (B, G, heads, pairs) -> a series per pair, (B * pairs, G, heads)
             similar = self.similarity(streams.float()) @ self.pairs
-            series = similar.permute(0, 3, 1, 2).reshape(batch * picked, -1, self.heads)
-            lifted = self.scan(F.linear(series, self.lift.T, self.lift_bias))
-            edges = torch.sigmoid(F.linear(norm(lifted), self.score.T, self.score_bias))
-            edges = edges.view(batch, picked, -1).transpose(1, 2) @ self.pairs.T
+            series = similar.permute(0, 3, 1, 2)
+            series = series.reshape(batch * picked, -1, self.heads)
+            series = F.linear(series, self.lift.T, self.lift_bias)
+            lifted = self.scan(series)
+            edges = F.linear(norm(lifted), self.score.T, self.score_bias)
+            edges = torch.sigmoid(edges).view(batch, picked, -1)
+            edges = edges.transpose(1, 2) @ self.pairs.T
             edges = edges.unflatten(-1, (channels, channels))
-            return sparse_adjacency(edges + edges.transpose(-1, -2), self.neighbours)
+            edges = edges + edges.transpose(-1, -2)
+            return sparse_adjacency(edges, self.neighbours)
 
 
 class GraphConvolutions(nn.Module):
@@ -737,7 +757,8 @@ class GraphConvolutions(nn.Module):
         batch, channels, length, width = x.shape
         with torch.autocast(x.device.type, enabled=False):
             hop = normalised(adjacency)
-            operator = 0.05 * torch.eye(channels, device=x.device) + 0.475 * (hop + hop @ hop)
+            itself = torch.eye(channels, device=x.device)
+            operator = 0.05 * itself + 0.475 * (hop + hop @ hop)
             encoding = laplacian_encoding(hop, self.eigenvectors)
             encoding = encoding[..., None, :]                      # (B, G, C, 1, eigenvectors)
         x = x.view(batch, channels, -1, self.steps, width)
@@ -747,8 +768,11 @@ class GraphConvolutions(nn.Module):
         biases = self.bias.view(layers, -1)
         for mix, encode, bias, factor in zip(self.mix, self.encode, biases, kept):
             h = norm(x) @ mix + F.linear(encoding, encode.T, bias)
-            h = F.gelu((operator.to(h.dtype) @ h.flatten(-2)).view(x.shape))
-            x = residual(x, h, None if factor is None else factor[:, :, None, None])
+            h = operator.to(h.dtype) @ h.flatten(-2)
+            h = F.gelu(h.view(x.shape))
+            if factor is not None:
+                factor = factor[:, :, None, None]
+            x = residual(x, h, factor)
         return x.transpose(1, 2).reshape(batch, channels, length, width)
 
 
@@ -809,17 +833,21 @@ class V3(nn.Module):
         become 32."""
         x = x * torch.rsqrt(torch.hypot(x, x.new_ones(())))
         x = x.to(working_dtype(x))
-        frames = F.pad(x, (STRIDE, (TAPS - 2) * STRIDE)).unflatten(-1, (-1, STRIDE))
+        x = F.pad(x, (STRIDE, (TAPS - 2) * STRIDE))
+        frames = x.unflatten(-1, (-1, STRIDE))
         steps = frames.shape[2] - TAPS + 1
-        frames = torch.cat([frames[:, :, k:k + steps] for k in range(TAPS)], -1)
+        seen = [frames[:, :, k:k + steps] for k in range(TAPS)]
+        frames = torch.cat(seen, -1)
         return F.gelu(F.linear(frames, self.filters.T, self.filters_bias))
 
     def electrodes(self, local):
         """(B, C, T / 16, stem) -> (B, C, L, node): each step embeds its own and the preceding
         `hop`."""
-        patches = local.view(*local.shape[:2], -1, self.fine * local.shape[-1])
-        before, here = F.linear(patches, self.embed.T, self.embed_bias).chunk(2, -1)
-        return F.gelu(here + F.pad(before, (0, 0, 1, 0))[:, :, :-1]) @ self.reduce
+        patches = local.unflatten(2, (-1, self.fine)).flatten(3)
+        both = F.linear(patches, self.embed.T, self.embed_bias)
+        before, here = both.chunk(2, -1)
+        before = F.pad(before, (0, 0, 1, 0))[:, :, :-1]
+        return F.gelu(here + before) @ self.reduce
 
 
 class Head(nn.Module):
@@ -850,7 +878,8 @@ class Head(nn.Module):
         streams = norm(streams).to(working_dtype(streams))
         share = torch.softmax((streams @ self.attend).float(), 1)      # (B, C, L, 1)
         pooled = (streams * share).sum(1)
-        h = F.linear(streams.transpose(1, 2).flatten(2), self.from_all.T, self.bias)
+        every = streams.transpose(1, 2).flatten(2)
+        h = F.linear(every, self.from_all.T, self.bias)
         h = F.gelu(h + pooled @ self.from_pooled + norm(wide) @ self.from_tcn)
         detail = (local @ self.from_stem).view(batch, channels, length, -1)
         detail = (detail * share).sum(1) + h @ self.to_fine            # (B, L, fine * local)

@@ -377,12 +377,12 @@ def _against_alarms(axis, rows, threshold, name, label, colour):
         if low is not None:
             bands.append((alarms, low, high))
         if row["threshold"] == threshold:
-            label = f"threshold in use, {threshold:.2f}"
-            axis.plot(alarms, value, "*", color=INK, ms=14, label=label)
+            used = f"threshold in use, {threshold:.2f}"
+            axis.plot(alarms, value, "*", color=INK, ms=14, label=used)
     axis.plot(*zip(*points), "o-", color=colour, ms=3, lw=1.4)
     if bands:
-        label = "95 % interval over patients"
-        axis.fill_between(*zip(*bands), color=colour, alpha=0.18, lw=0, label=label)
+        drawn = "95 % interval over patients"
+        axis.fill_between(*zip(*bands), color=colour, alpha=0.18, lw=0, label=drawn)
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xlim(left=0)
     axis.set_ylim(0, 1.04)

@@ -12,8 +12,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
-from scipy import fft
-from scipy import signal as dsp
 
 from edf import CHANNELS, FS, DataError, positions, write_events_tsv
 
@@ -146,6 +144,7 @@ def pink(rng, shape, slope):
     """Noise with an amplitude spectrum of f**-slope above 0.5 Hz, unit deviation, float32.
 
     Made in pieces of 64 s and cross-faded, which costs no more for a long recording."""
+    from scipy import fft               # here: training starts earlier without it
     piece, n = 1 << 14, shape[-1]
     fade = piece // 4
     ramp = np.sqrt(np.linspace(0, 1, fade, dtype=np.float32))
@@ -164,6 +163,7 @@ def pink(rng, shape, slope):
 
 def rhythm(rng, n, frequency, width):
     """Narrow-band noise around `frequency`: unit deviation, float32 (n,)."""
+    from scipy import signal as dsp     # here: training starts a second earlier without it
     pole = np.exp(-2 * np.pi * width / FS + 2j * np.pi * frequency / FS)
     drive = rng.standard_normal(n) + 1j * rng.standard_normal(n)
     wave = dsp.lfilter([np.sqrt(1 - abs(pole) ** 2)], [1, -pole], drive)

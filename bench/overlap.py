@@ -1,11 +1,11 @@
 """Does the probability jump where inference windows meet, and what does overlap cost?
 
-    python bench/overlap.py CHECKPOINT DATA         such as those that bench/learn.py --work DIR leaves
+    python bench/overlap.py CHECKPOINT DATA     such as bench/learn.py --work DIR leaves
 
 Windows start at multiples of the step, so that each overlap has its own edges: places where the set
 of windows that a sample is averaged from changes. Printed for each overlap: the mean jump of the
 probability between neighbouring samples at those edges, beside the mean change between neighbouring
-samples elsewhere; seconds of compute relative to none; and the scores at the stored threshold. Jumps
+samples elsewhere; compute relative to none; and the scores at the stored threshold. Jumps
 are in log-odds too, since most of a recording is near 0.
 """
 import argparse

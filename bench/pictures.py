@@ -1,13 +1,14 @@
 """The README's pictures, from a run that is killed and resumed: docs/*.png.
 
-    python bench/pictures.py [--out docs] [--work DIR]      about six CPU minutes
+    python bench/pictures.py [--out docs] [--work DIR]      about two CPU minutes
 
     ls.png          the run directory right after SIGKILL, as `python checkpoint.py ls` shows it
     curves.png      loss, learning rate and best metric of the whole run, the resume marked
-    seizure.png     the first page of what `evaluate.py --plot` draws of an unseen recording
+    seizure.png     a seizure found in an unseen recording, as `evaluate.py --plot` draws it
 
-The run is configs/local/smoke.yaml with more hours and epochs: synthetic EEG. The detector is small
-and has trained for minutes; the pictures show what the project draws, not how well it detects.
+The run is configs/local/smoke.yaml with another count of hours and epochs: synthetic EEG. The
+detector is small and has trained for minutes; the pictures show what the project draws, not how
+well it detects.
 """
 import argparse
 import os
@@ -34,8 +35,7 @@ PATIENCE = 1200                         # seconds for each step of the run
 
 def command(work):
     changes = {"experiment.name": "night", "experiment.results": work / "results",
-               "data.path": work / "corpus", "data.synth_hours": 2.0, "data.synth_patients": 12,
-               "training.epochs": 5}
+               "data.path": work / "corpus", "data.synth_hours": 0.7, "training.epochs": 4}
     words = [sys.executable, ROOT / "train.py", "--config", ROOT / "configs/local/smoke.yaml",
              "--resume"]
     for key, value in changes.items():
@@ -44,15 +44,16 @@ def command(work):
 
 
 def killed_run(work):
-    """Start the run and kill it in its fourth epoch, right after a snapshot."""
+    """Start the run and kill it in its third epoch, right after a snapshot."""
     log = (work / "first.log").open("w")
     process = subprocess.Popen(command(work), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     checkpoints = work / "results" / "night" / "checkpoints"
     deadline = time.monotonic() + PATIENCE
-    while not list(checkpoints.glob("mid_epoch_004_*.pt")):
+    while not list(checkpoints.glob("mid_epoch_003_*.pt")):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            sys.exit(f"the run did not come to its fourth epoch:\n{(work / 'first.log').read_text()}")
+            said = (work / "first.log").read_text()
+            sys.exit(f"the run did not come to its third epoch:\n{said}")
         time.sleep(0.2)
     process.kill()
     process.wait()
@@ -77,7 +78,8 @@ def draw_text(text, path):
 
 
 def seizure(work, path):
-    """Overview and first page of the unseen recording whose first seizure is found best."""
+    """Overview of the unseen recording with the best event F1, and the page on which the first
+    seizure that was found begins."""
     synth.synth(work / "unseen_edf", hours=0.5, patients=3, seed=99)
     corpora.import_corpus(work / "unseen_edf", work / "unseen", say=lambda line: None)
     net, state = evaluate.load_model(work / "results/night/checkpoints/best.pt", "cpu")
@@ -93,11 +95,16 @@ def seizure(work, path):
             best = (f1, r, track)
     _, r, track = best
     found = evaluate.postprocess(track, c["threshold"], c)
-    pictures.draw(r, track, found, c["threshold"], path)
-    sheet = pictures.Sheet(r, track, r.events, found / evaluate.FS, c["threshold"], 1)
-    with Image.open(path) as whole:
-        height = round(100 * sheet.height)
-        whole.crop((0, 0, whole.width, height)).convert("RGB").quantize(24).save(path, optimize=True)
+    truth, seconds = r.events, found / evaluate.FS
+    places = pictures._places(r, track, truth, seconds)
+    hit = next(place for place in places if place[0] == "found seizure")
+    pages = pictures._pages(hit, r.seconds)[:1]
+    sheet = pictures.Sheet(r, track, truth, seconds, c["threshold"], 1)
+    sheet.overview(pictures._title(r, places, 1), pages)
+    sheet.page(*pages[0])
+    pictures._save(sheet.figure, path)
+    with Image.open(path) as page:
+        page.convert("RGB").quantize(24).save(path, optimize=True)
 
 
 def main():

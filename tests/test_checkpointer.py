@@ -524,6 +524,28 @@ def test_the_end_of_a_run_waits_for_the_second_copy_of_its_last_state(tmp_path, 
     assert recover(tmp_path / "nas/v3/checkpoints") == 1 and s.slowest > 0
 
 
+@pytest.mark.parametrize("make", [lambda nas: nas.write_text("a file"), lambda nas: nas.symlink_to(nas)])
+def test_a_place_that_is_no_folder_is_said_and_the_run_goes_on_and_resumes(tmp_path, make):
+    with saver(tmp_path / "results/v3/checkpoints") as s:
+        s.save_mid(state(1))
+    make(tmp_path / "nas")
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 1
+        s.save_mid(state(2))
+    assert recover(tmp_path / "results/v3/checkpoints") == 2
+    assert any(line.startswith("mirror:") and "training goes on" in line for line in said)
+
+
+def test_a_home_that_is_empty_beside_a_second_copy_that_cannot_be_read_begins_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "READ_PATIENCE", 0.1)
+    (tmp_path / "nas").symlink_to(tmp_path / "nas")
+    s, said = mirrored(tmp_path)
+    with s, pytest.raises(OSError) as fault:
+        s.resume()
+    assert fault.value.errno == errno.ELOOP
+
+
 def test_a_run_is_no_second_copy_of_itself(tmp_path):
     with pytest.raises(ValueError, match="run's own folder"):
         saver(tmp_path / "results/v3/checkpoints", mirror=tmp_path / "results")

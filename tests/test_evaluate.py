@@ -520,6 +520,14 @@ def test_events_files_hold_one_row_per_event_or_one_of_background(tmp_path):
         ["0.00", "600.00", "bckg", "n/a", "n/a", "n/a", "600.00"]]
 
 
+def test_events_carry_the_time_at_which_their_recording_began(tmp_path):
+    track = Track("a", 600)
+    track.began = "2021-03-04 22:14:07"
+    p = probability_of(track, [(100, 150)])
+    evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, track)
+    assert read_tsv(tmp_path / "a_events.tsv")[0]["dateTime"] == "2021-03-04 22:14:07"
+
+
 def test_the_szcore_tools_read_the_events_files(tmp_path):
     annotations = pytest.importorskip("epilepsy2bids.annotations", reason="epilepsy2bids is not installed")
     track = Track("a", 600)
@@ -734,6 +742,19 @@ def test_scores_are_in_the_precision_of_the_training(corpus, tmp_path):
         track = np.load(evaluate.output(tmp_path / out, r, "_probability.npy"))
         assert track.dtype == np.float32 and track.shape == (r.samples,)
         np.testing.assert_array_equal(track, evaluate.predict(net, r, "cpu", c, precision))
+
+
+def test_the_version_of_a_corpus_and_the_clock_of_its_files_come_through_the_import(corpus, tmp_path):
+    source = tmp_path / "tusz"
+    source.mkdir()
+    (source / "README.txt").write_text("TUH EEG Seizure Corpus, version 2.0.3\n")
+    write_edf(source / "a.edf", date="04.03.21", time="22.14.07")
+    corpora.import_corpus(source, tmp_path / "imported", say=lambda line: None)
+    assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "imported",
+                "--out", tmp_path / "out")[0] == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert "2.0.3" in scores["corpus_version"]
+    assert read_tsv(tmp_path / "out" / "a_events.tsv")[0]["dateTime"] == "2021-03-04 22:14:07"
 
 
 def test_every_recording_and_every_patient_has_all_scores(corpus, tmp_path):
@@ -954,3 +975,6 @@ def test_events_go_to_one_file_and_nothing_else(corpus, tmp_path, monkeypatch):
     code, lines = here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported",
                        "--events", tmp_path / "y.tsv")
     assert code == 2 and "one EDF" in lines[0] and not (tmp_path / "y.tsv").exists()
+    before = source.read_bytes()
+    code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--events", source)
+    assert code == 2 and "over the EDF itself" in lines[0] and source.read_bytes() == before

@@ -1,6 +1,8 @@
 """The house: data flows one way, data -> model -> train -> checkpoint, and a file can be copied alone."""
 import ast
 import graphlib
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,9 @@ def test_nothing_imports_train_but_modal_app_and_benches():
 def test_no_import_runs_in_a_circle():
     order = graphlib.TopologicalSorter({name: imported(path) for name, path in SCRIPTS.items()})
     assert set(order.static_order()) == set(SCRIPTS)        # raises CycleError, which names the circle
+
+
+def test_training_and_data_py_start_without_scipy_which_takes_a_second():
+    code = "import sys, train, data; print([name for name in sys.modules if name.startswith('scipy')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

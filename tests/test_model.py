@@ -1,6 +1,9 @@
 """V3: the chunked scan against a plain recurrence, the graph, numerical limits, what a checkpoint holds."""
 import functools
+import json
 import math
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import model as v3
 import train as training
 from bench.model import Launches
+from conftest import ROOT
 from helpers import loaded
 
 TINY = {**v3.SMALL, "stem_width": 8, "tcn_width": 16, "tcn_blocks": 2, "tcn_kernel": 3, "node_width": 8,
@@ -476,3 +480,52 @@ def test_a_run_under_compile_makes_one_graph_though_its_last_batch_is_smaller(sm
     assert training.run(config) == 0
     assert counter.frame_count == 1
     assert "compiled: the first step took" in capfd.readouterr().out
+
+
+# ---- bench/gpu.py, tried on a CPU ----
+
+def test_without_a_gpu_its_bench_is_one_line_and_exit_2():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = subprocess.run([sys.executable, "bench/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "GPU" in done.stderr
+
+
+def test_the_sections_of_the_gpu_bench_that_start_no_other_program_run_on_a_cpu(monkeypatch):
+    from bench import gpu
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    args = gpu.arguments()
+    args.batches = (1,)
+    monkeypatch.setattr(v3, "BLOCK", v3.BLOCK)
+    found = {name: gpu.SECTIONS[name][0](args)
+             for name in ("machine", "numerics", "training", "parts", "seizuretransformer", "saves")}
+    assert [row["precision"] for row in found["training"]] == list(gpu.PRECISIONS)
+    assert all(row["windows/s"] > 0 and row["launches"] > 100 for row in found["training"])
+    assert all(row["correlation"] > 0.99 for row in found["numerics"])
+    assert found["saves"][-1]["file holds what was saved"]
+    claims = {row["claim"]: row for row in gpu.claims(found)}
+    assert claims["stall of a save, ms"]["measured"] > 0
+    assert not claims["V3 / SeizureTransformer, windows/s"]["met"], "nothing was measured"
+    assert gpu.markdown(found["machine"]).count("\n") == len(found["machine"]) + 1
+    json.dumps(found)
+
+
+def test_the_gpu_bench_names_tests_that_exist():
+    from bench import gpu
+    for name in gpu.TESTS["cuda"] + gpu.TESTS["cpu"]:
+        file, test = name.split("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_gpu_bench_runs_on_a_cpu_and_keeps_what_a_cut_left(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = subprocess.run([sys.executable, "bench/gpu.py", "--device", "cpu", "--seconds", "3600", "--out", str(out)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert all("failed" not in row for rows in found.values() for row in rows), found
+    short = subprocess.run([sys.executable, "bench/gpu.py", "--device", "cpu", "--seconds", "1", "--out", str(out)],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert short.returncode == 1 and all("failed" in rows[0] for name, rows in json.loads(out.read_text()).items()
+                                         if name != "claims")

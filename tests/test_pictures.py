@@ -176,7 +176,8 @@ def test_the_trade_off_is_drawn_with_and_without_intervals(tmp_path):
                  "event_f1": [None, None, None], "event_sensitivity": [0.0, 0.0, 0.0]})
     pictures.trade_off(rows, 0.8, tmp_path / "trade_off.svg")
     text = (tmp_path / "trade_off.svg").read_text()
-    assert "false alarms per 24 h" in text and "threshold in use, 0.80" in text
+    for label in ("false alarms per 24 h", "threshold in use, 0.80", "event sensitivity", "event F1"):
+        assert f"<!-- {label} -->" in text
 
 
 # ---- curves ----

@@ -73,6 +73,7 @@ def last_validation(reference):
 
 # ---- the same run, wherever it was cut ----
 
+@pytest.mark.slow
 def test_a_run_cut_at_any_step_or_recording_of_an_epoch_ends_as_the_uninterrupted_one(corpus, reference, tmp_path, capsys):
     per_epoch = boundaries(reference) // 2
     for boundary in range(1, per_epoch + 1):
