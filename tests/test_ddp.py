@@ -25,8 +25,8 @@ def corpus(small_corpus):
 STILL = {**SMALL, "dropout": 0.0}                       # dropout draws from each process's own random state
 
 
-def torchrun(results, processes, *arguments, restarts=0, minutes="0", held=()):
-    program = ROOT / "tests" / "held.py" if held else ROOT / "train.py"
+def torchrun(results, processes, *arguments, restarts=0, minutes="0", held=(), script=ROOT / "train.py"):
+    program = ROOT / "tests" / "held.py" if held else script
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
                "--master-addr=127.0.0.1", f"--master-port={free_port()}", str(program), "--config",
                str(Path(results, "config.yaml")), *arguments]
@@ -43,7 +43,7 @@ def finish(process):
 
 def children(process):
     """Process ids of the workers of this torchrun."""
-    text = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    text = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in text.splitlines() if "--config" in line]
 
 
@@ -140,3 +140,58 @@ def test_two_then_three_then_two_processes_see_every_window_once_and_say_that_ro
     mine, one = rows(tmp_path), rows(alone)
     assert [r["step"] for r in mine] == [r["step"] for r in one]        # no batch trained twice, none left out
     assert close_to(last(tmp_path)["model"], last(alone)["model"], 2e-3)
+
+
+def hooked(folder, hook):
+    """A script that is train.py with `hook` run before its command."""
+    path = folder / "hooked.py"
+    path.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport checkpoint, train\n{hook}\n"
+                    "sys.exit(train.main())\n")
+    return path
+
+
+SLOW_SAVE = """
+original = checkpoint.atomic_write
+def slow(path, buffers):
+    if str(path).endswith(".pt"):
+        print("writing", flush=True)
+        time.sleep(3)
+    return original(path, buffers)
+checkpoint.atomic_write = slow
+"""
+
+
+@pytest.mark.parametrize("which", ["main", pytest.param("all", marks=pytest.mark.slow), pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_all_processes_leave_together_after_a_save_of_three_seconds_is_durable(corpus, tmp_path, which):
+    prepare(corpus, tmp_path, training__epochs=50)
+    process = torchrun(tmp_path, 2, minutes="30", script=hooked(tmp_path, SLOW_SAVE))
+    lines = wait_for(process, "batch 3/")
+    if which == "torchrun":
+        os.kill(process.pid, signal.SIGTERM)
+    for child in {"main": children(process)[:1], "all": children(process), "torchrun": []}[which]:
+        os.kill(child, signal.SIGTERM)
+    out = "".join(lines) + process.communicate(timeout=240)[0]
+    assert "stopped by SIGTERM, saved" in out, out[-4000:]
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert state["batch"] >= 3 and len(state["rng"]) == 2
+
+
+HANGS = """
+original = train.Trainer.train_step
+def hang(self, *arguments):
+    if self.step == 2 and self.group.rank == 1:
+        import ctypes
+        ctypes.CDLL(None).sleep(600)
+    return original(self, *arguments)
+train.Trainer.train_step = hang
+"""
+
+
+def test_of_two_processes_the_one_that_hangs_is_named_with_its_stack(corpus, tmp_path):
+    prepare(corpus, tmp_path, training__epochs=50, training__hang_minutes=0.25)
+    process = torchrun(tmp_path, 2, script=hooked(tmp_path, HANGS))
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode != 0
+    text = (tmp_path / "t/hang.txt").read_text()
+    mine = text[text.index("standstill: process 1 of 2,"):].split("standstill: process 0")[0]
+    assert "in hang" in mine and "step 2" in mine and "exitcode  : 70" in out, out[-4000:]
