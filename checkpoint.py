@@ -1463,11 +1463,13 @@ class Signals:
 
     `tmux kill-session` and systemd send two within milliseconds: they are one wish. Signals that
     were inherited as ignored (nohup) stay ignored. Only the main thread of the process that entered
-    it can listen."""
+    it can listen. ends: the process ends after it, so that the second of a pair, which may come
+    when the save is done, must not meet the default action."""
 
     WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self):
+    def __init__(self, ends=False):
+        self.ends = ends
         self.number = 0
         self.since = 0.0
         self.before = {}
@@ -1502,10 +1504,13 @@ class Signals:
             self._act(number)
 
     def _act(self, number):
-        signal.signal(number, signal.SIG_DFL)
+        # a process of its own goes at once; in another's, whoever listened before decides
+        signal.signal(number, signal.SIG_DFL if self.ends else self.before[number])
         signal.raise_signal(number)
 
     def __exit__(self, *exception):
+        if self.ends and self.number:
+            return
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
