@@ -187,3 +187,8 @@ def test_every_script_explains_itself():
 def test_the_loop_to_copy_has_as_many_lines_as_the_readme_says():
     said = re.search(r"resumable loop of (\d+) lines", README)[1]
     assert len([line for line in docstring_loop().splitlines() if line.strip()]) == int(said)
+
+
+def test_the_figures_of_a_gpu_have_their_place_where_its_bench_looks_for_it():
+    pattern = re.search(r'marked = re.compile\(r"(.*)", re.S\)', (ROOT / "bench" / "gpu.py").read_text())[1]
+    assert len(re.findall(pattern, README, re.S)) == 1
