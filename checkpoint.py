@@ -2588,13 +2588,17 @@ def model_card(state, target, source):
     data, evaluation = _dict(config.get("data")), _dict(config.get("evaluation"))
     scores, metric = _dict(state.get("scores")), _dict(state.get("metric"))
     patients = ", ".join(map(str, data.get("dev_patients") or []))
+    folders = data.get("path") or []
+    if isinstance(folders, str):
+        folders = [folders]
     rows = {
         "run": _dict(config.get("experiment")).get("name"),
         "from": Path(source).name,
         "epoch": state.get("epoch"),
         "step": state.get("global_step"),
         "averaged": ", ".join(state.get("averaged", [])),
-        "data": data.get("path"),
+        # the names alone: a whole path tells strangers about the machine
+        "data": ", ".join(Path(folder).name for folder in folders),
         "validation patients": patients or "the corpus's own, or drawn by the seed",
         "montage": state.get("montage"),
         "channels": ", ".join(map(str, state.get("channels", []))),
