@@ -443,7 +443,7 @@ async def real_training(trial):
     for text in ("never said", "committed mid_epoch"):
         async with trial.modal(grace=30.0) as fake:
             interruption = asyncio.create_task(interrupt(fake, text))
-            code, out = await fake.launch("--fresh", "true", action="smoke")
+            code, out = await fake.launch("--fresh", "true")
             interruption.cancel()
             assert code == 0, out
             ends.append(trial.weights())
