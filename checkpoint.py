@@ -1484,11 +1484,13 @@ class Signals:
 
     `tmux kill-session` and systemd send two within milliseconds: they are one wish. Signals that
     were inherited as ignored (nohup) stay ignored. Only the main thread of the process that entered
-    it can listen."""
+    it can listen. ends: the process ends after it, so that the second of a pair, which may come
+    when the save is done, must not meet the default action."""
 
     WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self):
+    def __init__(self, ends=False):
+        self.ends = ends
         self.number = 0
         self.since = 0.0
         self.before = {}
@@ -1523,10 +1525,13 @@ class Signals:
             self._act(number)
 
     def _act(self, number):
-        signal.signal(number, signal.SIG_DFL)
+        # a process of its own goes at once; in another's, whoever listened before decides
+        signal.signal(number, signal.SIG_DFL if self.ends else self.before[number])
         signal.raise_signal(number)
 
     def __exit__(self, *exception):
+        if self.ends and self.number:
+            return
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -2656,13 +2661,17 @@ def model_card(state, target, source):
     data, evaluation = _dict(config.get("data")), _dict(config.get("evaluation"))
     scores, metric = _dict(state.get("scores")), _dict(state.get("metric"))
     patients = ", ".join(map(str, data.get("dev_patients") or []))
+    folders = data.get("path") or []
+    if isinstance(folders, str):
+        folders = [folders]
     rows = {
         "run": _dict(config.get("experiment")).get("name"),
         "from": Path(source).name,
         "epoch": state.get("epoch"),
         "step": state.get("global_step"),
         "averaged": ", ".join(state.get("averaged", [])),
-        "data": data.get("path"),
+        # the names alone: a whole path tells strangers about the machine
+        "data": ", ".join(Path(folder).name for folder in folders),
         "validation patients": patients or "the corpus's own, or drawn by the seed",
         "montage": state.get("montage"),
         "channels": ", ".join(map(str, state.get("channels", []))),

@@ -101,9 +101,7 @@ def smoke(config, launch, resume="false", fresh="false", planned=None):
     verdict = attempt(config, launch, resume, fresh, SMOKE_TIMEOUT, GPU)
     if missing and verdict["status"] == "finished":
         return result("not ready", "; ".join(missing))
-    if verdict["status"] == "finished":
-        return result("finished", "ready")
-    return verdict
+    return result("finished", "ready") if verdict["status"] == "finished" else verdict
 
 
 @app.function(gpu=EVALUATE_GPU, timeout=TIMEOUT * 3600, **machine)
@@ -112,17 +110,18 @@ def evaluate(config, split="all"):
     reload()
     device = gpu_or_raise(config)
     run = run_directory(config)
-    options = [] if split == "all" else ["--split", split]
+    out, options = f"{run}/evaluation", []
+    if split != "all":
+        out, options = f"{run}/evaluation_{split}", ["--split", split]
     code = scorer.main(["--checkpoint", f"{run}/checkpoints/best.pt",
-                        "--data", places(config)[0], "--out", f"{run}/evaluation",
-                        "--device", device, *options])
+                        "--data", places(config)[0], "--out", out, "--device", device, *options])
     if code == 1:
         raise RuntimeError("evaluate.py was stopped: its last lines say by what")
     if code:
         return result("refused", "evaluate.py said why")
     if not modal.is_local():
         results.commit()            # before the answer: scores that nobody can fetch are no result
-    return result("finished", f"{run}/evaluation")
+    return result("finished", out)
 
 
 @app.function(cpu=2, memory=4096, timeout=1800,

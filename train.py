@@ -747,7 +747,8 @@ def attempt(args):
         if args.fresh and args.resume != "false":
             raise Refused("--fresh and --resume exclude each other")
         config = load_config(args.config, args.set)
-        return run(config, args.resume, args.fresh, again=command_again(args))
+        return run(config, args.resume, args.fresh, signals=Signals(ends=True),
+                   again=command_again(args))
     except Refused as refusal:
         print(f"train.py: {refusal}", file=sys.stderr)
         return 1 if isinstance(refusal, Failed) else 2

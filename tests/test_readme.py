@@ -1,5 +1,7 @@
 """The README tells the truth: its commands exist, its files and keys are there, and its measured
 figures stand in bench/RESULTS.md."""
+import ast
+import contextlib
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import pytest
 import yaml
 
 import config
+import model
 from conftest import ROOT, SHARED
 from crash import docstring_loop
 
@@ -121,8 +124,45 @@ def test_every_configuration_key_of_the_readme_exists_and_has_the_default_that_s
         assert config.KEYS[name].default == yaml.safe_load(value), name
 
 
+def constants(script):
+    """Names and values of the literals that a script assigns at its top level."""
+    found = {}
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if isinstance(node, ast.Assign):
+            names = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else node.targets
+            with contextlib.suppress(ValueError):
+                value = ast.literal_eval(node.value)
+                values = value if isinstance(node.targets[0], ast.Tuple) else [value]
+                found |= {name.id: v for name, v in zip(names, values)}
+    return found
+
+
+def test_prices_limits_and_volumes_of_the_modal_chapter_are_those_of_the_code():
+    text, c = " ".join(chapter("On Modal").split()), constants("modal_app.py")
+    machine = c["CPU"] * c["DOLLARS"]["core"] + c["MEMORY"] * c["DOLLARS"]["GiB"]
+    hour = c["DOLLARS"][c["GPU"]] + machine
+    assert f"about ${hour:.2f} an hour, ${24 * hour:.0f} a day" in text
+    assert f"on an L4 about ${c['DOLLARS']['L4'] + machine:.2f} an hour" in text
+    assert c["EVALUATE_GPU"] == "L4" and c["DOLLARS_AS_OF"] in text
+    assert f"{c['GPU']} with {c['CPU']} cores and {c['MEMORY']} GiB" in text
+    assert f"{c['TIMEOUT']} h limit | saves {60 * c['MARGIN']:.0f} minutes before it" in text
+    assert f"{c['RETRIES'] + 1} times ({c['RETRIES'] + 1} days)" in text
+    assert f"waits up to {c['GRACE']} s" in text and f"within {c['SHORT']} minutes" in text
+    assert (c["STUCK"], c["SHORT_DEATHS"], c["COMMIT_FAILURES"]) == (3, 10, 5)      # in words there
+    code = (ROOT / "modal_app.py").read_text()
+    for volume in set(re.findall(r"holdfast-\w+", text)):
+        assert f'"{volume}"' in code
+
+
+def test_the_small_model_has_as_many_parameters_as_the_readme_says():
+    net = model.build(19, {"size": "small"})
+    count = sum(p.numel() for p in net.parameters())
+    assert f"(`model.size: small`, {count:,} parameters)" in README
+
+
 def test_the_commands_that_ci_greps_are_each_a_line_of_their_own():
-    assert "\n    pip install -r requirements.txt && python train.py --config configs/local/smoke.yaml --resume\n" in README
+    first = "pip install -r requirements.txt && python train.py --config configs/local/smoke.yaml --resume"
+    assert f"\n    {first}\n" in README
     assert "\n    python -m pytest\n" in README
 
 
@@ -147,3 +187,8 @@ def test_every_script_explains_itself():
 def test_the_loop_to_copy_has_as_many_lines_as_the_readme_says():
     said = re.search(r"resumable loop of (\d+) lines", README)[1]
     assert len([line for line in docstring_loop().splitlines() if line.strip()]) == int(said)
+
+
+def test_the_figures_of_a_gpu_have_their_place_where_its_bench_looks_for_it():
+    pattern = re.search(r'marked = re.compile\(r"(.*)", re.S\)', (ROOT / "bench" / "gpu.py").read_text())[1]
+    assert len(re.findall(pattern, README, re.S)) == 1

@@ -23,7 +23,8 @@ from helpers import LIMIT, rest, wait_for
 README = (ROOT / "README.md").read_text()
 SMALL = [f"--set {key}" for key in (
     "data.window_seconds=10", "training.epochs=2", "training.batch_size=4", "training.log_every=1",
-    "data.background_per_partial=1", "data.full_per_partial=0", "evaluation.window_seconds=10", "evaluation.overlap_seconds=0")]
+    "data.background_per_partial=1", "data.full_per_partial=0", "evaluation.window_seconds=10",
+    "evaluation.overlap_seconds=0")]
 PEOPLE = {                              # who -> the texts with which their seizures are marked
     "anna": ("Seizure", None), "ben": ("Seizure start", "Seizure end"),
     "cem": ("sz on", "sz off"), "dora": ("Anfall Beginn", "Anfall Ende")}
@@ -135,7 +136,8 @@ def test_the_first_lines_are_an_import_a_look_a_training_an_evaluation_and_a_boa
     assert board.startswith("tensorboard --logdir ")
 
 
-def test_own_recordings_go_from_import_to_pictures_by_the_lines_of_the_readme_through_a_kill(tmp_path):
+def test_own_recordings_go_from_import_to_pictures_by_the_lines_of_the_readme_and_over_a_kill(
+        tmp_path):
     project = Project(tmp_path / "holdfast")
     own_folder(project.folder / "MY_EDFS")
     importing, info, training, evaluation, board = lines("Your own recordings")
