@@ -83,7 +83,7 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
@@ -96,6 +96,8 @@ ABANDONED = 3600.0              # seconds after which a temp of another host cou
 PROGRESS = ("epoch", "batch", "global_step", "save_counter")
 # alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
 PAGE, CHUNK = 4096, 32 << 20
+# bytes that the second copy reads and writes at a time, and seconds that it rests after them
+PIECE, PAUSE = 4 << 20, 0.005
 # assumed mean time between failures for the Young/Daly advice: one Modal time limit
 MTBF_HOURS = 24.0
 # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
@@ -1047,28 +1049,35 @@ def _open(path):
     return file
 
 
+@contextlib.contextmanager
+def _damage(path):
+    """What reading `path` raises, as CorruptCheckpoint; OSError where the disk failed."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        # damage made us seek to nowhere
+        if error.errno != errno.EINVAL:
+            raise
+        raise CorruptCheckpoint(f"{path}: misplaced records") from None
+    except CorruptCheckpoint as damage:
+        raise CorruptCheckpoint(f"{path}: {damage}") from None
+    except pickle.UnpicklingError as refusal:
+        code = re.search(r"GLOBAL (\S+)", str(refusal))
+        what = f"it would run {code[1]}" if code else str(refusal).strip().split("\n")[0]
+        raise CorruptCheckpoint(f"{path}: weights_only loading refuses it: {what}") from None
+    except Exception as damage:
+        # a damaged zip makes torch raise EOFError, RuntimeError, KeyError, struct.error ...
+        what = f"{type(damage).__name__}: {damage}".split("\n")[0]
+        raise CorruptCheckpoint(f"{path}: unreadable: {what}") from damage
+
+
 def _checked(path, map_location):
     with _open(path) as file:
         before = os.fstat(file.fileno())
-        try:
+        with _damage(path):
             state = _read_state(file, map_location)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except OSError as error:
-            # damage made us seek to nowhere
-            if error.errno != errno.EINVAL:
-                raise
-            raise CorruptCheckpoint(f"{path}: misplaced records") from None
-        except CorruptCheckpoint as damage:
-            raise CorruptCheckpoint(f"{path}: {damage}") from None
-        except pickle.UnpicklingError as refusal:
-            code = re.search(r"GLOBAL (\S+)", str(refusal))
-            what = f"it would run {code[1]}" if code else str(refusal).strip().split("\n")[0]
-            raise CorruptCheckpoint(f"{path}: weights_only loading refuses it: {what}") from None
-        except Exception as damage:
-            # a damaged zip makes torch raise EOFError, RuntimeError, KeyError, struct.error ...
-            what = f"{type(damage).__name__}: {damage}".split("\n")[0]
-            raise CorruptCheckpoint(f"{path}: unreadable: {what}") from damage
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise OSError(errno.EAGAIN, "changed while it was read", str(path))
@@ -1097,29 +1106,41 @@ def _check_structure(file):
 
     A record is (name, where its data begin, bytes, CRC-32). Of any other .pt every zip record is
     checked here. Raises CorruptCheckpoint."""
+    size, tensors, comment = _layout(file)
+    if not comment:
+        return [], None
+    digest, at = hashlib.sha256(), 0
+    for _, begin, length, _ in tensors:
+        digest.update(_read(file, at, begin - at))
+        at = begin + length
+    digest.update(_read(file, at, size - len(comment) - at))
+    _check_digest(digest, comment)
+    return tensors, _note(comment)
+
+
+def _layout(file):
+    """(bytes of the file, its tensor records in the order of the file, our comment).
+
+    Of any other .pt (no records, b"") every zip record is checked here."""
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise CorruptCheckpoint("empty file")
     end, comment = _end_record(file, size)
+    tensors = []
     if not comment:
         _check_foreign(file)
-        return [], None
-    stored, note = comment[len(MAGIC):len(MAGIC) + 64], _note_bytes(comment)
-    digest, at, tensors = hashlib.sha256(), 0, []
+        return size, tensors, comment
     for name, length, crc, offset in _records(file, end, size):
-        if not name.startswith(b"archive/data/"):
-            continue
-        digest.update(_read(file, at, offset + 30 - at))
-        sizes = struct.unpack("<2H", _read(file, offset + 26, 4))
-        digest.update(_read(file, offset + 30, sum(sizes)))
-        at = offset + 30 + sum(sizes)
-        tensors.append((name.decode(), at, length, crc))
-        at += length
-    digest.update(_read(file, at, size - len(comment) - at))
-    digest.update(note)
-    if digest.hexdigest().encode() != stored:
+        if name.startswith(b"archive/data/"):
+            sizes = struct.unpack("<2H", _read(file, offset + 26, 4))
+            tensors.append((name.decode(), offset + 30 + sum(sizes), length, crc))
+    return size, tensors, comment
+
+
+def _check_digest(digest, comment):
+    digest.update(_note_bytes(comment))
+    if digest.hexdigest().encode() != comment[len(MAGIC):len(MAGIC) + 64]:
         raise CorruptCheckpoint("headers, structure or plain values do not match their SHA-256")
-    return tensors, _note(comment)
 
 
 def _check_tensor(fd, name, at, length, crc):
@@ -1572,7 +1593,11 @@ class Mirror:
                     return
                 saved, self.waiting, self.busy = self.waiting, 0.0, True
             began = time.monotonic()
-            trouble = self._round()
+            trouble = ""
+            try:
+                self._update()
+            except Exception as error:      # no failed copy may end this thread
+                trouble = getattr(error, "strerror", "") or str(error) or type(error).__name__
             with self.changed:
                 self.busy = False
                 self.changed.notify_all()
@@ -1595,16 +1620,6 @@ class Mirror:
                      f"copy")
         self.trouble = trouble
 
-    def _round(self):
-        """Bring the place up to date; the reason where that failed."""
-        try:
-            self._update()
-            return ""
-        except OSError as error:
-            return error.strerror or str(error)
-        except Exception as error:          # no failed copy may end this thread
-            return str(error) or type(error).__name__
-
     def _update(self):
         # gone: making it anew would fill the disk below the mount point
         os.stat(self.folder)
@@ -1618,12 +1633,8 @@ class Mirror:
                 if record.exists():
                     atomic_write(copy, [record.read_bytes()])
             here = [c for c in candidates(self.home) if not c.damage and KINDS[c.kind].mirrored]
-            if not here:
-                return                      # the home is gone, which its own saves say
-            newest = max(here, key=lambda c: c.order)
-            self._copy(newest)
-            for candidate in here:
-                if candidate.kind != newest.kind and KINDS[candidate.kind].mirrored == 1:
+            for candidate in here:          # none where the home is gone, which its own saves say
+                if candidate is here[0] or KINDS[candidate.kind].mirrored == 1:
                     self._copy(candidate)
             for kind in KINDS.values():
                 rotate(self.place, kind.glob, kind.mirrored)
@@ -1637,8 +1648,6 @@ class Mirror:
             with contextlib.suppress(OSError):
                 return durable_link(there[0].path, target)
         try:
-            # what the home disk has garbled must not replace a good copy
-            verify(candidate.path)
             copy_file(candidate.path, target, self.say)
         except FileNotFoundError:
             if candidate.path.exists():
@@ -1674,29 +1683,94 @@ class Mirror:
 
 
 def copy_file(source, target, say=print):
-    """`target` becomes a durable copy of `source`; where the place knows no fsync or rename it is
-    written in place, said."""
-    with open(source, "rb", buffering=0) as file:
+    """`target` becomes a durable copy of the checkpoint `source`, checked as it is read once.
+
+    What the disk has garbled never replaces a good copy: CorruptCheckpoint. Where the place knows
+    no fsync or rename it is written in place, said."""
+    try:
+        with contextlib.closing(_checked_pieces(source)) as pieces:
+            atomic_write(target, pieces)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            raise
+        say(f"mirror: {target.parent} does not take durable files ({error.strerror}): "
+            f"{target.name} is written in place")
+        verify(source)
+        shutil.copyfile(source, target)
+
+
+def _checked_pieces(path):
+    """Yield the checkpoint's bytes in pieces, each checked as it passes and none loaded; before the
+    last one CorruptCheckpoint where they are not what was saved."""
+    with _open(path) as file, _damage(path):
+        passing = _Passing(file)
+        for piece in _pieces(file.fileno(), passing.size):
+            passing.check(piece)
+            yield piece
+            # training's threads come first: at a low priority the copy starved, with Python's lock
+            time.sleep(PAUSE)
+
+
+class _Passing:
+    """Checks the bytes of a checkpoint that pass by in order: tensors by CRC-32, the rest by
+    SHA-256. Of any other .pt `size` alone is known, its records were checked."""
+
+    def __init__(self, file):
+        self.size, tensors, self.comment = _layout(file)
+        self.at = 0                         # bytes that have passed
+        self.crc = 0                        # of the part that is passing
+        self.digest = hashlib.sha256()
+        self.parts = deque()    # (where it ends, what it is, its CRC-32 if it has one)
+        for name, begin, length, crc in tensors:
+            self.parts.append((begin, "structure", None))
+            self.parts.append((begin + length, f"tensor record {name}", crc))
+        if self.comment:
+            self.parts.append((self.size - len(self.comment), "structure", None))
+            self.parts.append((self.size, "the zip comment", zlib.crc32(self.comment)))
+        ends = [end for end, *_ in self.parts]
+        if ends != sorted(ends):
+            raise CorruptCheckpoint("overlapping or misplaced records")
+
+    def check(self, piece):
+        while self.parts and len(piece):
+            end, name, crc = self.parts[0]
+            values, piece = piece[:end - self.at], piece[end - self.at:]
+            self.at += len(values)
+            if crc is None:
+                self.digest.update(values)
+            else:
+                self.crc = zlib.crc32(values, self.crc)
+            if self.at == end:
+                self._end(name, crc)
+
+    def _end(self, name, crc):
+        if crc is not None and self.crc != crc:
+            raise CorruptCheckpoint(f"{name} does not match its CRC-32")
+        self.crc = 0
+        self.parts.popleft()
+        if not self.parts:
+            _check_digest(self.digest, self.comment)
+
+
+def _pieces(fd, size):
+    """The first `size` bytes in page-aligned pieces that share one buffer; the page cache is left
+    to the EEG."""
+    direct = _set_direct(fd, True)
+    buffer = mmap.mmap(-1, PIECE)
+    for at in range(0, size, PIECE):
         try:
-            atomic_write(target, _pieces(file))
+            count = os.preadv(fd, [buffer], at)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            # refused only at the read, by some file systems
+            if not direct or error.errno != errno.EINVAL:
                 raise
-            say(f"mirror: {target.parent} does not take durable files ({error.strerror}): "
-                f"{target.name} is written in place")
-            shutil.copyfile(source, target)
-        # the cache is for the EEG
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _pieces(file):
-    """The file in page-aligned pieces, as a write past the page cache needs them."""
-    buffer = mmap.mmap(-1, CHUNK)
-    while True:
-        size = file.readinto(buffer)
-        if not size:
-            return
-        yield memoryview(buffer)[:size]
+            direct = _set_direct(fd, False)
+            count = os.preadv(fd, [buffer], at)
+        length = min(PIECE, size - at)
+        if count < length:
+            raise CorruptCheckpoint("truncated")
+        yield memoryview(buffer)[:length]
+        os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
 
 
 # ---- policy ----
@@ -1871,7 +1945,6 @@ class Checkpointer:
             if not there.facts or (newer and source != path):
                 continue
             try:
-                verify(source)
                 copy_file(source, here.path, self.say)
             except CorruptCheckpoint as damage:
                 self.say(f"resume: left {source}: {_reason(damage)}")
@@ -2226,9 +2299,9 @@ def also(source, target, links=True):
     """`target` becomes another name of `source`: a hard link where possible, else a second durable
     file."""
     if links:
-        durable_link(source, target)
-    else:
-        copy_file(source, target)
+        return durable_link(source, target)
+    with _open(source) as file:
+        atomic_write(target, _pieces(file.fileno(), os.fstat(file.fileno()).st_size))
 
 
 def _links_work(directory):

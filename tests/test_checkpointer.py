@@ -551,6 +551,62 @@ def test_a_run_is_no_second_copy_of_itself(tmp_path):
         saver(tmp_path / "results/v3/checkpoints", mirror=tmp_path / "results")
 
 
+@pytest.mark.parametrize("piece", [checkpoint.PAGE, checkpoint.PIECE])
+def test_a_copy_is_checked_as_it_passes_and_what_the_disk_has_garbled_replaces_nothing(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    monkeypatch.setattr(checkpoint, "PAUSE", 0)
+    source, target = tmp_path / "last.pt", tmp_path / "nas.pt"
+    tensors = {"a": torch.arange(5000.0), "none": torch.empty(0), "b": torch.ones(3, dtype=torch.uint8)}
+    checkpoint.atomic_save({**state(1), **tensors, "text": "plain " * 2000}, source)
+    good = source.read_bytes()
+    checkpoint.copy_file(source, target)
+    assert target.read_bytes() == good
+    damaged = [bytes([*good[:at], good[at] ^ 1, *good[at + 1:]]) for at in range(0, len(good), len(good) // 150)]
+    tail = [bytes([*good[:at], good[at] ^ 1, *good[at + 1:]]) for at in range(len(good) - 40, len(good))]
+    for blob in [*damaged, *tail, good[:-1], good[:9000], good + b"x", b""]:
+        source.write_bytes(blob)
+        with pytest.raises(checkpoint.CorruptCheckpoint, match="last.pt: "):
+            checkpoint.copy_file(source, target)
+        assert target.read_bytes() == good and not temps(tmp_path)
+
+
+def test_a_copy_of_a_plain_torch_save_is_checked_by_its_zip_checksums(tmp_path):
+    source, target = tmp_path / "last.pt", tmp_path / "nas.pt"
+    torch.save({"epoch": 1, "batch": 1, "x": torch.arange(5000.0)}, source)
+    checkpoint.copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    blob = bytearray(source.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    source.write_bytes(blob)
+    with pytest.raises(checkpoint.CorruptCheckpoint):
+        checkpoint.copy_file(source, target)
+    assert torch.load(target)["epoch"] == 1 and not temps(tmp_path)
+
+
+def test_the_second_copy_of_a_save_loads_no_state_and_damage_at_home_is_said_and_copied_nowhere(tmp_path, monkeypatch):
+    loads, real = [], checkpoint.copy_file
+    place = tmp_path / "nas/v3/checkpoints"
+
+    def garbled(source, target, say=print):
+        if target.exists():                 # the second save
+            blob = bytearray(source.read_bytes())
+            blob[len(blob) // 2] ^= 1
+            source.write_bytes(blob)
+        real(source, target, say)
+    monkeypatch.setattr(checkpoint, "copy_file", garbled)
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: loads.append(arguments))
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        s.wait()
+        until(lambda: copied(s), said)
+        good = (place / "last.pt").read_bytes()
+        s.save_epoch(state(2, epoch=2), metric=0.4)
+        until(lambda: s.mirror.trouble and not s.mirror.busy, said)
+        assert (place / "last.pt").read_bytes() == good and not temps(place)
+    assert not loads and any(line.startswith("mirror:") and "not match" in line for line in said), said
+
+
 def test_a_place_without_links_or_durable_files_gets_its_copy_and_it_is_said(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
