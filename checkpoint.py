@@ -2051,18 +2051,20 @@ class Checkpointer:
 
     # -- saving --
 
-    def save_mid(self, state):
+    def save_mid(self, state, since=None):
         """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained
-        in it."""
+        in it. since: time.monotonic() when packing `state` began; what training waited counts
+        from there."""
         _check_progress(state, ("epoch", "batch"))
         state = {**state, "holdfast": {}}   # a state that was resumed brings its own along
-        self._start(state, "mid_epoch", [KINDS["mid_epoch"].name.format(**_numbers(state))])
+        names = [KINDS["mid_epoch"].name.format(**_numbers(state))]
+        self._start(state, "mid_epoch", names, since)
 
-    def save_epoch(self, state, metric=None, name="metric", tie=None):
+    def save_epoch(self, state, metric=None, name="metric", tie=None, since=None):
         """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly,
         best.pt. True if best.
 
-        tie: where `metric` equals that of best.pt, the larger one of these wins."""
+        tie: where `metric` equals that of best.pt, the larger one of these wins. since: as above."""
         _check_progress(state, ("epoch",))
         self.wait()
         names = [KINDS["last"].name]
@@ -2077,7 +2079,7 @@ class Checkpointer:
             improved = self._is_best(ours["metric"])
         if improved:
             names.append(KINDS["best"].name)
-        self._start({**state, "holdfast": ours}, "epoch", names)
+        self._start({**state, "holdfast": ours}, "epoch", names, since)
         return improved
 
     def _is_best(self, metric):
@@ -2102,8 +2104,8 @@ class Checkpointer:
             return better(metric["tie"], stored["tie"])
         return better(metric["value"], stored["value"], self.mode)
 
-    def _start(self, state, kind, names):
-        began = time.monotonic()
+    def _start(self, state, kind, names, since=None):
+        began = since or time.monotonic()
         if self.mirror and not self.mirror.known:           # nobody asked for a resume
             self._expect_mirror(begins=True)
         self.wait()

@@ -248,13 +248,13 @@ class Home:
         record.event("resume", self.saver.resumed, self.state)
         return record
 
-    def save_mid(self, state):
+    def save_mid(self, state, since):
         self.record.flush()
-        self.saver.save_mid(state)
+        self.saver.save_mid(state, since)
 
-    def save_epoch(self, state, value, name, tie):
+    def save_epoch(self, state, value, name, tie, since):
         self.record.flush()
-        self.saver.save_epoch(state, value, name, tie)
+        self.saver.save_epoch(state, value, name, tie, since)
 
     def saved(self, path):
         """In the writer thread, once a checkpoint is durable."""

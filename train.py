@@ -412,10 +412,11 @@ class Trainer:
         if self.group.main:
             self.home.record.write(kind="validation", epoch=self.epoch, step=self.step,
                                    best=improved, time=time.time(), **summary)
+        began = time.monotonic()
         with self.watch.during("in a save"):
             state = self.pack()
             if self.group.main:
-                self.home.save_epoch(state, value, name, tie)
+                self.home.save_epoch(state, value, name, tie, began)
         self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
         missed = evaluate.over_cap(summary, self.config["evaluation"])
         if missed:
@@ -480,10 +481,11 @@ class Trainer:
         here = (self.step, len(self.scores))
         if self.saved_at == here:       # never twice for one state
             return
+        began = time.monotonic()
         with self.watch.during("in a save"):
             state = self.pack()
             if self.group.main:
-                self.home.save_mid(state)
+                self.home.save_mid(state, began)
         self.saved_at = here
 
     def pack(self):

@@ -744,3 +744,11 @@ def test_an_average_is_the_mean_of_weights_with_the_newest_buffers_and_refuses_o
         assert checkpoint.main(["average", *paths, "--out", str(tmp_path / "x.pt")]) == 2
         assert message in capsys.readouterr().err
     assert checkpoint.main(["average", *files, "--out", out]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_what_training_waited_counts_from_where_packing_the_state_began(tmp_path):
+    lines = []
+    with checkpoint.Checkpointer(tmp_path, say=lines.append) as writer:
+        writer.save_mid({"epoch": 1, "batch": 1}, since=time.monotonic() - 5)
+        writer.wait()
+        assert writer.blocked >= 5 and any("training waited 5" in line for line in lines), lines
