@@ -55,7 +55,8 @@ kill it whenever you like:
 
 A checkpoint is a plain .pt (a stored zip): `torch.load(path, weights_only=True)` and `unzip -t`
 open it. Every byte is covered: tensors by their zip CRC-32, all the rest by a SHA-256 in the zip
-comment, next to the progress as JSON, so that a choice among files reads a few hundred bytes of each.
+comment, next to the progress as JSON, so that a choice among files reads a few hundred bytes of
+each.
 """
 import argparse
 import contextlib
@@ -131,7 +132,7 @@ class IncompleteState(TypeError, KeyError):
     __str__ = TypeError.__str__             # a KeyError shows its message in quotes
 
 
-# ---- the file: a stored zip laid out by hand: a snapshot is one memcpy, every byte accounted for ----
+# ---- the file: a stored zip laid out by hand; a snapshot is one memcpy, no byte unaccounted ----
 
 _STORAGE = {
     torch.float32: torch.FloatStorage,
@@ -479,7 +480,8 @@ def _directory(records, offset):
         out.write(name + big)
     size, count = out.tell(), len(records)
     if offset + size >= 0xFFFFFFFF or count >= 0xFFFF:
-        out.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, offset))
+        fields = (44, 45, 45, 0, 0, count, count, size, offset)
+        out.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", *fields))
         out.write(struct.pack("<4sLQL", b"PK\6\7", 0, offset + size, 1))
     few = min(count, 0xFFFF)
     out.write(struct.pack("<4s4H2L", b"PK\5\6", 0, 0, few, few,
@@ -514,7 +516,8 @@ class _Image:
             self.tree = frozen.tree
             self.records = frozen.records
             sizes = [(record.nbytes, record.device) for record in self.records]
-            copies = [(r.number, offset, dtype, shape) for _, r, offset, dtype, shape in frozen.copies]
+            copies = [(record.number, offset, dtype, shape)
+                      for _, record, offset, dtype, shape in frozen.copies]
             if self.layout != (sizes, copies):
                 self._place(sizes, copies)
             on_gpu, on_cpu = [], []
@@ -575,7 +578,8 @@ class _Image:
         try:
             self.staging = torch.empty(self.gpu_end, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
-            self._say_once(f"no {self.gpu_end / 1e6:.0f} MB free on the GPU for a clone of the state: "
+            room = f"{self.gpu_end / 1e6:.0f} MB"
+            self._say_once(f"no {room} free on the GPU for a clone of the state: "
                            f"training waits for its copy to the CPU instead")
         target = self.buffer if self.staging is None else self.staging
         self.clones = self._views(target, copies)
@@ -1341,7 +1345,8 @@ def candidates(directory, mirror=None):
     try:
         found += [_Candidate(path, second=True) for path in checkpoints(mirror)] if mirror else []
     except OSError:
-        if all(c.damage for c in found):    # nothing at home: what cannot be read may be all there is
+        # nothing at home: what cannot be read may be all there is
+        if all(c.damage for c in found):
             raise
     # a run at work rotates
     found = [c for c in found if c.facts or c.fault or os.path.lexists(c.path)]
@@ -2064,7 +2069,8 @@ class Checkpointer:
         """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly,
         best.pt. True if best.
 
-        tie: where `metric` equals that of best.pt, the larger one of these wins. since: as above."""
+        tie: where `metric` equals that of best.pt, the larger one of these wins. since: as for
+        save_mid."""
         _check_progress(state, ("epoch",))
         self.wait()
         names = [KINDS["last"].name]
@@ -2688,10 +2694,10 @@ def model_card(state, target, source):
         lines += ["", "## Scores on the validation patients", "", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
     lines += ["", "## Intended use", "",
-              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device: not",
-              "for diagnosis, alarms or treatment. The scores above were seen by the choice of these",
-              "weights; on other patients, hospitals and recording systems expect worse, and measure it",
-              "before use.", ""]
+              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device:",
+              "not for diagnosis, alarms or treatment. The scores above were seen by the choice of",
+              "these weights; on other patients, hospitals and recording systems expect worse, and",
+              "measure it before use.", ""]
     return "\n".join(lines)
 
 

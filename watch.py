@@ -7,8 +7,8 @@
             watch.did("step")                   # progress: the clock starts anew
 
 When nothing has been done for the limit, the stack of every thread is printed and written to the
-file, and the process ends with exit code 70; a save in progress is a temp file, so a resume goes on.
-The limit adapts: never below 10 times the slowest thing done so far.
+file, and the process ends with exit code 70; a save in progress is a temp file, so a resume goes
+on. The limit adapts: never below 10 times the slowest thing done so far.
 """
 import contextlib
 import faulthandler
