@@ -247,6 +247,16 @@ def expect_whole(trial, fake, redone=0):
     assert set(trained) >= {1, EPOCHS * BATCHES} and len(trained) - len(set(trained)) <= redone, steps(fake)
 
 
+async def launch_and_leave(trial, fake):
+    """A detached launch whose client is killed while its container trains."""
+    line = "-m modal run --detach modal_app.py --action train --config config.yaml".split()
+    quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
+    first = await fake.cli(sys.executable, *line, cwd=trial.project, **quiet)
+    while not (fake.tasks and "toy step 3\n" in next(iter(fake.tasks.values())).log()):
+        await asyncio.sleep(0.1)
+    first.kill()
+
+
 def release(fake):
     """Let the toy go on that waits at the step `hold`."""
     for task in fake.tasks.values():
@@ -402,12 +412,7 @@ async def two_launches(trial):
     """A second launch of a run that a call works on is refused; the death of the client does not matter."""
     trial.config(toy={"hold": 5})
     async with trial.modal() as fake:
-        line = "-m modal run --detach modal_app.py --action train --config config.yaml".split()
-        quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
-        first = await fake.cli(sys.executable, *line, cwd=trial.project, **quiet)
-        while not (fake.tasks and "toy step 3\n" in next(iter(fake.tasks.values())).log()):
-            await asyncio.sleep(0.1)
-        first.kill()
+        await launch_and_leave(trial, fake)
         code, out = await fake.launch(resume="true")
         assert code == 2 and "stop its app first" in out, out
         release(fake)
@@ -535,12 +540,7 @@ async def cannot_ask(trial):
     stand_in().FakeModal.FunctionGetOutputs = outputs
     try:
         async with trial.modal() as fake:
-            line = "-m modal run --detach modal_app.py --action train --config config.yaml".split()
-            quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
-            first = await fake.cli(sys.executable, *line, cwd=trial.project, **quiet)
-            while not (fake.tasks and "toy step 3\n" in next(iter(fake.tasks.values())).log()):
-                await asyncio.sleep(0.1)
-            first.kill()
+            await launch_and_leave(trial, fake)
             code, out = await fake.launch(resume="true")
             assert code == 2 and "cannot be told" in out and "modal app list" in out, out
             release(fake)
