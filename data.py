@@ -46,7 +46,7 @@ from splits import person, split_patients  # noqa: F401  (part of what data.py o
 READERS = 16                            # threads; a sweep: bench/loader.py --sweep
 SLOW = 0.05                             # share of the time; more of waiting is worth a word
 USUAL = 25.0                            # uV: scalp EEG, referential or bipolar, between seizures
-USUAL_SECONDS = 120.0                   # of EEG after which a recording says more of itself than USUAL
+USUAL_SECONDS = 120.0                   # of EEG after which a recording's own amplitude counts more
 
 
 class ReadFailed(DataError):
