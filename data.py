@@ -45,6 +45,8 @@ from splits import person, split_patients  # noqa: F401  (part of what data.py o
 
 READERS = 16                            # threads; a sweep: bench/loader.py --sweep
 SLOW = 0.05                             # share of the time; more of waiting is worth a word
+USUAL = 25.0                            # uV: scalp EEG, referential or bipolar, between seizures
+USUAL_SECONDS = 120.0                   # of EEG after which a recording says more of itself than USUAL
 
 
 class ReadFailed(DataError):
@@ -68,7 +70,7 @@ class Recording:
     fs: int
     samples: int
     scale: np.ndarray                   # float32 (C,), uV per unit
-    norm: float                         # uV, typical amplitude of the whole recording
+    norm: float                         # uV, what the EEG is divided by, see reference_amplitude
     labelled: bool
     events: np.ndarray                  # float64 (N, 2), s
     prepared: str
@@ -251,7 +253,18 @@ def _recording(path, name, state, entry):
     fields["channels"] = tuple(fields["channels"])
     fields["scale"] = np.array(fields["scale"], np.float32)
     fields["events"] = np.array(fields["events"], np.float64).reshape(-1, 2)
+    fields["norm"] = reference_amplitude(fields["norm"], fields["samples"] / fields["fs"])
     return Recording(path=path, name=name, state=tuple(state), **fields)
+
+
+def reference_amplitude(typical, seconds):
+    """uV that a recording is divided by: its own typical amplitude, drawn in its logarithm towards
+    USUAL as a prior that weighs as much as USUAL_SECONDS of EEG (shrinkage, James and Stein 1961).
+
+    A clip of 10 s out of a seizure has no background to be measured by: divided by its own
+    amplitude it would look as small as a quiet one."""
+    own = seconds / (seconds + USUAL_SECONDS)
+    return float(np.exp(own * np.log(typical) + (1 - own) * np.log(USUAL)))
 
 
 def fingerprint(recordings):

@@ -379,7 +379,8 @@ def test_windows_at_every_offset_are_those_of_h5py(tmp_path):
             for k, window in enumerate(ids):
                 right = eeg[:, w.start[window]:w.start[window] + w.length]
                 assert mask[k].sum() == right.shape[1]
-                np.testing.assert_array_equal(np.rint(x[k, :, :right.shape[1]].numpy() * 100), right)
+                microvolts = x[k, :, :right.shape[1]].numpy() * recording.norm
+                np.testing.assert_array_equal(np.rint(microvolts / held.scale[0]), right)
 
 
 def plan_all(w):

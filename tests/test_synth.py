@@ -1,6 +1,7 @@
 """synth.py: a pure function of the seed, and no easier than its own artefacts."""
 import numpy as np
 import pytest
+from scipy import signal as dsp
 
 import corpora
 import data
@@ -33,14 +34,14 @@ def spectra(x):
     """Log power per Hz, 1 to 30 Hz, of (19, T): mean, greatest and spread over the channels."""
     power = abs(np.fft.rfft(x * np.hanning(x.shape[1]), axis=1)) ** 2
     f = np.fft.rfftfreq(x.shape[1], 1 / 256)
-    bands = np.log(np.stack([power[:, (f >= a) & (f < a + 1)].mean(1) for a in range(1, 30)]))
+    bands = np.log(np.stack([power[:, (f >= a) & (f < a + 1)].mean(1) for a in range(1, 30)]) + 1e-6)
     return np.concatenate([bands.mean(1), bands.max(1), bands.std(1)])
 
 
-def test_seizures_are_not_told_by_amplitude_or_line_length_but_by_their_rhythm_across_patients(tmp_path):
-    """Pieces of 4 s of 8 patients; the rhythm is learnt by ridge regression on the spectra of 6 and tested
-    on the other 2."""
-    synth.synth(tmp_path / "edf", hours=1.0, patients=8, seed=11)
+def test_seizures_are_told_by_their_spectra_across_patients_better_than_by_size_or_line_length(tmp_path):
+    """Pieces of 4 s of 16 patients; the spectra are learnt by ridge regression on 12 and tested on the other
+    4. What every seizure shares with artefacts, its size, tells it worse."""
+    synth.synth(tmp_path / "edf", hours=1.6, patients=16, seed=11)
     corpora.import_corpus(tmp_path / "edf", tmp_path / "h5", say=lambda text: None)
     simple, features, label, patient = [], [], [], []
     for r in data.open_corpus(tmp_path / "h5"):
@@ -54,11 +55,50 @@ def test_seizures_are_not_told_by_amplitude_or_line_length_but_by_their_rhythm_a
                 patient.append(int(r.patient))
     simple, x, y, patient = map(np.array, (simple, features, label, patient))
     told = [auc(column[y == 1], column[y == 0]) for column in simple.T]
-    assert max(told) < 0.8, told
     x, learnt = np.c_[(x - x.mean(0)) / x.std(0), np.ones(len(x))], []
     for k in range(4):
-        test = (patient - 1) // 2 == k
+        test = (patient - 1) // 4 == k
         a = x[~test]
         score = x[test] @ np.linalg.solve(a.T @ a + 20 * np.eye(a.shape[1]), a.T @ (y[~test] - 0.5))
         learnt.append(auc(score[y[test] == 1], score[y[test] == 0]))
-    assert np.mean(learnt) > 0.84, learnt
+    print("size, line length, peak", told, "spectra", learnt)
+    assert max(told) < 0.88, told
+    assert np.mean(learnt) > max(0.8, max(told)), learnt
+
+
+BANDS = {"delta": (0.5, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30), "gamma": (30, 100)}
+
+
+def marginals(folder, at_most):
+    """{statistic: values} over pieces of 10 s without a seizure, at most so many of each patient: share of the
+    power in each band, amplitude and line length in uV, correlation between channels, and kurtosis."""
+    found, counts = [], {}
+    for r in data.open_corpus(folder):
+        x = microvolts(r).astype(float)
+        for start in range(0, r.samples - 2559, 2560) if r.labelled else ():
+            counts[r.patient] = counts.get(r.patient, 0) + 1
+            if r.labels(start, 2560).any() or counts[r.patient] > at_most:
+                continue
+            piece = x[:, start:start + 2560] + 1e-6 * np.random.default_rng(start).standard_normal((len(x), 2560))
+            f, power = dsp.welch(piece, 256, nperseg=512)
+            total = power[:, (f >= 0.5) & (f < 100)].sum(1)
+            share = [np.median(power[:, (f >= low) & (f < high)].sum(1) / total) for low, high in BANDS.values()]
+            between = np.corrcoef(piece)[np.triu_indices(len(piece), 1)]
+            spread = piece - piece.mean(1, keepdims=True)
+            found.append([*share, np.median(abs(piece)), np.median(abs(np.diff(piece))), np.median(abs(between)),
+                          np.median((spread ** 4).mean(1) / spread.var(1) ** 2)])
+    names = [*BANDS, "amplitude", "line length", "correlation", "kurtosis"]
+    return dict(zip(names, np.array(found).T))
+
+
+def test_the_background_has_the_spectrum_size_correlation_and_line_length_of_real_recordings(shared, tmp_path):
+    """The median of each lies between the 5th and the 95th percentile of the other, both ways."""
+    corpora.import_corpus(shared / "eeg/recordings", tmp_path / "real", montage="bipolar", say=lambda text: None)
+    synth.synth(tmp_path / "edf", hours=1.2, patients=24, seed=5)
+    corpora.import_corpus(tmp_path / "edf", tmp_path / "h5", montage="bipolar", say=lambda text: None)
+    real, made = marginals(tmp_path / "real", 20), marginals(tmp_path / "h5", 8)
+    for name in real:
+        low, median, high = np.percentile(real[name], [5, 50, 95])
+        below, middle, above = np.percentile(made[name], [5, 50, 95])
+        print(f"{name:12} real {low:.3g} {median:.3g} {high:.3g}, synthetic {below:.3g} {middle:.3g} {above:.3g}")
+        assert low <= middle <= high and below <= median <= above, name
