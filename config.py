@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+import augmentation
 import evaluate
 import model
 
@@ -74,7 +75,11 @@ KEYS = {
     "data.background_per_partial": Key(
         2.5, "windows without a seizure, per window that contains an onset or end", FACTOR),
     "data.augment": Key(
-        True, "random gain and left-right mirror, keyed by (seed, epoch, window)"),
+        True, "random changes to training windows, keyed by (seed, epoch, window)"),
+    "data.augmentations": Key(
+        list(augmentation.DEFAULT), "kinds of them: " + "; ".join(
+            f"{name} ({kind.meaning})" for name, kind in augmentation.KINDS.items()),
+        tuple(augmentation.KINDS)),
     "data.buffers": Key(4, "batches read ahead", (1, 1000), CHANGES),
     "data.readers": Key(
         16, "threads that read windows; more help where each read waits, as on a network",
@@ -277,6 +282,10 @@ def within(name, limits, value):
     elif isinstance(limits, tuple) and isinstance(value, str):
         if value not in limits:
             raise Refused(f"{name} must be one of {', '.join(limits)}, not {value!r}")
+    elif isinstance(limits, tuple) and isinstance(value, list):
+        for item in value:
+            if item not in limits:
+                raise Refused(f"{name} may hold {', '.join(limits)}, not {item!r}")
     elif isinstance(limits, tuple):
         lowest, highest = limits
         if not lowest <= value <= highest:
@@ -323,7 +332,7 @@ def describe():
     lines = ["section.key: default, meaning; limits (* may change on a resume)"]
     for name, key in KEYS.items():
         mark = "*" if key.may_change else " "
-        default = yaml.safe_dump(key.default).splitlines()[0]
+        default = yaml.safe_dump(key.default, default_flow_style=True, width=1000).splitlines()[0]
         lines.append(f"{mark} {name}: {default}")
         lines += textwrap.wrap(key.meaning + shown(key), 100, initial_indent=" " * 8,
                                subsequent_indent=" " * 8)
@@ -336,6 +345,8 @@ def shown(key):
         return ""
     if isinstance(key.limits, str):
         return f"; {key.limits}"
+    if isinstance(key.default, list):
+        return ""                       # the meaning names them
     if isinstance(key.default, str):
         return f"; {', '.join(key.limits[:-1])} or {key.limits[-1]}"
     return "; {:g} to {:,}".format(*key.limits)

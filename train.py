@@ -143,7 +143,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         c = self.config["data"]
         self.loader = data.Loader(self.split.windows, device, self.config["experiment"]["seed"],
-                                  c["augment"], c["buffers"], c["readers"])
+                                  c["augment"] and c["augmentations"], c["buffers"], c["readers"])
         self.waits = False              # whether the advice on slow reading was given
         self.ahead = iter(())           # windows of the recordings that are validated
 
