@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-import augmentation
+import data
 import evaluate
 import model
 
@@ -77,9 +77,9 @@ KEYS = {
     "data.augment": Key(
         True, "random changes to training windows, keyed by (seed, epoch, window)"),
     "data.augmentations": Key(
-        list(augmentation.DEFAULT), "kinds of them: " + "; ".join(
-            f"{name} ({kind.meaning})" for name, kind in augmentation.KINDS.items()),
-        tuple(augmentation.KINDS)),
+        list(data.AUGMENTED), "kinds of them: " + "; ".join(
+            f"{name} ({kind.meaning})" for name, kind in data.AUGMENTATIONS.items()),
+        tuple(data.AUGMENTATIONS)),
     "data.buffers": Key(4, "batches read ahead", (1, 1000), CHANGES),
     "data.readers": Key(
         16, "threads that read windows; more help where each read waits, as on a network",

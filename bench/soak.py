@@ -1,104 +1,192 @@
-"""Kill a real training run with SIGKILL at random times, take its whole results folder away, or let it hang; resume it every
-time, and compare its end with a run never stopped.
+"""Kill a real training run at random times, take its whole results folder away, or let it hang;
+resume it every time, and compare its end with a run never stopped.
 
     python bench/soak.py                                        100 kills
-    python bench/soak.py --kills 100 --losses 50 --hangs 50     with a second copy in training.mirror
+    python bench/soak.py --kills 100 --losses 50 --hangs 50     about half an hour, two cores
 
-Each process is killed between its start and some seconds into training. A loss is a kill after which the results folder is
-removed, so that only the mirror is left; a hang is a step that sleeps in C until the watchdog ends the process with 70. Runs
-that reach their end before all is spent are compared and begun again in a new directory. Prints what was done, runs compared,
-the most steps done again, and whether weights, optimizer and metrics were equal.
+Every process is forked with train.py imported, so that a kill meets training, not the import of
+torch; it runs the command line of train.py with --resume and a second copy in training.mirror, and
+saves a snapshot after every step. A kill is SIGKILL at a random time. A loss is a kill after which
+the results folder is removed, so that only the mirror is left. A hang is a random call of a step,
+of the validation of a recording, or of a write in the save thread that sleeps in C until the
+watchdog ends the process with 70. A run that reaches its end is compared and another one begun.
 """
 import argparse
+import ctypes
+import itertools
 import json
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
 from pathlib import Path
 
-import yaml
-
+os.environ |= {"OMP_NUM_THREADS": "1", "BGB_MID_EPOCH_MINUTES": "0"}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
+import torch                                                # noqa: E402
+import yaml                                                 # noqa: E402
+
 import checkpoint                                           # noqa: E402
 import corpora                                              # noqa: E402
+import pictures                                             # noqa: E402, F401 - or every fork does
 import synth                                                # noqa: E402
-from helpers import rows, same, settings                 # noqa: E402
+import train                                                # noqa: E402
+from crash import warm                                      # noqa: E402
+from helpers import rows, same, settings                    # noqa: E402
+
+# where a process may stand still: whose method, and about how often a run calls it
+HANGS = ((train.Trainer, "train_step", 20), (train.Trainer, "score", 2),
+         (checkpoint.Checkpointer, "_write", 20))
+HANG_MINUTES = 0.1
+COMPARED = ("model", "optimizer", "scheduler", "rng", "sampler", "running", "stopping", "scores",
+            "metric", "epoch", "batch", "global_step")
 
 
-HANG = """
-import ctypes, sys
-sys.path.insert(0, sys.argv.pop(1))
-import train
-original, steps = train.Trainer.train_step, [int(sys.argv.pop(1))]
+# ---- one process ----
 
-def train_step(self, *arguments):
-    steps[0] -= 1
-    if steps[0] < 0:
-        ctypes.CDLL(None).sleep(3600)
-    return original(self, *arguments)
+def hang(owner, name, calls):
+    """Have the method `name` sleep in C for good after so many calls of it."""
+    original, left = getattr(owner, name), itertools.count(calls, -1)
 
-train.Trainer.train_step = train_step
-sys.exit(train.main(sys.argv[1:]))
-"""
+    def wrapped(*arguments):
+        if next(left) <= 0:
+            ctypes.CDLL(None).sleep(100_000)
+        return original(*arguments)
+    setattr(owner, name, wrapped)
 
 
-def launch(results, hang_after=None):
-    """A process that trains on; `hang_after`: it hangs after so many steps, for the watchdog to end it."""
-    command = [sys.executable, str(ROOT / "train.py")]
-    if hang_after is not None:
-        command = [sys.executable, "-c", HANG, str(ROOT), str(hang_after)]
-    command += ["--config", str(results / "config.yaml"), "--resume"]
-    if hang_after is not None:
-        command += ["--set", "training.hang_minutes=0.1"]
-    log = open(results / "log.txt", "a")
-    return subprocess.Popen(command, stdout=log, stderr=log,
-                            env={**os.environ, "BGB_MID_EPOCH_MINUTES": "0", "OMP_NUM_THREADS": "1"})
+def fork(results, *hanging):
+    """Process id of a run that trains on in `results`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        # threads do not live through a fork; waiting for them would never end
+        torch.set_num_threads(1)
+        log = os.open(results / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if hanging:
+            hang(*hanging)
+        code = train.main(["--config", str(results / "config.yaml"), "--resume",
+                           "--set", f"training.hang_minutes={HANG_MINUTES}"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
+
+def exit_code(pid):
+    """That of the process once it ended, -9 after SIGKILL."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# ---- one run ----
 
 def prepare(corpus, results, epochs):
     results.mkdir()
-    config = settings(corpus, results, training__epochs=epochs, training__checkpoint_keep=2,
-                      training__mirror=str(results / "mirror"))
+    config = settings(corpus, results, data__stride_seconds=2.5, training__epochs=epochs,
+                      training__checkpoint_keep=2, training__mirror=str(results / "mirror"))
     (results / "config.yaml").write_text(yaml.safe_dump(config))
     return results
 
 
-def seen_step(results):
-    """The furthest step that the run's own log had reported when it died."""
-    path = results / "t" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+def trained(results):
+    """Steps in the records, which are written after every step."""
+    path = results / "t/metrics.jsonl"
+    found = checkpoint.read_json_lines(path, say=lambda line: None)
+    return max((row["step"] for row in found), default=0)
 
 
-def saved_step(results):
-    """The furthest step that the run's folder or its mirror holds."""
-    places = [results / "t" / "checkpoints", results / "mirror" / "t" / "checkpoints"]
-    found = [c.facts["global_step"] for place in places for c in checkpoint.candidates(place) if c.facts]
-    return max(found, default=0)
+def saved(results):
+    """The step from which a resume goes on."""
+    home, second = results / "t/checkpoints", results / "mirror/t/checkpoints"
+    for candidate in checkpoint.candidates(home, second):
+        if not candidate.damage and checkpoint.verify(candidate.path):
+            return candidate.facts["global_step"]
+    return 0
 
 
-def kill(process, seconds):
-    """Whether SIGKILL met the process alive, `seconds` after now."""
-    try:
-        process.wait(seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return True
+def interrupted(results, kind, rng, length):
+    """Let a process of the run meet `kind`. Returns (what became of it: its kind, or "end" where
+    the run was finished before; steps that it trained; steps to be done again)."""
+    before = saved(results)
+    pid = fork(results, *hanging(rng)) if kind == "hang" else fork(results)
+    if kind in ("kill", "loss"):
+        time.sleep(rng.uniform(0, length))
+        # it may have ended, but is not reaped yet: its number is still its own
+        os.kill(pid, signal.SIGKILL)
+    code = exit_code(pid)
+    expected = {"kill": -signal.SIGKILL, "loss": -signal.SIGKILL, "hang": 70, "none": 0}[kind]
+    if code not in (0, expected):
+        sys.exit((results / "log.txt").read_text()[-4000:] + f"\n{kind}: exit code {code}")
+    reached = trained(results)
+    if code == 0:
+        return "end", reached - before, 0
+    if kind == "loss":
+        shutil.rmtree(results / "t", ignore_errors=True)
+    return kind, max(0, reached - before), max(0, reached - saved(results))
 
 
-def equal(results, reference):
-    mine, theirs = (checkpoint.load(r / "t/checkpoints/last.pt") for r in (results, reference))
-    keys = ("model", "optimizer", "scheduler", "rng", "sampler", "stopping", "scores", "global_step")
-    return all(same(mine[k], theirs[k]) for k in keys) and rows(results) == rows(reference)
+def hanging(rng):
+    owner, name, most = rng.choice(HANGS)
+    return owner, name, rng.randrange(most)
+
+
+def differences(results, reference):
+    """What is not as in the run never stopped, the second copy included."""
+    found = []
+    for place in ("t", "mirror/t"):
+        for name in ("last.pt", "best.pt"):
+            mine, whole = (checkpoint.load(r / place / "checkpoints" / name)
+                           for r in (results, reference))
+            found += [f"{place}/{name}: {key}" for key in COMPARED
+                      if not same(mine[key], whole[key])]
+    if rows(results) != rows(reference):
+        found.append("metrics.jsonl")
+    return found
+
+
+def soak(temp, todo, epochs, rng):
+    """Meet everything in `todo`, in its order. Returns counts, and the most steps done again."""
+    synth.synth(temp / "edf", hours=0.35, patients=4, seed=3)
+    corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
+    warm()
+    reference = prepare(temp / "h5", temp / "reference", epochs)
+    began = time.monotonic()
+    interrupted(reference, "none", rng, 0)
+    length = (time.monotonic() - began) / 4
+    counts, again = Counter(), Counter()
+    steps = trained(reference)
+    while todo:
+        results = prepare(temp / "h5", temp / f"run{counts['end']}", epochs)
+        outcome = ""
+        while outcome != "end":
+            kind = todo[-1] if todo else "none"
+            outcome, done, lost = interrupted(results, kind, rng, length)
+            counts[outcome] += 1
+            counts[f"{outcome} in training"] += done > 0
+            again[outcome] = max(again[outcome], lost)
+            if outcome == kind:
+                todo.pop()
+            print(f"{results.name}: {outcome}, {done} steps, {lost} again; {len(todo)} to go",
+                  file=sys.stderr, flush=True)
+        found = differences(results, reference)
+        counts["different"] += bool(found)
+        if found:
+            print(f"{results.name} differs: {', '.join(found)}", file=sys.stderr, flush=True)
+        shutil.rmtree(results)
+    return counts, again, steps
 
 
 def main():
@@ -110,44 +198,18 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, began = random.Random(args.seed), time.monotonic()
+    todo = ["kill"] * args.kills + ["loss"] * args.losses + ["hang"] * args.hangs
+    rng.shuffle(todo)
     with tempfile.TemporaryDirectory() as temp:
-        temp = Path(temp)
-        synth.synth(temp / "edf", hours=0.35, patients=4, seed=3)
-        corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
-        reference = prepare(temp / "h5", temp / "reference", args.epochs)
-        start = time.monotonic()
-        assert launch(reference).wait() == 0, (reference / "log.txt").read_text()
-        length = time.monotonic() - start
-        todo = ["kill"] * args.kills + ["loss"] * args.losses + ["hang"] * args.hangs
-        rng.shuffle(todo)
-        runs = differing = 0
-        again = {"kill": 0, "loss": 0, "hang": 0}
-        while todo:
-            results = prepare(temp / "h5", temp / f"run{runs}", args.epochs)
-            done = False
-            while not done:
-                kind = todo[-1] if todo else "none"
-                process = launch(results, rng.randrange(12) if kind == "hang" else None)
-                if kind in ("kill", "loss") and kill(process, rng.uniform(0, length / 2)):
-                    todo.pop()
-                    step = seen_step(results)
-                    if kind == "loss":
-                        shutil.rmtree(results / "t", ignore_errors=True)
-                    again[kind] = max(again[kind], step - saved_step(results))
-                    continue
-                code = process.wait()
-                if code == 70:
-                    todo.pop()
-                    again[kind] = max(again[kind], seen_step(results) - saved_step(results))
-                    continue
-                assert code == 0, (results / "log.txt").read_text()[-3000:]
-                done = True
-            runs += 1
-            differing += not equal(results, reference)
-    print(f"{args.kills} SIGKILLs, {args.losses} losses of the whole results folder and {args.hangs} hangs over {runs} runs of "
-          f"{args.epochs} epochs: {differing} runs ended different from the one never stopped; at most {again['kill']} steps done "
-          f"again after a kill, {again['loss']} after a loss, {again['hang']} after a hang; {time.monotonic() - began:.0f} s")
-    return 1 if differing else 0
+        counts, again, steps = soak(Path(temp), todo, args.epochs, rng)
+    print(f"{counts['kill']} SIGKILLs, {counts['loss']} losses of the whole results folder and "
+          f"{counts['hang']} hangs ({counts['kill in training']}, {counts['loss in training']} and "
+          f"{counts['hang in training']} of them after steps of their own) over {counts['end']} runs "
+          f"of {steps} steps: {counts['different']} runs ended different from the one never "
+          f"stopped; with a snapshot after every step at most {again['kill']} steps done again "
+          f"after a kill, {again['loss']} after a loss, {again['hang']} after a hang; "
+          f"{time.monotonic() - began:.0f} s")
+    return 1 if counts["different"] else 0
 
 
 if __name__ == "__main__":

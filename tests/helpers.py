@@ -21,6 +21,7 @@ from model import SMALL
 PYTHON = [sys.executable, str(ROOT / "train.py")]
 LIMIT = 900                         # seconds: five times what a busy machine takes
 TIMES = {"seconds", "waited", "time"}
+EPOCH_STEPS = 6                     # of the runs that the tests train on small_corpus
 
 
 def settings(corpus, results, **changes):

@@ -1,22 +1,21 @@
-"""augmentation.py: each kind changes what it should, the same for every reader, process and resume."""
+"""Augmentation in data.py: each kind changes what it should, the same for every reader, process and resume."""
 import numpy as np
 import pytest
 import torch
 
-import augmentation
 import config
 import data
 import edf
 import evaluate
 import train
-from augmentation import KINDS, Augmentation
+from data import AUGMENTATIONS, Augmenter
 from conftest import NAMES, imported, write_edf
 from helpers import assert_same_run, loaded, rest, spawn, wait_for
 from scipy import signal
 from test_data import fake, plan, sha
 
 LENGTH = 20 * edf.FS
-EVERY = tuple(KINDS)
+EVERY = tuple(AUGMENTATIONS)
 
 
 def noise(windows=24, channels=19, length=LENGTH):
@@ -25,7 +24,7 @@ def noise(windows=24, channels=19, length=LENGTH):
 
 def changed(name, x, montage="referential", channels=NAMES):
     """(x, draws) after one kind; labels and mask must be as before."""
-    kinds = Augmentation([name], channels, montage)
+    kinds = Augmenter([name], channels, montage)
     drawn = [kinds.draw(1, 1, window) for window in range(len(x))]
     draws = {kind: torch.from_numpy(np.stack([d[kind] for d in drawn])) for kind in kinds.widths}
     y = (torch.arange(x.shape[-1]) > 999).float().expand(len(x), -1)
@@ -65,7 +64,7 @@ def test_a_change_of_reference_leaves_every_bipolar_derivation_as_it_was():
         reference = x[i].mean(0) if electrode < 0 else x[i, electrode]
         torch.testing.assert_close(after[i], x[i] - shares[i] * reference)
     assert 6 < (draws[:, 1] < 0).sum() < 18
-    assert not Augmentation(["reference"], edf.BIPOLAR, "bipolar").kinds
+    assert not Augmenter(["reference"], edf.BIPOLAR, "bipolar").kinds
 
 
 def test_mains_adds_50_or_60_hz_and_its_harmonic_and_nothing_else():
@@ -115,7 +114,7 @@ def test_dropped_channels_are_zero_as_a_missing_electrode_is_and_the_others_unto
 
 
 def test_stretch_moves_rhythm_labels_and_padding_together():
-    kinds = Augmentation(["stretch"], NAMES, "referential")
+    kinds = Augmenter(["stretch"], NAMES, "referential")
     reach = kinds.reach(LENGTH)
     speeds = torch.tensor([[0.95], [1.0], [1.05]])
     t = torch.arange(reach) / edf.FS
@@ -142,7 +141,7 @@ def test_a_faster_window_is_filled_with_the_eeg_that_follows(corpus):
     inside = [i for i in range(len(w)) if w.start[i] + 1.06 * w.length < corpus[w.recording[i]].samples]
     loader = data.Loader(w, augment=["stretch"])
     (x, y, mask), = loader.batches([inside[:40]], 1)
-    speeds = [loader.augmentation.draw(0, 1, window)["stretch"][0] for window in inside[:40]]
+    speeds = [loader.augmenter.draw(0, 1, window)["stretch"][0] for window in inside[:40]]
     assert mask.all() and min(speeds) < 0.97 and max(speeds) > 1.03
     for i, window in enumerate(inside[:40]):
         recording, start = corpus[w.recording[window]], int(w.start[window])
@@ -156,14 +155,14 @@ def test_a_faster_window_is_filled_with_the_eeg_that_follows(corpus):
 
 
 def test_switching_a_kind_on_leaves_the_draws_of_the_others():
-    every = Augmentation(EVERY, NAMES, "referential").draw(3, 2, 17)
-    assert list(every) == list(KINDS)
-    for name in KINDS:
-        alone = Augmentation([name], NAMES, "referential").draw(3, 2, 17)
+    every = Augmenter(EVERY, NAMES, "referential").draw(3, 2, 17)
+    assert list(every) == list(AUGMENTATIONS)
+    for name in AUGMENTATIONS:
+        alone = Augmenter([name], NAMES, "referential").draw(3, 2, 17)
         assert list(alone) == [name] and np.array_equal(alone[name], every[name])
-    assert len({kind.stream for kind in KINDS.values()}) == len(KINDS)
+    assert len({kind.stream for kind in AUGMENTATIONS.values()}) == len(AUGMENTATIONS)
     for place in ((4, 2, 17), (3, 3, 17), (3, 2, 18)):
-        other = Augmentation(EVERY, NAMES, "referential").draw(*place)
+        other = Augmenter(EVERY, NAMES, "referential").draw(*place)
         assert not np.array_equal(other["gain"], every["gain"])
 
 
@@ -196,7 +195,7 @@ def test_what_is_off_costs_nothing(corpus):
     w = data.Windows(corpus, 10, 3)
     for off in (False, [], ()):
         loader = data.Loader(w, augment=off)
-        assert not loader.augmentation.widths and loader.reach == w.length
+        assert not loader.augmenter.widths and loader.reach == w.length
         assert sha(loader.batches(plan(w), 1)) == sha(data.Loader(w).batches(plan(w), 1))
     assert data.Loader(w, augment=["gain", "band"]).reach == w.length
 
@@ -212,7 +211,7 @@ def test_a_kind_that_is_not_known_is_refused_in_one_line(tmp_path):
     assert config.load(path)["data"]["augmentations"] == []
     with pytest.raises(config.Refused, match="data.augmentations must be list"):
         config.load(path, ["data.augmentations=gain"])
-    assert config.DEFAULTS["data"]["augmentations"] == list(augmentation.DEFAULT)
+    assert config.DEFAULTS["data"]["augmentations"] == list(data.AUGMENTED)
 
 
 @pytest.fixture(scope="module")

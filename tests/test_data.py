@@ -253,6 +253,12 @@ def test_batches_are_the_recordings_own_samples(corpus):
         assert torch.equal(data.normalise(eeg, scale, torch.tensor(r.norm)), x[-1])
 
 
+def test_a_clip_out_of_a_seizure_is_measured_by_a_usual_amplitude_and_an_hour_by_its_own():
+    assert data.reference_amplitude(100, 10) == pytest.approx(data.USUAL, rel=0.15)
+    assert data.reference_amplitude(100, 3600) == pytest.approx(100, rel=0.05)
+    assert data.reference_amplitude(data.USUAL, 60) == pytest.approx(data.USUAL)
+
+
 def test_batches_stay_valid_after_the_ring_went_round(corpus):
     w = data.Windows(corpus, 10, 5)
     kept = [x.clone() for x, _, _ in data.Loader(w, buffers=2).batches(plan(w), 1)]

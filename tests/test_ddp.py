@@ -13,7 +13,7 @@ import torch
 import checkpoint
 import config
 from conftest import ROOT
-from helpers import free_port, last, loaded, rest, rows, same, wait_for
+from helpers import EPOCH_STEPS, free_port, last, loaded, rest, rows, same, wait_for
 from model import SMALL
 
 
@@ -122,7 +122,7 @@ def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_
     gate.touch()
     out = "".join(lines) + rest(process)
     assert process.returncode == 1 and re.search(r"stopped: .*was changed since .*; mend it, then --resume", out), out[-4000:]
-    assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] == 5
+    assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] == EPOCH_STEPS
 
 
 @pytest.mark.slow

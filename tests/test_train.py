@@ -25,7 +25,7 @@ import config
 import data
 import train
 from conftest import ROOT
-from helpers import LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
+from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
 
@@ -211,7 +211,7 @@ def test_a_step_that_hangs_in_c_ends_the_run_with_70_and_says_where_it_stood_and
     out = rest(process)
     assert process.returncode == 70, out
     for text in (out, (tmp_path / "t/hang.txt").read_text(), (tmp_path / "t/log.txt").read_text()):
-        assert "it was in a step; last done: " in text and "epoch 1, batch 3 of 5, step 3, last save: mid_epoch_001_00000" in text
+        assert "it was in a step; last done: " in text and f"epoch 1, batch 3 of {EPOCH_STEPS}, step 3, last save: mid_epoch_001_00000" in text
         assert "(most recent call first)" in text and "in stuck" in text
     assert train.run(loaded(corpus, tmp_path), "true") == 0
     assert_same_run(tmp_path, reference)
@@ -476,7 +476,7 @@ def test_waiting_for_data_is_said_once_with_what_to_do(corpus, tmp_path, capsys,
     monkeypatch.setattr(train.data.Loader, "share", lambda self: 0.4)
     assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
     out = capsys.readouterr().out
-    assert out.count("waited 40 % for data") == 5
+    assert out.count("waited 40 % for data") == EPOCH_STEPS
     assert out.count("training waited for data 40 % of the time") == 1 and "raise data.readers" in out
 
 
@@ -554,7 +554,7 @@ def test_a_run_started_from_weights_alone_has_a_new_optimizer_and_names_their_ha
     tuned = loaded(corpus, tmp_path / "tuned", training__epochs=1, training__init=str(source), training__learning_rate=0.0)
     assert train.run(tuned) == 0
     state = last(tmp_path / "tuned")
-    assert same(state["model"], checkpoint.load(source)["model"]) and state["global_step"] == 5
+    assert same(state["model"], checkpoint.load(source)["model"]) and state["global_step"] == EPOCH_STEPS
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     assert state["config"]["training"]["init_sha256"] == digest
     assert yaml.safe_load((tmp_path / "tuned/t/config.yaml").read_text())["training"]["init_sha256"] == digest
