@@ -215,7 +215,7 @@ def load(path, overrides=()):
     check(config, given)
     for name, key in KEYS.items():
         section, _, short = name.partition(".")
-        value = config[section][short]
+        value = config[section].get(short)          # model.size is gone into the others
         if key.limits in (PATH, PATHS):
             several = isinstance(value, list)
             config[section][short] = [placed(v) for v in value] if several else placed(value)
