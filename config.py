@@ -214,11 +214,14 @@ def load(path, overrides=()):
     config = {section: DEFAULTS[section] | given[section] for section in DEFAULTS}
     check(config, given)
     for name, key in KEYS.items():
+        section, _, short = name.partition(".")
+        value = config[section].get(short)          # model.size is gone into the others
         if key.limits in (PATH, PATHS):
-            section, _, short = name.partition(".")
-            value = config[section][short]
             several = isinstance(value, list)
             config[section][short] = [placed(v) for v in value] if several else placed(value)
+        elif isinstance(value, list) and isinstance(key.limits, tuple):
+            # in one order, each once: two ways to write one choice are equal
+            config[section][short] = [item for item in key.limits if item in value]
     return config
 
 

@@ -207,6 +207,8 @@ def test_a_kind_that_is_not_known_is_refused_in_one_line(tmp_path):
         config.load(path)
     assert str(refusal.value) == ("data.augmentations may hold mirror, stretch, polarity, reference, mains, "
                                   "band, gain, channels, not 'wobble'")
+    path.write_text("data: {augmentations: [gain, band, mirror, gain]}\n")
+    assert config.load(path)["data"]["augmentations"] == ["mirror", "band", "gain"]
     path.write_text("data: {augmentations: []}\n")
     assert config.load(path)["data"]["augmentations"] == []
     with pytest.raises(config.Refused, match="data.augmentations must be list"):
