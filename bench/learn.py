@@ -176,7 +176,8 @@ def networks(work, args):
         folder = trained(work, f"transfer_{seed}", str(work / "corpus_bipolar"), seed, args)
         rows[f"V3, seed {seed}"], _ = track_of(folder / "last.pt")
         mean = folder / "mean_of_epochs.pt"
-        checkpoint.average(sorted(folder.glob("checkpoint_epoch_*.pt")), mean)
+        if not mean.exists():
+            checkpoint.average(sorted(folder.glob("checkpoint_epoch_*.pt")), mean)
         rows[f"  mean of its last {TRAINING['checkpoint_keep']} epochs"], _ = track_of(mean)
     alone = [track for name, track in rows.items() if name.startswith("V3")]
     rows["V3, mean of the seeds' tracks"] = lambda r: np.mean([t(r) for t in alone], 0)
