@@ -24,6 +24,7 @@ from scipy import signal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import augmentation                                                     # noqa: E402
 import corpora                                                          # noqa: E402
 import data                                                             # noqa: E402
 import evaluate                                                         # noqa: E402
@@ -36,7 +37,7 @@ CLIPS = ROOT.parent / "shared" / "eeg" / "recordings"
 CORPORA = {"corpus": (6.0, 48, 0), "unseen": (2.0, 24, 1000)}           # hours, patients, seed
 OTHER = synth.Amplifier(1.0, 500, 12, 1.0, 1.0, 30.0)                   # step 1 uV, 1 to 30 Hz
 BASE = ("mirror", "gain")
-ADDED = [kind for kind in data.AUGMENTATIONS if kind not in (*BASE, "reference")]      # bipolar has none
+ADDED = [kind for kind in augmentation.AUGMENTATIONS if kind not in (*BASE, "reference")]      # bipolar has none
 SETS = [(), *[(kind,) for kind in BASE], BASE, *[(*BASE, kind) for kind in ADDED]]
 TRAINING = {
     "epochs": 2, "batch_size": 8, "learning_rate": 2e-3, "warmup_ratio": 0.1, "grad_clip": 1.0,
