@@ -397,6 +397,21 @@ def test_a_run_whose_whole_folder_is_lost_goes_on_from_its_second_copy_with_best
     assert recover(tmp_path / "nas/v3/checkpoints") == 4
 
 
+def test_a_resume_of_a_run_killed_between_its_last_save_and_the_copy_completes_the_second_copy(tmp_path):
+    s, _ = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+    with saver(tmp_path / "results/v3/checkpoints") as s:           # as if killed before the copy
+        assert s.resume()
+        s.save_epoch(state(2, epoch=2), metric=0.9)
+    assert recover(tmp_path / "nas/v3/checkpoints") == 1
+    s, _ = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 2                       # finished: there is nothing to save
+    place = tmp_path / "nas/v3/checkpoints"
+    assert recover(place) == 2 and sound(checkpoint.load(place / "best.pt")) == 2
+
+
 def test_a_resume_takes_the_better_of_both_places(tmp_path):
     s, said = mirrored(tmp_path)
     with s:

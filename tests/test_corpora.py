@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+import augmentation
 import corpora
 import data
 import edf
@@ -399,8 +400,8 @@ def test_a_corpus_of_a_wearables_channels_is_imported_and_gives_windows(tmp_path
     assert {r.channels for r in recordings} == {("F7-T3", "F8-T4")}
     loader = data.Loader(data.Windows(recordings, 60, 10), augment=True)
     x, y, mask = next(loader.batches([[0, 1]], 1))
-    assert x.shape == (2, 2, 60 * 256) and data.mirror(recordings[0].channels).tolist() == [1, 0]
-    assert data.mirror(("Cz", "F7-T3")).tolist() == [0, 1]  # nothing to change sides with
+    assert x.shape == (2, 2, 60 * 256) and augmentation.mirror(recordings[0].channels).tolist() == [1, 0]
+    assert augmentation.mirror(("Cz", "F7-T3")).tolist() == [0, 1]  # nothing to change sides with
 
 
 def test_files_refused_for_one_reason_share_a_line(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import augmentation
 import checkpoint
 import corpora
 import data
@@ -283,12 +284,12 @@ def test_augmentation_depends_on_seed_epoch_and_window_alone(corpus):
     assert torch.equal(a, b)
     assert not torch.equal(a, batch([ids], epoch=2)) and not torch.equal(a, batch([ids], seed=2))
     plain = torch.cat([b[0] for b in data.Loader(w).batches([ids], 1)])
-    flip = data.mirror(NAMES)
+    flip = augmentation.mirror(NAMES)
     assert [NAMES[i] for i in flip[:9]] == "Fp2 F4 C4 P4 O2 F8 T4 T6 Fz".split()
     gains = [min(((a[i] - g * p[order]).abs().max().item(), g) for order in (slice(None), flip)
                  for p in [plain[i]] for g in [a[i].norm().item() / p.norm().item()]) for i in range(12)]
     assert max(error for error, _ in gains) < 1e-3 and np.std([g for _, g in gains]) > 0.05
-    assert len(data.mirror(edf.BIPOLAR)) == 18
+    assert len(augmentation.mirror(edf.BIPOLAR)) == 18
 
 
 def test_closing_early_and_errors_leave_no_thread(corpus):

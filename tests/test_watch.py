@@ -50,6 +50,17 @@ def start(code, tmp_path, *arguments):
     return forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+JOB = START + """
+rank = int(sys.argv[4])
+print("ready", flush=True)
+with Watchdog(minutes, path, say, f"process {rank} of 2,", 2) as watch:
+    if rank:                                        # the one that hangs is patient: a step of it was slow
+        time.sleep(1)
+        watch.did("step")
+    ctypes.CDLL(None).sleep(600)
+"""
+
+
 def test_a_main_thread_stuck_in_c_ends_with_70_and_every_stack_in_the_log_and_the_file(tmp_path):
     process = start(STUCK, tmp_path, 1.0, tmp_path / "hang.txt")
     out = rest(process)
@@ -88,3 +99,15 @@ def test_nothing_ends_a_process_that_is_not_watched(tmp_path, code):
     process = start(code.replace("sleep(600)", "sleep(1)"), tmp_path, limit, tmp_path / "hang.txt")
     out = rest(process)
     assert process.returncode == 0, out
+
+
+def test_processes_of_a_job_wait_for_the_words_of_the_one_whose_clock_runs_out_last(tmp_path):
+    """The second is allowed ten times its step of one second, the first two seconds; what an earlier
+    standstill left in the file counts for nothing."""
+    (tmp_path / "hang.txt").write_text("standstill: process 0 of 2\nstandstill: process 1 of 2\n")
+    processes = [start(JOB, tmp_path, 2.0, tmp_path / "hang.txt", rank) for rank in range(2)]
+    first = rest(processes[0])
+    text = (tmp_path / "hang.txt").read_text()
+    second = rest(processes[1])
+    assert [process.returncode for process in processes] == [70, 70], first + second
+    assert text.count("standstill: process 0 of 2") == text.count("standstill: process 1 of 2") == 2, text
