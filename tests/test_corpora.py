@@ -16,6 +16,7 @@ import augmentation
 import corpora
 import data
 import edf
+import forked
 from conftest import CSV, ROOT, command, imported, said, tsv, write_edf
 from helpers import rest, wait_for
 
@@ -209,6 +210,7 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
         "import",
         tmp_path / "src",
         tmp_path / "out",
+        start=subprocess.run,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr and "stopped" in done.stderr
@@ -218,7 +220,7 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
 def held_import(folder, number, workers, gate):
     """An import whose processes stand still before they write their `number`-th recording, once one
     does."""
-    process = subprocess.Popen(
+    process = forked.Popen(
         [
             sys.executable,
             ROOT / "tests" / "held.py",
@@ -248,7 +250,7 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kill
     arguments = [sys.executable, ROOT / "data.py", "import", src, out, "--workers", "2"]
     rng, done = np.random.default_rng(0), set()
     for kill in range(kills):
-        process = subprocess.Popen(
+        process = forked.Popen(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         began = time.monotonic()

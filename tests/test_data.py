@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,6 +19,7 @@ import checkpoint
 import corpora
 import data
 import edf
+import forked
 from conftest import NAMES, ROOT, Held, prepare, write_edf
 
 
@@ -336,7 +336,7 @@ def test_more_recordings_than_files_may_be_open(synthetic, tmp_path):
             "w = data.Windows(many, 10, 60)\n"
             "assert len(list(data.Loader(w).batches([[i] for i in range(len(w))], 1))) == len(w)\n"
             "assert len({r.read(5, 9).tobytes() for r in many + many}) == 1")
-    subprocess.run([sys.executable, "-c", code, ROOT, synthetic[1], tmp_path], check=True)
+    forked.run([sys.executable, "-c", code, ROOT, synthetic[1], tmp_path], check=True)
 
 
 # ---- reading ----

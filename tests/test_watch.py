@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import forked
 from conftest import ROOT
 from helpers import rest
 
@@ -33,20 +34,20 @@ with Watchdog(minutes, path, say) as watch:
 """
 SLOW = START + """
 with Watchdog(minutes, path, say) as watch:
-    for seconds in (1.0, 5.0):                  # far from the limit of 3 and from ten times the first
+    for seconds in (1.0, 4.0):                  # far from the limit of 3 and from ten times the first
         time.sleep(seconds)
         watch.did("step")
 """
 EXCUSED = START + """
 with Watchdog(minutes, path, say) as watch:
     with watch.excused():
-        time.sleep(5)
+        time.sleep(3)
 """
 
 
 def start(code, tmp_path, *arguments):
     command = [sys.executable, "-c", code, str(ROOT), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 JOB = START + """
@@ -80,7 +81,7 @@ def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
     while "step 3" not in process.stdout.readline():
         assert process.poll() is None
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(8)
+    time.sleep(4)                           # the limit is three
     os.kill(process.pid, signal.SIGCONT)
     out = rest(process)
     assert process.returncode == 0 and "step 39" in out and not (tmp_path / "hang.txt").exists()
@@ -95,7 +96,7 @@ def test_the_limit_grows_to_ten_times_the_slowest_step(tmp_path):
 @pytest.mark.parametrize("code", [STUCK, EXCUSED], ids=["off", "another process is waited for"])
 def test_nothing_ends_a_process_that_is_not_watched(tmp_path, code):
     limit = 0.0 if code is STUCK else 1.0
-    process = start(code.replace("sleep(600)", "sleep(3)"), tmp_path, limit, tmp_path / "hang.txt")
+    process = start(code.replace("sleep(600)", "sleep(1)"), tmp_path, limit, tmp_path / "hang.txt")
     out = rest(process)
     assert process.returncode == 0, out
 
