@@ -20,6 +20,8 @@ from pathlib import Path
 
 import yaml
 
+import augmentation
+import data
 import evaluate
 import model
 
@@ -74,7 +76,11 @@ KEYS = {
     "data.background_per_partial": Key(
         2.5, "windows without a seizure, per window that contains an onset or end", FACTOR),
     "data.augment": Key(
-        True, "random gain and left-right mirror, keyed by (seed, epoch, window)"),
+        True, "random changes to training windows, keyed by (seed, epoch, window)"),
+    "data.augmentations": Key(
+        list(augmentation.AUGMENTED), "kinds of them: " + "; ".join(
+            f"{name} ({kind.meaning})" for name, kind in augmentation.AUGMENTATIONS.items()),
+        tuple(augmentation.AUGMENTATIONS)),
     "data.buffers": Key(4, "batches read ahead", (1, 1000), CHANGES),
     "data.readers": Key(
         16, "threads that read windows; more help where each read waits, as on a network",
@@ -209,11 +215,14 @@ def load(path, overrides=()):
     config = {section: DEFAULTS[section] | given[section] for section in DEFAULTS}
     check(config, given)
     for name, key in KEYS.items():
+        section, _, short = name.partition(".")
+        value = config[section].get(short)          # model.size is gone into the others
         if key.limits in (PATH, PATHS):
-            section, _, short = name.partition(".")
-            value = config[section][short]
             several = isinstance(value, list)
             config[section][short] = [placed(v) for v in value] if several else placed(value)
+        elif isinstance(value, list) and isinstance(key.limits, tuple):
+            # in one order, each once: two ways to write one choice are equal
+            config[section][short] = [item for item in key.limits if item in value]
     return config
 
 
@@ -277,6 +286,10 @@ def within(name, limits, value):
     elif isinstance(limits, tuple) and isinstance(value, str):
         if value not in limits:
             raise Refused(f"{name} must be one of {', '.join(limits)}, not {value!r}")
+    elif isinstance(limits, tuple) and isinstance(value, list):
+        for item in value:
+            if item not in limits:
+                raise Refused(f"{name} may hold {', '.join(limits)}, not {item!r}")
     elif isinstance(limits, tuple):
         lowest, highest = limits
         if not lowest <= value <= highest:
@@ -323,7 +336,7 @@ def describe():
     lines = ["section.key: default, meaning; limits (* may change on a resume)"]
     for name, key in KEYS.items():
         mark = "*" if key.may_change else " "
-        default = yaml.safe_dump(key.default).splitlines()[0]
+        default = yaml.safe_dump(key.default, default_flow_style=True, width=1000).splitlines()[0]
         lines.append(f"{mark} {name}: {default}")
         lines += textwrap.wrap(key.meaning + shown(key), 100, initial_indent=" " * 8,
                                subsequent_indent=" " * 8)
@@ -336,6 +349,8 @@ def shown(key):
         return ""
     if isinstance(key.limits, str):
         return f"; {key.limits}"
+    if isinstance(key.default, list):
+        return ""                       # the meaning names them
     if isinstance(key.default, str):
         return f"; {', '.join(key.limits[:-1])} or {key.limits[-1]}"
     return "; {:g} to {:,}".format(*key.limits)

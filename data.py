@@ -38,6 +38,7 @@ import numpy as np
 import corpora
 import splits
 import synth
+from augmentation import AUGMENTED, Augmenter
 from corpora import CHUNK
 from disk import copy_corpus, disk_bytes, file_system  # noqa: F401  (part of what data.py offers)
 from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
@@ -46,7 +47,7 @@ from splits import person, split_patients  # noqa: F401  (part of what data.py o
 READERS = 16                            # threads; a sweep: bench/loader.py --sweep
 SLOW = 0.05                             # share of the time; more of waiting is worth a word
 USUAL = 25.0                            # uV: scalp EEG, referential or bipolar, between seizures
-USUAL_SECONDS = 120.0                   # of EEG after which a recording says more of itself than USUAL
+USUAL_SECONDS = 120.0                   # of EEG after which a recording's own amplitude counts more
 
 
 class ReadFailed(DataError):
@@ -306,10 +307,9 @@ class Windows:
     def __len__(self):
         return len(self.start)
 
-    @property
-    def chunks(self):
-        """The most chunks of a file that a window touches."""
-        return int(whole_chunks(self.start % CHUNK + self.length).max())
+    def chunks(self, samples):
+        """The most chunks of a file that so many samples from a window's start touch."""
+        return int(whole_chunks(self.start % CHUNK + samples).max())
 
     def _starts(self, samples, step):
         last = max(0, samples - self.length)
@@ -420,7 +420,6 @@ class Loader:
         self.device = torch.device(device)
         self.windows = windows
         self.seed = seed
-        self.augment = augment
         self.buffers = buffers
         self.readers = readers
         self.waited = 0.0
@@ -430,7 +429,11 @@ class Loader:
         self.said = 0.0, 0.0            # waited and lasted at the last share()
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
-        self.mirror = torch.from_numpy(mirror(windows.recordings[0].channels)).to(self.device)
+        first = windows.recordings[0]
+        names = AUGMENTED if augment is True else augment or ()
+        self.augmenter = Augmenter(names, first.channels, first.montage)
+        # samples read of each window
+        self.reach = self.augmenter.reach(windows.length)
         self._ring = []
 
     def batches(self, lists_of_ids, epoch):
@@ -472,17 +475,17 @@ class Loader:
         if ring and len(ring[0].arrays["eeg"]) >= size:
             return ring
         import torch
-        channels, length = self.scale.shape[1], self.windows.length
-        chunks = self.windows.chunks
+        channels, chunks = self.scale.shape[1], self.windows.chunks(self.reach)
         shapes = {
             "eeg": ((size, chunks, channels, CHUNK), torch.int16),
-            "y": ((size, length), torch.uint8),
+            "y": ((size, self.reach), torch.uint8),
             "real": ((size,), torch.int64),
             "scale": ((size, channels), torch.float32),
             "norm": ((size,), torch.float32),
             "start": ((size,), torch.int64),
-            "mirrored": ((size,), torch.uint8),
         }
+        for kind, width in self.augmenter.widths.items():
+            shapes[kind] = (size, width), torch.float32
         pin = self.device.type == "cuda"
 
         def tensors():
@@ -500,18 +503,16 @@ class Loader:
         if slot.copied is not None:
             slot.copied.synchronize()
         began = time.perf_counter()
-        recording.read_chunks(start, self.windows.length, host["eeg"][place])
+        recording.read_chunks(start, self.reach, host["eeg"][place])
         took = time.perf_counter() - began
         host["start"][place] = start % CHUNK
-        host["real"][place] = min(self.windows.length, recording.samples - start)
-        host["y"][place] = recording.labels(start, self.windows.length)
+        host["real"][place] = min(self.reach, recording.samples - start)
+        host["y"][place] = recording.labels(start, self.reach)
         host["scale"][place] = self.scale[which]
         host["norm"][place] = self.norm[which]
-        host["mirrored"][place] = 0
-        if self.augment:                # a gain of about +-20 %; for one in two left is right
-            rng = np.random.default_rng([self.seed, epoch, window, 3])
-            host["scale"][place] *= np.float32(np.exp(rng.normal(0, 0.2)))
-            host["mirrored"][place] = rng.random() < 0.5
+        draws = self.augmenter.draw(self.seed, epoch, window)
+        for kind, numbers in draws.items():
+            host[kind][place] = numbers
         return took
 
     def _wait(self, fills, last):
@@ -544,9 +545,10 @@ class Loader:
     def _to_device(self, slot, count):
         """(x, y, mask) of the first `count` windows of a slot."""
         import torch
+        draws = {kind: slot.tensors[kind][:count] for kind in self.augmenter.widths}
         t = {key: tensor[:count].to(self.device, non_blocking=True)
-             for key, tensor in slot.tensors.items()}
-        channels, length = self.scale.shape[1], self.windows.length
+             for key, tensor in slot.tensors.items() if key not in draws}
+        channels, length = self.scale.shape[1], self.reach
         x = torch.empty((count, channels, length), device=self.device)
         starts = slot.arrays["start"][:count]
         if length % CHUNK == 0 and not starts.any():
@@ -557,10 +559,9 @@ class Loader:
             for i, first in enumerate(starts.tolist()):
                 x[i] = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
         x *= factor(t["scale"], t["norm"])
-        for i in np.flatnonzero(slot.arrays["mirrored"][:count]).tolist():
-            x[i] = x[i][self.mirror]
         mask = torch.arange(length, device=self.device) < t["real"][:, None]
-        return x, t["y"].float(), mask.float()
+        return self.augmenter.apply(
+            x, t["y"].float(), mask.float(), draws, self.windows.length)
 
     def _copied(self):
         """A CUDA event after the copies that are under way; None on the CPU, where they are
@@ -571,17 +572,6 @@ class Loader:
         event = torch.cuda.Event()
         event.record()
         return event
-
-
-def mirror(channels):
-    """Index of each channel's left-right counterpart: int64 (C,). Where one has none, as in a
-    reduced montage, every channel stays in its place."""
-    swap = dict(zip("Fp1 F3 C3 P3 O1 F7 T3 T5".split(), "Fp2 F4 C4 P4 O2 F8 T4 T6".split()))
-    swap |= {right: left for left, right in swap.items()}
-    other = ["-".join(swap.get(part, part) for part in name.split("-")) for name in channels]
-    if set(other) != set(channels):
-        return np.arange(len(channels))
-    return np.array([list(channels).index(name) for name in other])
 
 
 def read_ahead(windows, n, depth=32, readers=READERS):

@@ -22,6 +22,7 @@ from edf import CHANNELS, FS, DataError, positions, write_events_tsv
 
 NAMES = CHANNELS["referential"]
 PLACES = positions(NAMES)               # unit vectors (19, 3), x to the right, y to the nose
+START = "2000-01-01 00:00:00"           # of every recording
 EVENTS_PER_HOUR = 9
 QUIET = 240                             # s: of patients with less, every second has no seizure
 CLIPPED = 500                           # s: of patients with more, a tenth comes in short clips
@@ -32,11 +33,11 @@ SEIZURES = (
     # temporal lobe: rhythmic theta that slows (Ebersole and Pacia, Epilepsia 1996)
     Seizure("theta", 0.24, True, (20, 110), (5, 9), (2, 4.5), (1.5, 8), "rhythm"),
     # rhythmic delta (Foldvary et al., Neurology 2001)
-    Seizure("delta", 0.14, True, (20, 90), (2, 4.5), (1.2, 3), (1.5, 8), "rhythm"),
+    Seizure("delta", 0.14, True, (20, 90), (2, 4.5), (1.2, 3), (2, 9), "rhythm"),
     # low-voltage fast onset that recruits and slows (Perucca, Dubeau and Gotman, Brain 2014)
-    Seizure("recruiting", 0.16, True, (15, 90), (10, 25), (3, 7), (1, 5), "rhythm"),
+    Seizure("recruiting", 0.16, True, (15, 90), (10, 25), (3, 7), (1.2, 6), "rhythm"),
     # repetitive spikes (Foldvary et al., Neurology 2001)
-    Seizure("spikes", 0.14, True, (15, 100), (3, 7), (1.2, 3), (1.5, 8), "spike"),
+    Seizure("spikes", 0.14, True, (15, 100), (3, 7), (1.2, 3), (2.5, 10), "spike"),
     # small theta runs, which detectors miss (Gotman, EEG Clin Neurophysiol 1982)
     Seizure("tiny", 0.05, True, (15, 70), (4, 8), (3, 6), (0.6, 1.2), "rhythm"),
     # electrodecrement of spasms and tonic seizures (Fusco and Vigevano, Epilepsia 1993)
@@ -44,9 +45,9 @@ SEIZURES = (
     # absence: 3 Hz spike-wave, 9 s in the mean (Sadleir et al., Neurology 2006)
     Seizure("absence", 0.08, False, (6, 25), (3, 4.2), (2.5, 3.2), (2.5, 9), "spike_wave"),
     # slow spike-wave of atypical absence (Gastaut et al., Epilepsia 1966)
-    Seizure("atypical", 0.06, False, (10, 60), (1.6, 2.8), (1.4, 2.5), (2, 8), "spike_wave"),
+    Seizure("atypical", 0.06, False, (10, 60), (1.6, 2.8), (1.4, 2.5), (2.5, 9), "spike_wave"),
     # tonic, then clonic bursts that slow; 62 s in the mean (Theodore et al., Neurology 1994)
-    Seizure("convulsion", 0.10, False, (40, 100), (9, 14), (0.9, 2), (2.5, 10), "spike"),
+    Seizure("convulsion", 0.10, False, (40, 100), (9, 14), (0.9, 2), (3, 12), "spike"),
 )
 
 # Rhythms that are no seizures: steady in frequency and place. share: of patients who have it;
@@ -79,6 +80,16 @@ ARTEFACTS = (
     Artefact("patting", 0.06, (4, 25), (1, 4)),         # rhythmic, by hand
     Artefact("sweat", 0.05, (60, 200), (1.5, 5)),
     Artefact("loose", 0.08, (5, 60), (3, 15)),          # one electrode without contact
+)
+
+# What one electrode does all the time (Nolan et al., J Neurosci Methods 2010). share: of recordings
+Fault = namedtuple("Fault", "name share")
+FAULTS = (
+    Fault("none", 0.80),
+    Fault("bridged", 0.05),             # to its neighbour, by gel
+    Fault("flat", 0.04),
+    Fault("noisy", 0.07),
+    Fault("saturated", 0.04),
 )
 
 # step: uV; high_pass, low_pass: Hz, of the hardware; share: of patients
@@ -119,7 +130,7 @@ def synth(out, hours=1.0, patients=8, seed=0, progress=lambda what: None):
             recording = np.random.default_rng([seed, number, run])
             eeg, events = synth_recording(recording, patient, plan)
             write_edf(f"{stem}_eeg.edf", eeg, patient["amplifier"], patient["step"])
-            write_events_tsv(f"{stem}_events.tsv", events, plan.seconds, start="2000-01-01 00:00:00")
+            write_events_tsv(f"{stem}_events.tsv", events, plan.seconds, start=START)
             progress("synthetic recording")
 
 
@@ -237,7 +248,8 @@ def field(rng, place, near):
 
     A source that points to the scalp and one along it, which is positive on one side and negative
     on the other, mixed."""
-    seen = np.exp(near * (PLACES @ place - 1)) * (1 + rng.uniform(0, 1.5) * (PLACES @ draw_direction(rng)))
+    along = 1 + rng.uniform(0, 1.5) * (PLACES @ draw_direction(rng))
+    seen = np.exp(near * (PLACES @ place - 1)) * along
     return (seen / np.abs(seen).max()).astype(np.float32)
 
 
@@ -322,7 +334,8 @@ def background(rng, patient, n):
     noise = pink(rng, (19, n), patient["slope"])
     eeg = mixing.astype(np.float32) @ noise
     knots = np.exp(rng.normal(0, patient["bursts"], n // FS + 2))
-    eeg *= np.interp(np.linspace(0, len(knots) - 1, n), np.arange(len(knots)), knots).astype(np.float32)
+    at = np.linspace(0, len(knots) - 1, n)
+    eeg *= np.interp(at, np.arange(len(knots)), knots).astype(np.float32)
 
     asleep = draw_switches(rng, n, 90.0) if patient["sleeps"] else np.zeros(n, np.float32)
     closed = draw_switches(rng, n, 8.0) * (1 - asleep)
@@ -440,12 +453,14 @@ def add_pickup(rng, patient, eeg, size):
         beat = 2 * np.pi * patient["heart_hz"] * t + np.cumsum(rng.standard_normal(n)) * 0.01
         wave = np.exp(60 * (np.cos(beat) - 1)) + 0.2 * np.exp(5 * (np.cos(beat - 1.5) - 1))
         add(eeg, 0.5 + 0.5 * PLACES[:, 0], 0, wave * patient["heart"] * size)
+        pulse = np.exp(2 * (np.cos(beat - 1.2) - 1))        # of an artery below one electrode
+        add(eeg, np.eye(19)[rng.integers(19)], 0, pulse * patient["heart"] * size)
 
 
 def add_faults(rng, eeg, size):
     """An electrode that is bridged to its neighbour, flat, noisy, or saturated for a while."""
     n, c = eeg.shape[1], rng.integers(19)
-    fault = rng.choice(["none", "bridged", "flat", "noisy", "saturated"], p=[0.8, 0.05, 0.04, 0.07, 0.04])
+    fault = draw_row(rng, FAULTS).name
     if fault == "bridged":
         near = np.argsort(-PLACES @ PLACES[c])[1]
         eeg[c] = eeg[near]
@@ -481,9 +496,10 @@ def draw_events(rng, patient, plan):
     for duration, kind in wanted:
         for _ in range(20):
             onset = rng.uniform(0, max(1e-6, seconds - duration))
-            apart = all(onset > end + 20 or onset + duration < begin - 20 for begin, end, _ in events)
+            end = onset + duration
+            apart = all(onset > e[1] + 20 or end < e[0] - 20 for e in events)
             if duration <= 0.7 * seconds and apart:
-                events.append((round(onset, 2), round(onset + duration, 2), kind))
+                events.append((round(onset, 2), round(end, 2), kind))
                 break
     return sorted(events, key=lambda event: event[0])
 
@@ -499,13 +515,13 @@ def add_seizure(rng, patient, kind, eeg, size, begin, end):
     # one generator is seen alike by neighbours; several that drift apart are not
     count = rng.integers(1, 6) if kind.focal else rng.integers(3, 9)
     for number in range(count):
-        place, joins = patient["focus"], np.ones_like(course)
-        if number or not kind.focal:
-            place = draw_direction(rng)
-        if number and kind.focal:
+        first = number == 0
+        place = patient["focus"] if first and kind.focal else draw_direction(rng)
+        joins = np.ones_like(course)
+        if kind.focal and not first:
             joins = np.clip((course - rng.uniform(0, 0.7)) / 0.15, 0, 1) * rng.uniform(0.4, 1)
         drift = np.cumsum(rng.standard_normal(len(course))) * rng.uniform(0.002, 0.03)
-        apart = phase + drift + rng.uniform(-1, 1) * bool(number)
+        apart = phase + drift + rng.uniform(-1, 1)
         spread_over(rng, kind, place, eeg, begin, course, apart, envelope * joins, sharp)
     if kind.name == "convulsion" or rng.random() < 0.25:
         add_tension(rng, kind, eeg, size, begin, end, phase)
@@ -615,6 +631,6 @@ def write_edf(path, eeg, amplifier, step):
     with pyedflib.EdfWriter(str(path), len(NAMES), pyedflib.FILETYPE_EDF) as writer:
         for i, name in enumerate(NAMES):
             writer.setSignalHeader(i, header | {"label": name})
-        writer.setStartdatetime(datetime.datetime(2000, 1, 1))
+        writer.setStartdatetime(datetime.datetime.fromisoformat(START))
         for block in blocks:
             writer.blockWriteDigitalShortSamples(block)

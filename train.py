@@ -143,7 +143,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         c = self.config["data"]
         self.loader = data.Loader(self.split.windows, device, self.config["experiment"]["seed"],
-                                  c["augment"], c["buffers"], c["readers"])
+                                  c["augment"] and c["augmentations"], c["buffers"], c["readers"])
         self.waits = False              # whether the advice on slow reading was given
         self.ahead = iter(())           # windows of the recordings that are validated
 
@@ -625,7 +625,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
     rank, size = place()
     directory, say = run_directory(config), Log(rank == 0)
     who = f"process {rank} of {size}," if size > 1 else ""
-    watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who)
+    watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who, size)
     with watch, Group(config["training"]["device"], watch) as group:
         prepare_torch(config, group)
         with watch.during("opening or making the recordings"):

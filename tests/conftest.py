@@ -2,6 +2,8 @@
 real EEG, slow tests asked for by name, EDF files written by hand, a recording in memory, and a
 small synthetic corpus."""
 import collections
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -20,8 +22,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")          # the suite runs on 2 cor
 import corpora  # noqa: E402
 import data  # noqa: E402
 import edf  # noqa: E402
+import forked  # noqa: E402
 import synth  # noqa: E402
 
+LONG = {"test_ddp", "test_walk", "test_crash", "test_modal", "test_train", "test_checkpoint"}
 NAMES = edf.CHANNELS["referential"]
 
 
@@ -41,6 +45,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # what takes long begins first: at the end nobody waits for one test
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -192,8 +198,9 @@ def said(src, out, **options):
     return report, "\n".join(lines)
 
 
-def command(*args, **kwargs):
-    return subprocess.run(
+def command(*args, start=forked.run, **kwargs):
+    """data.py with its words; start=subprocess.run takes a new interpreter."""
+    return start(
         [sys.executable, ROOT / "data.py", *map(str, args)],
         capture_output=True,
         text=True,
@@ -205,13 +212,27 @@ def microvolts(recording):
     return recording.read(0, recording.samples) * recording.scale[:, None]
 
 
+@contextlib.contextmanager
+def once(tmp_path_factory, name):
+    """(folder, whether it is to be filled): the first process of pytest-xdist fills it, the others wait and find it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent                  # of all of them
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        whole = base / f"{name}.whole"
+        yield base / name, not whole.exists()
+        whole.touch()
+
+
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory):
     """Folder of 20 min of synthetic EDF, and the folder it was imported to."""
-    base = tmp_path_factory.mktemp("synthetic")
-    synth.synth(base / "edf", hours=0.5, patients=4, seed=3)
-    report = corpora.import_corpus(base / "edf", base / "h5", say=lambda text: None)
-    assert not report.refused and not report.repaired
+    with once(tmp_path_factory, "synthetic") as (base, empty):
+        if empty:
+            synth.synth(base / "edf", hours=0.5, patients=4, seed=3)
+            report = corpora.import_corpus(base / "edf", base / "h5", say=lambda text: None)
+            assert not report.refused and not report.repaired
     return base / "edf", base / "h5"
 
 
@@ -224,9 +245,10 @@ def corpus(synthetic):
 def small_corpus(tmp_path_factory):
     """Folder of twenty minutes of four synthetic patients, imported: what the tests of training
     train on."""
-    root = tmp_path_factory.mktemp("corpus")
-    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
-    corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
+    with once(tmp_path_factory, "corpus") as (root, empty):
+        if empty:
+            synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+            corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
     return root / "h5"
 
 

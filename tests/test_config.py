@@ -14,7 +14,7 @@ MAY_NOT_CHANGE = {          # what makes another run: the weights' shapes, which
     "experiment.seed", "data.same_person", "data.corpus_balance", "data.split", "data.folds", "data.fold",
     "data.dev_patients", "data.dev_fraction", "data.window_seconds",
     "data.stride_seconds", "data.balanced", "data.full_per_partial", "data.background_per_partial",
-    "data.augment"} | {name for name in config.KEYS if name.startswith("model.")}
+    "data.augment", "data.augmentations"} | {name for name in config.KEYS if name.startswith("model.")}
 
 
 def written(folder, text):

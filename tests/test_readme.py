@@ -3,13 +3,13 @@ figures stand in bench/RESULTS.md."""
 import ast
 import contextlib
 import re
-import subprocess
 import sys
 
 import pytest
 import yaml
 
 import config
+import forked
 import model
 from conftest import ROOT, SHARED
 from crash import docstring_loop
@@ -180,7 +180,7 @@ def test_the_citation_file_has_what_the_format_asks_for():
 
 def test_every_script_explains_itself():
     for script in ("train.py", "data.py", "evaluate.py", "checkpoint.py"):
-        done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+        done = forked.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage" in done.stdout
 
 

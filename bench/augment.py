@@ -1,0 +1,156 @@
+"""Which augmentation helps? The small V3 on synthetic EEG, once with each set of kinds and seed.
+
+    python bench/augment.py [--seeds 0,1] [--work FOLDER]       one table; --work keeps all, and goes on
+    python bench/augment.py --sets none gain,mirror,band        these sets alone
+
+Every detector is trained alike on one corpus and scored, with its last weights, on patients that it has not
+seen: synthetic ones; the same recordings through another amplifier; and the real clips of ../shared/eeg where
+they are there. The other amplifier has a band of 1 to 30 Hz, twice the gain, 500 Hz, 12 bits, 20 uV of mains
+(which the import filters out again) and two electrodes without contact. All of it bipolar, as the real clips
+are. AUROC of seconds: of all together, and its mean over patients who have both kinds of them.
+"""
+import argparse
+import contextlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyedflib
+import torch
+import yaml
+from scipy import signal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import augmentation                                                     # noqa: E402
+import corpora                                                          # noqa: E402
+import data                                                             # noqa: E402
+import evaluate                                                         # noqa: E402
+import metrics                                                          # noqa: E402
+import synth                                                            # noqa: E402
+import train                                                            # noqa: E402
+from edf import FS                                                      # noqa: E402
+
+CLIPS = ROOT.parent / "shared" / "eeg" / "recordings"
+CORPORA = {"corpus": (6.0, 48, 0), "unseen": (2.0, 24, 1000)}           # hours, patients, seed
+OTHER = synth.Amplifier(1.0, 500, 12, 1.0, 1.0, 30.0)                   # step 1 uV, 1 to 30 Hz
+BASE = ("mirror", "gain")
+ADDED = [kind for kind in augmentation.AUGMENTATIONS if kind not in (*BASE, "reference")]      # bipolar has none
+SETS = [(), *[(kind,) for kind in BASE], BASE, *[(*BASE, kind) for kind in ADDED]]
+TRAINING = {
+    "epochs": 2, "batch_size": 8, "learning_rate": 2e-3, "warmup_ratio": 0.1, "grad_clip": 1.0,
+    "log_every": 20, "checkpoint_keep": 1, "mid_epoch_keep": 1, "best_metric": "average_precision"}
+
+
+# ---- corpora ----
+
+def make_corpora(work):
+    """{column: folder} of what is scored; work/corpus is what is trained on. Keeps what is there."""
+    for name, (hours, patients, seed) in CORPORA.items():
+        if not (work / f"{name}_edf").is_dir():
+            synth.synth(work / "part", hours=hours, patients=patients, seed=seed)
+            (work / "part").rename(work / f"{name}_edf")
+    if not (work / "other_edf").is_dir():
+        through_other_amplifier(work / "unseen_edf", work / "other_part")
+        (work / "other_part").rename(work / "other_edf")
+    sources = {name: work / f"{name}_edf" for name in ("corpus", "unseen", "other")}
+    if CLIPS.is_dir():
+        sources["real"] = CLIPS
+    for name, source in sources.items():
+        corpora.import_corpus(source, work / name, montage="bipolar")
+    return {name: work / name for name in sources if name != "corpus"}
+
+
+def through_other_amplifier(source, target):
+    """A copy of a folder of EDF, each as OTHER would have recorded it."""
+    shutil.copytree(source, target)
+    for number, path in enumerate(sorted(target.rglob("*.edf"))):
+        rng = np.random.default_rng([7, number])
+        with pyedflib.EdfReader(str(path)) as reader:
+            rate = round(reader.getSampleFrequency(0))
+            eeg = np.stack([reader.readSignal(i) for i in range(reader.signals_in_file)])
+        common = np.gcd(rate, FS)
+        eeg = signal.resample_poly(eeg, FS // common, rate // common, axis=1)
+        hum = np.sin(2 * np.pi * rng.choice([50, 60]) * np.arange(eeg.shape[1]) / FS)
+        eeg += 20 * rng.uniform(0.3, 1, (len(eeg), 1)) * hum
+        band = signal.butter(2, [OTHER.high_pass, OTHER.low_pass], "band", fs=FS)
+        eeg = 2 * signal.lfilter(*band, eeg)
+        eeg[rng.permutation(len(eeg))[:2]] = 0
+        path.unlink()
+        synth.write_edf(path, eeg.astype(np.float32), OTHER, OTHER.step)
+
+
+# ---- training and scoring ----
+
+def trained(work, kinds, seed):
+    """(detector, settings of its inference) of one training, the one of last time where it is done."""
+    name = f"{'_'.join(kinds) or 'none'}_{seed}"
+    config = {
+        "experiment": {"name": name, "seed": seed, "results": str(work / "results")},
+        "data": {"path": str(work / "corpus"), "window_seconds": 30.0, "stride_seconds": 7.5,
+                 "dev_fraction": 0.25, "augment": bool(kinds)},
+        "model": {"size": "small"}, "training": TRAINING, "evaluation": {"window_seconds": 30.0}}
+    if kinds:
+        config["data"]["augmentations"] = list(kinds)
+    path = work / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    code = train.run(train.load_config(path), resume="true")
+    if code:
+        sys.exit(code)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, state = evaluate.load_model(work / "results" / name / "checkpoints" / "last.pt", device)
+    return net, evaluate.stored_settings(state)[0]
+
+
+def auroc(net, c, recordings):
+    """(of all seconds, mean over patients)."""
+    device = next(net.parameters()).device
+    seconds = {}
+    for r in recordings:
+        if r.labelled:
+            probability = evaluate.predict(net, r, device, c)[FS // 2::FS]
+            label = r.labels(0, r.samples)[FS // 2::FS] > 0
+            seconds.setdefault(data.person(r.patient), []).append((probability, label))
+    patients = [[np.concatenate(part) for part in zip(*rows)] for rows in seconds.values()]
+    every = [np.concatenate(part) for part in zip(*patients)]
+    both = [(p, label) for p, label in patients if 0 < label.sum() < len(label)]
+    mean = np.mean([metrics.ranking(p, label)[0] for p, label in both])
+    return metrics.ranking(*every)[0], mean
+
+
+def cell(values):
+    """Means over seeds of pairs, and the range of the first."""
+    pooled, over_patients = np.transpose(values)
+    spread = f" ({pooled.min():.3f} to {pooled.max():.3f})" if len(pooled) > 1 else ""
+    return f"{pooled.mean():.3f}{spread}, {over_patients.mean():.3f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1", help="of weights, sampling and augmentation")
+    parser.add_argument("--sets", nargs="+", help="kinds separated by commas, or none")
+    parser.add_argument("--work", help="keep everything in this folder, and go on there")
+    args = parser.parse_args()
+    sets = [() if text == "none" else tuple(text.split(",")) for text in args.sets or ()] or SETS
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(args.work or scratch)
+        work.mkdir(exist_ok=True)
+        with contextlib.redirect_stdout(sys.stderr):                    # their lines are no result
+            scored = {name: data.open_corpus(path) for name, path in make_corpora(work).items()}
+        print("AUROC of all seconds (range), mean over patients\n")
+        print("| augmentation | seeds |", *[f"{name} |" for name in scored])
+        print("|---|---|" + "---|" * len(scored), flush=True)
+        for kinds in sets:
+            with contextlib.redirect_stdout(sys.stderr):
+                found = [[auroc(*detector, part) for part in scored.values()]
+                         for detector in [trained(work, kinds, seed) for seed in seeds]]
+            cells = [cell(column) for column in zip(*found)]
+            print(f"| {', '.join(kinds) or 'none'} | {args.seeds} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
