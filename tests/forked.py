@@ -16,6 +16,7 @@ import atexit
 import ctypes
 import functools
 import gc
+import io
 import json
 import os
 import runpy
@@ -217,19 +218,22 @@ def become(request, descriptors):
     for descriptor in descriptors:
         if descriptor > 2:
             os.close(descriptor)
-    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1), write_through=unbuffered)
+    sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    if os.environ.get("PYTHONUNBUFFERED"):
+        unbuffer()
+
+
+def unbuffer():
+    sys.stdout = io.TextIOWrapper(open(1, "wb", buffering=0, closefd=False), write_through=True)
 
 
 def execute(words):
     """What `python words ...` does after its own start."""
     options = words[1:]
     while options[0] == "-u":
-        sys.stdout.reconfigure(write_through=True)
+        unbuffer()
         options = options[1:]
     place = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if folder != place]

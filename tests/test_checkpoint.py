@@ -751,7 +751,7 @@ def test_the_docstring_runs_alone_in_an_empty_directory_killed_and_resumed(tmp_p
         for attempt in range(kills + 1):
             wanted = f"checkpoints/mid_epoch_00{attempt + 2}_*.pt" if attempt < kills else ""
             process = forked.Popen([sys.executable, "loop.py"], cwd=home, stdout=subprocess.PIPE, text=True,
-                                       env={**os.environ, "STAND": wanted})
+                                   env={**os.environ, "PYTHONUNBUFFERED": "1", "STAND": wanted})
             if attempt < kills:
                 for line in process.stdout:
                     if f"saved mid_epoch_00{attempt + 2}_" in line:

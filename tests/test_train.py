@@ -916,3 +916,18 @@ def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumula
     done = forked.run([sys.executable, "-c", HUNGRY, ROOT, tmp_path / "config.yaml"], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     assert "stopped: out of memory with training.batch_size 64, training.accumulate 1" in done.stdout, done.stdout
+
+
+def test_rows_that_a_dead_disk_refuses_wait_in_memory_and_come_whole_when_it_is_back(tmp_path):
+    import records
+    said = []
+    record = records.Record(tmp_path, 0, True, said.append)
+    record.pending = ['{"step": 1, "kind": "train"}\n']
+    alive, record.file = record.file, os.open("/dev/full", os.O_WRONLY)     # takes neither a byte nor a length
+    record.flush()
+    assert len(record.pending) == 1 and "1 rows wait in memory" in said[-1]
+    os.close(record.file)
+    record.file = alive
+    os.write(alive, b'{"step": 1, "ki')                 # half a line, where the room ended
+    record.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "kind": "train"}\n'
