@@ -214,7 +214,9 @@ class Home:
             mirror=s["mirror"] or None)
 
     def _saver_says(self, line):
-        self.watch.did("save")          # a save that failed has ended too
+        # it has ended too; other lines may come from the second copy, which is no progress
+        if line.startswith("save failed"):
+            self.watch.did("save")
         self.say(line)
 
     def _check(self, state, where):

@@ -196,7 +196,7 @@ class Trainer:
         feed = self.loader.batches(wanted, self.epoch)
         self.bar = self.progress(self.batches, f"epoch {self.epoch}", "batch", self.batch)
         self.net.train()
-        with contextlib.closing(feed), self.bar:
+        with contextlib.closing(feed), self.bar, self.watch.during("between two steps"):
             for batch, pieces in plan:
                 began = time.monotonic()
                 with self.watch.during("in a step"):

@@ -5,7 +5,9 @@ import collections
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -261,3 +263,30 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small tmpfs needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def ext4_disk(tmp_path):
+    """A real ext4 file system of eight megabytes in an image, which `dies` can take away."""
+    place, image = tmp_path / "ext4", tmp_path / "ext4.img"
+    place.mkdir()
+    image.write_bytes(bytes(8 << 20))
+    made = subprocess.run(["mkfs.ext4", "-q", str(image)], capture_output=True) if shutil.which("mkfs.ext4") else None
+    mount = ["mount", "-o", "loop", str(image), str(place)]
+    if os.geteuid() or not made or made.returncode or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting an ext4 image needs root, mkfs.ext4 and loop devices")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def dies(ext4_disk):
+    """From now on every read and write of it fails with EIO, of open files too, as on a dead disk. Returns what mends it."""
+    disk = os.open(ext4_disk, os.O_RDONLY)
+    fcntl.ioctl(disk, 0x8004587D, struct.pack("I", 2))      # EXT4_IOC_SHUTDOWN, without a flush
+    os.close(disk)
+
+    def mend():
+        subprocess.run(["umount", "-l", str(ext4_disk)], check=True)
+        image = ext4_disk.with_suffix(".img")
+        subprocess.run(["mount", "-o", "loop", str(image), str(ext4_disk)], check=True)
+    return mend

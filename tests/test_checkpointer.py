@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import crash
 import forked
-from conftest import ROOT
+from conftest import ROOT, dies
 from crash import sound, state
 from test_crash import recover, saver, temps
 
@@ -489,11 +489,13 @@ def spoil_read_only(nas):
     return lambda: subprocess.run(["mount", "-o", "remount,rw", str(nas)], check=True)
 
 
-@pytest.mark.parametrize("spoil", [spoil_gone, spoil_file, spoil_full, spoil_read_only])
+@pytest.mark.parametrize("spoil", [spoil_gone, spoil_file, spoil_full, spoil_read_only, dies])
 def test_a_second_copy_that_fails_is_said_when_it_begins_and_when_it_ends_and_stops_nothing(tmp_path, request, spoil):
     nas = tmp_path / "nas"
     if spoil in (spoil_full, spoil_read_only):
         nas = request.getfixturevalue("small_disk")
+    if spoil is dies:
+        nas = request.getfixturevalue("ext4_disk")
     s, said = mirrored(tmp_path, mirror=nas)
     with s:
         s.save_mid(state(1))

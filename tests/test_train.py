@@ -25,10 +25,11 @@ import config
 import data
 import forked
 import train
-from conftest import ROOT
+from conftest import ROOT, dies
 from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
+from records import Record
 
 
 @pytest.fixture(scope="session")
@@ -515,6 +516,34 @@ def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, refer
     assert train.run(loaded(corpus, tmp_path), "true") == 0
     assert capsys.readouterr().out.count("metrics.jsonl: dropped a row that cannot be read") == 7
     assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
+def test_a_results_disk_that_dies_in_mid_run_leaves_the_rows_in_memory_and_ends_nothing(ext4_disk):
+    said = []
+    record = Record(ext4_disk, 0, True, said.append)
+    record.write(kind="train", epoch=1, step=1, loss=0.5)
+    dies(ext4_disk)
+    for step in (2, 3):
+        record.write(kind="train", epoch=1, step=step, loss=0.5)
+    assert len(record.pending) == 2 and "metrics.jsonl: Input/output error: 2 rows wait in memory" in said
+    record.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
+def test_rows_that_found_no_room_are_written_whole_once_there_is_some(small_disk):
+    record = Record(small_disk, 0, True, lambda line: None)
+    record.write(kind="train", epoch=1, step=1, loss=0.5)
+    with open(small_disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(b"x" * 64)
+    for step in range(2, 200):
+        record.write(kind="train", epoch=1, step=step, loss=0.5)
+    assert record.pending
+    (small_disk / "filler").unlink()
+    record.close()
+    found = checkpoint.read_json_lines(small_disk / "metrics.jsonl", say=pytest.fail)
+    assert [row["step"] for row in found] == list(range(1, 200))
 
 
 # ---- starting ----

@@ -38,6 +38,20 @@ with Watchdog(minutes, path, say) as watch:
         time.sleep(seconds)
         watch.did("step")
 """
+UNWRITABLE = START + """
+import os, threading, watch as module
+module.HELD_UP = 1.0
+lock = threading.Lock()
+def held(line, every=False):
+    with lock:
+        print(line, flush=True)
+with Watchdog(minutes, path, held) as watch:
+    os.mkfifo(path)                             # nobody reads it: its opening never ends
+    if sys.argv[4] == "log":
+        lock.acquire()
+    with watch.during("in a save"):
+        ctypes.CDLL(None).sleep(600)
+"""
 EXCUSED = START + """
 with Watchdog(minutes, path, say) as watch:
     with watch.excused():
@@ -74,6 +88,14 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process_alive(tmp_pat
     process = start(STUCK, tmp_path, 1.0, tmp_path / "gone" / "hang.txt")
     out = rest(process)
     assert process.returncode == 70 and "it was waiting for data" in out
+
+
+@pytest.mark.parametrize("what", ["file", "file and log"])
+def test_a_disk_that_does_not_answer_holds_up_neither_the_stacks_nor_the_end(tmp_path, what):
+    process = start(UNWRITABLE, tmp_path, 1.0, tmp_path / "hang.txt", what.split()[-1])
+    out = rest(process)
+    assert process.returncode == 70, out
+    assert out.count("it was in a save") == 1 and "(most recent call first)" in out
 
 
 def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
