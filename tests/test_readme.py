@@ -83,7 +83,7 @@ def test_arguments_of_modal_commands_are_those_of_the_entry_point(flag, script):
 
 
 def test_flags_named_in_the_text_belong_to_a_command_and_paths_to_a_file():
-    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), ROOT / "tests" / "conftest.py"])
+    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), ROOT / "tests/conftest.py"])
     others = {"--detach", "--max-restarts", "--no-deps"}        # of modal and torchrun
     for flag in set(re.findall(r"`(--[a-z-]+)", README)) - others:
         assert f'"{flag}"' in code or f"{flag[2:]}: Literal" in code, f"no command has {flag}"

@@ -285,7 +285,7 @@ def test_the_time_limit_inside_a_validated_recording_keeps_the_recordings_before
 
 def test_fifty_losses_in_a_row_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path, capsys,
                                                                                                  monkeypatch):
-    config = loaded(corpus, tmp_path, training__epochs=60, training__mid_epoch_minutes=0.002)
+    config = loaded(corpus, tmp_path, data__stride_seconds=2.0, training__batch_size=2, training__mid_epoch_minutes=0.002)
     healthy, calls = train.focal_loss, [0]
 
     def failing(*arguments):
