@@ -286,10 +286,8 @@ def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
     (tmp_path / "gate").touch()  # a worker ends what it has begun
     error = rest(process)
     assert process.returncode == 130 and "Traceback" not in error
-    assert (
-        error.splitlines()[-1]
-        == "data.py: stopped: interrupted; the same command goes on from here"
-    )
+    # not the last line: how far it was, which is said after ten seconds, may be written out later
+    assert "data.py: stopped: interrupted; the same command goes on from here" in error.splitlines()
     assert not list((tmp_path / "out").glob("*.part"))
     assert command("import", tmp_path / "src", tmp_path / "out").returncode == 0
 
