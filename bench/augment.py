@@ -153,7 +153,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(args.work or scratch)
         work.mkdir(exist_ok=True)
-        with contextlib.redirect_stdout(sys.stderr):                scored = {name: data.open_corpus(path) for name, path in make_corpora(work).items()}
+        with contextlib.redirect_stdout(sys.stderr):        # their lines are no result
+            scored = {name: data.open_corpus(path) for name, path in make_corpora(work).items()}
             first = trained(work, "base", BASE, 0, {}, {})
         print("AUROC of all seconds (range), mean over patients\n")
         print("| augmentation | seeds |", *[f"{name} |" for name in scored])
