@@ -1919,6 +1919,8 @@ class Checkpointer:
             path = self._bring_home(path)
         self._follow(state, path)
         self._complete(path, state)
+        if self.mirror:                     # which may lack what was saved just before a kill
+            self.mirror.offer()
         return state
 
     def _expect_mirror(self, begins):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+import augmentation
 import data
 import evaluate
 import model
@@ -77,9 +78,9 @@ KEYS = {
     "data.augment": Key(
         True, "random changes to training windows, keyed by (seed, epoch, window)"),
     "data.augmentations": Key(
-        list(data.AUGMENTED), "kinds of them: " + "; ".join(
-            f"{name} ({kind.meaning})" for name, kind in data.AUGMENTATIONS.items()),
-        tuple(data.AUGMENTATIONS)),
+        list(augmentation.AUGMENTED), "kinds of them: " + "; ".join(
+            f"{name} ({kind.meaning})" for name, kind in augmentation.AUGMENTATIONS.items()),
+        tuple(augmentation.AUGMENTATIONS)),
     "data.buffers": Key(4, "batches read ahead", (1, 1000), CHANGES),
     "data.readers": Key(
         16, "threads that read windows; more help where each read waits, as on a network",

@@ -214,7 +214,9 @@ class Home:
             mirror=s["mirror"] or None)
 
     def _saver_says(self, line):
-        self.watch.did("save")          # a save that failed has ended too
+        # it has ended too; other lines may come from the second copy, which is no progress
+        if line.startswith("save failed"):
+            self.watch.did("save")
         self.say(line)
 
     def _check(self, state, where):
@@ -325,7 +327,7 @@ class Record:
 
     def __init__(self, directory, step, complete, say):
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
-        self.pending = []               # lines that a full disk refused
+        self.pending = []               # lines that a full or dead disk refused
         checkpoint.sweep_temps(directory)
         kept, dropped = [], []
         for row in self._rows():
@@ -336,7 +338,7 @@ class Record:
             with open(directory / "metrics.abandoned.jsonl", "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in dropped)
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        checkpoint.atomic_write(self.path, [text.encode()])
+        self.size = checkpoint.atomic_write(self.path, [text.encode()])     # of the whole lines
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         board = directory / "tensorboard"
         for old in board.glob("events.out.tfevents.*"):
@@ -364,19 +366,17 @@ class Record:
             self._chart(row)
 
     def flush(self):
-        """Rows to the file, whole lines or nothing: a full disk keeps them here until there is
-        room."""
-        size = os.fstat(self.file).st_size
+        """Rows to the file: a disk that is full or dead keeps them here until it takes them."""
         try:
             while self.pending:
+                os.ftruncate(self.file, self.size)      # half a line, where there was no room
                 line = self.pending[0].encode()
                 rest = line
                 while rest:
                     rest = rest[os.write(self.file, rest):]
-                size += len(line)
+                self.size += len(line)
                 del self.pending[0]
         except OSError as error:
-            os.ftruncate(self.file, size)
             self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
 
     def _chart(self, row):
@@ -403,6 +403,7 @@ class Record:
 
     def close(self):
         self.flush()
-        os.close(self.file)
+        with tolerated(self.say, "metrics.jsonl", "its last rows may be lost"):
+            os.close(self.file)         # a network disk may say only now what it refused
         with tolerated(self.say, "tensorboard"):
             self.board.close()

@@ -196,7 +196,7 @@ class Trainer:
         feed = self.loader.batches(wanted, self.epoch)
         self.bar = self.progress(self.batches, f"epoch {self.epoch}", "batch", self.batch)
         self.net.train()
-        with contextlib.closing(feed), self.bar:
+        with contextlib.closing(feed), self.bar, self.watch.during("between two steps"):
             for batch, pieces in plan:
                 began = time.monotonic()
                 with self.watch.during("in a step"):
@@ -625,7 +625,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
     rank, size = place()
     directory, say = run_directory(config), Log(rank == 0)
     who = f"process {rank} of {size}," if size > 1 else ""
-    watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who)
+    watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who, size)
     with watch, Group(config["training"]["device"], watch) as group:
         prepare_torch(config, group)
         with watch.during("opening or making the recordings"):

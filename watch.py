@@ -14,13 +14,14 @@ import contextlib
 import faulthandler
 import os
 import socket
-import tempfile
 import threading
 import time
 
+REPORT = b"standstill:"                 # how the report of a process begins
 EXIT_CODE = 70                          # EX_SOFTWARE of sysexits.h
 PATIENCE = 10                           # times the slowest thing done so far
-OTHERS = 5.0                            # seconds in which the other processes of the job may write
+HELD_UP = 20.0                          # seconds that a dead disk or terminal may hold up the end
+OTHERS = 60.0                           # seconds in which the other processes of the job may write
 
 
 class Watchdog:
@@ -30,14 +31,19 @@ class Watchdog:
     minutes     without progress that end the process; 0 = never
     path        file to which the stacks go, where its folder exists
     say         prints a line
-    name        this process among those of a job, e.g. "process 1 of 8"; several: they wait a
-                moment for each other's words, since all stand still when one does
+    name        this process among those of a job, e.g. "process 1 of 8,"
+    count       of the processes of the job: they wait for each other's words, since all stand still
+                when one does, and the one that hangs may be the last whose clock runs out
 
     Time in which the whole process was stopped (SIGSTOP, a closed lid, a paused machine) does not
     count: the thread counts the ticks that it lived through, not the clock."""
 
-    def __init__(self, minutes, path, say, name=""):
+    def __init__(self, minutes, path, say, name="", count=1):
         self.limit, self.path, self.say, self.name = 60 * minutes, path, say, name
+        self.count = count
+        self.older = 0                  # bytes that an earlier standstill left in the file
+        if count > 1:
+            self.older = len(self._written())
         self.what, self.last = "starting", "nothing yet"
         self.facts = lambda: "not in the loop yet"      # where the run stands, from its owner
         self.still = 0.0                # seconds since the last progress
@@ -95,29 +101,54 @@ class Watchdog:
                 self._end()
 
     def _end(self):
-        # a dead disk or terminal may hold up the report, but not the end
-        report = threading.Thread(target=self._report, daemon=True)
-        report.start()
-        report.join(20)
-        if self.name:
-            time.sleep(OTHERS)
+        text = self._report()
+        # each in a thread of its own: what stands still may be the disk of the file and the log
+        within(HELD_UP, self._keep, text)
+        words = f"{text}standstill: written to {self.path}; --resume goes on"
+        if not within(HELD_UP, self._tell, words):
+            within(HELD_UP, os.write, 2, f"{words}\n".encode())
+        if self.count > 1:
+            within(OTHERS, self._wait_for_others)
         os._exit(EXIT_CODE)
+
+    def _wait_for_others(self):
+        while self._written()[self.older:].count(REPORT) < self.count:
+            time.sleep(0.5)
+
+    def _written(self):
+        """What stands in the file, as bytes."""
+        try:
+            with open(self.path, "rb") as file:
+                return file.read()
+        except OSError:                 # not there yet, or out of reach
+            return b""
 
     def _report(self):
         who = f"{self.name} process id {os.getpid()} on {socket.gethostname()}".strip()
-        line = (f"standstill: {who}: nothing has ended for {self.still / 60:.1f} min "
+        line = (f"{REPORT.decode()} {who}: nothing has ended for {self.still / 60:.1f} min "
                 f"(allowed: {self.allowed() / 60:.1f}); it was {self.what}; "
                 f"last done: {self.last}; {self.facts()}")
-        text = f"{line}\n{stacks()}"
-        # the file first: what prints may wait for whoever reads it
+        return f"{line}\n{stacks()}"
+
+    def _keep(self, text):
         with contextlib.suppress(OSError), open(self.path, "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.say(f"{text}standstill: written to {self.path}; --resume goes on", every=True)
+
+    def _tell(self, text):
+        self.say(text, every=True)
+
+
+def within(seconds, work, *arguments):
+    """Whether work(*arguments) ended within so long; it is not waited for any longer."""
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def stacks():
-    """The stack of every thread, as text. Works while threads are stuck in C."""
-    with tempfile.TemporaryFile("w+") as file:
+    """The stack of every thread, as text. Works while threads are stuck in C, and needs no disk."""
+    with open(os.memfd_create("stacks"), "w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read()

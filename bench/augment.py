@@ -3,14 +3,12 @@
     python bench/augment.py [--seeds 0,1] [--work FOLDER]       one table; --work keeps all of it
     python bench/augment.py --sets none mirror,gain,band        these sets alone
 
-The detector is trained for two epochs with mirror and gain. From its weights each set goes on for
-one short epoch, with the same windows in the same order: what differs between rows of a seed is the
-augmentation alone, and a row costs half a minute. Scored are the last weights, on patients not
-trained on: synthetic ones; the same recordings through another amplifier; the real clips of
-../shared/eeg where they are there. The other amplifier has a band of 1 to 30 Hz, twice the gain,
-500 Hz, 12 bits, 20 uV of mains (which the import filters out again) and two electrodes without
-contact. All of it is bipolar, as the real clips are. AUROC of seconds: of all together, and its
-mean over patients who have both kinds of them.
+The detector is trained for two epochs with mirror and gain; from its weights each set goes on for a
+short epoch of the same windows in the same order, about a CPU minute. Scored are the last weights,
+on patients not trained on: synthetic ones, the same through another amplifier (1 to 30 Hz, twice
+the gain, 500 Hz, 12 bits, 20 uV of mains, which the import filters out again, two electrodes
+without contact), and the real clips of ../shared/eeg where they are there; all bipolar, as those
+are. AUROC of seconds: of all together, and its mean over patients who have both kinds of them.
 """
 import argparse
 import contextlib
@@ -27,6 +25,7 @@ from scipy import signal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import augmentation                                                     # noqa: E402
 import corpora                                                          # noqa: E402
 import data                                                             # noqa: E402
 import evaluate                                                         # noqa: E402
@@ -40,8 +39,9 @@ CORPORA = {"corpus": (6.0, 48, 0), "unseen": (2.0, 24, 1000)}           # hours,
 OTHER = synth.Amplifier(1.0, 500, 12, 1.0, 1.0, 30.0)                   # step 1 uV, 1 to 30 Hz
 BASE = ("mirror", "gain")
 # reference changes nothing in a bipolar montage
-ADDED = [kind for kind in data.AUGMENTATIONS if kind not in (*BASE, "reference")]
+ADDED = [kind for kind in augmentation.AUGMENTATIONS if kind not in (*BASE, "reference")]
 SETS = [(), *[(kind,) for kind in BASE], BASE, *[(*BASE, kind) for kind in ADDED]]
+DATA = {"window_seconds": 30.0, "stride_seconds": 7.5, "dev_fraction": 0.25}
 TRAINING = {
     "epochs": 2, "batch_size": 8, "learning_rate": 2e-3, "warmup_ratio": 0.1, "grad_clip": 1.0,
     "log_every": 20, "checkpoint_keep": 1, "mid_epoch_keep": 1, "best_metric": "average_precision"}
@@ -54,21 +54,26 @@ FEWER = {"background_per_partial": 1.0}
 def make_corpora(work):
     """{column: folder} of what is scored; work/corpus is trained on. Keeps what is there."""
     for name, (hours, patients, seed) in CORPORA.items():
-        if not (work / f"{name}_edf").is_dir():
-            synth.synth(work / "part", hours=hours, patients=patients, seed=seed)
-            (work / "part").rename(work / f"{name}_edf")
-    if not (work / "other_edf").is_dir():
-        through_other_amplifier(work / "unseen_edf", work / "other_part")
-        (work / "other_part").rename(work / "other_edf")
-    sources = {name: work / f"{name}_edf" for name in ("corpus", "unseen", "other")}
+        made(work / f"{name}_edf", synth.synth, hours=hours, patients=patients, seed=seed)
+    made(work / "other_edf", through_other_amplifier, source=work / "unseen_edf")
+    for name in ("corpus", "unseen", "other"):
+        corpora.import_corpus(work / f"{name}_edf", work / name, montage="bipolar")
+    columns = ["unseen", "other"]
     if CLIPS.is_dir():
-        sources["real"] = CLIPS
-    for name, source in sources.items():
-        corpora.import_corpus(source, work / name, montage="bipolar")
-    return {name: work / name for name in sources if name != "corpus"}
+        corpora.import_corpus(CLIPS, work / "real", montage="bipolar")
+        columns.append("real")
+    return {name: work / name for name in columns}
 
 
-def through_other_amplifier(source, target):
+def made(folder, make, **arguments):
+    """Have `make` fill a folder, unless it is there; what a kill left half made is made anew."""
+    if not folder.is_dir():
+        shutil.rmtree(f"{folder}.part", ignore_errors=True)
+        make(Path(f"{folder}.part"), **arguments)
+        Path(f"{folder}.part").rename(folder)
+
+
+def through_other_amplifier(target, source):
     """A copy of a folder of EDF, each as OTHER would have recorded it."""
     shutil.copytree(source, target)
     for number, path in enumerate(sorted(target.rglob("*.edf"))):
@@ -93,13 +98,10 @@ def trained(work, name, kinds, seed, data_section, training):
     """The last checkpoint of one training; that of last time where it is done."""
     config = {
         "experiment": {"name": name, "seed": seed, "results": str(work / "results")},
-        "data": {"path": str(work / "corpus"), "window_seconds": 30.0, "stride_seconds": 7.5,
-                 "dev_fraction": 0.25, "augment": bool(kinds), **data_section},
+        "data": DATA | data_section | {"path": str(work / "corpus"), "augmentations": list(kinds)},
         "model": {"size": "small"},
         "training": TRAINING | training,
         "evaluation": {"window_seconds": 30.0}}
-    if kinds:
-        config["data"]["augmentations"] = list(kinds)
     path = work / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     code = train.run(train.load_config(path), resume="true")
@@ -136,14 +138,13 @@ def auroc(net, c, recordings):
 
 def cell(values):
     """Means over seeds of pairs, and the range of the first."""
-    pooled, over_patients = np.transpose(values)
-    spread = f" ({pooled.min():.3f} to {pooled.max():.3f})" if len(pooled) > 1 else ""
-    return f"{pooled.mean():.3f}{spread}, {over_patients.mean():.3f}"
+    pooled, mean = np.transpose(values)
+    return f"{pooled.mean():.3f} ({pooled.min():.3f} to {pooled.max():.3f}), {mean.mean():.3f}"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1", help="of what goes on: sampling, augmentation")
     parser.add_argument("--sets", nargs="+", help="kinds separated by commas, or none")
     parser.add_argument("--work", help="keep everything in this folder, and go on there")
@@ -162,9 +163,8 @@ def main():
         for kinds in sets:
             with contextlib.redirect_stdout(sys.stderr):
                 found = [scores(work, first, kinds, seed, scored) for seed in seeds]
-            cells = [cell(column) for column in zip(*found)]
-            name = ", ".join(kinds) or "none"
-            print(f"| {name} | {args.seeds} | {' | '.join(cells)} |", flush=True)
+            cells = " | ".join(cell(column) for column in zip(*found))
+            print(f"| {', '.join(kinds) or 'none'} | {args.seeds} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

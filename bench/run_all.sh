@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
 # Every measured claim, one after another on an otherwise idle machine; writes bench/RESULTS.md. Stops at the first that fails.
 #   pip install -r bench/requirements.txt && SEIZURETRANSFORMER=FOLDER bash bench/run_all.sh [SECTION ...]
-# sections: crash checkpoint resume loader model ddp learn augment soak. FOLDER: see bench/model.py; without it that row is left out.
+# sections: crash checkpoint resume loader model ddp learn race transfer augment soak. FOLDER: see bench/model.py; without it that row is left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p bench/results
 sections=("$@")
-[ $# -gt 0 ] || sections=(crash checkpoint resume loader model ddp learn augment soak)
+[ $# -gt 0 ] || sections=(crash checkpoint resume loader model ddp learn race transfer augment soak)
+# sections that are a mode of another's file
+declare -A modes=([race]="learn.py --race" [transfer]="learn.py --transfer")
 machine="$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs) with $(nproc --all) cores, $(uname -sr), $(python -c '
 import sys, torch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {gpu}")')"
 for name in "${sections[@]}"; do
-  echo "== bench/$name.py"
-  python "bench/$name.py" > "bench/results/$name.out" 2> "bench/results/$name.log" || { tail -5 "bench/results/$name.log"; exit 1; }
-  { printf '## %s\n\n`python bench/%s.py`, %s, %s\n\n' "$name" "$name" "$(date +%F)" "$machine"
+  command="${modes[$name]:-$name.py}"
+  if [ "$name" = race ] && [ -z "${SEIZURETRANSFORMER:-}" ]; then
+    echo "== race left out: SEIZURETRANSFORMER names no folder"
+    continue
+  fi
+  echo "== bench/$command"
+  python bench/$command > "bench/results/$name.out" 2> "bench/results/$name.log" || { tail -5 "bench/results/$name.log"; exit 1; }
+  { printf '## %s\n\n`python bench/%s`, %s, %s\n\n' "$name" "$command" "$(date +%F)" "$machine"
     cat "bench/results/$name.out"
     echo
   } > "bench/results/$name.md"

@@ -75,10 +75,11 @@ def fork(results, *hanging):
         log = os.open(results / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        if hanging:
+        command = ["--config", str(results / "config.yaml"), "--resume"]
+        if hanging:                     # the others keep the default: a busy machine is no hang
             hang(*hanging)
-        code = train.main(["--config", str(results / "config.yaml"), "--resume",
-                           "--set", f"training.hang_minutes={HANG_MINUTES}"])
+            command += ["--set", f"training.hang_minutes={HANG_MINUTES}"]
+        code = train.main(command)
     except BaseException:
         traceback.print_exc()
     finally:

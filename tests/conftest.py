@@ -2,8 +2,12 @@
 real EEG, slow tests asked for by name, EDF files written by hand, a recording in memory, and a
 small synthetic corpus."""
 import collections
+import contextlib
+import fcntl
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,8 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")          # the suite runs on 2 cor
 import corpora  # noqa: E402
 import data  # noqa: E402
 import edf  # noqa: E402
+import forked  # noqa: E402
 import synth  # noqa: E402
 
+LONG = {"test_ddp", "test_walk", "test_crash", "test_modal", "test_train", "test_checkpoint"}
 NAMES = edf.CHANNELS["referential"]
 
 
@@ -41,6 +47,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # what takes long begins first: at the end nobody waits for one test
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -192,8 +200,9 @@ def said(src, out, **options):
     return report, "\n".join(lines)
 
 
-def command(*args, **kwargs):
-    return subprocess.run(
+def command(*args, start=forked.run, **kwargs):
+    """data.py with its words; start=subprocess.run takes a new interpreter."""
+    return start(
         [sys.executable, ROOT / "data.py", *map(str, args)],
         capture_output=True,
         text=True,
@@ -205,13 +214,27 @@ def microvolts(recording):
     return recording.read(0, recording.samples) * recording.scale[:, None]
 
 
+@contextlib.contextmanager
+def once(tmp_path_factory, name):
+    """(folder, whether it is to be filled): the first process of pytest-xdist fills it, the others wait and find it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent                  # of all of them
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        whole = base / f"{name}.whole"
+        yield base / name, not whole.exists()
+        whole.touch()
+
+
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory):
     """Folder of 20 min of synthetic EDF, and the folder it was imported to."""
-    base = tmp_path_factory.mktemp("synthetic")
-    synth.synth(base / "edf", hours=0.5, patients=4, seed=3)
-    report = corpora.import_corpus(base / "edf", base / "h5", say=lambda text: None)
-    assert not report.refused and not report.repaired
+    with once(tmp_path_factory, "synthetic") as (base, empty):
+        if empty:
+            synth.synth(base / "edf", hours=0.5, patients=4, seed=3)
+            report = corpora.import_corpus(base / "edf", base / "h5", say=lambda text: None)
+            assert not report.refused and not report.repaired
     return base / "edf", base / "h5"
 
 
@@ -224,9 +247,10 @@ def corpus(synthetic):
 def small_corpus(tmp_path_factory):
     """Folder of twenty minutes of four synthetic patients, imported: what the tests of training
     train on."""
-    root = tmp_path_factory.mktemp("corpus")
-    synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
-    corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
+    with once(tmp_path_factory, "corpus") as (root, empty):
+        if empty:
+            synth.synth(root / "edf", hours=0.35, patients=4, seed=3)
+            corpora.import_corpus(root / "edf", root / "h5", say=lambda text: None)
     return root / "h5"
 
 
@@ -239,3 +263,30 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small tmpfs needs root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def ext4_disk(tmp_path):
+    """A real ext4 file system of eight megabytes in an image, which `dies` can take away."""
+    place, image = tmp_path / "ext4", tmp_path / "ext4.img"
+    place.mkdir()
+    image.write_bytes(bytes(8 << 20))
+    made = subprocess.run(["mkfs.ext4", "-q", str(image)], capture_output=True) if shutil.which("mkfs.ext4") else None
+    mount = ["mount", "-o", "loop", str(image), str(place)]
+    if os.geteuid() or not made or made.returncode or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting an ext4 image needs root, mkfs.ext4 and loop devices")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def dies(ext4_disk):
+    """From now on every read and write of it fails with EIO, of open files too, as on a dead disk. Returns what mends it."""
+    disk = os.open(ext4_disk, os.O_RDONLY)
+    fcntl.ioctl(disk, 0x8004587D, struct.pack("I", 2))      # EXT4_IOC_SHUTDOWN, without a flush
+    os.close(disk)
+
+    def mend():
+        subprocess.run(["umount", "-l", str(ext4_disk)], check=True)
+        image = ext4_disk.with_suffix(".img")
+        subprocess.run(["mount", "-o", "loop", str(image), str(ext4_disk)], check=True)
+    return mend

@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 import traceback
 from pathlib import Path
@@ -171,11 +172,14 @@ def traced(action, directory, at, half):
 def kill_sweep(directory, setup, save, check, run=wrapped):
     """SIGKILL at call 1, 2, ... of save(directory) until a child survives; check(directory) after each. Returns kill points."""
     points = 0
+    start = Path(f"{directory}_start")
+    shutil.rmtree(start, ignore_errors=True)
+    start.mkdir(parents=True)
+    setup(start)
     for at in itertools.count(1):
         for half in (False, True):
             shutil.rmtree(directory, ignore_errors=True)
-            Path(directory).mkdir(parents=True)
-            setup(directory)
+            subprocess.run(["cp", "-a", start, directory], check=True)         # hard links stay links
             outcome, writing = run(lambda: save(directory), directory, at, half)
             if outcome == "done" and not half:
                 return points

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import checkpoint
+import forked
 import train
 from conftest import ROOT
 from model import SMALL
@@ -87,18 +88,15 @@ def assert_same_run(results, reference):
     assert curves(results) == curves(reference)
 
 
-def spawn(config_path, *arguments, minutes="0", held=(), command=PYTHON, ignored=(), **environment):
-    """A real training process; it inherits the signals `ignored` as nohup's child does. held: (method
-    of Trainer, which call of it, file), as in held.py."""
-    def ignore():
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
+def spawn(config_path, *arguments, minutes="0", held=(), command=PYTHON, start=forked.Popen, **environment):
+    """A real training process; with start=subprocess.Popen its interpreter is a new one too. held: (method of Trainer, which
+    call of it, file), as in held.py."""
     if held:
         command = [sys.executable, str(ROOT / "tests" / "held.py")]
         environment |= {"HELD": " ".join(map(str, held))}
-    return subprocess.Popen([*command, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, cwd=config_path.parent,
-                            stderr=subprocess.STDOUT, text=True, preexec_fn=ignore,
-                            env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
+    return start([*command, "--config", str(config_path), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                 cwd=config_path.parent, text=True,
+                 env={**os.environ, "BGB_MID_EPOCH_MINUTES": minutes, "PYTHONUNBUFFERED": "1", **environment})
 
 
 def wait_for(process, text, limit=LIMIT):
@@ -148,5 +146,5 @@ PORTS = itertools.count()           # none is used twice by one process
 
 def spawn_hooked(config_path, hook, *arguments, **options):
     """`spawn`, with the lines `hook` run between the import of train.py and its command."""
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport train, checkpoint\n{hook}\nsys.exit(train.main(sys.argv[1:]))"
+    code = f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport train, checkpoint\n{hook}\nsys.exit(train.main(sys.argv[1:]))"
     return spawn(config_path, *arguments, command=[sys.executable, "-c", code], **options)

@@ -3,12 +3,13 @@ import numpy as np
 import pytest
 import torch
 
+import augmentation
 import config
 import data
 import edf
 import evaluate
 import train
-from data import AUGMENTATIONS, Augmenter
+from augmentation import AUGMENTATIONS, Augmenter
 from conftest import NAMES, imported, write_edf
 from helpers import assert_same_run, loaded, rest, spawn, wait_for
 from scipy import signal
@@ -43,7 +44,7 @@ def test_gain_is_one_factor_for_a_whole_window():
 
 def test_mirror_and_polarity_act_on_about_half_of_the_windows():
     x = noise()
-    flip = data.mirror(NAMES)
+    flip = augmentation.mirror(NAMES)
     sides, _ = changed("mirror", x)
     swapped = [torch.equal(a, b[flip]) for a, b in zip(sides, x)]
     kept = [torch.equal(a, b) for a, b in zip(sides, x)]
@@ -213,7 +214,7 @@ def test_a_kind_that_is_not_known_is_refused_in_one_line(tmp_path):
     assert config.load(path)["data"]["augmentations"] == []
     with pytest.raises(config.Refused, match="data.augmentations must be list"):
         config.load(path, ["data.augmentations=gain"])
-    assert config.DEFAULTS["data"]["augmentations"] == list(data.AUGMENTED)
+    assert config.DEFAULTS["data"]["augmentations"] == list(augmentation.AUGMENTED)
 
 
 @pytest.fixture(scope="module")

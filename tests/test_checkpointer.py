@@ -14,7 +14,8 @@ import torch
 
 import checkpoint
 import crash
-from conftest import ROOT
+import forked
+from conftest import ROOT, dies
 from crash import sound, state
 from test_crash import recover, saver, temps
 
@@ -61,7 +62,7 @@ def test_the_death_of_a_process_frees_its_lock_though_its_forked_worker_lives_on
     script = "import os, sys, time; sys.path.insert(0, sys.argv[1]); import checkpoint; " \
              "held = checkpoint.lock(sys.argv[2]); child = os.fork(); " \
              "print(child, flush=True) if child else None; time.sleep(600)"
-    holder = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = forked.Popen([sys.executable, "-c", script, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True)
     child = int(holder.stdout.readline())
     try:
         holder.kill()
@@ -122,8 +123,9 @@ with checkpoint.Checkpointer(sys.argv[2], on_saved=lambda path: print("durable",
 
 
 def loop(directory, *command, **options):
-    process = subprocess.Popen([*command, sys.executable, "-c", LOOP, str(ROOT), str(directory)],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    start = subprocess.Popen if command else forked.Popen
+    process = start([*command, sys.executable, "-c", LOOP, str(ROOT), str(directory)],
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     assert process.stdout.readline() == "loop\n"
     return process
 
@@ -345,7 +347,7 @@ def mirrored(tmp_path, mirror=None, **changes):
 
 def until(condition, said=()):
     """Wait for it, minutes if need be; a failing wait shows what was said."""
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 900
     while not condition():
         assert time.monotonic() < ends, "\n".join(said)
         time.sleep(0.01)
@@ -393,6 +395,21 @@ def test_a_run_whose_whole_folder_is_lost_goes_on_from_its_second_copy_with_best
     assert sound(checkpoint.load(home / "best.pt")) == 1 and recover(home) == 4
     assert any("brought home from the second copy" in line for line in said)
     assert recover(tmp_path / "nas/v3/checkpoints") == 4
+
+
+def test_a_resume_of_a_run_killed_between_its_last_save_and_the_copy_completes_the_second_copy(tmp_path):
+    s, _ = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+    with saver(tmp_path / "results/v3/checkpoints") as s:           # as if killed before the copy
+        assert s.resume()
+        s.save_epoch(state(2, epoch=2), metric=0.9)
+    assert recover(tmp_path / "nas/v3/checkpoints") == 1
+    s, _ = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 2                       # finished: there is nothing to save
+    place = tmp_path / "nas/v3/checkpoints"
+    assert recover(place) == 2 and sound(checkpoint.load(place / "best.pt")) == 2
 
 
 def test_a_resume_takes_the_better_of_both_places(tmp_path):
@@ -472,11 +489,13 @@ def spoil_read_only(nas):
     return lambda: subprocess.run(["mount", "-o", "remount,rw", str(nas)], check=True)
 
 
-@pytest.mark.parametrize("spoil", [spoil_gone, spoil_file, spoil_full, spoil_read_only])
+@pytest.mark.parametrize("spoil", [spoil_gone, spoil_file, spoil_full, spoil_read_only, dies])
 def test_a_second_copy_that_fails_is_said_when_it_begins_and_when_it_ends_and_stops_nothing(tmp_path, request, spoil):
     nas = tmp_path / "nas"
     if spoil in (spoil_full, spoil_read_only):
         nas = request.getfixturevalue("small_disk")
+    if spoil is dies:
+        nas = request.getfixturevalue("ext4_disk")
     s, said = mirrored(tmp_path, mirror=nas)
     with s:
         s.save_mid(state(1))
@@ -646,7 +665,7 @@ def test_ls_names_the_process_that_holds_a_run_without_taking_its_lock(tmp_path,
              "print('held', flush=True); time.sleep(600)"
     with saver(tmp_path) as s:
         s.save_mid(state(1))
-    holder = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = forked.Popen([sys.executable, "-c", script, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     assert checkpoint.main(["ls", str(tmp_path)]) == 0
     assert f"in use by process {holder.pid}" in capsys.readouterr().out

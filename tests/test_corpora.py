@@ -12,9 +12,11 @@ import h5py
 import numpy as np
 import pytest
 
+import augmentation
 import corpora
 import data
 import edf
+import forked
 from conftest import CSV, ROOT, command, imported, said, tsv, write_edf
 from helpers import rest, wait_for
 
@@ -208,6 +210,7 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
         "import",
         tmp_path / "src",
         tmp_path / "out",
+        start=subprocess.run,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr and "stopped" in done.stderr
@@ -217,7 +220,7 @@ def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
 def held_import(folder, number, workers, gate):
     """An import whose processes stand still before they write their `number`-th recording, once one
     does."""
-    process = subprocess.Popen(
+    process = forked.Popen(
         [
             sys.executable,
             ROOT / "tests" / "held.py",
@@ -247,7 +250,7 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kill
     arguments = [sys.executable, ROOT / "data.py", "import", src, out, "--workers", "2"]
     rng, done = np.random.default_rng(0), set()
     for kill in range(kills):
-        process = subprocess.Popen(
+        process = forked.Popen(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         began = time.monotonic()
@@ -397,8 +400,8 @@ def test_a_corpus_of_a_wearables_channels_is_imported_and_gives_windows(tmp_path
     assert {r.channels for r in recordings} == {("F7-T3", "F8-T4")}
     loader = data.Loader(data.Windows(recordings, 60, 10), augment=True)
     x, y, mask = next(loader.batches([[0, 1]], 1))
-    assert x.shape == (2, 2, 60 * 256) and data.mirror(recordings[0].channels).tolist() == [1, 0]
-    assert data.mirror(("Cz", "F7-T3")).tolist() == [0, 1]  # nothing to change sides with
+    assert x.shape == (2, 2, 60 * 256) and augmentation.mirror(recordings[0].channels).tolist() == [1, 0]
+    assert augmentation.mirror(("Cz", "F7-T3")).tolist() == [0, 1]  # nothing to change sides with
 
 
 def test_files_refused_for_one_reason_share_a_line(tmp_path):

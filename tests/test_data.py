@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import augmentation
 import checkpoint
 import corpora
 import data
 import edf
+import forked
 from conftest import NAMES, ROOT, Held, prepare, write_edf
 
 
@@ -283,12 +284,12 @@ def test_augmentation_depends_on_seed_epoch_and_window_alone(corpus):
     assert torch.equal(a, b)
     assert not torch.equal(a, batch([ids], epoch=2)) and not torch.equal(a, batch([ids], seed=2))
     plain = torch.cat([b[0] for b in data.Loader(w).batches([ids], 1)])
-    flip = data.mirror(NAMES)
+    flip = augmentation.mirror(NAMES)
     assert [NAMES[i] for i in flip[:9]] == "Fp2 F4 C4 P4 O2 F8 T4 T6 Fz".split()
     gains = [min(((a[i] - g * p[order]).abs().max().item(), g) for order in (slice(None), flip)
                  for p in [plain[i]] for g in [a[i].norm().item() / p.norm().item()]) for i in range(12)]
     assert max(error for error, _ in gains) < 1e-3 and np.std([g for _, g in gains]) > 0.05
-    assert len(data.mirror(edf.BIPOLAR)) == 18
+    assert len(augmentation.mirror(edf.BIPOLAR)) == 18
 
 
 def test_closing_early_and_errors_leave_no_thread(corpus):
@@ -335,7 +336,7 @@ def test_more_recordings_than_files_may_be_open(synthetic, tmp_path):
             "w = data.Windows(many, 10, 60)\n"
             "assert len(list(data.Loader(w).batches([[i] for i in range(len(w))], 1))) == len(w)\n"
             "assert len({r.read(5, 9).tobytes() for r in many + many}) == 1")
-    subprocess.run([sys.executable, "-c", code, ROOT, synthetic[1], tmp_path], check=True)
+    forked.run([sys.executable, "-c", code, ROOT, synthetic[1], tmp_path], check=True)
 
 
 # ---- reading ----

@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import config
+import forked
 from conftest import ROOT
 from helpers import EPOCH_STEPS, free_port, last, loaded, rest, rows, same, wait_for
 from model import SMALL
@@ -25,14 +26,29 @@ def corpus(small_corpus):
 STILL = {**SMALL, "dropout": 0.0}                       # dropout draws from each process's own random state
 
 
-def torchrun(results, processes, *arguments, restarts=0, minutes="0", held=(), script=ROOT / "train.py"):
+# torchrun whose processes come out of forks, as itself does: nothing else of it is another
+AGENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import forked
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.run import main
+forked.branch()
+subprocess_handler.Popen = forked.Popen
+main()
+"""
+
+
+def torchrun(results, processes, *arguments, restarts=0, minutes="0", held=(), script=ROOT / "train.py", real=False):
+    """real: a new interpreter for every process, as in a terminal."""
     program = ROOT / "tests" / "held.py" if held else script
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
+    start, run = (subprocess.Popen, ["-m", "torch.distributed.run"]) if real else (forked.Popen, ["-c", AGENT])
+    command = [sys.executable, *run, f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
                "--master-addr=127.0.0.1", f"--master-port={free_port()}", str(program), "--config",
                str(Path(results, "config.yaml")), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BGB_MID_EPOCH_MINUTES": minutes,
-                                 "HELD": " ".join(map(str, held))})
+    return start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BGB_MID_EPOCH_MINUTES": minutes,
+                      "HELD": " ".join(map(str, held))})
 
 
 def finish(process):
@@ -43,8 +59,9 @@ def finish(process):
 
 def children(process):
     """Process ids of the workers of this torchrun."""
-    text = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in text.splitlines() if "--config" in line]
+    text = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    found = [line.split() for line in text.splitlines()]
+    return [int(number) for number, name in found if name != forked.NAME]
 
 
 def close_to(a, b, tolerance):
@@ -70,7 +87,7 @@ def prepare(corpus, results, **changes):
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus, alone, tmp_path, processes):
     prepare(corpus, tmp_path)
-    finish(torchrun(tmp_path, processes))
+    finish(torchrun(tmp_path, processes, real=processes == 2))
     assert close_to(last(tmp_path)["model"], last(alone)["model"], 1e-3)
     for mine, one in zip(rows(tmp_path), rows(alone), strict=True):
         assert mine["step"] == one["step"] and mine["kind"] == one["kind"]
@@ -170,7 +187,7 @@ def test_all_processes_leave_together_after_a_save_of_three_seconds_is_durable(c
         os.kill(process.pid, signal.SIGTERM)
     for child in {"main": children(process)[:1], "all": children(process), "torchrun": []}[which]:
         os.kill(child, signal.SIGTERM)
-    out = "".join(lines) + process.communicate(timeout=240)[0]
+    out = "".join(lines) + rest(process)
     assert "stopped by SIGTERM, saved" in out, out[-4000:]
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["batch"] >= 3 and len(state["rng"]) == 2
@@ -179,18 +196,20 @@ def test_all_processes_leave_together_after_a_save_of_three_seconds_is_durable(c
 HANGS = """
 original = train.Trainer.train_step
 def hang(self, *arguments):
-    if self.step == 2 and self.group.rank == 1:
-        import ctypes
-        ctypes.CDLL(None).sleep(600)
+    if self.step == 2:
+        self.watch.limit, self.watch.slowest = 1.0, 0.0         # from here on
+        if self.group.rank == 1:
+            import ctypes
+            ctypes.CDLL(None).sleep(600)
     return original(self, *arguments)
 train.Trainer.train_step = hang
 """
 
 
 def test_of_two_processes_the_one_that_hangs_is_named_with_its_stack(corpus, tmp_path):
-    prepare(corpus, tmp_path, training__epochs=50, training__hang_minutes=0.25)
+    prepare(corpus, tmp_path, training__epochs=50, training__hang_minutes=30.0)
     process = torchrun(tmp_path, 2, script=hooked(tmp_path, HANGS))
-    out = process.communicate(timeout=300)[0]
+    out = rest(process)
     assert process.returncode != 0
     text = (tmp_path / "t/hang.txt").read_text()
     mine = text[text.index("standstill: process 1 of 2,"):].split("standstill: process 0")[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint
+import forked
 import records
 import train
 from conftest import ROOT
@@ -207,7 +208,7 @@ def test_a_directory_whose_holder_is_gone_but_not_quite_is_a_passing_fault_and_a
     place = tmp_path / "t" / "checkpoints"
     place.mkdir(parents=True)
     program = executable(tmp_path / "holder.py", HOLDER)
-    holder = subprocess.Popen([sys.executable, program, ROOT, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    holder = forked.Popen([sys.executable, program, ROOT, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               start_new_session=True)
     try:
         assert holder.stdout.readline() == "held\n"

@@ -27,6 +27,7 @@ import data
 import edf
 import evaluate
 import events
+import forked
 import metrics
 import model as v3
 import report
@@ -567,7 +568,7 @@ def here(*arguments):
 
 def run(*arguments):
     command = [sys.executable, ROOT / "evaluate.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+    return forked.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_an_imported_folder_is_scored_with_the_threshold_that_training_stored(corpus, tmp_path):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import forked
 import modal_app
 import modal_trial
 
@@ -31,11 +32,11 @@ def trial(tmp_path):
     return modal_trial.Trial(tmp_path)
 
 
-def cli(*arguments):
+def cli(*arguments, start=forked.run):
     """`modal run modal_app.py ...` as a user types it, with nowhere to connect to."""
     command = [sys.executable, "-m", "modal", "run", "modal_app.py", *arguments]
     nowhere = os.environ | {"MODAL_SERVER_URL": "http://127.0.0.1:9", "COLUMNS": "200"}
-    done = subprocess.run(command, cwd=modal_trial.ROOT, text=True, capture_output=True, env=nowhere)
+    done = start(command, cwd=modal_trial.ROOT, text=True, capture_output=True, env=nowhere)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -54,7 +55,7 @@ class Runs:
         config["experiment"]["results"] = str(self.results)
         config["toy"] |= {"seconds": seconds, "crash_at": crash_at, "hold": 5 if sends else 0}
         command = [sys.executable, "-u", "-c", DRIVER, json.dumps(config), json.dumps(attempts)]
-        process = subprocess.Popen(command, cwd=self.trial.project, text=True, stdout=subprocess.PIPE,
+        process = forked.Popen(command, cwd=self.trial.project, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
         log = ""
         for line in process.stdout:
@@ -75,7 +76,7 @@ def runs(trial):
 
 
 def test_help_names_every_option_and_its_choices():
-    code, out, _ = cli("--help")
+    code, out, _ = cli("--help", start=subprocess.run)
     assert code == 0
     assert "--action [train|evaluate|smoke|ls]" in out and "--resume [true|false]" in out
     assert "--config" in out and "--fresh [true|false]" in out
@@ -98,7 +99,7 @@ def test_nothing_is_read_that_a_container_does_not_have(trial):
         if path.name != "modal_app.py":
             path.unlink()
     code = "import modal; modal.is_local = lambda: False; import modal_app"
-    done = subprocess.run([sys.executable, "-c", code], cwd=trial.project, text=True, capture_output=True)
+    done = forked.run([sys.executable, "-c", code], cwd=trial.project, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 

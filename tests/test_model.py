@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import forked
 import model as v3
 import train as training
 from bench.model import Launches
@@ -487,7 +488,7 @@ def test_a_run_under_compile_makes_one_graph_though_its_last_batch_is_smaller(sm
 def test_without_a_gpu_its_bench_is_one_line_and_exit_2():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    done = subprocess.run([sys.executable, "bench/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    done = forked.run([sys.executable, "bench/gpu.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "GPU" in done.stderr
 
 

@@ -3,13 +3,13 @@ figures stand in bench/RESULTS.md."""
 import ast
 import contextlib
 import re
-import subprocess
 import sys
 
 import pytest
 import yaml
 
 import config
+import forked
 import model
 from conftest import ROOT, SHARED
 from crash import docstring_loop
@@ -83,7 +83,7 @@ def test_arguments_of_modal_commands_are_those_of_the_entry_point(flag, script):
 
 
 def test_flags_named_in_the_text_belong_to_a_command_and_paths_to_a_file():
-    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), ROOT / "tests" / "conftest.py"])
+    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), ROOT / "tests/conftest.py"])
     others = {"--detach", "--max-restarts", "--no-deps"}        # of modal and torchrun
     for flag in set(re.findall(r"`(--[a-z-]+)", README)) - others:
         assert f'"{flag}"' in code or f"{flag[2:]}: Literal" in code, f"no command has {flag}"
@@ -180,7 +180,7 @@ def test_the_citation_file_has_what_the_format_asks_for():
 
 def test_every_script_explains_itself():
     for script in ("train.py", "data.py", "evaluate.py", "checkpoint.py"):
-        done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+        done = forked.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage" in done.stdout
 
 

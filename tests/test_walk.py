@@ -17,6 +17,7 @@ from PIL import Image
 
 import checkpoint
 import edf
+import forked
 from conftest import ROOT
 from helpers import LIMIT, rest, wait_for
 
@@ -83,7 +84,7 @@ class Project:
     def start(self, line, *more, **environment):
         words = shlex.split(" ".join([line, *more]))
         assert words[0] == "python"
-        return subprocess.Popen(
+        return forked.Popen(
             [sys.executable, *words[1:]], cwd=self.folder, stdout=subprocess.PIPE, text=True,
             stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment})
 

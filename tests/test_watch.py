@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import forked
 from conftest import ROOT
 from helpers import rest
 
@@ -33,20 +34,45 @@ with Watchdog(minutes, path, say) as watch:
 """
 SLOW = START + """
 with Watchdog(minutes, path, say) as watch:
-    for seconds in (1.0, 5.0):                  # far from the limit of 3 and from ten times the first
+    for seconds in (1.0, 4.0):                  # far from the limit of 3 and from ten times the first
         time.sleep(seconds)
         watch.did("step")
+"""
+UNWRITABLE = START + """
+import os, threading, watch as module
+module.HELD_UP = 1.0
+lock = threading.Lock()
+def held(line, every=False):
+    with lock:
+        print(line, flush=True)
+with Watchdog(minutes, path, held) as watch:
+    os.mkfifo(path)                             # nobody reads it: its opening never ends
+    if sys.argv[4] == "log":
+        lock.acquire()
+    with watch.during("in a save"):
+        ctypes.CDLL(None).sleep(600)
 """
 EXCUSED = START + """
 with Watchdog(minutes, path, say) as watch:
     with watch.excused():
-        time.sleep(5)
+        time.sleep(3)
 """
 
 
 def start(code, tmp_path, *arguments):
     command = [sys.executable, "-c", code, str(ROOT), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+JOB = START + """
+rank = int(sys.argv[4])
+print("ready", flush=True)
+with Watchdog(minutes, path, say, f"process {rank} of 2,", 2) as watch:
+    if rank:                                        # the one that hangs is patient: a step of it was slow
+        time.sleep(1)
+        watch.did("step")
+    ctypes.CDLL(None).sleep(600)
+"""
 
 
 def test_a_main_thread_stuck_in_c_ends_with_70_and_every_stack_in_the_log_and_the_file(tmp_path):
@@ -64,12 +90,20 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process_alive(tmp_pat
     assert process.returncode == 70 and "it was waiting for data" in out
 
 
+@pytest.mark.parametrize("what", ["file", "file and log"])
+def test_a_disk_that_does_not_answer_holds_up_neither_the_stacks_nor_the_end(tmp_path, what):
+    process = start(UNWRITABLE, tmp_path, 1.0, tmp_path / "hang.txt", what.split()[-1])
+    out = rest(process)
+    assert process.returncode == 70, out
+    assert out.count("it was in a save") == 1 and "(most recent call first)" in out
+
+
 def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
     process = start(BUSY, tmp_path, 3.0, tmp_path / "hang.txt", 40)
     while "step 3" not in process.stdout.readline():
         assert process.poll() is None
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(8)
+    time.sleep(4)                           # the limit is three
     os.kill(process.pid, signal.SIGCONT)
     out = rest(process)
     assert process.returncode == 0 and "step 39" in out and not (tmp_path / "hang.txt").exists()
@@ -84,6 +118,18 @@ def test_the_limit_grows_to_ten_times_the_slowest_step(tmp_path):
 @pytest.mark.parametrize("code", [STUCK, EXCUSED], ids=["off", "another process is waited for"])
 def test_nothing_ends_a_process_that_is_not_watched(tmp_path, code):
     limit = 0.0 if code is STUCK else 1.0
-    process = start(code.replace("sleep(600)", "sleep(3)"), tmp_path, limit, tmp_path / "hang.txt")
+    process = start(code.replace("sleep(600)", "sleep(1)"), tmp_path, limit, tmp_path / "hang.txt")
     out = rest(process)
     assert process.returncode == 0, out
+
+
+def test_processes_of_a_job_wait_for_the_words_of_the_one_whose_clock_runs_out_last(tmp_path):
+    """The second is allowed ten times its step of one second, the first two seconds; what an earlier
+    standstill left in the file counts for nothing."""
+    (tmp_path / "hang.txt").write_text("standstill: process 0 of 2\nstandstill: process 1 of 2\n")
+    processes = [start(JOB, tmp_path, 2.0, tmp_path / "hang.txt", rank) for rank in range(2)]
+    first = rest(processes[0])
+    text = (tmp_path / "hang.txt").read_text()
+    second = rest(processes[1])
+    assert [process.returncode for process in processes] == [70, 70], first + second
+    assert text.count("standstill: process 0 of 2") == text.count("standstill: process 1 of 2") == 2, text
