@@ -14,7 +14,6 @@ for the libraries (OMP_NUM_THREADS). Who needs those takes subprocess.
 import array
 import atexit
 import ctypes
-import functools
 import gc
 import io
 import json
@@ -46,7 +45,7 @@ class Popen(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
                        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *others):
         words = [os.fspath(word) for word in args]
-        if words[0] != sys.executable or shell or executable or pass_fds or preexec_fn or os.name != "posix":
+        if words[0] != sys.executable or shell or executable or pass_fds or preexec_fn:
             raise ValueError(f"not a Python command that can be forked: {args}")
         plain = [0 if p2cread == -1 else p2cread, 1 if c2pwrite == -1 else c2pwrite, 2 if errwrite == -1 else errwrite]
         request = {"words": words, "cwd": os.fspath(cwd or os.getcwd()), "env": dict(os.environ if env is None else env),
@@ -100,18 +99,18 @@ def adopt(wanted):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-@functools.cache
 def server():
     """Address of the process that forks, once it has imported all. It ends with this one: its input ends."""
-    address = new_address()
-    process = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    if process.stdout.readline() != b"ready\n":
-        raise RuntimeError("the process that forks did not start")
-    KEPT.append(process)
-    return address
+    if not SERVERS:
+        address = new_address()
+        process = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if process.stdout.readline() != b"ready\n":
+            raise RuntimeError("the process that forks did not start")
+        SERVERS.append((address, process))
+    return SERVERS[-1][0]
 
 
-KEPT = []
+SERVERS = []                                # (address, what keeps it alive) of this process
 
 
 def new_address():
@@ -121,25 +120,28 @@ def new_address():
 def branch():
     """Have this process, a forked one itself, fork for its own children: they must be its own."""
     address = new_address()
-    ours, theirs = os.pipe()
-    ready, said = os.pipe()
+    ends, alive = os.pipe()
+    heard, ready = os.pipe()
     if os.fork():
-        os.close(ours)
-        os.close(said)
-        os.read(ready, 1)
+        os.close(ends)
         os.close(ready)
-        KEPT.append(theirs)
-        server.cache_clear()
-        globals()["server"] = lambda: address
+        os.read(heard, 1)
+        os.close(heard)
+        SERVERS.append((address, alive))
         return
     os.setsid()                             # no signal to the session or its terminal is meant for it
-    os.close(theirs)
-    os.close(ready)
-    asked = serve(address, ours, said)
+    os.close(alive)
+    os.close(heard)
+    asked = serve(address, ends, ready)
     if not asked:
         os._exit(0)
     become(*asked)
     sys.exit(code_of(asked[0]["words"]))
+
+
+if not sys.platform.startswith("linux"):    # elsewhere no process can take in another's child
+    Popen = subprocess.Popen                # noqa: F811
+    run = subprocess.run                    # noqa: F811
 
 
 # ---- the server ----
@@ -178,6 +180,8 @@ def serve(address, ends, ready):
                 os._exit(0)
             while os.getppid() == mine:
                 os.sched_yield()
+            if request["session"]:
+                os.setsid()                 # first: whoever asked may signal the group at once
             line.sendall(str(os.getpid()).encode())
             line.close()
             listener.close()
@@ -208,8 +212,6 @@ def received(line):
 
 def become(request, descriptors):
     """Take the environment, the folder, the descriptors and the signals of the request."""
-    if request["session"]:
-        os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

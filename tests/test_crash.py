@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 import random
-import re
 import shutil
 from pathlib import Path
 
