@@ -164,7 +164,7 @@ AUGMENTATIONS = {
     "channels": Augmentation(
         10, draw_channels, drop_channels, "up to three channels without signal"),
 }
-AUGMENTED = ("mirror", "gain")          # by default: what bench/augment.py shows a gain for
+AUGMENTED = ("mirror", "gain")          # by default; the others wait for a gain in bench/augment.py
 
 
 class Augmenter:
