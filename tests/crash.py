@@ -11,6 +11,7 @@ tracer.py does what Watched does with the system calls themselves, whoever makes
 import contextlib
 import fcntl
 import itertools
+import mmap
 import os
 import random
 import re
@@ -152,15 +153,21 @@ def run_child(action, after=None):
 
 def wrapped(action, directory, at, half):
     """Kill `action` at its `at`-th call of Python on `directory`. Returns (outcome, whether that call may be cut in half)."""
+    writing = mmap.mmap(-1, 1)              # shared with the child
+
     def hook(number, name, arguments):
-        if number == at and not half:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return "half" if number == at and name == "write" and len(arguments[1]) > 1 else None
+        if number != at:
+            return None
+        if name == "write" and len(arguments[1]) > 1:
+            writing[0] = 1
+            if half:
+                return "half"
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def child():
         with Watched(directory, hook):
             action()
-    return run_child(child), True
+    return run_child(child), bool(writing[0])
 
 
 def traced(action, directory, at, half):
