@@ -1,8 +1,8 @@
 """Kill a real training run at random times, take its whole results folder away, or let it hang;
 resume it every time, and compare its end with a run never stopped.
 
-    python bench/soak.py                                        100 kills
-    python bench/soak.py --kills 100 --losses 50 --hangs 50     about half an hour, two cores
+    python bench/soak.py                            about half an hour on two cores
+    python bench/soak.py --losses 0 --hangs 0       100 kills alone
 
 Every process is forked with train.py imported, so that a kill meets training, not the import of
 torch; it runs the command line of train.py with --resume and a second copy in training.mirror, and
@@ -193,8 +193,8 @@ def soak(temp, todo, epochs, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--losses", type=int, default=0)
-    parser.add_argument("--hangs", type=int, default=0)
+    parser.add_argument("--losses", type=int, default=50)
+    parser.add_argument("--hangs", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
