@@ -40,7 +40,8 @@ def synthetic(work, name, hours, patients, seed, montage="referential"):
 
 
 def imported(source, folder, montage):
-    corpora.import_corpus(source, f"{folder}.part", montage=montage)
+    corpora.import_corpus(source, f"{folder}.part", montage=montage,
+                          say=lambda line: print(line, file=sys.stderr))   # no result of the bench
     os.replace(f"{folder}.part", folder)
 
 
