@@ -73,7 +73,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import signal
 import socket
 import stat
@@ -1553,7 +1552,7 @@ class Mirror:
 
     A thread of its own copies what is newer at home; training and the next save never wait for it.
     A save that comes while it copies is copied next, so a slow place skips states. What fails is
-    said when it begins and when it ends."""
+    said when it begins and when it ends. A state that the home does not take is written here."""
 
     def __init__(self, folder, home, records, say):
         run = home.parent if home.name == "checkpoints" else home
@@ -1565,6 +1564,7 @@ class Mirror:
         self.records = {run / name: self.place.parent / name for name in records}
         self.say = say
         self.known = set()                  # runs that may be overwritten
+        self.taken = {}     # name -> counter of the save that came here alone
         self.trouble = ""                   # why there is no newest copy
         self.copied = None                  # when the state of the newest copy was saved
         self.slowest = 0.0                  # seconds of a round
@@ -1573,6 +1573,7 @@ class Mirror:
         self.busy = False
         self.closing = False
         self.changed = threading.Condition()
+        self.writing = threading.Lock()
         self.thread = threading.Thread(target=self._work, name="checkpoint mirror", daemon=True)
         with contextlib.suppress(OSError):  # its thread will say so
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1615,9 +1616,8 @@ class Mirror:
                     continue
                 self.copied = saved
                 self.slowest = max(self.slowest, time.monotonic() - began)
-                if self.trouble and not self.waiting:
-                    self.trouble = ""
-                    self.say(f"mirror: {self.place} holds the newest state again")
+                if not self.waiting:
+                    self._end()
 
     def _begin(self, trouble):
         if not self.trouble:
@@ -1625,27 +1625,65 @@ class Mirror:
                      f"copy")
         self.trouble = trouble
 
-    def _update(self):
+    def _end(self):
+        if self.trouble:
+            self.trouble = ""
+            self.say(f"mirror: {self.place} holds the newest state again")
+
+    @contextlib.contextmanager
+    def _held(self):
+        """The place in the hands of one thread of this run, rotated at the end."""
         # gone: making it anew would fill the disk below the mount point
         os.stat(self.folder)
         self.place.mkdir(parents=True, exist_ok=True)
-        with lock(self.place, say=lambda line: None):
+        with self.writing, lock(self.place, say=lambda line: None):
             sweep_temps(self.place)
             if self.runs() - self.known:
                 raise OtherRun("holds another run of this name")
-            # first: they may be ahead of a state, never behind
-            for record, copy in self.records.items():
-                if record.exists():
-                    atomic_write(copy, [record.read_bytes()])
-            here = [c for c in candidates(self.home) if not c.damage and KINDS[c.kind].mirrored]
-            for candidate in here:          # none where the home is gone, which its own saves say
-                if candidate is here[0] or KINDS[candidate.kind].mirrored == 1:
-                    self._copy(candidate)
+            yield
             for kind in KINDS.values():
                 rotate(self.place, kind.glob, kind.mirrored)
 
+    def _update(self):
+        with self._held():
+            here = [c for c in candidates(self.home) if not c.damage and KINDS[c.kind].mirrored]
+            # between look and copy: they may be ahead of a state, never behind
+            for record, copy in self.records.items():
+                if record.exists():
+                    atomic_write(copy, [record.read_bytes()])
+            for candidate in here:          # none where the home is gone, which its own saves say
+                if candidate is here[0] or KINDS[candidate.kind].mirrored == 1:
+                    self._copy(candidate)
+
+    def save(self, names, pieces, counter, before):
+        """Write a state that the home does not take; returns its path. pieces() yields its bytes,
+        before(directory) is called first.
+
+        OSError or OtherRun where it finds no place here either, said as any trouble is."""
+        names = [n for n in names if KINDS[NAME.fullmatch(n).lastgroup].mirrored]
+        first = self.place / names[0]
+        try:
+            with self._held():
+                if before:
+                    before(self.place)
+                write_anyhow(first, pieces, self.say)
+                self.taken[first.name] = counter
+                for name in names[1:]:
+                    also(first, self.place / name, _links_work(self.place))
+                    self.taken[name] = counter
+        except (OSError, OtherRun) as error:
+            with self.changed:
+                self._begin(getattr(error, "strerror", "") or str(error))
+            raise
+        with self.changed:
+            self.copied, self.waiting = time.monotonic(), 0.0
+            self._end()
+        return first
+
     def _copy(self, candidate):
         target = self.place / candidate.path.name
+        if candidate.facts["save_counter"] < self.taken.get(target.name, 0):
+            return
         there = [c for c in candidates(self.place) if c.facts and c.save == candidate.save]
         if any(c.path == target for c in there):
             return
@@ -1690,18 +1728,24 @@ class Mirror:
 def copy_file(source, target, say=print):
     """`target` becomes a durable copy of the checkpoint `source`, checked as it is read once.
 
-    What the disk has garbled never replaces a good copy: CorruptCheckpoint. Where the place knows
-    no fsync or rename it is written in place, said."""
+    What the disk has garbled never replaces a good copy: CorruptCheckpoint."""
+    write_anyhow(target, lambda: _checked_pieces(source), say)
+
+
+def write_anyhow(target, pieces, say=print):
+    """Durably what the generator pieces() yields; where the place knows no fsync or rename in
+    place, said."""
     try:
-        with contextlib.closing(_checked_pieces(source)) as pieces:
-            atomic_write(target, pieces)
+        with contextlib.closing(pieces()) as buffers:
+            atomic_write(target, buffers)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
             raise
         say(f"mirror: {target.parent} does not take durable files ({error.strerror}): "
             f"{target.name} is written in place")
-        verify(source)
-        shutil.copyfile(source, target)
+        deque(pieces(), maxlen=0)           # to the end: checked before anything is overwritten
+        with open(target, "wb") as file, contextlib.closing(pieces()) as buffers:
+            file.writelines(buffers)
 
 
 def _checked_pieces(path):
@@ -1815,12 +1859,13 @@ class Checkpointer:
     mode                "max" or "min": which metric is better
     on_saved            called with the path in the writer thread once a file is durable; its
                         exception stops the run
-    before_save         called in the writer thread before a file is written: makes durable what
-                        the state counts on
+    before_save         called in the writer thread with the directory before a file is written
+                        there: makes durable what the state counts on
     save_patience_minutes   a failed save is said and tried again for so long, the state kept in
                         memory; then SaveFailed
     mirror              folder of a second copy, best on another disk: see Mirror; `records` are
-                        files of the run's folder that go along
+                        files of the run's folder that go along. While it takes the states that
+                        the directory does not, the run goes on beyond the patience
     check_finite        refuse to write weights (state["model"]) that became infinite or NaN
 
     A state is any dict with whole numbers `epoch` (from 1) and, in a snapshot, `batch`. The file
@@ -1853,6 +1898,8 @@ class Checkpointer:
         self.mirror = Mirror(mirror, self.directory, records, say) if mirror else None
         self._image = _Image(say)
         self._names = []                    # of the image
+        self._away = False                  # the newest saves are in the second copy alone
+        self._best = None                   # metric of best.pt, {}: none; None: never read
         self._failed = None                 # OSError of the image's save: it is in memory alone
         self._failures = 0                  # in a row
         self._failing_since = 0.0
@@ -1891,6 +1938,7 @@ class Checkpointer:
             write_json(note, {"checkpoints": str(self.mirror.place)})       # for `ls`
         elif note.exists():
             note.unlink()
+        self._best = self._metric_of_best()
 
     # -- going on --
 
@@ -1919,6 +1967,7 @@ class Checkpointer:
             path = self._bring_home(path)
         self._follow(state, path)
         self._complete(path, state)
+        self._best = self._metric_of_best()
         if self.mirror:                     # which may lack what was saved just before a kill
             self.mirror.offer()
         return state
@@ -1945,21 +1994,28 @@ class Checkpointer:
         """Copy the chosen file, best.pt, last.pt and the records home, where these are not newer;
         returns its new path."""
         self.say(f"resume: brought home from the second copy in {path.parent}")
-        singles = [path.parent / kind.name for kind in KINDS.values() if kind.mirrored == 1]
-        for source in [path, *(p for p in singles if p != path)]:
-            there, here = _Candidate(source), _Candidate(self.directory / source.name)
-            newer = here.facts and not here.damage and here.order >= there.order
-            if not there.facts or (newer and source != path):
-                continue
-            try:
-                copy_file(source, here.path, self.say)
-            except CorruptCheckpoint as damage:
-                self.say(f"resume: left {source}: {_reason(damage)}")
+        copy_file(path, self.directory / path.name, self.say)
+        self._bring_singles(path)
         for record, copy in self.mirror.records.items():
             have = record.stat().st_size if record.exists() else -1
             if copy.exists() and have < copy.stat().st_size:
                 atomic_write(record, [copy.read_bytes()])
         return self.directory / path.name
+
+    def _bring_singles(self, chosen=None):
+        """Copy best.pt and last.pt home from the second copy, where these are not newer."""
+        for kind in KINDS.values():
+            source = self.mirror.place / kind.name
+            if kind.mirrored != 1 or source == chosen:
+                continue
+            there, here = _Candidate(source), _Candidate(self.directory / kind.name)
+            newer = here.facts and not here.damage and here.order >= there.order
+            if not there.facts or newer:
+                continue
+            try:
+                copy_file(source, here.path, self.say)
+            except CorruptCheckpoint as damage:
+                self.say(f"mirror: left {source}: {_reason(damage)}")
 
     def adopt(self, state, path=None):
         """Continue the line that `state` belongs to, whatever later saves the directory holds:
@@ -1982,6 +2038,7 @@ class Checkpointer:
                 also(candidate.path, best.path, self.links)
         if best.path.exists():
             self.say("resume: best.pt is the best that is left of the line that goes on")
+        self._best = self._metric_of_best()
 
     def _of_line(self, candidate, state):
         """Whether the file was saved before `state`, by its run: later ones are of a line that a
@@ -2087,30 +2144,37 @@ class Checkpointer:
             improved = self._is_best(ours["metric"])
         if improved:
             names.append(KINDS["best"].name)
+            self._best = ours["metric"]
         self._start({**state, "holdfast": ours}, "epoch", names, since)
         return improved
 
     def _is_best(self, metric):
         """Strictly better than what best.pt itself holds; NaN never is. The file is asked, so no
-        resume can forget it."""
-        best = self.directory / KINDS["best"].name
-        stored = None
-        try:
-            stored = peek(best)["metric"]
-        except FileNotFoundError:
-            pass                            # the first one
-        except CorruptCheckpoint as damage:
-            self.say(f"checkpoints: best.pt cannot be compared ({_reason(damage)}): the next "
-                     f"metric replaces it")
-        except OSError as error:
-            self.say(f"checkpoints: best.pt cannot be read now ({_reason(error)}): it stays as it "
-                     f"is")
+        resume can forget it; where it cannot be read, what it held last."""
+        stored = None if self._away else self._metric_of_best()
+        if stored is None:
+            stored = self._best
+        if stored is None:                  # never read: it stays as it is
             return False
         if not stored or stored["name"] != metric["name"]:
             return not math.isnan(metric["value"])
         if metric["value"] == stored["value"] and "tie" in metric and "tie" in stored:
             return better(metric["tie"], stored["tie"])
         return better(metric["value"], stored["value"], self.mode)
+
+    def _metric_of_best(self):
+        """What best.pt holds, {} for nothing that compares; None where it cannot be read."""
+        try:
+            return peek(self.directory / KINDS["best"].name)["metric"] or {}
+        except FileNotFoundError:           # the whole directory may be out of reach
+            return {} if os.path.isdir(self.directory) else None
+        except CorruptCheckpoint as damage:
+            self.say(f"checkpoints: best.pt cannot be compared ({_reason(damage)}): the next "
+                     f"metric replaces it")
+            return {}
+        except OSError as error:
+            self.say(f"checkpoints: best.pt cannot be read now ({_reason(error)})")
+            return None
 
     def _start(self, state, kind, names, since=None):
         began = since or time.monotonic()
@@ -2148,30 +2212,67 @@ class Checkpointer:
         self.wait()
 
     def _write(self, names, blocked):
-        """Writer thread: durable first, then the other names, then the hook, and only then
-        rotation."""
-        began = time.monotonic()
+        """Writer thread: at home, else in the second copy. What fails is handed to the training
+        loop, which raises it at its next step."""
         try:
-            if self.before_save:
-                self.before_save()
-            sweep_temps(self.directory)
-            if not self.links:
-                self._make_room(names)
-            first = self.directory / names[0]
-            size = atomic_write(first, self._image.file(finite=self.finite))
-            for name in names[1:]:
-                also(first, self.directory / name, self.links)
-            self._failures = 0
-            self._failed = None
-            self._report(names, blocked, time.monotonic() - began, size)
-            if self.mirror:
-                self.mirror.offer()
-            self._call_hook(first)
-            for kind, keep in self.keep.items():
-                self._rotate(kind, keep)
-        # handed to the training loop, which raises it at its next step
+            try:
+                self._write_home(names, blocked)
+            except OSError as error:
+                if not self.mirror or error.errno == errno.EDOM:
+                    raise
+                self._write_away(names, blocked, error)
         except BaseException as error:
             self._error = error
+
+    def _write_home(self, names, blocked):
+        """Durable first, then the other names, then the hook, and only then rotation."""
+        began = time.monotonic()
+        if self.before_save:
+            self.before_save(self.directory)
+        sweep_temps(self.directory)
+        if not self.links:
+            self._make_room(names)
+        first = self.directory / names[0]
+        size = atomic_write(first, self._image.file(finite=self.finite))
+        for name in names[1:]:
+            also(first, self.directory / name, self.links)
+        self._saved(blocked + time.monotonic() - began)
+        self._report(names, blocked, time.monotonic() - began, size)
+        if self._away:
+            self._come_back()
+        if self.mirror:
+            self.mirror.offer()
+        self._call_hook(first)
+        for kind, keep in self.keep.items():
+            self._rotate(kind, keep)
+
+    def _write_away(self, names, blocked, fault):
+        """The state that the directory does not take goes to the second copy alone."""
+        began = time.monotonic()
+        try:
+            path = self.mirror.save(names, lambda: self._image.file(finite=self.finite),
+                                    self.counter, self.before_save)
+        except (OSError, OtherRun):         # said there
+            raise fault from None
+        self._away = True
+        self._saved(blocked + time.monotonic() - began)
+        self.say(f"save failed: {fault.strerror or fault}; the second copy has the state, as "
+                 f"{path}")
+        self._call_hook(path)
+
+    def _come_back(self):
+        """The directory takes saves again: what the second copy alone has comes home."""
+        try:
+            self._bring_singles()
+            self._away = False
+        except OSError as error:
+            self.say(f"mirror: {self.mirror.place}: {error.strerror}: what it alone has could not "
+                     f"be brought home, it is tried again at the next save")
+
+    def _saved(self, seconds):
+        self._slowest = max(self._slowest, seconds)
+        self._failures = 0
+        self._failed = None
 
     def _make_room(self, names):
         """Copies instead of links need room: the oldest snapshots go first, newer durable ones
@@ -2197,7 +2298,6 @@ class Checkpointer:
             self.say(f"checkpoints: rotated out {path.name}")
 
     def _report(self, names, blocked, wrote, size):
-        self._slowest = max(self._slowest, blocked + wrote)
         self._costs.append(blocked)
         line = (f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, "
                 f"training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s")

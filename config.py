@@ -131,7 +131,7 @@ KEYS = {
     "training.mirror": Key(
         "", "folder for a second copy of the newest states and the records", PATH, CHANGES),
     "training.save_patience_minutes": Key(
-        60.0, "go on without a save that succeeds, as long as the disk refuses", COUNT_OR_0,
+        60.0, "go on without a save that succeeds, in either place", COUNT_OR_0,
         CHANGES),
     "training.hang_minutes": Key(
         30.0, "without progress before the run ends with exit code 70; 0 = never", COUNT_OR_0,

@@ -1,4 +1,5 @@
 """The run directory: who holds it, the state found in it, its records cut back to that state."""
+import collections
 import contextlib
 import errno
 import json
@@ -140,7 +141,7 @@ class Home:
         except OSError as error:
             self.saver.close()
             raise fault(error, self.directory) from None
-        self.saver.before_save = self.record.sync
+        self.saver.before_save = self.secure_records
         self.saver.on_saved = self.saved
 
     def _restarted(self):
@@ -258,6 +259,14 @@ class Home:
         self.record.flush()
         self.saver.save_epoch(state, value, name, tie, since)
 
+    def secure_records(self, directory):
+        """In the writer thread, before a checkpoint goes to `directory`: at home, or in the second
+        copy alone."""
+        if directory == self.checkpoints:
+            self.record.sync()
+        else:
+            self.record.complete(directory.parent / self.record.path.name)
+
     def saved(self, path):
         """In the writer thread, once a checkpoint is durable."""
         self.watch.did("save")
@@ -328,6 +337,8 @@ class Record:
     def __init__(self, directory, step, complete, say):
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
         self.pending = []               # lines that a full or dead disk refused
+        # lines of this process, for a second copy that lags behind a disk that dies
+        self.newest = collections.deque(maxlen=10_000)
         checkpoint.sweep_temps(directory)
         kept, dropped = [], []
         for row in self._rows():
@@ -359,7 +370,9 @@ class Record:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[key] = None         # JSON knows no NaN
-        self.pending.append(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        self.pending.append(line)
+        self.newest.append(line)
         self.flush()
         later = "the next start draws it anew from metrics.jsonl"
         with tolerated(self.say, "tensorboard", later):
@@ -378,6 +391,14 @@ class Record:
                 del self.pending[0]
         except OSError as error:
             self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
+
+    def complete(self, path):
+        """Add what it lacks of the newest rows to `path`, a copy of metrics.jsonl on another disk."""
+        with tolerated(self.say, path, "the second copy lacks the newest rows"):
+            text = path.read_text() if path.exists() else ""
+            rows = dict.fromkeys(line for line in text.splitlines(True) if line.endswith("\n"))
+            rows.update(dict.fromkeys(self.newest))
+            checkpoint.atomic_write(path, ["".join(rows).encode()])
 
     def _chart(self, row):
         axes = ("step", "epoch", "batch", "batches", "time")

@@ -6,10 +6,11 @@ resume it every time, and compare its end with a run never stopped.
 
 Every process is forked with train.py imported, so that a kill meets training, not the import of
 torch; it runs the command line of train.py with --resume and a second copy in training.mirror, and
-saves a snapshot after every step. A kill is SIGKILL at a random time. A loss is a kill after which
-the results folder is removed, so that only the mirror is left. A hang is a random call of a step,
-of the validation of a recording, or of a write in the save thread that sleeps in C until the
-watchdog ends the process with 70. A run that reaches its end is compared and another one begun.
+saves a snapshot after every step. A kill is SIGKILL at a random time. A loss leaves only the
+mirror: the results folder is removed, every other time under a process that trains on into the
+mirror until it is killed. A hang is a random call of a step, of the validation of a recording, or
+of a write in the save thread that sleeps in C until the watchdog ends the process with 70. A run
+that reaches its end is compared and another one begun.
 """
 import argparse
 import ctypes
@@ -102,9 +103,9 @@ def prepare(corpus, results, epochs):
     return results
 
 
-def trained(results):
+def trained(results, name="t"):
     """Steps in the records, which are written after every step."""
-    path = results / "t/metrics.jsonl"
+    path = results / name / "metrics.jsonl"
     found = checkpoint.read_json_lines(path, say=lambda line: None)
     return max((row["step"] for row in found), default=0)
 
@@ -123,6 +124,7 @@ def interrupted(results, kind, rng, length):
     the run was finished before; steps that it trained; steps to be done again)."""
     before = saved(results)
     pid = fork(results, *hanging(rng)) if kind == "hang" else fork(results)
+    under_way = kind == "loss" and rng.random() < 0.5 and take_away(results, pid, before)
     if kind in ("kill", "loss"):
         time.sleep(rng.uniform(0, length))
         # it may have ended, but is not reaped yet: its number is still its own
@@ -131,12 +133,23 @@ def interrupted(results, kind, rng, length):
     expected = {"kill": -signal.SIGKILL, "loss": -signal.SIGKILL, "hang": 70, "none": 0}[kind]
     if code not in (0, expected):
         sys.exit((results / "log.txt").read_text()[-4000:] + f"\n{kind}: exit code {code}")
-    reached = trained(results)
-    if code == 0:
+    reached = trained(results, "lost" if under_way else "t")
+    if code == 0 and not under_way:
         return "end", reached - before, 0
     if kind == "loss":
-        shutil.rmtree(results / "t", ignore_errors=True)
+        shutil.rmtree(results / "lost" if under_way else results / "t", ignore_errors=True)
     return kind, max(0, reached - before), max(0, reached - saved(results))
+
+
+def take_away(results, pid, before):
+    """Move the results folder away once the process has trained a step; False where it ended
+    before."""
+    while trained(results) <= before:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        time.sleep(0.01)
+    os.rename(results / "t", results / "lost")
+    return True
 
 
 def hanging(rng):

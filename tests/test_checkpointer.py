@@ -641,6 +641,92 @@ def test_a_place_without_links_or_durable_files_gets_its_copy_and_it_is_said(tmp
     assert any("is written in place" in line for line in said)
 
 
+# ---- the second copy instead of a home that takes nothing ----
+
+@pytest.mark.parametrize("spoil", [spoil_gone, spoil_full, dies])
+def test_what_the_home_does_not_take_goes_to_the_second_copy_and_comes_home_when_it_does(tmp_path, request, spoil):
+    results = tmp_path / "results"
+    if spoil is not spoil_gone:
+        results.symlink_to(request.getfixturevalue("ext4_disk" if spoil is dies else "small_disk"))
+    s, said = mirrored(tmp_path, save_patience_minutes=0)
+    home, place = results / "v3/checkpoints", tmp_path / "nas/v3/checkpoints"
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        until(lambda: copied(s), said)
+        mend = spoil(results.resolve())
+        assert s.save_epoch(state(2, epoch=2), metric=0.9)
+        assert not s.save_epoch(state(3, epoch=3), metric=0.7), "it is compared with what best.pt was"
+        for batch in range(4, 9):           # five failures in a row, and no patience
+            s.save_mid(state(batch, epoch=4))
+            s.wait()
+        s.settle()
+        assert sound(checkpoint.load(place / "best.pt")) == 2 and sound(checkpoint.load(place / "last.pt")) == 3
+        assert names(place) == ["best.pt", "last.pt", "mid_epoch_004_000007.pt", "mid_epoch_004_000008.pt"]
+        assert recover(place) == 8 and sum("the second copy has the state" in line for line in said) == 7, said
+        if spoil is dies:
+            return
+        mend()
+        assert not s.save_epoch(state(9, epoch=4), metric=0.8), "the home's own best.pt is older"
+        until(lambda: copied(s), said)
+    for directory in (home, place):
+        assert sound(checkpoint.load(directory / "best.pt")) == 2 and recover(directory) == 9, said
+        assert not temps(directory)
+
+
+def test_a_home_with_room_for_one_file_alone_gets_the_rest_later_and_nothing_older_goes_to_the_second_copy(tmp_path, small_disk):
+    (tmp_path / "results").symlink_to(small_disk)
+    s, said = mirrored(tmp_path)
+    home, place = tmp_path / "results/v3/checkpoints", tmp_path / "nas/v3/checkpoints"
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        until(lambda: copied(s), said)
+        (small_disk / "gap").write_bytes(bytes((home / "last.pt").stat().st_size * 3 // 2))
+        empty = spoil_full(small_disk)
+        s.save_epoch(state(2, epoch=2), metric=0.9)
+        s.wait()
+        (small_disk / "gap").unlink()
+        s.save_mid(state(3, epoch=3))
+        s.wait()
+        until(lambda: copied(s), said)
+        assert recover(home) == 3 and sound(checkpoint.load(home / "best.pt")) == 1, said
+        assert any("could not be brought home" in line for line in said), said
+        assert recover(place) == 3 and sound(checkpoint.load(place / "best.pt")) == 2
+        empty()
+        assert not s.save_epoch(state(4, epoch=3), metric=0.8)
+    for directory in (home, place):
+        assert recover(directory) == 4 and sound(checkpoint.load(directory / "best.pt")) == 2, said
+
+
+def test_saves_that_neither_place_takes_end_the_run_after_the_patience_and_both_are_named(tmp_path):
+    s, said = mirrored(tmp_path, save_patience_minutes=0)
+    s.save_mid(state(1))
+    s.wait()
+    spoil_gone(tmp_path / "results")
+    s.save_mid(state(2))
+    s.wait()
+    (tmp_path / "nas").rename(tmp_path / "lost")
+    with pytest.raises(checkpoint.SaveFailed):
+        for batch in range(3, 9):
+            s.save_mid(state(batch))
+            s.wait()
+    assert batch == 5 and any(line.startswith("mirror:") and "No such file" in line for line in said), said
+    s.close()
+    with saver(tmp_path / "other/v3/checkpoints", mirror=tmp_path / "lost") as s:
+        assert s.resume()["global_step"] == 2
+
+
+def test_weights_that_are_not_finite_go_to_no_place_at_all(tmp_path):
+    s, said = mirrored(tmp_path, save_patience_minutes=0)
+    bad = state(1)
+    next(iter(bad["model"].values())).fill_(float("nan"))
+    with pytest.raises(checkpoint.SaveFailed):
+        for _ in range(3):
+            s.save_mid(bad)
+            s.wait()
+    s.close()
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 # ---- the command line's manners ----
 
 def tree(directory):

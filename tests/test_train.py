@@ -352,6 +352,28 @@ def test_a_run_whose_results_folder_is_lost_goes_on_from_the_mirror_and_ends_as_
     assert (tmp_path / "nas/t.1/checkpoints/last.pt").exists() and (tmp_path / "nas/t/metrics.jsonl").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
+@pytest.mark.parametrize("moment", [None, 13])
+def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_from_there(corpus, reference, ext4_disk, tmp_path,
+                                                                                       capsys, monkeypatch, moment):
+    original = train.Home.save_mid
+
+    def save_mid(self, state, since):
+        original(self, state, since)
+        if state["global_step"] == 4:
+            self.saver.wait()
+            dies(ext4_disk)
+    monkeypatch.setattr(train.Home, "save_mid", save_mid)
+    config = loaded(corpus, ext4_disk, training__mirror=str(tmp_path / "nas"), training__mid_epoch_minutes=0.0,
+                    training__save_patience_minutes=0.0)
+    with cut_at(moment) if moment else contextlib.nullcontext():
+        assert train.run(config) == (128 + signal.SIGTERM if moment else 0)
+    out = capsys.readouterr().out
+    assert "save failed: Input/output error; the second copy has the state" in out and "Traceback" not in out
+    assert train.run(loaded(corpus, tmp_path / "other", training__mirror=str(tmp_path / "nas")), "true") == 0
+    assert_same_run(tmp_path / "other", reference)
+
+
 def fill(place):
     with contextlib.suppress(OSError), open(place / "filler", "wb", buffering=0) as file:
         while file.write(b"x" * 4096):
