@@ -2154,7 +2154,8 @@ class Checkpointer:
         stored = None if self._away else self._metric_of_best()
         if stored is None:
             stored = self._best
-        if stored is None:                  # never read: it stays as it is
+        if stored is None:
+            self.say("checkpoints: best.pt stays: what it holds was never read")
             return False
         if not stored or stored["name"] != metric["name"]:
             return not math.isnan(metric["value"])

@@ -297,7 +297,10 @@ def has_run(config):
     """Whether the run directory, or its mirror, holds checkpoints."""
     directory, mirror = run_directory(config), config["training"]["mirror"]
     places = [directory, Path(mirror, directory.name)] if mirror else [directory]
-    return any(holds_checkpoints(place / "checkpoints") for place in places)
+    try:
+        return any(holds_checkpoints(place / "checkpoints") for place in places)
+    except OSError as error:
+        raise fault(error, directory) from None
 
 
 def move_aside(run_directory, say):

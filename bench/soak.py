@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import torch                                                # noqa: E402
 import yaml                                                 # noqa: E402
+from tqdm import tqdm                                       # noqa: E402
 
 import checkpoint                                           # noqa: E402
 import corpora                                              # noqa: E402
@@ -73,6 +75,8 @@ def fork(results, *hanging):
     try:
         # threads do not live through a fork; waiting for them would never end
         torch.set_num_threads(1)
+        # that of the parent is one of all forks: who is killed holding it stops the next
+        tqdm.set_lock(threading.RLock())
         log = os.open(results / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -261,14 +261,26 @@ def test_a_fault_at_reading_that_lasts_is_raised_and_nothing_is_touched(tmp_path
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.pt")} == before
 
 
-def test_a_best_that_cannot_be_read_now_is_not_replaced(tmp_path, monkeypatch, capsys):
+def test_a_best_that_cannot_be_read_now_is_measured_by_what_it_held_last(tmp_path, monkeypatch, capsys):
     with saver(tmp_path, say=print) as s:
         s.save_epoch(state(1, epoch=1), metric=0.9)
         failing_reads(monkeypatch, tmp_path / "best.pt", -1)
+        assert not s.save_epoch(state(2, epoch=2), metric=0.85)
+        assert s.save_epoch(state(3, epoch=3), metric=0.95) and not s.save_epoch(state(4, epoch=4), metric=0.93)
+    monkeypatch.undo()
+    assert sound(checkpoint.load(tmp_path / "best.pt")) == 3
+    assert "best.pt cannot be read now (Input/output error)" in capsys.readouterr().out
+
+
+def test_a_best_that_was_never_read_is_not_replaced(tmp_path, monkeypatch, capsys):
+    with saver(tmp_path) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.9)
+    failing_reads(monkeypatch, tmp_path / "best.pt", -1)
+    with saver(tmp_path, say=print) as s:
         assert not s.save_epoch(state(2, epoch=2), metric=0.95)
     monkeypatch.undo()
     assert sound(checkpoint.load(tmp_path / "best.pt")) == 1
-    assert "best.pt cannot be read now (Input/output error): it stays" in capsys.readouterr().out
+    assert "best.pt stays: what it holds was never read" in capsys.readouterr().out
 
 
 def test_after_going_back_to_a_file_the_best_is_of_its_line_and_the_abandoned_one_is_kept(tmp_path, capsys):

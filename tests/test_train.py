@@ -29,7 +29,7 @@ from conftest import ROOT, dies
 from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
-from records import Record
+from records import Failed, Record
 
 
 @pytest.fixture(scope="session")
@@ -434,6 +434,16 @@ def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(co
     assert "save failed (3 in a row)" in out and "free the disk or mend it, then --resume" in out
     assert "stopped by" not in out and "names," not in out
     assert last(small_disk)["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", ["t", "unseen"])
+def test_a_start_on_a_dead_disk_is_one_line_and_may_be_tried_again(corpus, ext4_disk, name):
+    with cut_at(3):
+        train.run(loaded(corpus, ext4_disk))
+    config = loaded(corpus, ext4_disk, experiment__name=name)
+    dies(ext4_disk)
+    with pytest.raises(Failed, match="Input/output error; nothing was touched: try again"):
+        train.run(config, "true")
 
 
 def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(corpus, reference, small_disk, capsys):
