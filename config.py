@@ -12,6 +12,7 @@ model.py and evaluate.py, which check their own.
 """
 import contextlib
 import difflib
+import errno
 import os
 import re
 import textwrap
@@ -167,6 +168,24 @@ class Refused(Exception):
     """Bad usage, configuration or data. One line; nothing was touched; exit code 2."""
 
 
+class Failed(Refused):
+    """A passing fault: nothing was touched either, but the same start may succeed later; exit code
+    1."""
+
+
+# what is wrong with a path until somebody mends it; every other error of the system may pass
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+           errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def fault(error, where):
+    """The OSError `error` as Refused or Failed, in one line."""
+    line = f"{error.filename or where}: {error.strerror or error}"
+    if error.errno is None or error.errno in LASTING:
+        return Refused(line)
+    return Failed(f"{line}; nothing was touched: try again")
+
+
 # ---- reading ----
 
 class UniqueKeys(yaml.SafeLoader):
@@ -198,7 +217,7 @@ def load(path, overrides=()):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise Refused(f"config {path}: {error.strerror}") from None
+        raise fault(OSError(error.errno, error.strerror, f"config {path}"), path) from None
     except UnicodeDecodeError as error:
         raise Refused(f"config {path}: not YAML: {error}") from None
     given = {section: {} for section in DEFAULTS}

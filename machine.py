@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from config import Refused
-from records import Failed
+from config import Failed, Refused
 
 
 def place():

@@ -17,9 +17,8 @@ import evaluate
 import model
 import splits
 import synth
-from config import Refused
+from config import Refused, fault
 from machine import device_name
-from records import fault
 
 
 def expect_data(config):

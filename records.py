@@ -1,7 +1,6 @@
 """The run directory: who holds it, the state found in it, its records cut back to that state."""
 import collections
 import contextlib
-import errno
 import json
 import math
 import os
@@ -19,25 +18,7 @@ from tqdm import tqdm
 
 import checkpoint
 import evaluate
-from config import Refused, compare
-
-
-class Failed(Refused):
-    """A passing fault: nothing was touched either, but the same start may succeed later; exit code
-    1."""
-
-
-# what is wrong with a path until somebody mends it; every other error of the system may pass
-LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
-           errno.ENAMETOOLONG, errno.ELOOP)
-
-
-def fault(error, where):
-    """The OSError `error` as Refused or Failed, in one line."""
-    line = f"{error.filename or where}: {error.strerror or error}"
-    if error.errno is None or error.errno in LASTING:
-        return Refused(line)
-    return Failed(f"{line}; nothing was touched: try again")
+from config import Failed, Refused, compare, fault
 
 
 def in_use(line):

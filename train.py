@@ -39,10 +39,10 @@ import data
 import edf
 import evaluate
 from checkpoint import Signals
-from config import Refused, describe, load as load_config
+from config import Failed, Refused, describe, load as load_config
 from machine import Console, Group, autocast, device_name, place, prepare_torch
 from prepare import Split, build_model, expect_data, open_recordings, start_from
-from records import Failed, Home, Log, has_run, run_directory, tolerated
+from records import Home, Log, has_run, run_directory, tolerated
 from records import holds_checkpoints, move_aside                   # for those who import train
 from watch import Watchdog
 

@@ -29,7 +29,7 @@ from conftest import ROOT, dies
 from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
-from records import Failed, Record
+from records import Record
 
 
 @pytest.fixture(scope="session")
@@ -441,9 +441,13 @@ def test_a_start_on_a_dead_disk_is_one_line_and_may_be_tried_again(corpus, ext4_
     with cut_at(3):
         train.run(loaded(corpus, ext4_disk))
     config = loaded(corpus, ext4_disk, experiment__name=name)
+    (ext4_disk / "config.yaml").write_text("training: {epochs: 2}\n")
     dies(ext4_disk)
-    with pytest.raises(Failed, match="Input/output error; nothing was touched: try again"):
+    message = "Input/output error; nothing was touched: try again"
+    with pytest.raises(train.Failed, match=message):
         train.run(config, "true")
+    with pytest.raises(train.Failed, match=f"config .*config.yaml: {message}"):
+        train.load_config(ext4_disk / "config.yaml")
 
 
 def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(corpus, reference, small_disk, capsys):
