@@ -229,7 +229,7 @@ class Home:
             return Record(self.directory, 0, True, self.say)
         ended = self.state.get("kind") == "epoch" or not self.state["batch"]
         record = Record(self.directory, self.state["global_step"], ended, self.say)
-        record.event("resume", self.saver.resumed, self.state)
+        record.event("resume", self.saver.resumed)
         return record
 
     def save_mid(self, state, since):
@@ -252,7 +252,7 @@ class Home:
         """In the writer thread, once a checkpoint is durable."""
         self.watch.did("save")
         self.last_save = f"{path.name} at {time.strftime('%H:%M:%S')}"
-        self.record.event("save", path, checkpoint.peek(path), self.saver.blocked)
+        self.record.event("save", path, self.saver.blocked)
         if self.hook:
             self.hook(path)
 
@@ -391,12 +391,13 @@ class Record:
                 self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"],
                                       walltime=row.get("time"))
 
-    def event(self, kind, path, facts, seconds=0.0):
+    def event(self, kind, path, seconds=0.0):
         """A line of saves.jsonl: where a save or a resume stands."""
-        row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"],
-               "batch": facts["batch"], "step": facts["global_step"], "seconds": seconds,
-               "time": time.time()}
         with tolerated(self.say, "saves.jsonl", f"this {kind} is not listed"):
+            facts = checkpoint.peek(path)
+            row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"],
+                   "batch": facts["batch"], "step": facts["global_step"], "seconds": seconds,
+                   "time": time.time()}
             with open(self.directory / "saves.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 

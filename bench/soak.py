@@ -127,8 +127,10 @@ def interrupted(results, kind, rng, length):
     """Let a process of the run meet `kind`. Returns (what became of it: its kind, or "end" where
     the run was finished before; steps that it trained; steps to be done again)."""
     before = saved(results)
+    # rows may be ahead of the state, and come home with it
+    told = max(trained(results), trained(results, "mirror/t"))
     pid = fork(results, *hanging(rng)) if kind == "hang" else fork(results)
-    under_way = kind == "loss" and rng.random() < 0.5 and take_away(results, pid, before)
+    under_way = kind == "loss" and rng.random() < 0.5 and take_away(results, pid, told)
     if kind in ("kill", "loss"):
         time.sleep(rng.uniform(0, length))
         # it may have ended, but is not reaped yet: its number is still its own
@@ -145,10 +147,10 @@ def interrupted(results, kind, rng, length):
     return kind, max(0, reached - before), max(0, reached - saved(results))
 
 
-def take_away(results, pid, before):
-    """Move the results folder away once the process has trained a step; False where it ended
-    before."""
-    while trained(results) <= before:
+def take_away(results, pid, told):
+    """Move the results folder away once the process has trained a step that no row tells of; False
+    where it ended before."""
+    while trained(results) <= told:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return False
         time.sleep(0.01)
