@@ -265,18 +265,26 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.fixture
-def ext4_disk(tmp_path):
-    """A real ext4 file system of eight megabytes in an image, which `dies` can take away."""
-    place, image = tmp_path / "ext4", tmp_path / "ext4.img"
+@contextlib.contextmanager
+def ext4_image(place):
+    """A real ext4 file system of eight megabytes in an image, mounted at `place`, which `dies` can take away."""
+    image = place.with_suffix(".img")
     place.mkdir()
     image.write_bytes(bytes(8 << 20))
     made = subprocess.run(["mkfs.ext4", "-q", str(image)], capture_output=True) if shutil.which("mkfs.ext4") else None
     mount = ["mount", "-o", "loop", str(image), str(place)]
     if os.geteuid() or not made or made.returncode or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting an ext4 image needs root, mkfs.ext4 and loop devices")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def ext4_disk(tmp_path):
+    with ext4_image(tmp_path / "ext4") as place:
+        yield place
 
 
 def dies(ext4_disk):

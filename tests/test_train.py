@@ -22,10 +22,12 @@ import yaml
 
 import checkpoint
 import config
+import crash
 import data
 import forked
 import train
-from conftest import ROOT, dies
+import tracer
+from conftest import ROOT, dies, ext4_image
 from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
@@ -353,17 +355,22 @@ def test_a_run_whose_results_folder_is_lost_goes_on_from_the_mirror_and_ends_as_
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
-@pytest.mark.parametrize("moment", [None, 13])
+@pytest.mark.parametrize("moment, method", [(None, "saved"), (13, "save_mid")])
 def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_from_there(corpus, reference, ext4_disk, tmp_path,
-                                                                                       capsys, monkeypatch, moment):
-    original = train.Home.save_mid
+                                                                                       capsys, monkeypatch, moment, method):
+    """It dies between the second save and its line in saves.jsonl, or after both."""
+    original, calls = getattr(train.Home, method), []
 
-    def save_mid(self, state, since):
-        original(self, state, since)
-        if state["global_step"] == 4:
+    def dying(self, *arguments):
+        calls.append(arguments)
+        if method == "save_mid":
+            original(self, *arguments)
             self.saver.wait()
+        if len(calls) == 2:
             dies(ext4_disk)
-    monkeypatch.setattr(train.Home, "save_mid", save_mid)
+        if method == "saved":
+            original(self, *arguments)
+    monkeypatch.setattr(train.Home, method, dying)
     config = loaded(corpus, ext4_disk, training__mirror=str(tmp_path / "nas"), training__mid_epoch_minutes=0.0,
                     training__save_patience_minutes=0.0)
     with cut_at(moment) if moment else contextlib.nullcontext():
@@ -372,6 +379,38 @@ def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_fro
     assert "save failed: Input/output error; the second copy has the state" in out and "Traceback" not in out
     assert train.run(loaded(corpus, tmp_path / "other", training__mirror=str(tmp_path / "nas")), "true") == 0
     assert_same_run(tmp_path / "other", reference)
+
+
+@pytest.mark.slow
+def test_a_results_disk_may_die_at_any_system_call_of_a_run(corpus, reference, tmp_path):
+    """Tried at every 97th call from the first step on; at a start it is one line, as above."""
+    if not tracer.available():
+        pytest.skip("system calls of a child cannot be traced here")
+    crash.warm()
+
+    def training(results, nas, *resume):
+        def quietly():
+            log = os.open(tmp_path / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1), os.dup2(log, 2)
+            torch.set_num_threads(1)                        # OpenMP's threads do not live through a fork
+            config = loaded(corpus, results, training__mirror=str(nas), training__mid_epoch_minutes=0.0,
+                            training__save_patience_minutes=0.0)
+            assert train.run(config, *resume) == 0
+            sys.stdout.flush()
+        return quietly
+    struck = 0
+    for at in range(120, 10_000, 97):
+        nas, other = tmp_path / f"nas{at}", tmp_path / f"other{at}"
+        with ext4_image(tmp_path / f"disk{at}") as disk:
+            trace = tracer.Trace(training(disk, nas), [disk], at, strike=lambda: dies(disk))
+        said = (tmp_path / "log.txt").read_text()
+        assert trace.outcome == "done" and "\nTraceback" not in said.replace("Thread-1:\nTraceback", ""), (at, said)
+        if trace.points < at:                               # it ended before
+            break
+        struck += 1
+        assert crash.run_child(training(other, nas, "true")) == "done", (at, (tmp_path / "log.txt").read_text())
+        assert_same_run(other, reference)
+    assert struck > 10
 
 
 def fill(place):

@@ -3,6 +3,7 @@
     Trace(action, [directory])                      .outcome, .points: calls that touch the directory, .log: what they did
     Trace(action, [directory], at=7)                the child is killed before its 7th such call
     Trace(action, [directory], at=7, half=True)     ... or after half of it, where it writes
+    Trace(action, [directory], at=7, strike=f)      f() is called before it instead, and the child goes on
 
 Unlike wrapped functions of `os`, this sees whatever the child uses: C++ streams, Rust, sendfile, threads. The log has the form
 that crash.crash_states reads; a child tells that a save returned with os.access("/returned/STEP").
@@ -55,8 +56,8 @@ def available():
 class Trace:
     """One traced run of `action` in a forked child: outcome ("done", "killed" or the exit code), points, log."""
 
-    def __init__(self, action, roots, at=None, half=False):
-        self.roots, self.at, self.half = [os.path.realpath(root) for root in roots], at, half
+    def __init__(self, action, roots, at=None, half=False, strike=None):
+        self.roots, self.at, self.half, self.strike = [os.path.realpath(root) for root in roots], at, half, strike
         self.points, self.log, self.inodes, self.pending = 0, [], {}, {}
         self.halved = self.dead = self.writing = False
         pid = os.fork()
@@ -153,6 +154,8 @@ class Trace:
                 yield os.path.join(os.path.realpath(folder), name)
 
     def _strike(self, pid, tid, call, registers):
+        if self.strike:
+            return self.strike()
         size = {40: "r10", 326: "r8"}.get(registers.orig_rax, "rdx")
         self.writing = call[0] in ("write", "pwrite") and getattr(registers, size) > 1
         if self.half:
