@@ -382,7 +382,8 @@ def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_fro
 
 
 @pytest.mark.slow
-def test_a_results_disk_may_die_at_any_system_call_of_a_run(corpus, reference, tmp_path):
+@pytest.mark.parametrize("which", ["results", "mirror"])
+def test_a_disk_may_die_at_any_system_call_of_a_run(corpus, reference, tmp_path, which):
     """Tried at every 97th call from the first step on; at a start it is one line, as above."""
     if not tracer.available():
         pytest.skip("system calls of a child cannot be traced here")
@@ -400,16 +401,18 @@ def test_a_results_disk_may_die_at_any_system_call_of_a_run(corpus, reference, t
         return quietly
     struck = 0
     for at in range(120, 10_000, 97):
-        nas, other = tmp_path / f"nas{at}", tmp_path / f"other{at}"
-        with ext4_image(tmp_path / f"disk{at}") as disk:
-            trace = tracer.Trace(training(disk, nas), [disk], at, strike=lambda: dies(disk))
+        places = {"results": tmp_path / f"results{at}", "mirror": tmp_path / f"mirror{at}"}
+        with ext4_image(places[which]) as disk:
+            trace = tracer.Trace(training(*places.values()), [disk], at, strike=lambda: dies(disk))
         said = (tmp_path / "log.txt").read_text()
         assert trace.outcome == "done" and "\nTraceback" not in said.replace("Thread-1:\nTraceback", ""), (at, said)
         if trace.points < at:                               # it ended before
             break
         struck += 1
-        assert crash.run_child(training(other, nas, "true")) == "done", (at, (tmp_path / "log.txt").read_text())
-        assert_same_run(other, reference)
+        if which == "results":
+            places["results"] = tmp_path / f"other{at}"
+            assert crash.run_child(training(*places.values(), "true")) == "done", (at, (tmp_path / "log.txt").read_text())
+        assert_same_run(places["results"], reference)
     assert struck > 10
 
 
