@@ -109,6 +109,8 @@ READ_PATIENCE = 30.0
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
            errno.EACCES, errno.EPERM, errno.ENXIO}
+# what a place says that knows no fsync or no rename
+UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 _serial = itertools.count()
 
 
@@ -119,6 +121,10 @@ class CorruptCheckpoint(Exception):
 
 class InUse(OSError):
     """Another live process holds this run directory."""
+
+
+class Overtaken(Exception):
+    """The image in memory is that of a newer save."""
 
 
 class SaveFailed(OSError):
@@ -498,6 +504,8 @@ class _Image:
     def __init__(self, say=print):
         self.say = say
         self.said = set()
+        self.fills = 0
+        self.tail = None                    # what `file` put behind the tensors
         self.buffer = None
         self.staging = None
         self.layout = None                  # of what the buffer is laid out for
@@ -507,6 +515,7 @@ class _Image:
 
     def fill(self, state):
         """Copy the state's values of this moment. TypeError for what could not be loaded again."""
+        self.fills += 1
         # a save that failed before it waited for its copy must not have the next one overtake it
         self._await_copy()
         # what is allocated here is used outside of the caller's inference_mode too
@@ -655,9 +664,7 @@ class _Image:
         checksums keep ahead of the disk. Raises OSError (EDOM) where a tensor of the state's entry
         `finite` holds a NaN or an infinity."""
         self._await_copy()
-        memory = (ctypes.c_char * self.end).from_address(self.buffer.data_ptr())
-        memory.owner = self.buffer          # the view below must outlive this image
-        whole = memoryview(memory).cast("B")
+        whole = self._memory()
         ends = [self.at[number][1] + self.records[number].nbytes for number in self.order]
         data = [whole[self.at[number][1]:end] for number, end in zip(self.order, ends)]
         weights = self.weights(finite)
@@ -680,7 +687,28 @@ class _Image:
                 done = ready
         yield whole[done:self.end // PAGE * PAGE]
         yield whole[self.end // PAGE * PAGE:]
-        yield self._tail(entries, digest)
+        self.tail = self._tail(entries, digest)
+        yield self.tail
+
+    def reader(self):
+        """A generator function of what `file` has made, out of memory; Overtaken once `fill` begins
+        anew, which waits for no reader."""
+        fills, tail, whole = self.fills, self.tail, self._memory()
+        pages = len(whole) // PAGE * PAGE
+        begins = [*range(0, pages, CHUNK), pages, len(whole)]
+
+        def pieces():
+            for begin, end in itertools.pairwise(begins):
+                yield whole[begin:end]
+                if self.fills != fills:     # it may have changed while it was written
+                    raise Overtaken
+            yield tail
+        return pieces
+
+    def _memory(self):
+        memory = (ctypes.c_char * self.end).from_address(self.buffer.data_ptr())
+        memory.owner = self.buffer          # the view must outlive this image
+        return memoryview(memory).cast("B")
 
     def _tail(self, entries, digest):
         """What follows the tensors: the pickle, the zip directory and our comment."""
@@ -966,7 +994,7 @@ def _sync_directory(directory):
         os.fsync(fd)
     except OSError as error:
         # "cannot" is not "failed"
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in UNKNOWN:
             raise
     finally:
         os.close(fd)
@@ -1550,9 +1578,10 @@ class Mirror:
     """The newest state, best.pt and the records of a run once more, in FOLDER/<name>/checkpoints
     and beside.
 
-    A thread of its own copies what is newer at home; training and the next save never wait for it.
-    A save that comes while it copies is copied next, so a slow place skips states. What fails is
-    said when it begins and when it ends. A state that the home does not take is written here."""
+    A thread of its own copies what is newer at home, out of memory until the next save takes that;
+    training and the next save never wait for it. A save that comes while it copies is copied next,
+    so a slow place skips states. What fails is said when it begins and when it ends. A state that
+    the home does not take is written here."""
 
     def __init__(self, folder, home, records, say):
         run = home.parent if home.name == "checkpoints" else home
@@ -1564,6 +1593,7 @@ class Mirror:
         self.records = {run / name: self.place.parent / name for name in records}
         self.say = say
         self.known = set()                  # runs that may be overwritten
+        self.fresh = None                   # (run and counter, bytes) of the save still in memory
         self.taken = {}     # name -> counter of the save that came here alone
         self.trouble = ""                   # why there is no newest copy
         self.copied = None                  # when the state of the newest copy was saved
@@ -1581,9 +1611,11 @@ class Mirror:
     def runs(self):
         return {c.facts["run"] for c in candidates(self.place) if c.facts and c.facts["run"]}
 
-    def offer(self):
-        """A state is durable at home. Returns at once."""
+    def offer(self, save=None, pieces=None):
+        """A state is durable at home; that of `save` is still in memory, as pieces() yields it.
+        Returns at once."""
         with self.changed:
+            self.fresh = save, pieces
             if self.thread.ident is None:
                 self.thread.start()
             if self.busy and self.waiting:
@@ -1691,10 +1723,23 @@ class Mirror:
             with contextlib.suppress(OSError):
                 return durable_link(there[0].path, target)
         try:
-            copy_file(candidate.path, target, self.say)
+            self._copy_from_memory(candidate, target) or copy_file(candidate.path, target, self.say)
         except FileNotFoundError:
             if candidate.path.exists():
                 raise                       # else it was rotated away: a newer state comes
+
+    def _copy_from_memory(self, candidate, target):
+        """A quarter of the CPU time: nothing is read, and the checksums are those of the file at
+        home. False where that is a file alone by now, or the place takes no durable ones."""
+        save, pieces = self.fresh
+        try:
+            return candidate.save == save and atomic_write(target, pieces())
+        except Overtaken:
+            return False
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise
+            return False
 
     def wait(self, seconds=None):
         """Until the newest state is copied; False after so many seconds."""
@@ -1739,7 +1784,7 @@ def write_anyhow(target, pieces, say=print):
         with contextlib.closing(pieces()) as buffers:
             atomic_write(target, buffers)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+        if error.errno not in UNKNOWN:
             raise
         say(f"mirror: {target.parent} does not take durable files ({error.strerror}): "
             f"{target.name} is written in place")
@@ -2242,7 +2287,7 @@ class Checkpointer:
         if self._away:
             self._come_back()
         if self.mirror:
-            self.mirror.offer()
+            self.mirror.offer((self.run, self.counter), self._image.reader())
         self._call_hook(first)
         for kind, keep in self.keep.items():
             self._rotate(kind, keep)

@@ -370,6 +370,18 @@ def copied(s):
         return not s.mirror.busy and not s.mirror.waiting
 
 
+def reading(monkeypatch, pieces):
+    """The second copy takes what pieces(generator of the image's bytes) yields for the saves in memory."""
+    real = checkpoint._Image.reader
+    monkeypatch.setattr(checkpoint._Image, "reader", lambda self, inner=real: lambda made=inner(self): pieces(made()))
+
+
+def flip(path):
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    path.write_bytes(blob)
+
+
 def names(directory):
     return sorted(p.name for p in directory.glob("*.pt"))
 
@@ -527,13 +539,12 @@ def test_a_second_copy_that_fails_is_said_when_it_begins_and_when_it_ends_and_st
 
 
 def test_a_slow_second_copy_skips_states_delays_no_save_and_the_end_waits_for_it_a_while_only(tmp_path, monkeypatch):
-    gate, real = threading.Event(), checkpoint.copy_file
+    gate = threading.Event()
 
-    def slow(source, target, say=print):
-        if "nas" in str(target):
-            gate.wait()
-        real(source, target, say)
-    monkeypatch.setattr(checkpoint, "copy_file", slow)
+    def slow(pieces):
+        gate.wait()
+        yield from pieces
+    reading(monkeypatch, slow)
     monkeypatch.setattr(checkpoint, "MIRROR_WAIT", 0.2)
     s, said = mirrored(tmp_path)
     for batch in range(1, 5):
@@ -614,16 +625,40 @@ def test_a_copy_of_a_plain_torch_save_is_checked_by_its_zip_checksums(tmp_path):
     assert torch.load(target)["epoch"] == 1 and not temps(tmp_path)
 
 
-def test_the_second_copy_of_a_save_loads_no_state_and_damage_at_home_is_said_and_copied_nowhere(tmp_path, monkeypatch):
+def test_the_second_copy_comes_out_of_memory_loads_no_state_and_passes_over_what_the_home_disk_garbles(tmp_path, monkeypatch):
+    home, place, loads = tmp_path / "results/v3/checkpoints", tmp_path / "nas/v3/checkpoints", []
+
+    def garbled(pieces):
+        flip(home / "last.pt")
+        yield from pieces
+    reading(monkeypatch, garbled)
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: loads.append(arguments))
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+    assert not loads
+    monkeypatch.undo()
+    assert sound(checkpoint.load(place / "last.pt")) == sound(checkpoint.load(place / "best.pt")) == 1
+    with pytest.raises(checkpoint.CorruptCheckpoint):
+        checkpoint.load(home / "last.pt")
+    with mirrored(tmp_path)[0] as s:
+        assert s.resume()["global_step"] == 1
+
+
+def test_a_save_that_is_no_longer_in_memory_is_copied_from_the_file_and_damage_there_is_said_and_copied_nowhere(tmp_path,
+                                                                                                              monkeypatch):
     loads, real = [], checkpoint.copy_file
     place = tmp_path / "nas/v3/checkpoints"
 
+    def overtaken(pieces):
+        yield next(pieces)
+        raise checkpoint.Overtaken
+
     def garbled(source, target, say=print):
         if target.exists():                 # the second save
-            blob = bytearray(source.read_bytes())
-            blob[len(blob) // 2] ^= 1
-            source.write_bytes(blob)
+            flip(source)
         real(source, target, say)
+    reading(monkeypatch, overtaken)
     monkeypatch.setattr(checkpoint, "copy_file", garbled)
     monkeypatch.setattr(torch, "load", lambda *arguments, **options: loads.append(arguments))
     s, said = mirrored(tmp_path)
@@ -636,6 +671,27 @@ def test_the_second_copy_of_a_save_loads_no_state_and_damage_at_home_is_said_and
         until(lambda: s.mirror.trouble and not s.mirror.busy, said)
         assert (place / "last.pt").read_bytes() == good and not temps(place)
     assert not loads and any(line.startswith("mirror:") and "not match" in line for line in said), said
+
+
+def test_the_next_save_does_not_wait_for_a_copy_out_of_memory_and_no_copy_mixes_two_states(tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(pieces):
+        yield next(pieces)
+        begun.set()
+        go_on.wait()
+        yield from pieces
+    reading(monkeypatch, slow)
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1))
+        begun.wait()
+        s.save_mid(state(2))
+        s.wait()                            # durable, while the first one is being copied
+        go_on.set()
+        until(lambda: copied(s), said)
+    place = tmp_path / "nas/v3/checkpoints"
+    assert [sound(checkpoint.load(place / f"mid_epoch_001_{batch:06d}.pt")) for batch in (1, 2)] == [1, 2] and not temps(place)
 
 
 def test_a_place_without_links_or_durable_files_gets_its_copy_and_it_is_said(tmp_path, monkeypatch):
