@@ -1,7 +1,7 @@
 """Kill a real training run at random times, take its whole results folder away, or let it hang;
 resume it every time, and compare its end with a run never stopped.
 
-    python bench/soak.py                            about half an hour on two cores
+    python bench/soak.py                            a quarter of an hour on two idle cores
     python bench/soak.py --losses 0 --hangs 0       100 kills alone
 
 Every process is forked with train.py imported, so that a kill meets training, not the import of
