@@ -1698,7 +1698,7 @@ class Mirror:
             with self._held():
                 if before:
                     before(self.place)
-                write_anyhow(first, pieces, self.say)
+                write_anyhow(first, pieces, self.say, pieces)
                 self.taken[first.name] = counter
                 for name in names[1:]:
                     also(first, self.place / name, _links_work(self.place))
@@ -1722,24 +1722,12 @@ class Mirror:
         if there:
             with contextlib.suppress(OSError):
                 return durable_link(there[0].path, target)
+        save, pieces = self.fresh
         try:
-            self._copy_from_memory(candidate, target) or copy_file(candidate.path, target, self.say)
+            copy_file(candidate.path, target, self.say, pieces if candidate.save == save else None)
         except FileNotFoundError:
             if candidate.path.exists():
                 raise                       # else it was rotated away: a newer state comes
-
-    def _copy_from_memory(self, candidate, target):
-        """A quarter of the CPU time: nothing is read, and the checksums are those of the file at
-        home. False where that is a file alone by now, or the place takes no durable ones."""
-        save, pieces = self.fresh
-        try:
-            return candidate.save == save and atomic_write(target, pieces())
-        except Overtaken:
-            return False
-        except OSError as error:
-            if error.errno not in UNKNOWN:
-                raise
-            return False
 
     def wait(self, seconds=None):
         """Until the newest state is copied; False after so many seconds."""
@@ -1770,16 +1758,23 @@ class Mirror:
             self.say(f"mirror: {self.place} lacks the newest state{self.age()}")
 
 
-def copy_file(source, target, say=print):
+def copy_file(source, target, say=print, fresh=None):
     """`target` becomes a durable copy of the checkpoint `source`, checked as it is read once.
 
-    What the disk has garbled never replaces a good copy: CorruptCheckpoint."""
-    write_anyhow(target, lambda: _checked_pieces(source), say)
+    What the disk has garbled never replaces a good copy: CorruptCheckpoint. fresh() yields the same
+    bytes out of memory, or raises Overtaken: a quarter of the CPU time, as nothing is read and the
+    checksums are there."""
+    def checked():
+        return _checked_pieces(source)
+    try:
+        write_anyhow(target, fresh or checked, say, checked)
+    except Overtaken:
+        write_anyhow(target, checked, say, checked)
 
 
-def write_anyhow(target, pieces, say=print):
-    """Durably what the generator pieces() yields; where the place knows no fsync or rename in
-    place, said."""
+def write_anyhow(target, pieces, say, whole):
+    """Durably what the generator pieces() yields; where the place knows no fsync or rename, what
+    whole() yields, in place, said."""
     try:
         with contextlib.closing(pieces()) as buffers:
             atomic_write(target, buffers)
@@ -1788,8 +1783,8 @@ def write_anyhow(target, pieces, say=print):
             raise
         say(f"mirror: {target.parent} does not take durable files ({error.strerror}): "
             f"{target.name} is written in place")
-        deque(pieces(), maxlen=0)           # to the end: checked before anything is overwritten
-        with open(target, "wb") as file, contextlib.closing(pieces()) as buffers:
+        deque(whole(), maxlen=0)            # to the end: checked before anything is overwritten
+        with open(target, "wb") as file, contextlib.closing(whole()) as buffers:
             file.writelines(buffers)
 
 

@@ -217,7 +217,8 @@ def load(path, overrides=()):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise fault(OSError(error.errno, error.strerror, f"config {path}"), path) from None
+        error.filename = f"config {path}"
+        raise fault(error, path) from None
     except UnicodeDecodeError as error:
         raise Refused(f"config {path}: not YAML: {error}") from None
     given = {section: {} for section in DEFAULTS}

@@ -229,7 +229,7 @@ class Home:
             return Record(self.directory, 0, True, self.say)
         ended = self.state.get("kind") == "epoch" or not self.state["batch"]
         record = Record(self.directory, self.state["global_step"], ended, self.say)
-        record.event("resume", self.saver.resumed)
+        record.event("resume", self.saver.resumed, self.state)
         return record
 
     def save_mid(self, state, since):
@@ -252,7 +252,7 @@ class Home:
         """In the writer thread, once a checkpoint is durable."""
         self.watch.did("save")
         self.last_save = f"{path.name} at {time.strftime('%H:%M:%S')}"
-        self.record.event("save", path, self.saver.blocked)
+        self.record.event("save", path, seconds=self.saver.blocked)
         if self.hook:
             self.hook(path)
 
@@ -377,7 +377,7 @@ class Record:
             self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
 
     def complete(self, path):
-        """Add what it lacks of the newest rows to `path`, a copy of metrics.jsonl on another disk."""
+        """Add what it lacks of the newest rows to `path`, a copy of metrics.jsonl elsewhere."""
         with tolerated(self.say, path, "the second copy lacks the newest rows"):
             text = path.read_text() if path.exists() else ""
             rows = dict.fromkeys(line for line in text.splitlines(True) if line.endswith("\n"))
@@ -391,10 +391,10 @@ class Record:
                 self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"],
                                       walltime=row.get("time"))
 
-    def event(self, kind, path, seconds=0.0):
-        """A line of saves.jsonl: where a save or a resume stands."""
+    def event(self, kind, path, facts=None, seconds=0.0):
+        """A line of saves.jsonl: where a save or a resume stands, by `facts` or by the file."""
         with tolerated(self.say, "saves.jsonl", f"this {kind} is not listed"):
-            facts = checkpoint.peek(path)
+            facts = facts or checkpoint.peek(path)
             row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"],
                    "batch": facts["batch"], "step": facts["global_step"], "seconds": seconds,
                    "time": time.time()}

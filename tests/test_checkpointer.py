@@ -373,7 +373,11 @@ def copied(s):
 def reading(monkeypatch, pieces):
     """The second copy takes what pieces(generator of the image's bytes) yields for the saves in memory."""
     real = checkpoint._Image.reader
-    monkeypatch.setattr(checkpoint._Image, "reader", lambda self, inner=real: lambda made=inner(self): pieces(made()))
+
+    def reader(self):
+        made = real(self)
+        return lambda: pieces(made())
+    monkeypatch.setattr(checkpoint._Image, "reader", reader)
 
 
 def flip(path):
@@ -617,9 +621,7 @@ def test_a_copy_of_a_plain_torch_save_is_checked_by_its_zip_checksums(tmp_path):
     torch.save({"epoch": 1, "batch": 1, "x": torch.arange(5000.0)}, source)
     checkpoint.copy_file(source, target)
     assert target.read_bytes() == source.read_bytes()
-    blob = bytearray(source.read_bytes())
-    blob[len(blob) // 2] ^= 1
-    source.write_bytes(blob)
+    flip(source)
     with pytest.raises(checkpoint.CorruptCheckpoint):
         checkpoint.copy_file(source, target)
     assert torch.load(target)["epoch"] == 1 and not temps(tmp_path)
@@ -654,10 +656,10 @@ def test_a_save_that_is_no_longer_in_memory_is_copied_from_the_file_and_damage_t
         yield next(pieces)
         raise checkpoint.Overtaken
 
-    def garbled(source, target, say=print):
+    def garbled(source, target, *others):
         if target.exists():                 # the second save
             flip(source)
-        real(source, target, say)
+        real(source, target, *others)
     reading(monkeypatch, overtaken)
     monkeypatch.setattr(checkpoint, "copy_file", garbled)
     monkeypatch.setattr(torch, "load", lambda *arguments, **options: loads.append(arguments))

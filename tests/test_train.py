@@ -25,8 +25,8 @@ import config
 import crash
 import data
 import forked
-import train
 import tracer
+import train
 from conftest import ROOT, dies, ext4_image
 from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
