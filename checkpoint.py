@@ -1722,6 +1722,9 @@ class Mirror:
         if there:
             with contextlib.suppress(OSError):
                 return durable_link(there[0].path, target)
+        # with the whole home the newest records may be gone, which memory does not have
+        if not candidate.path.exists():
+            return
         save, pieces = self.fresh
         try:
             copy_file(candidate.path, target, self.say, pieces if candidate.save == save else None)

@@ -696,6 +696,27 @@ def test_the_next_save_does_not_wait_for_a_copy_out_of_memory_and_no_copy_mixes_
     assert [sound(checkpoint.load(place / f"mid_epoch_001_{batch:06d}.pt")) for batch in (1, 2)] == [1, 2] and not temps(place)
 
 
+def test_a_home_that_vanishes_while_it_is_copied_leaves_no_state_ahead_of_its_records(tmp_path, monkeypatch):
+    s, said = mirrored(tmp_path)
+    home, place, real = tmp_path / "results/v3/checkpoints", tmp_path / "nas/v3/checkpoints", checkpoint.candidates
+
+    def vanishing(directory, *others):      # after the look, before the records
+        found = list(real(directory, *others))
+        if threading.current_thread() is s.mirror.thread and directory == home and s.counter == 2:
+            home.parent.rename(tmp_path / "lost")
+        return found
+    with s:
+        s.save_mid(state(1))
+        s.wait()
+        until(lambda: copied(s), said)
+        with open(home.parent / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2}\n')
+        monkeypatch.setattr(checkpoint, "candidates", vanishing)
+        s.save_mid(state(2))
+        until(lambda: (tmp_path / "lost").exists() and copied(s), said)
+    assert recover(place) == 1 and (tmp_path / "nas/v3/metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
 def test_a_place_without_links_or_durable_files_gets_its_copy_and_it_is_said(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
