@@ -35,14 +35,14 @@ from pathlib import Path
 
 import numpy as np
 
-import corpora
-import splits
-import synth
-from augmentation import AUGMENTED, Augmenter
-from corpora import CHUNK
-from disk import copy_corpus, disk_bytes, file_system  # noqa: F401  (part of what data.py offers)
-from edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
-from splits import person, split_patients  # noqa: F401  (part of what data.py offers)
+from eeg import corpora
+from eeg import splits
+from eeg import synth
+from eeg.augmentation import AUGMENTED, Augmenter
+from eeg.corpora import CHUNK
+from eeg.disk import copy_corpus, disk_bytes, file_system  # noqa: F401  (part of what data.py offers)
+from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
+from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
 
 READERS = 16                            # threads; a sweep: bench/loader.py --sweep
 SLOW = 0.05                             # share of the time; more of waiting is worth a word

@@ -47,15 +47,15 @@ import yaml
 from tqdm import tqdm
 
 import checkpoint
-import corpora
+from eeg import corpora
 import data
-import edf
-import events
-import metrics
+from eeg import edf
+from scoring import events
+from scoring import metrics
 import model
-import report
-import splits
-from metrics import METRICS, check_metric       # also for training, which knows only this file
+from scoring import report
+from eeg import splits
+from scoring.metrics import METRICS, check_metric       # also for training, which knows only this file
 
 FS = edf.FS
 
@@ -523,7 +523,7 @@ def write(recording, probability, found, c, out, plot, save):
     track.unlink(missing_ok=True)
     if plot:
         with interrupts_later():
-            import pictures             # here: matplotlib takes a second to import
+            from scoring import pictures             # here: matplotlib takes a second to import
             pictures.draw(recording, probability, found, c["threshold"], picture)
     if save:
         np.save(track, probability)
@@ -714,7 +714,7 @@ def score_folder(args):
     checkpoint.write_json(out / "scores.json", result, indent=2)
     if args.plot and result["trade_off"]:
         with interrupts_later():
-            import pictures             # here: matplotlib takes a second to import
+            from scoring import pictures             # here: matplotlib takes a second to import
             pictures.trade_off(result["trade_off"], c["threshold"], out / "trade_off.svg")
     report.show(result, list(METRICS), out)
     if warning:

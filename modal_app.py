@@ -73,8 +73,9 @@ image = (modal.Image.debian_slim(python_version="3.11")
          .uv_pip_install(*requirements())
          # the data is read-only: HDF5 must not try to lock it
          .env({"PYTHONUNBUFFERED": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}))
-for script in sorted(set(HERE.glob("*.py")) - {Path(__file__)}):    # this file comes by itself
-    image = image.add_local_file(script, f"/root/{script.name}")
+for folder in ("", "run", "scoring", "eeg"):
+    for script in sorted(set((HERE / folder).glob("*.py")) - {Path(__file__)}):     # this file comes by itself
+        image = image.add_local_file(script, f"/root/{script.relative_to(HERE)}")
 
 # Version 1 for what must last: Modal says of version 2 that it cannot rule out lost data yet.
 # Without hard links best.pt is a second copy. The mirror is of the other kind, so that one fault

@@ -36,15 +36,15 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import edf
+from eeg import edf
 import evaluate
 from checkpoint import Signals
-from config import Failed, Refused, describe, load as load_config
-from machine import Console, Group, autocast, device_name, place, prepare_torch
-from prepare import Split, build_model, expect_data, open_recordings, start_from
-from records import Home, Log, has_run, run_directory, tolerated
-from records import holds_checkpoints, move_aside                   # for those who import train
-from watch import Watchdog
+from run.config import Failed, Refused, describe, load as load_config
+from run.machine import Console, Group, autocast, device_name, place, prepare_torch
+from run.prepare import Split, build_model, expect_data, open_recordings, start_from
+from run.records import Home, Log, has_run, run_directory, tolerated
+from run.records import holds_checkpoints, move_aside                   # for those who import train
+from run.watch import Watchdog
 
 MAX_NONFINITE = 50                      # steps in a row
 TIE = "average_precision"               # decides between epochs whose best_metric is the same
@@ -439,7 +439,7 @@ class Trainer:
         """curves.png as it stands; the checkpoint of this epoch is on its way already."""
         if self.group.main:
             with tolerated(self.say, "curves.png"):
-                import pictures         # here: matplotlib takes a second to import
+                from scoring import pictures         # here: matplotlib takes a second to import
                 pictures.curves(self.home.directory)
 
     def _no_best(self):

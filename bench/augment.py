@@ -25,14 +25,14 @@ from scipy import signal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import augmentation                                                     # noqa: E402
-import corpora                                                          # noqa: E402
+from eeg import augmentation                                                     # noqa: E402
+from eeg import corpora                                                          # noqa: E402
 import data                                                             # noqa: E402
 import evaluate                                                         # noqa: E402
-import metrics                                                          # noqa: E402
-import synth                                                            # noqa: E402
+from scoring import metrics                                                          # noqa: E402
+from eeg import synth                                                            # noqa: E402
 import train                                                            # noqa: E402
-from edf import FS                                                      # noqa: E402
+from eeg.edf import FS                                                      # noqa: E402
 
 CLIPS = ROOT.parent / "shared" / "eeg" / "recordings"
 CORPORA = {"corpus": (6.0, 48, 0), "unseen": (2.0, 24, 1000)}           # hours, patients, seed

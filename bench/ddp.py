@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-import corpora                                              # noqa: E402
-import synth                                                # noqa: E402
+from eeg import corpora                                              # noqa: E402
+from eeg import synth                                                # noqa: E402
 from model import SMALL                                     # noqa: E402
 from helpers import settings                             # noqa: E402
 

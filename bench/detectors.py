@@ -8,7 +8,7 @@ channels, under scikit-learn's gradient boosting or logistic regression.
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-import edf
+from eeg import edf
 from model import DEFAULTS, SMALL                                       # noqa: F401
 
 FS = edf.FS

@@ -34,10 +34,10 @@ import torch.nn.functional as F                             # noqa: E402
 import yaml                                                 # noqa: E402
 
 import checkpoint                                           # noqa: E402
-import corpora                                              # noqa: E402
+from eeg import corpora                                              # noqa: E402
 import helpers                                              # noqa: E402
 import model as v3                                          # noqa: E402
-import synth                                                # noqa: E402
+from eeg import synth                                                # noqa: E402
 import train                                                # noqa: E402
 from bench import model as detectors                        # noqa: E402
 

@@ -11,13 +11,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import corpora                                                          # noqa: E402
+from eeg import corpora                                                          # noqa: E402
 import data                                                             # noqa: E402
 import detectors                                                        # noqa: E402
 import evaluate                                                         # noqa: E402
-import metrics                                                          # noqa: E402
-import synth                                                            # noqa: E402
-from edf import FS                                                      # noqa: E402
+from scoring import metrics                                                          # noqa: E402
+from eeg import synth                                                            # noqa: E402
+from eeg.edf import FS                                                      # noqa: E402
 
 CLIPS = ROOT.parent / "shared" / "eeg" / "recordings"
 CHB = "chb01", "chb02", "chb03"

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint                                                       # noqa: E402
 import data                                                             # noqa: E402
 import detectors                                                        # noqa: E402
-import edf                                                              # noqa: E402
+from eeg import edf                                                              # noqa: E402
 import evaluate                                                         # noqa: E402
 import judge                                                            # noqa: E402
 import race                                                             # noqa: E402

@@ -27,9 +27,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import corpora  # noqa: E402
+from eeg import corpora  # noqa: E402
 import data  # noqa: E402
-from edf import CHANNELS as MONTAGES, FS  # noqa: E402
+from eeg.edf import CHANNELS as MONTAGES, FS  # noqa: E402
 
 LENGTH, CHANNELS = 60 * FS, MONTAGES["referential"]
 WINDOW = 2 * len(CHANNELS) * LENGTH     # bytes

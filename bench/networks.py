@@ -27,9 +27,9 @@ import checkpoint                                                       # noqa: 
 import data                                                             # noqa: E402
 import evaluate                                                         # noqa: E402
 import judge                                                            # noqa: E402
-import metrics                                                          # noqa: E402
+from scoring import metrics                                                          # noqa: E402
 import train                                                            # noqa: E402
-from edf import FS                                                      # noqa: E402
+from eeg.edf import FS                                                      # noqa: E402
 
 CPU = torch.device("cpu")
 

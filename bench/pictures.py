@@ -23,11 +23,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import corpora                                                          # noqa: E402
+from eeg import corpora                                                          # noqa: E402
 import data                                                             # noqa: E402
 import evaluate                                                         # noqa: E402
-import pictures                                                         # noqa: E402
-import synth                                                            # noqa: E402
+from scoring import pictures                                                         # noqa: E402
+from eeg import synth                                                            # noqa: E402
 
 LARGEST = 200_000                       # bytes of a picture in the repository
 PATIENCE = 1200                         # seconds for each step of the run

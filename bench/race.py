@@ -24,7 +24,7 @@ import networks                                                         # noqa: 
 from judge import CHB, CLIPS, ROOT, judged, print_table, real, synthetic    # noqa: E402
 from judge import table_real, table_unseen                              # noqa: E402
 from networks import FITS, checkpoint, data                             # noqa: E402
-import corpora                                                          # noqa: E402
+from eeg import corpora                                                          # noqa: E402
 
 TRAINED = 6.0, 36, 0                    # hours, patients, seed of the corpus,
 UNSEEN = 3.0, 12, 1000                  # and of that which is scored

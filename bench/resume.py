@@ -49,10 +49,10 @@ import torch.nn.functional as F                             # noqa: E402
 import yaml                                                 # noqa: E402
 
 import checkpoint                                           # noqa: E402
-import corpora                                              # noqa: E402
+from eeg import corpora                                              # noqa: E402
 import data                                                 # noqa: E402
 import model as v3                                          # noqa: E402
-import synth                                                # noqa: E402
+from eeg import synth                                                # noqa: E402
 import train                                                # noqa: E402
 
 BATCH, EPOCHS, SAVE_EVERY = 4, 2, 5             # windows, epochs, steps between the peers' checkpoints

@@ -38,9 +38,9 @@ import yaml                                                 # noqa: E402
 from tqdm import tqdm                                       # noqa: E402
 
 import checkpoint                                           # noqa: E402
-import corpora                                              # noqa: E402
-import pictures                                             # noqa: E402, F401 - or every fork does
-import synth                                                # noqa: E402
+from eeg import corpora                                              # noqa: E402
+from scoring import pictures                                             # noqa: E402, F401 - or every fork does
+from eeg import synth                                                # noqa: E402
 import train                                                # noqa: E402
 from crash import warm                                      # noqa: E402
 from helpers import rows, same, settings                    # noqa: E402

@@ -18,14 +18,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+FOLDERS = ("run", "scoring", "eeg")
+# every file of the program, by its path in the checkout
+SOURCES = {str(path.relative_to(ROOT)): path for folder in ("", *FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))}
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # the suite runs on 2 cores, often beside child processes
 
-import corpora  # noqa: E402
+from eeg import corpora  # noqa: E402
 import data  # noqa: E402
-import edf  # noqa: E402
+from eeg import edf  # noqa: E402
 import forked  # noqa: E402
-import synth  # noqa: E402
+from eeg import synth  # noqa: E402
 
 LONG = {"test_ddp", "test_walk", "test_crash", "test_modal", "test_train", "test_checkpoint"}
 NAMES = edf.CHANNELS["referential"]
@@ -69,6 +72,14 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("real EEG folder ../shared is absent")
     return SHARED
+
+
+def copy_sources(folder):
+    """The program's files in another folder, as a clone would give them."""
+    for name, path in SOURCES.items():
+        target = Path(folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
 
 
 def write_edf(path, seconds=20, rate=256, labels=NAMES, eeg=None, size=30.0, tail=b"", **fields):

@@ -26,7 +26,7 @@ def hold(owner, method, number, gate):
 
 method, number, gate = os.environ["HELD"].split(" ", 2)
 if method == "write_recording":
-    import corpora
+    from eeg import corpora
     import data as program
     owner = corpora
 else:

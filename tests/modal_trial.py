@@ -195,8 +195,10 @@ class Trial:
 
     def real(self, epochs):
         """The real modules in place of the toy, and the smoke configuration on less data."""
-        for script in set(ROOT.glob("*.py")) - {ROOT / "modal_app.py"}:
-            shutil.copy(script, self.project)
+        from conftest import copy_sources           # here: it imports torch, which a toy does without
+        toy = (self.project / "modal_app.py").read_text()
+        copy_sources(self.project)
+        (self.project / "modal_app.py").write_text(toy)
         shutil.copytree(ROOT / "configs", self.project / "configs")
         config = yaml.safe_load((ROOT / "configs" / "modal" / "smoke.yaml").read_text())
         config["data"].update(synth_hours=0.3, window_seconds=10.0)
@@ -293,7 +295,7 @@ async def finished(trial):
         mounts = {m.mount_path: (fake.volumes[m.volume_id].name, m.read_only) for m in function.volume_mounts}
         assert mounts == {"/results": ("holdfast-results", False), "/mirror": ("holdfast-mirror", False),
                           "/data": ("holdfast-data", True)}
-        files = {f"/root/{path.name}" for path in trial.project.glob("*.py")}
+        files = {f"/root/{path.relative_to(trial.project)}" for path in trial.project.rglob("*.py")}
         assert set(fake.uploaded(function)) == files
         layers = " ".join(fake.dockerfile(function.image_id))
         assert "torch==2.13.0" in layers and "gcc" in layers and "pytest" not in layers, layers

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import data
-import edf
-from annotations import (
+from eeg import edf
+from eeg.annotations import (
     Texts,
     finish,
     parse_annotations,

@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-import augmentation
-import config
+from eeg import augmentation
+from run import config
 import data
-import edf
+from eeg import edf
 import evaluate
 import train
-from augmentation import AUGMENTATIONS, Augmenter
+from eeg.augmentation import AUGMENTATIONS, Augmenter
 from conftest import NAMES, imported, write_edf
 from helpers import assert_same_run, loaded, rest, spawn, wait_for
 from scipy import signal

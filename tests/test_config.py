@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-import config
+from run import config
 from conftest import ROOT
 
 MAY_NOT_CHANGE = {          # what makes another run: the weights' shapes, which windows, in what order

@@ -12,10 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-import augmentation
-import corpora
+from eeg import augmentation
+from eeg import corpora
 import data
-import edf
+from eeg import edf
 import forked
 from conftest import CSV, ROOT, command, imported, said, tsv, write_edf
 from helpers import rest, wait_for

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import augmentation
+from eeg import augmentation
 import checkpoint
-import corpora
+from eeg import corpora
 import data
-import edf
+from eeg import edf
 import forked
 from conftest import NAMES, ROOT, Held, prepare, write_edf
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoint
-import config
+from run import config
 import forked
 from conftest import ROOT
 from helpers import EPOCH_STEPS, free_port, last, loaded, rest, rows, same, wait_for

@@ -14,9 +14,9 @@ import pytest
 
 import checkpoint
 import forked
-import records
+from run import records
 import train
-from conftest import ROOT
+from conftest import ROOT, copy_sources
 from helpers import assert_same_run, last, loaded
 
 UNIT = ROOT / "deploy" / "holdfast@.service"
@@ -141,8 +141,7 @@ def test_a_training_that_is_killed_under_the_unit_goes_on_and_ends_bit_identical
     train.run(loaded(small_corpus, tmp_path / "alone"))
     loaded(small_corpus, tmp_path)
     checkout = home / "holdfast"
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, checkout)
+    copy_sources(checkout)
     (checkout / "configs" / "local").mkdir(parents=True)
     shutil.copy(tmp_path / "config.yaml", checkout / "configs" / "local" / "train.yaml")
     saved = tmp_path / "t" / "checkpoints"

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-import edf
+from eeg import edf
 from conftest import NAMES, microvolts, plus, prepare, write_edf
 
 

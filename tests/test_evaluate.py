@@ -22,17 +22,17 @@ from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring
 
 import checkpoint
-import corpora
+from eeg import corpora
 import data
-import edf
+from eeg import edf
 import evaluate
-import events
+from scoring import events
 import forked
-import metrics
+from scoring import metrics
 import model as v3
-import report
-import synth
-from conftest import NAMES, Track, probability_of, write_edf
+from scoring import report
+from eeg import synth
+from conftest import NAMES, Track, copy_sources, probability_of, write_edf
 from evaluate import FS, METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -899,8 +899,8 @@ def container(corpus, edf_path, out):
     script = script.replace('"/data/', f'"{edf_path.parent}/').replace('"/output/', f'"{out.parent}/')
     app = out.parent / "app"
     app.mkdir(exist_ok=True)
-    for path in [*ROOT.glob("*.py"), corpus / "best.pt"]:
-        shutil.copy(path, app / ("model.pt" if path.suffix == ".pt" else path.name))
+    copy_sources(app)
+    shutil.copy(corpus / "best.pt", app / "model.pt")
     whole = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "OMP_NUM_THREADS": "1",
              "INPUT": edf_path.name, "OUTPUT": out.name}
     user = {}

@@ -6,11 +6,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-import edf
+from eeg import edf
 import evaluate
-import pictures
+from scoring import pictures
 from conftest import Track, probability_of
-from edf import FS
+from eeg.edf import FS
 
 
 def banana(name, seconds, events=(), montage="referential", **given):

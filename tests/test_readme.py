@@ -8,10 +8,10 @@ import sys
 import pytest
 import yaml
 
-import config
+from run import config
 import forked
 import model
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, SOURCES
 from crash import docstring_loop
 
 README = (ROOT / "README.md").read_text()
@@ -84,7 +84,7 @@ def test_arguments_of_modal_commands_are_those_of_the_entry_point(flag, script):
 
 
 def test_flags_named_in_the_text_belong_to_a_command_and_paths_to_a_file():
-    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), ROOT / "tests/conftest.py"])
+    code = "".join(p.read_text() for p in [*SOURCES.values(), *ROOT.glob("bench/*.py"), ROOT / "tests/conftest.py"])
     others = {"--detach", "--max-restarts", "--no-deps"}        # of modal and torchrun
     for flag in set(re.findall(r"`(--[a-z-]+)", README)) - others:
         assert f'"{flag}"' in code or f"{flag[2:]}: Literal" in code, f"no command has {flag}"
@@ -97,7 +97,7 @@ def test_every_top_level_file_stands_in_where_things_are_and_what_stands_there_e
     for name in lines:
         assert (ROOT / name).exists(), f"README names {name}"
     assert len(set(lines)) == len(lines)
-    absent = {p.name for p in ROOT.glob("*.py")} - set(lines)
+    absent = {name for name in SOURCES if "__init__" not in name} - set(lines)
     assert not absent, f"not in the README: {', '.join(sorted(absent))}"
 
 
@@ -117,7 +117,7 @@ def test_the_table_of_exit_codes_is_that_of_the_contract(shared):
 def test_every_configuration_key_of_the_readme_exists_and_has_the_default_that_stands_there():
     sections = "|".join(config.DEFAULTS)
     named = set(re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z]\w*)(?![\w(/.])", README))
-    files = {p.name for p in ROOT.glob("*.py")}
+    files = {path.name for path in SOURCES.values()}
     named = {name for name in named if name not in files}
     assert len(named) > 10
     assert not named - set(config.KEYS), f"no such keys: {sorted(named - set(config.KEYS))}"

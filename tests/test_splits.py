@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 
-import corpora
+from eeg import corpora
 import data
-import edf
-import splits
-import synth
+from eeg import edf
+from eeg import splits
+from eeg import synth
 import train
 from conftest import Held, NAMES
 from helpers import assert_same_run, last, loaded

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from scipy import signal as dsp
 
-import corpora
+from eeg import corpora
 import data
-import edf
-import synth
+from eeg import edf
+from eeg import synth
 from conftest import microvolts
 
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import checkpoint
-import config
+from run import config
 import crash
 import data
 import forked
@@ -31,7 +31,7 @@ from conftest import ROOT, dies, ext4_image
 from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
-from records import Record
+from run.records import Record
 
 
 @pytest.fixture(scope="session")
@@ -997,7 +997,7 @@ def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumula
 
 
 def test_rows_that_a_dead_disk_refuses_wait_in_memory_and_come_whole_when_it_is_back(tmp_path):
-    import records
+    from run import records
     said = []
     record = records.Record(tmp_path, 0, True, said.append)
     record.pending = ['{"step": 1, "kind": "train"}\n']

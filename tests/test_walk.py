@@ -16,9 +16,9 @@ import pyedflib
 from PIL import Image
 
 import checkpoint
-import edf
+from eeg import edf
 import forked
-from conftest import ROOT
+from conftest import ROOT, copy_sources
 from helpers import LIMIT, rest, wait_for
 
 README = (ROOT / "README.md").read_text()
@@ -75,8 +75,7 @@ class Project:
     def __init__(self, folder):
         self.folder = folder
         folder.mkdir()
-        for script in ROOT.glob("*.py"):
-            shutil.copy2(script, folder)
+        copy_sources(folder)
         shutil.copytree(ROOT / "configs", folder / "configs")
         (folder / "tests").mkdir()
         shutil.copy2(ROOT / "tests" / "held.py", folder / "tests")

@@ -14,7 +14,7 @@ from helpers import rest
 START = """
 import ctypes, sys, time
 sys.path.insert(0, sys.argv[1])
-from watch import Watchdog
+from run.watch import Watchdog
 minutes, path = float(sys.argv[2]) / 60, sys.argv[3]
 say = lambda line, every=False: print(line, flush=True)
 """
@@ -39,7 +39,8 @@ with Watchdog(minutes, path, say) as watch:
         watch.did("step")
 """
 UNWRITABLE = START + """
-import os, threading, watch as module
+import os, threading
+from run import watch as module
 module.HELD_UP = 1.0
 lock = threading.Lock()
 def held(line, every=False):

@@ -21,8 +21,8 @@ from PIL import Image
 from scipy.signal import butter, sosfiltfilt
 
 import checkpoint
-import edf
-import metrics
+from eeg import edf
+from scoring import metrics
 
 FS = edf.FS
 TRUE = "#e08e0b"                        # labelled seizures, best.pt

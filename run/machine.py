@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from config import Failed, Refused
+from run.config import Failed, Refused
 
 
 def place():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edf import DataError, number
+from eeg.edf import DataError, number
 
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())

@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from edf import FS
+from eeg.edf import FS
 
 STRETCH = 0.05                          # most that a window is played faster or slower
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import checkpoint
 import evaluate
-from config import Failed, Refused, compare, fault
+from run.config import Failed, Refused, compare, fault
 
 
 def in_use(line):

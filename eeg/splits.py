@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from corpora import CHUNK
-from edf import DataError
+from eeg.corpora import CHUNK
+from eeg.edf import DataError
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 WARNINGS = {                            # of the splits that do not keep patients apart

@@ -8,8 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import corpora
-from edf import DataError
+from eeg import corpora
+from eeg.edf import DataError
 
 COPIERS = 16                            # files copied at once
 

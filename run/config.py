@@ -21,12 +21,12 @@ from pathlib import Path
 
 import yaml
 
-import augmentation
+from eeg import augmentation
 import data
 import evaluate
 import model
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 PATH = "a path, relative to the folder of train.py unless absolute"
 PATHS = "a path or a list of paths, relative to the folder of train.py unless absolute"
 FOLDER_NAME = "a plain folder name"

@@ -24,9 +24,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-import annotations
-from edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe
-from edf import prepare_edf, read_annotations, read_header
+from eeg import annotations
+from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe
+from eeg.edf import prepare_edf, read_annotations, read_header
 
 FORMAT = 2                              # version of the HDF5 layout
 CHUNK = 10 * FS                         # samples of a chunk there: windows begin every 10 s

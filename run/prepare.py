@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 import checkpoint
-import corpora
+from eeg import corpora
 import data
-import edf
+from eeg import edf
 import evaluate
 import model
-import splits
-import synth
-from config import Refused, fault
-from machine import device_name
+from eeg import splits
+from eeg import synth
+from run.config import Refused, fault
+from run.machine import device_name
 
 
 def expect_data(config):
