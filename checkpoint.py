@@ -108,7 +108,7 @@ MIRROR_WAIT = 20.0              # seconds that a run which ends waits for its se
 READ_PATIENCE = 30.0
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-           errno.EACCES, errno.EPERM, errno.ENXIO}
+           errno.EACCES, errno.EPERM, errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG}
 # what a place says that knows no fsync or no rename
 UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 _serial = itertools.count()

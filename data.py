@@ -39,8 +39,7 @@ from eeg import corpora
 from eeg import splits
 from eeg import synth
 from eeg.augmentation import AUGMENTED, Augmenter
-from eeg.corpora import CHUNK
-from eeg.disk import copy_corpus, disk_bytes, file_system  # noqa: F401  (part of what data.py offers)
+from eeg.disk import CHUNK, copy_folder, disk_bytes, file_state, file_system
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
 
@@ -128,7 +127,7 @@ class Recording:
             raise ReadFailed(f"{self.path}: {error.strerror}") from None
 
     def _check_unchanged(self, handle):
-        now = corpora.file_state(os.fstat(handle))
+        now = file_state(os.fstat(handle))
         if self.state and now != tuple(self.state):
             raise DataError(f"{self.path} was changed since the corpus was opened")
         if self.digest:
@@ -195,6 +194,12 @@ def open_corpora(paths, same_person=()):
     for line in same_person:
         _join(recordings, line)
     return recordings
+
+
+def copy_corpus(path, folder, say=print, copied=lambda: None):
+    """Copy an imported folder below `folder`, on a faster disk; returns the copy's path (see disk.copy_folder)."""
+    states = {f"{name}.h5": state for name, (state, _) in corpora.entries(Path(path).resolve()).items()}
+    return copy_folder(path, folder, states, say, copied)
 
 
 def resolved(paths):

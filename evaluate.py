@@ -50,6 +50,7 @@ import checkpoint
 from eeg import corpora
 import data
 from eeg import edf
+from eeg.disk import Refused, write_json
 from scoring import events
 from scoring import metrics
 import model
@@ -317,10 +318,6 @@ def over_cap(summary, config):
 
 
 # ---- command line ----
-
-class Refused(Exception):
-    """Bad usage, checkpoint or data. One line; exit code 2."""
-
 
 def load_model(path, device):
     """(detector on device, checkpoint dict) from any checkpoint of train.py, stripped or not."""
@@ -711,7 +708,7 @@ def score_folder(args):
         "split_warning": warning,
         "refused": refused,
     }
-    checkpoint.write_json(out / "scores.json", result, indent=2)
+    write_json(out / "scores.json", result, indent=2)
     if args.plot and result["trade_off"]:
         with interrupts_later():
             from scoring import pictures             # here: matplotlib takes a second to import

@@ -157,10 +157,10 @@ def attempt(config, launch, resume, fresh, timeout, gpu):
         verdict = decided(run, config, launch, resume)
         if verdict is None:
             verdict = work(trainer, run, config, launch, resume, fresh, timeout, gpu)
-    except trainer.Refused as refusal:
-        if begun or isinstance(refusal, trainer.Failed):
-            raise RuntimeError(f"a fault that may pass: {refusal}") from None
-        verdict = result("refused", str(refusal))
+    except trainer.Stop as stop:
+        if begun or isinstance(stop, trainer.TemporaryFault):
+            raise RuntimeError(f"a fault that may pass: {stop}") from None
+        verdict = result("refused", str(stop))
     except RuntimeError:
         raise
     except Exception as error:      # one type, which tells another launch that this call has ended
@@ -189,8 +189,6 @@ def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
             way = "time limit"
     except KeyboardInterrupt:
         way = "preempted"
-    except trainer.Failed:
-        raise
     except trainer.Refused:
         way = "refused"
         raise
@@ -717,8 +715,8 @@ def checked(path):
     import train as trainer
     try:
         config = trainer.load_config(path)
-    except trainer.Refused as refusal:
-        refuse(refusal)
+    except trainer.Stop as stop:
+        refuse(stop)
     folder, second = config["experiment"]["results"], config["training"].get("mirror", "")
     if folder != RESULTS:
         refuse(f"config {path}: experiment.results must be {RESULTS}, the Volume, not {folder!r}")

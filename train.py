@@ -39,11 +39,12 @@ import data
 from eeg import edf
 import evaluate
 from checkpoint import Signals
-from run.config import Failed, Refused, describe, load as load_config
+from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
+from run.config import describe, load as load_config
 from run.machine import Console, Group, autocast, device_name, place, prepare_torch
 from run.prepare import Split, build_model, expect_data, open_recordings, start_from
 from run.records import Home, Log, has_run, run_directory, tolerated
-from run.records import holds_checkpoints, move_aside                   # for those who import train
+from run.records import holds_checkpoints, move_aside       # noqa: F401 - for those who import train
 from run.watch import Watchdog
 
 MAX_NONFINITE = 50                      # steps in a row
@@ -613,7 +614,8 @@ def duration(seconds):
 
 def run(config, resume="false", fresh=False, on_saved=None, signals=None,
         again="the same with --resume"):
-    """Train `config` to its end or to the next interruption; returns the exit code. Raises Refused.
+    """Train `config` to its end or to the next interruption; returns the exit code. Raises Refused or
+    TemporaryFault.
 
     resume: "true", "false" or a checkpoint's path. on_saved(path) runs in the writer thread after
     each durable save. signals: a Signals of the caller's, who then sees what came. They are watched
@@ -751,9 +753,9 @@ def attempt(args):
         config = load_config(args.config, args.set)
         return run(config, args.resume, args.fresh, signals=Signals(ends=True),
                    again=command_again(args))
-    except Refused as refusal:
-        print(f"train.py: {refusal}", file=sys.stderr)
-        return 1 if isinstance(refusal, Failed) else 2
+    except Stop as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        return stop.code
 
 
 if __name__ == "__main__":

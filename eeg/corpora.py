@@ -25,12 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from eeg import annotations
+from eeg.disk import CHUNK, INDEX, REPORT, InUse, file_state, hold, replace_durably, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe
 from eeg.edf import prepare_edf, read_annotations, read_header
 
 FORMAT = 2                              # version of the HDF5 layout
-CHUNK = 10 * FS                         # samples of a chunk there: windows begin every 10 s
-INDEX, REPORT = "index.json", "import.json"
 WORKER = 200_000_000                    # bytes of EDF that make a further process worth its start
 EQUAL = 3                               # files refused for one reason; more share a line
 KEPT = 100                              # texts of a recording's EDF+ annotations
@@ -337,11 +336,10 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
 
 
 def _lock(out):
-    import checkpoint                   # here: torch takes a command a second
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return checkpoint.lock(out)
-    except checkpoint.InUse:
+        return hold(out)
+    except InUse:
         raise DataError(f"{out}: another import is writing here") from None
     except OSError as error:
         raise DataError(f"{out}: {error.strerror}") from None
@@ -567,10 +565,9 @@ def grouped(refused):
 def _write_report(out, files, report):
     """Keep what was refused, for `info`; of files that were not among these, what an earlier import
     said."""
-    import checkpoint
     seen = {shown(path) for path in files}
     before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
-    checkpoint.write_json(out / REPORT, {"refused": before + report.refused})
+    write_json(out / REPORT, {"refused": before + report.refused})
 
 
 def read_report(out):
@@ -600,8 +597,7 @@ def write_recording(target, eeg, events, attributes):
             end = _first_chunk(target, f["eeg"]) + 2 * len(eeg) * CHUNK * -(-eeg.shape[1] // CHUNK)
         if os.path.getsize(temp) != end:
             raise DataError(f"{target}: HDF5 put something behind the samples")
-        import checkpoint               # here: torch takes a worker a second
-        checkpoint.durable_replace(temp, target)
+        replace_durably(temp, target)
     except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
         raise OSError(f"{target}: {error}") from None
     finally:
@@ -734,12 +730,6 @@ def entries(root):
     return {name: (states[name], entry) for name, entry in fresh.items()}
 
 
-def file_state(status):
-    """What tells one content of a file from another without reading it: (size, mtime_ns) of an
-    os.stat."""
-    return status.st_size, status.st_mtime_ns
-
-
 def _looked_at(file, known):
     """The index's entry where the file's header is the one that it describes, else that of the
     file."""
@@ -750,9 +740,8 @@ def _looked_at(file, known):
 
 
 def _write_index(root, recordings):
-    import checkpoint                   # here: torch takes a command a second
     try:
-        checkpoint.write_json(root / INDEX, {"format": FORMAT, "recordings": recordings})
+        write_json(root / INDEX, {"format": FORMAT, "recordings": recordings})
     except OSError:
         pass                            # a read-only folder: opening it just takes longer
 

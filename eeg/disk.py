@@ -1,17 +1,145 @@
-"""Where recordings lie: the kind of disk, what was read from it, and a copy on a faster one.
+"""The folder under everything: who holds it, what reaches it durably or not at all, what its errors mean, and a copy of it on a
+faster disk.
 
-    place = copy_corpus("/mnt/nas/tusz", "/scratch")        # /scratch/tusz, with its index
+    with hold("data/tusz"):                                 # InUse where another process does
+        write_json("data/tusz/index.json", {"format": 2})   # durable, all or nothing
+    place = copy_folder("/mnt/nas/tusz", "/scratch", states)        # /scratch/tusz, with its index
+
+Without torch: importing that takes a second. checkpoint.py, which is copied alone, has its own.
 """
+import errno
+import fcntl
+import json
 import os
 import shutil
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eeg import corpora
-from eeg.edf import DataError
+from eeg.edf import FS, DataError
 
+INDEX, REPORT = "index.json", "import.json"     # beside the recordings of an imported folder
+CHUNK = 10 * FS                         # samples of a chunk of a recording: windows begin every 10 s
 COPIERS = 16                            # files copied at once
+# what an OSError says of the path itself, until somebody mends it; every other one may pass
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EROFS,
+           errno.ENAMETOOLONG}
+
+
+class Stop(Exception):
+    """A program ends with one line, before it has touched anything; `code` is its exit code."""
+
+    code = 1
+
+
+class Refused(Stop):
+    """Bad usage, configuration or data: the same start fails again until somebody mends it."""
+
+    code = 2
+
+
+class TemporaryFault(Stop):
+    """A fault that passes: the same start may succeed later."""
+
+
+def fault(error, where):
+    """The OSError `error` as Refused or TemporaryFault, in one line."""
+    line = f"{error.filename or where}: {error.strerror or error}"
+    if error.errno is None or error.errno in LASTING:
+        return Refused(line)
+    return TemporaryFault(f"{line}; nothing was touched: try again")
+
+
+# ---- held by one process, written durably ----
+
+class InUse(OSError):
+    """Another live process holds the folder."""
+
+
+class Hold:
+    """A folder held by this process until `close` or its death; nothing forked from it holds on."""
+
+    taken = set()                           # descriptors of this process's holds
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.taken.add(fd)
+
+    def close(self):
+        if self.fd in self.taken:
+            self.taken.discard(self.fd)
+            # closing alone would leave it to a child that has the descriptor
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            os.close(self.fd)
+
+    @classmethod
+    def leave_to_parent(cls):
+        """In a forked child: close without unlocking, which would unlock it for the parent too."""
+        for fd in cls.taken:
+            os.close(fd)
+        cls.taken.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+os.register_at_fork(after_in_child=Hold.leave_to_parent)
+
+
+def hold(folder):
+    """Hold `folder` for this process; returns a Hold. Raises InUse where another process does, OSError where the folder cannot
+    be locked."""
+    fd = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError:
+        owner = os.pread(fd, 200, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise InUse(errno.EBUSY, f"in use by {owner or 'another process'}", str(folder)) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return Hold(fd)
+
+
+def replace_durably(temp, target):
+    """`temp`, whole and closed, becomes `target` of the same folder, and survives a power cut once this returns (Pillai et al.,
+    OSDI'14). Raises OSError."""
+    fd = os.open(temp, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.replace(temp, target)
+    finally:
+        os.close(fd)
+    fd = os.open(Path(target).parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # "cannot" is not "failed"
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_json(path, value, indent=None):
+    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN, which JSON has not."""
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temp.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+        replace_durably(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+# ---- where recordings lie ----
 
 
 def file_system(path):
@@ -28,34 +156,36 @@ def file_system(path):
     return found
 
 
-def copy_corpus(path, folder, say=print, copied=lambda: None):
-    """Copy an imported folder below `folder`, on a faster disk, and return the copy's path. What an
-    earlier call has copied stays; DataError without room, or where other recordings lie in the way.
+def file_state(status):
+    """(bytes, time of the last change in ns): whether a file is still the one that was indexed."""
+    return status.st_size, status.st_mtime_ns
+
+
+def copy_folder(path, folder, states, say=print, copied=lambda: None):
+    """Copy the recordings `states`, {name in `path`: file_state}, with their index below `folder`, on a faster disk; returns the
+    copy's path. What an earlier call has copied stays; DataError without room, or where other recordings lie in the way.
     copied() is called after each file."""
-    import checkpoint                   # here: torch takes a command a second
     source = Path(path).resolve()
     target = Path(folder).resolve() / source.name
     if target == source:
         raise DataError(f"data.copy_to {folder} is where {path} lies already")
-    sizes = {f"{name}.h5": state for name, (state, _) in corpora.entries(source).items()}
     target.mkdir(parents=True, exist_ok=True)
     try:
-        held = checkpoint.lock(target)
-    except checkpoint.InUse as error:
+        held = hold(target)
+    except InUse as error:
         raise DataError(f"{target}: another process copies there: {error}") from None
     try:
-        strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in sizes]
+        strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in states]
         if strange:
             raise DataError(f"{strange[0]} is not in {path}: give data.copy_to a folder of its own")
-        missing = {name: size for name, (size, mtime) in sizes.items()
-                   if not _is_copied(target / name, (size, mtime))}
+        missing = {name: state[0] for name, state in states.items() if not _is_copied(target / name, state)}
         room = shutil.disk_usage(target).free
         needed = sum(missing.values())
         if needed > 0.98 * room:
             raise DataError(f"data.copy_to {folder}: {needed / 1e9:.1f} GB to copy, "
                             f"{room / 1e9:.1f} GB free")
         _copy_files(source, target, missing, say, copied)
-        for name in (corpora.INDEX, corpora.REPORT):
+        for name in (INDEX, REPORT):
             if (source / name).exists():
                 shutil.copy2(source / name, target / name)
     finally:
@@ -64,12 +194,11 @@ def copy_corpus(path, folder, say=print, copied=lambda: None):
 
 
 def _is_copied(path, state):
-    return path.exists() and corpora.file_state(path.stat()) == state
+    return path.exists() and file_state(path.stat()) == state
 
 
 def _copy_files(source, target, sizes, say, copied):
     """Each file under its name only when it is whole, and with its time, which the index knows."""
-    from checkpoint import durable_replace
     total, done = sum(sizes.values()), 0
     if sizes:
         say(f"copying {len(sizes)} recordings, {total / 1e9:.2f} GB, to {target}")
@@ -80,7 +209,7 @@ def _copy_files(source, target, sizes, say, copied):
         place.parent.mkdir(parents=True, exist_ok=True)
         temp = place.with_name(place.name + ".copying")
         shutil.copy2(source / name, temp)
-        durable_replace(temp, place)
+        replace_durably(temp, place)
         return sizes[name]
 
     pool = ThreadPoolExecutor(COPIERS, "copy")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from eeg.corpora import CHUNK
+from eeg.disk import CHUNK
 from eeg.edf import DataError
 
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart

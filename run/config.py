@@ -12,7 +12,6 @@ model.py and evaluate.py, which check their own.
 """
 import contextlib
 import difflib
-import errno
 import os
 import re
 import textwrap
@@ -22,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from eeg import augmentation
+from eeg.disk import Refused, fault
 import data
 import evaluate
 import model
@@ -162,28 +162,6 @@ DEFAULTS = {}
 for name, key in KEYS.items():
     section, _, short = name.partition(".")
     DEFAULTS.setdefault(section, {})[short] = key.default
-
-
-class Refused(Exception):
-    """Bad usage, configuration or data. One line; nothing was touched; exit code 2."""
-
-
-class Failed(Refused):
-    """A passing fault: nothing was touched either, but the same start may succeed later; exit code
-    1."""
-
-
-# what is wrong with a path until somebody mends it; every other error of the system may pass
-LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
-           errno.ENAMETOOLONG, errno.ELOOP)
-
-
-def fault(error, where):
-    """The OSError `error` as Refused or Failed, in one line."""
-    line = f"{error.filename or where}: {error.strerror or error}"
-    if error.errno is None or error.errno in LASTING:
-        return Refused(line)
-    return Failed(f"{line}; nothing was touched: try again")
 
 
 # ---- reading ----

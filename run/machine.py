@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from run.config import Failed, Refused
+from eeg.disk import Refused, Stop, TemporaryFault
 
 
 def place():
@@ -29,7 +29,7 @@ class Group:
             # a driver that has lost its GPU, or is still loading after a reboot, leaves its files
             silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
                                              or Path("/dev/dxg").exists())
-            raise Failed(line) if silent else Refused(line)
+            raise TemporaryFault(line) if silent else Refused(line)
         self.rank, self.size = place()
         self.main = self.rank == 0
         self.watch = watch
@@ -85,7 +85,7 @@ class Group:
         else:
             try:
                 box = [make(), None]
-            except (Refused, checkpoint.SaveFailed) as refusal:
+            except (Stop, checkpoint.SaveFailed) as refusal:
                 box = [None, refusal]
             dist.broadcast_object_list(box)
         made, refusal = box

@@ -13,11 +13,11 @@ import checkpoint
 from eeg import corpora
 import data
 from eeg import edf
+from eeg.disk import Refused, fault, hold
 import evaluate
 import model
 from eeg import splits
 from eeg import synth
-from run.config import Refused, fault
 from run.machine import device_name
 
 
@@ -69,7 +69,7 @@ def make_recordings(config, path, watch, say):
     c = config["data"]
     source, temp = Path(f"{path}_edf"), Path(f"{path}_edf.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = checkpoint.lock(path.parent)             # of two first runs one makes them
+    held = hold(path.parent)             # of two first runs one makes them
     try:
         if not source.is_dir():
             shutil.rmtree(temp, ignore_errors=True)

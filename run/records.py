@@ -18,14 +18,15 @@ from tqdm import tqdm
 
 import checkpoint
 import evaluate
-from run.config import Failed, Refused, compare, fault
+from eeg.disk import Refused, TemporaryFault, fault
+from run.config import compare
 
 
 def in_use(line):
-    """Refused, or Failed where the process that holds the directory is on its way out."""
+    """Refused, or TemporaryFault where the process that holds the directory is on its way out."""
     holder = re.search(r"in use by process (\d+) on (\S+?):", line)
     if holder and holder[2] == socket.gethostname() and leaving(int(holder[1])):
-        return Failed(f"{line}; it is ending: try again")
+        return TemporaryFault(f"{line}; it is ending: try again")
     return Refused(line)
 
 
@@ -89,7 +90,7 @@ class Home:
 
     `saver` holds its lock; `state` is what to continue from (None: start at the beginning), at
     `position`; `chosen` is true where that is a file that --resume named; `record` stands at that
-    state. Raises Refused; Failed for what may pass."""
+    state. Raises Refused; TemporaryFault for what may pass."""
 
     def __init__(self, config, fingerprint, resume, fresh, hook, watch, say):
         self.config, self.fingerprint, self.hook = config, fingerprint, hook

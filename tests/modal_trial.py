@@ -41,10 +41,13 @@ import yaml
 import torch
 import checkpoint
 
-class Refused(Exception):
+class Stop(Exception):
     pass
 
-class Failed(Refused):
+class Refused(Stop):
+    pass
+
+class TemporaryFault(Stop):
     pass
 
 class Signals:

@@ -10,6 +10,7 @@ from eeg import edf
 import evaluate
 import train
 from eeg.augmentation import AUGMENTATIONS, Augmenter
+from eeg.disk import Refused
 from conftest import NAMES, imported, write_edf
 from helpers import assert_same_run, loaded, rest, spawn, wait_for
 from scipy import signal
@@ -204,7 +205,7 @@ def test_what_is_off_costs_nothing(corpus):
 def test_a_kind_that_is_not_known_is_refused_in_one_line(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("data: {augmentations: [gain, wobble]}\n")
-    with pytest.raises(config.Refused) as refusal:
+    with pytest.raises(Refused) as refusal:
         config.load(path)
     assert str(refusal.value) == ("data.augmentations may hold mirror, stretch, polarity, reference, mains, "
                                   "band, gain, channels, not 'wobble'")
@@ -212,7 +213,7 @@ def test_a_kind_that_is_not_known_is_refused_in_one_line(tmp_path):
     assert config.load(path)["data"]["augmentations"] == ["mirror", "band", "gain"]
     path.write_text("data: {augmentations: []}\n")
     assert config.load(path)["data"]["augmentations"] == []
-    with pytest.raises(config.Refused, match="data.augmentations must be list"):
+    with pytest.raises(Refused, match="data.augmentations must be list"):
         config.load(path, ["data.augmentations=gain"])
     assert config.DEFAULTS["data"]["augmentations"] == list(augmentation.AUGMENTED)
 

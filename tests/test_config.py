@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from eeg.disk import Refused
 from run import config
 from conftest import ROOT
 
@@ -24,7 +25,7 @@ def written(folder, text):
 
 
 def refusal(*arguments):
-    with pytest.raises(config.Refused) as caught:
+    with pytest.raises(Refused) as caught:
         config.load(*arguments)
     line = str(caught.value)
     assert len(line.splitlines()) == 1, line
@@ -76,7 +77,7 @@ def test_only_a_key_that_says_so_may_change_on_a_resume(name):
     section, _, short = name.partition(".")
     new[section][short] = other(name)
     if name in MAY_NOT_CHANGE:
-        with pytest.raises(config.Refused, match=f"^{name} is .* and was .* that is another run"):
+        with pytest.raises(Refused, match=f"^{name} is .* and was .* that is another run"):
             config.compare(old, new, said.append)
     else:
         config.compare(old, new, said.append)
@@ -87,7 +88,7 @@ def test_a_key_that_nobody_marked_refuses_on_a_resume(monkeypatch):
     monkeypatch.setitem(config.KEYS, "training.forgotten", config.Key(1, "a new key", (0, 9)))
     old, new = copy.deepcopy(config.DEFAULTS), copy.deepcopy(config.DEFAULTS)
     new["training"]["forgotten"] = 2
-    with pytest.raises(config.Refused, match="forgotten is 2 and was 1"):
+    with pytest.raises(Refused, match="forgotten is 2 and was 1"):
         config.compare(old, new, print)
 
 
@@ -98,14 +99,14 @@ def test_a_checkpoint_older_than_a_key_was_trained_as_its_default_says():
     assert not said
     new = copy.deepcopy(config.DEFAULTS)
     new["data"]["augment"] = False
-    with pytest.raises(config.Refused, match="data.augment is False and was True"):
+    with pytest.raises(Refused, match="data.augment is False and was True"):
         config.compare(old, new, print)
 
 
 def test_a_checkpoint_with_a_key_that_this_version_does_not_know_is_refused():
     old = copy.deepcopy(config.DEFAULTS)
     old["model"]["wings"] = 2
-    with pytest.raises(config.Refused, match="model.wings, which this version"):
+    with pytest.raises(Refused, match="model.wings, which this version"):
         config.compare(old, config.DEFAULTS, print)
 
 

@@ -213,10 +213,10 @@ def test_a_directory_whose_holder_is_gone_but_not_quite_is_a_passing_fault_and_a
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(train.Refused, match=f"in use by process {holder.pid}") as caught:
             train.run(config)
-        assert not isinstance(caught.value, train.Failed)
+        assert not isinstance(caught.value, train.TemporaryFault)
         holder.kill()
         holder.wait()
-        with pytest.raises(train.Failed, match="it is ending: try again"):
+        with pytest.raises(train.TemporaryFault, match="it is ending: try again"):
             train.run(config)
     finally:
         os.killpg(holder.pid, signal.SIGKILL)

@@ -486,9 +486,9 @@ def test_a_start_on_a_dead_disk_is_one_line_and_may_be_tried_again(corpus, ext4_
     (ext4_disk / "config.yaml").write_text("training: {epochs: 2}\n")
     dies(ext4_disk)
     message = "Input/output error; nothing was touched: try again"
-    with pytest.raises(train.Failed, match=message):
+    with pytest.raises(train.TemporaryFault, match=message):
         train.run(config, "true")
-    with pytest.raises(train.Failed, match=f"config .*config.yaml: {message}"):
+    with pytest.raises(train.TemporaryFault, match=f"config .*config.yaml: {message}"):
         train.load_config(ext4_disk / "config.yaml")
 
 
@@ -499,7 +499,7 @@ def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(
     files = [p for p in (small_disk / "t").rglob("*") if p.is_file() and p.name != ".lock"]
     before = {p: p.read_bytes() for p in files}
     fill(small_disk)
-    with pytest.raises(train.Refused, match="t: No space left on device"):
+    with pytest.raises(train.TemporaryFault, match="t: No space left on device"):
         train.run(config, "true")
     assert {p: p.read_bytes() for p in files} == before
     (small_disk / "filler").unlink()
@@ -643,7 +643,7 @@ def test_a_kill_while_the_synthetic_recordings_are_made_or_imported_costs_only_t
 def test_of_two_first_runs_one_makes_the_synthetic_recordings_and_the_other_is_refused(tmp_path):
     (tmp_path / "made").mkdir()
     held = checkpoint.lock(tmp_path / "made")
-    with pytest.raises(train.Refused, match="in use by process"):
+    with pytest.raises(train.TemporaryFault, match="in use by process"):
         train.run(loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4))
     held.close()
 
