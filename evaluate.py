@@ -28,7 +28,9 @@ seizures and nothing detected has precision 0.
 import argparse
 import contextlib
 import difflib
+import hashlib
 import importlib.metadata
+import json
 import math
 import signal
 import sys
@@ -118,6 +120,16 @@ def limits(c):
         "overlap_seconds": (0, c["window_seconds"] - 1 / FS),
         "max_duration_seconds": (1 / FS, 86400),
     }
+
+
+def rules(config):
+    """Short text that is equal where two metrics of one set of recordings are comparable: of the
+    settings that decide them, and of the definitions in scoring/metrics.py. ValueError as
+    settings()."""
+    c = settings(config)
+    del c["batch_size"]
+    text = json.dumps([metrics.DEFINITIONS, c], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _in_samples(config):

@@ -12,6 +12,7 @@ model.py and evaluate.py, which check their own.
 """
 import contextlib
 import difflib
+import math
 import os
 import re
 import textwrap
@@ -38,7 +39,9 @@ SHARE = (0, 1)
 FACTOR = (0, 1000)
 CHANGES = True                  # a resume may change this key; where the mark is absent, it may not
 
-Key = namedtuple("Key", "default meaning limits may_change", defaults=(None, False))
+# environment: a variable that overrides the key, 0 or more
+Key = namedtuple("Key", "default meaning limits may_change environment",
+                 defaults=(None, False, None))
 KEYS = {
     "experiment.name": Key("run", "run directory: <results>/<name>", FOLDER_NAME, CHANGES),
     "experiment.seed": Key(42, "weights, sampling, augmentation, dropout", (0, 2**63 - 1)),
@@ -122,9 +125,11 @@ KEYS = {
         1, "epochs between checkpoint_epoch_EEE.pt", COUNT, CHANGES),
     "training.checkpoint_keep": Key(3, "newest of them kept; 0 = all", COUNT_OR_0, CHANGES),
     "training.mid_epoch_minutes": Key(
-        30.0, "between timed snapshots; BGB_MID_EPOCH_MINUTES overrides", COUNT_OR_0, CHANGES),
+        30.0, "between timed snapshots; BGB_MID_EPOCH_MINUTES overrides", COUNT_OR_0, CHANGES,
+        "BGB_MID_EPOCH_MINUTES"),
     "training.mid_epoch_keep": Key(
-        5, "newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides", COUNT_OR_0, CHANGES),
+        5, "newest of them kept; 0 = all; BGB_MID_EPOCH_KEEP overrides", COUNT_OR_0, CHANGES,
+        "BGB_MID_EPOCH_KEEP"),
     "training.init": Key(
         "", "a checkpoint or stripped file whose weights a fresh run starts from", PATH, CHANGES),
     "training.init_sha256": Key(
@@ -298,6 +303,28 @@ def within(name, limits, value):
 def get(config, name):
     section, _, key = name.partition(".")
     return config[section][key]
+
+
+# ---- the environment ----
+
+def effective(config, name, say=print):
+    """The value of the key `name` that is in force: its environment variable's where that is set,
+    which is said, else the configuration's. Raises Refused for a variable that holds no number."""
+    variable = KEYS[name].environment
+    text = os.environ.get(variable, "").strip() if variable else ""
+    value = get(config, name)
+    if not text:
+        return value
+    kind = type(KEYS[name].default)
+    try:
+        given = kind(text)
+        if not 0 <= given < math.inf:
+            raise ValueError
+    except ValueError:
+        what = "number" if kind is float else "whole number"
+        raise Refused(f"{variable}={text!r} must be a {what}, 0 or more") from None
+    say(f"checkpoints: {variable}={text} overrides {value} from the configuration")
+    return given
 
 
 # ---- comparing and describing ----

@@ -12,6 +12,7 @@ from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring, SampleScoring
 
 
+DEFINITIONS = 1                         # raised where a metric's value changes: see evaluate.rules
 DAY = 86400                             # seconds
 TINY = 1e-12                            # scores that differ by less are equal
 

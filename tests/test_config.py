@@ -183,6 +183,33 @@ def test_every_shipped_configuration_is_accepted_and_repeats_no_meaning(path):
     assert not meanings & comments
 
 
+def test_the_environment_overrides_two_keys_and_says_so(monkeypatch):
+    said, variables = [], {key.environment: name for name, key in config.KEYS.items() if key.environment}
+    assert variables == {"BGB_MID_EPOCH_MINUTES": "training.mid_epoch_minutes",
+                         "BGB_MID_EPOCH_KEEP": "training.mid_epoch_keep"}
+    for variable, name in variables.items():
+        monkeypatch.delenv(variable, raising=False)
+        assert config.effective(config.DEFAULTS, name, said.append) == config.KEYS[name].default
+    assert config.effective(config.DEFAULTS, "training.epochs", said.append) == 100 and not said
+    monkeypatch.setenv("BGB_MID_EPOCH_MINUTES", "0.5"), monkeypatch.setenv("BGB_MID_EPOCH_KEEP", " 2 ")
+    values = [config.effective(config.DEFAULTS, name, said.append) for name in variables.values()]
+    assert values == [0.5, 2] and [type(v) for v in values] == [float, int]
+    assert said == ["checkpoints: BGB_MID_EPOCH_MINUTES=0.5 overrides 30.0 from the configuration",
+                    "checkpoints: BGB_MID_EPOCH_KEEP=2 overrides 5 from the configuration"]
+
+
+@pytest.mark.parametrize("variable, text, what", [
+    ("BGB_MID_EPOCH_MINUTES", "soon", "number"), ("BGB_MID_EPOCH_MINUTES", "nan", "number"),
+    ("BGB_MID_EPOCH_MINUTES", "inf", "number"), ("BGB_MID_EPOCH_MINUTES", "-1", "number"),
+    ("BGB_MID_EPOCH_KEEP", "some", "whole number"), ("BGB_MID_EPOCH_KEEP", "1.5", "whole number")])
+def test_a_variable_that_holds_no_number_gets_one_line(variable, text, what, monkeypatch):
+    monkeypatch.setenv(variable, text)
+    name = next(name for name, key in config.KEYS.items() if key.environment == variable)
+    with pytest.raises(Refused) as caught:
+        config.effective(config.DEFAULTS, name)
+    assert str(caught.value) == f"{variable}={text!r} must be a {what}, 0 or more"
+
+
 def test_the_help_of_train_lists_every_key_and_an_example_of_set():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], text=True, capture_output=True)
     assert done.returncode == 0 and done.stdout.count("--set ") >= 1, done.stderr

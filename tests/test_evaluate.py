@@ -94,6 +94,15 @@ def test_bad_settings_are_refused_in_one_line(config, text):
         evaluate.settings(config)
 
 
+def test_two_metrics_are_comparable_only_under_the_same_rules(monkeypatch):
+    rules = evaluate.rules({})
+    assert rules == evaluate.rules(evaluate.settings({})) == evaluate.rules({"batch_size": 3})
+    others = [{"min_duration_seconds": 400.0}, {"window_seconds": 30.0}, {"tune": False}, {"threshold": 0.5}]
+    assert len({rules, *map(evaluate.rules, others)}) == 5
+    monkeypatch.setattr(metrics, "DEFINITIONS", metrics.DEFINITIONS + 1)
+    assert evaluate.rules({}) != rules
+
+
 # ---- predict ----
 
 @pytest.mark.parametrize("seconds", [0.3, 9.0, 10.0, 10.01, 20.0, 47.3])
