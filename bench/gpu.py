@@ -6,7 +6,7 @@ Each section is a process with a time limit of its own; the JSON is written anew
 a cut keeps what was measured, and a failure becomes a row. Without a GPU: one line, exit 2. Exit 1
 where a resumed run is not bit-identical under `deterministic`, a saved file does not hold what was
 saved, or a GPU test fails or is skipped. Markdown tables go to the terminal and, measured on a GPU,
-between README.md's markers <!-- gpu --> and <!-- /gpu -->.
+between the markers <!-- gpu --> and <!-- /gpu --> of docs/measured.md.
 
 DIR holds the published model.py of SeizureTransformer, as for bench/model.py. `--device cpu` runs
 every section on the small model, to try this file; its figures mean nothing.
@@ -578,18 +578,18 @@ def main():
     checkpoint.write_json(args.out, found)
     print(f"\nclaims\n\n{markdown(found['claims'])}")
     if args.device == "cuda":
-        into_readme(found)
+        into_page(found)
     return 1 if wrong(found) else 0
 
 
-def into_readme(found):
-    """The tables between README.md's markers."""
-    path = ROOT / "README.md"
+def into_page(found):
+    """Put the tables between the markers of docs/measured.md."""
+    path = ROOT / "docs" / "measured.md"
     tables = "\n\n".join(f"{name}\n\n{markdown(rows)}" for name, rows in found.items())
     marked = re.compile(r"(<!-- gpu -->\n).*(<!-- /gpu -->)", re.S)
     text, count = marked.subn(lambda marks: f"{marks[1]}{tables}\n{marks[2]}", path.read_text())
     if not count:
-        print("README.md has no markers <!-- gpu --> and <!-- /gpu -->: tables not written there")
+        print("docs/measured.md has no markers <!-- gpu --> and <!-- /gpu -->: tables not written there")
         return
     checkpoint.atomic_write(path, [text.encode()])
 

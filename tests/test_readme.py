@@ -1,5 +1,5 @@
-"""The README tells the truth: its commands exist, its files and keys are there, and its measured
-figures stand in bench/RESULTS.md."""
+"""README.md and docs/*.md tell the truth: their commands exist, their files and keys are there, and
+their measured figures stand in bench/RESULTS.md."""
 import ast
 import contextlib
 import re
@@ -15,17 +15,14 @@ from conftest import ROOT, SHARED, SOURCES
 from crash import docstring_loop
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in sorted(ROOT.glob("docs/*.md"))}
+DOCS = "\n".join([README, *PAGES.values()])             # what a user reads, as one text
 RESULTS = (ROOT / "bench" / "RESULTS.md").read_text()
-MEASURED = re.findall(r"<!-- measured: (\w+) -->(.*?)<!-- end -->", README, re.S)
+MEASURED = re.findall(r"<!-- measured: (\w+) -->(.*?)<!-- end -->", DOCS, re.S)
 
 
 def section(name):
     return re.search(rf"^## {name}$(.*?)(?=^## |\Z)", RESULTS, re.S | re.M)[1]
-
-
-def chapter(name):
-    """The text of the README below the heading `name`."""
-    return README.split(f"\n## {name}\n")[1].split("\n## ")[0]
 
 
 def numbers(text):
@@ -36,10 +33,10 @@ def numbers(text):
 def test_every_figure_of_a_measured_block_stands_in_the_results(name, text):
     known = set(numbers(section(name)))
     missing = [n for n in numbers(text) if n not in known]
-    assert numbers(text) and not missing, f"README figures that bench/{name}.py did not print: {missing}"
+    assert numbers(text) and not missing, f"figures that bench/{name}.py did not print: {missing}"
 
 
-def test_the_readme_quotes_every_section_of_the_results_and_every_section_has_its_script():
+def test_the_documents_quote_every_section_of_the_results_and_every_section_has_its_script():
     sections = re.findall(r"^## (\w+)$", RESULTS, re.M)
     assert sections and {name for name, _ in MEASURED} <= set(sections)
     for name in sections:
@@ -48,8 +45,8 @@ def test_the_readme_quotes_every_section_of_the_results_and_every_section_has_it
 
 
 def joined():
-    """Lines of the README, those that end with a backslash as one."""
-    return README.replace("\\\n", " ").splitlines()
+    """Lines of all documents, those that end with a backslash as one."""
+    return DOCS.replace("\\\n", " ").splitlines()
 
 
 def commands():
@@ -62,7 +59,7 @@ def commands():
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if ".py" in c.split()[0]])
-def test_files_and_flags_of_the_readme_exist(command):
+def test_files_and_flags_of_the_documents_exist(command):
     script, *arguments = command.split()
     text = (ROOT / script).read_text()
     for argument in arguments:
@@ -86,42 +83,72 @@ def test_arguments_of_modal_commands_are_those_of_the_entry_point(flag, script):
 def test_flags_named_in_the_text_belong_to_a_command_and_paths_to_a_file():
     code = "".join(p.read_text() for p in [*SOURCES.values(), *ROOT.glob("bench/*.py"), ROOT / "tests/conftest.py"])
     others = {"--detach", "--max-restarts", "--no-deps"}        # of modal and torchrun
-    for flag in set(re.findall(r"`(--[a-z-]+)", README)) - others:
+    for flag in set(re.findall(r"`(--[a-z-]+)", DOCS)) - others:
         assert f'"{flag}"' in code or f"{flag[2:]}: Literal" in code, f"no command has {flag}"
-    for path in set(re.findall(r"\b(?:bench|configs|deploy|docs|tests)/[\w@./-]*\w", README)):
-        assert (ROOT / path).exists(), f"README names {path}"
+    for path in set(re.findall(r"\b(?:bench|configs|deploy|docs|tests)/[\w@./-]*\w", DOCS)):
+        assert (ROOT / path).exists(), f"a document names {path}"
 
 
-def test_every_top_level_file_stands_in_where_things_are_and_what_stands_there_exists():
-    lines = [line.split()[0] for line in chapter("Where things are").splitlines() if line.startswith("    ")]
-    for name in lines:
-        assert (ROOT / name).exists(), f"README names {name}"
-    assert len(set(lines)) == len(lines)
-    absent = {name for name in SOURCES if "__init__" not in name} - set(lines)
-    assert not absent, f"not in the README: {', '.join(sorted(absent))}"
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{stem}.md" for stem in PAGES)])
+def test_every_link_leads_to_a_file(name):
+    path = ROOT / name
+    for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / link).exists(), f"{name} links to {link}"
+
+
+def test_every_page_is_named_in_the_readme():
+    assert not [stem for stem in PAGES if f"(docs/{stem}.md)" not in README]
+
+
+def test_the_readme_is_short_and_its_commands_stand_in_its_first_twenty_lines():
+    assert len(README.encode()) <= 12_000
+    first = "\n".join(README.splitlines()[:20])
+    assert "pip install -r requirements.txt && python train.py" in first and "python -m pytest" in first
+
+
+def listed(text):
+    """Files and folders of the blocks below "Where things are", in which a name begins a line or follows ";"."""
+    block = text.split("\n## Where things are\n")[1].split("\n## ")[0]
+    lines = [line for line in block.splitlines() if line.startswith("    ")]
+    return [part.split()[0] for line in lines for part in line.split(";  ")]
+
+
+@pytest.mark.parametrize("text", [README, PAGES["house"]], ids=["README.md", "docs/house.md"])
+def test_what_stands_in_where_things_are_exists_and_stands_there_once(text):
+    names = listed(text)
+    absent = [name for name in names if not (ROOT / name).exists()]
+    assert not absent, f"named and not there: {absent}"
+    assert len(set(names)) == len(names)
+
+
+def test_every_file_of_the_program_has_its_line_in_the_page_about_the_house():
+    absent = {name for name in SOURCES if "__init__" not in name} - set(listed(PAGES["house"]))
+    assert not absent, f"add a line to docs/house.md for {', '.join(sorted(absent))}"
+    scripts = {name for name in SOURCES if "/" not in name}
+    assert scripts <= set(listed(README))
 
 
 def test_every_exit_code_of_the_training_is_in_the_table():
-    table = chapter("What is saved, and what a resume takes").split("| exit code | meaning |")[1]
+    table = PAGES["checkpoints"].split("| exit code | meaning |")[1]
     codes = re.findall(r"^\| ([\d+N]+) \|", table, re.M)
     assert codes == ["0", "1", "2", "70", "75", "128+N"]
 
 
 def test_the_table_of_exit_codes_is_that_of_the_contract(shared):
     line = re.search(r"^- Exit codes: (.*)$", (SHARED / "DESIGN.md").read_text(), re.M)[1]
-    table = chapter("What is saved, and what a resume takes").split("| exit code | meaning |")[1]
+    table = PAGES["checkpoints"].split("| exit code | meaning |")[1]
     for code in re.findall(r"(?:^|; )(128\+N|\d+) ", line):
         assert f"\n| {code} |" in table
 
 
-def test_every_configuration_key_of_the_readme_exists_and_has_the_default_that_stands_there():
+def test_every_configuration_key_of_the_documents_exists_and_has_the_default_that_stands_there():
     sections = "|".join(config.DEFAULTS)
-    named = set(re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z]\w*)(?![\w(/.])", README))
+    named = set(re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z]\w*)(?![\w(/.])", DOCS))
     files = {path.name for path in SOURCES.values()}
     named = {name for name in named if name not in files}
     assert len(named) > 10
     assert not named - set(config.KEYS), f"no such keys: {sorted(named - set(config.KEYS))}"
-    for name, value in re.findall(rf"`((?:{sections})\.\w+)` = (\w[\w.]*\w|\w)", README):
+    for name, value in re.findall(rf"`((?:{sections})\.\w+)` = (\w[\w.]*\w|\w)", DOCS):
         assert config.KEYS[name].default == yaml.safe_load(value), name
 
 
@@ -139,7 +166,7 @@ def constants(script):
 
 
 def test_prices_limits_and_volumes_of_the_modal_chapter_are_those_of_the_code():
-    text, c = " ".join(chapter("On Modal").split()), constants("modal_app.py")
+    text, c = " ".join(PAGES["modal"].split()), constants("modal_app.py")
     machine = c["CPU"] * c["DOLLARS"]["core"] + c["MEMORY"] * c["DOLLARS"]["GiB"]
     hour = c["DOLLARS"][c["GPU"]] + machine
     assert f"about ${hour:.2f} an hour, ${24 * hour:.0f} a day" in text
@@ -155,10 +182,10 @@ def test_prices_limits_and_volumes_of_the_modal_chapter_are_those_of_the_code():
         assert f'"{volume}"' in code
 
 
-def test_the_small_model_has_as_many_parameters_as_the_readme_says():
+def test_the_small_model_has_as_many_parameters_as_the_documents_say():
     net = model.build(19, {"size": "small"})
     count = sum(p.numel() for p in net.parameters())
-    assert f"(`model.size: small`, {count:,} parameters)" in README
+    assert f"(`model.size: small`, {count:,} parameters)" in DOCS
 
 
 def test_the_commands_that_ci_greps_are_each_a_line_of_their_own():
@@ -167,9 +194,9 @@ def test_the_commands_that_ci_greps_are_each_a_line_of_their_own():
     assert "\n    python -m pytest\n" in README
 
 
-def test_no_path_of_one_machine_stands_in_the_readme():
-    assert not re.search(r"(?<![\w/])/(work|tmp|home|root|Users)/", README)
-    assert max(map(len, re.findall(r"^[^|\n]*$", README, re.M))) <= 220
+def test_no_path_of_one_machine_stands_in_the_documents():
+    assert not re.search(r"(?<![\w/])/(work|tmp|home|root|Users)/", DOCS)
+    assert max(map(len, re.findall(r"^[^|\n]*$", DOCS, re.M))) <= 220
 
 
 def test_the_citation_file_has_what_the_format_asks_for():
@@ -185,11 +212,11 @@ def test_every_script_explains_itself():
         assert done.returncode == 0 and "usage" in done.stdout
 
 
-def test_the_loop_to_copy_has_as_many_lines_as_the_readme_says():
-    said = re.search(r"resumable loop of (\d+) lines", README)[1]
+def test_the_loop_to_copy_has_as_many_lines_as_the_documents_say():
+    said = re.search(r"resumable loop of (\d+) lines", DOCS)[1]
     assert len([line for line in docstring_loop().splitlines() if line.strip()]) == int(said)
 
 
 def test_the_figures_of_a_gpu_have_their_place_where_its_bench_looks_for_it():
     pattern = re.search(r'marked = re.compile\(r"(.*)", re.S\)', (ROOT / "bench" / "gpu.py").read_text())[1]
-    assert len(re.findall(pattern, README, re.S)) == 1
+    assert len(re.findall(pattern, PAGES["measured"], re.S)) == 1
