@@ -62,7 +62,7 @@ def requirements():
     if not modal.is_local():
         return []
     lines = (HERE / "requirements.txt").read_text().splitlines()
-    outside = ("modal", "pytest")
+    outside = ("modal", "pytest", "ruff", "mypy")
     return [line.split("#")[0].strip() for line in lines if not line.startswith(outside)]
 
 

@@ -103,12 +103,12 @@ def test_nothing_is_read_that_a_container_does_not_have(trial):
     assert done.returncode == 0, done.stderr
 
 
-def test_image_has_every_requirement_but_modal_and_pytest():
+def test_image_has_every_requirement_but_modal_and_the_tools_of_development():
     lines = (modal_trial.ROOT / "requirements.txt").read_text().splitlines()
     listed = [re.split(r"[=<>]", line)[0] for line in lines]
     packages = modal_app.requirements()
     assert [re.split(r"[=<>]", p)[0] for p in packages] == [
-        n for n in listed if n not in ("modal", "pytest", "pytest-xdist")]
+        n for n in listed if n not in ("modal", "pytest", "pytest-xdist", "ruff", "mypy")]
     assert not re.search(r"[# ]", "".join(packages))
 
 

@@ -16,7 +16,8 @@ from crash import docstring_loop
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in sorted(ROOT.glob("docs/*.md"))}
-DOCS = "\n".join([README, *PAGES.values()])             # what a user reads, as one text
+OTHERS = [(ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
+DOCS = "\n".join([README, *PAGES.values(), *OTHERS])        # what a user reads, as one text
 RESULTS = (ROOT / "bench" / "RESULTS.md").read_text()
 MEASURED = re.findall(r"<!-- measured: (\w+) -->(.*?)<!-- end -->", DOCS, re.S)
 
@@ -89,7 +90,7 @@ def test_flags_named_in_the_text_belong_to_a_command_and_paths_to_a_file():
         assert (ROOT / path).exists(), f"a document names {path}"
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{stem}.md" for stem in PAGES)])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *(f"docs/{stem}.md" for stem in PAGES)])
 def test_every_link_leads_to_a_file(name):
     path = ROOT / name
     for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
