@@ -11,21 +11,17 @@ FILE and makes it the line that later resumes follow; --fresh moves the old run 
 finished, 2 refused, 70 stood still, 75 time limit reached and saved, 128+N stopped by signal N and
 saved, 1 anything else. Every key of a configuration stands at the end of this help.
 """
-import os
-import signal
+from eeg import console
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    def leave(number, frame):
-        os.write(2, b"\ntrain.py: stopped by SIGINT before training began\n")
-        os._exit(130)
-
-    # the imports below take seconds, and Ctrl-C in them a page of traceback
-    signal.signal(signal.SIGINT, leave)
+if __name__ == "__main__":
+    console.begin("train.py", "training")       # the imports below take seconds
 
 import argparse
 import contextlib
 import math
+import os
 import shlex
+import signal
 import sys
 import time
 
@@ -41,7 +37,7 @@ import evaluate
 from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
 from run.config import describe, load as load_config
-from run.machine import Console, Group, autocast, device_name, place, prepare_torch
+from run.machine import Group, autocast, device_name, place, prepare_torch
 from run.prepare import Split, build_model, expect_data, open_recordings, start_from
 from run.records import Home, Log, has_run, run_directory, tolerated
 from run.records import holds_checkpoints, move_aside       # noqa: F401 - for those who import train
@@ -314,11 +310,14 @@ class Trainer:
             step=self.step, loss=loss, lr=rate, grad_norm=norm, skipped=self.skipped,
             seconds=seconds, waited=waited, time=time.time())
         self.bar.set_postfix(loss=f"{loss:.4f}")
-        if self.bar.disable:
-            self.say(f"epoch {self.epoch}/{self.settings['epochs']} "
-                     f"batch {self.batch}/{self.batches} step {self.step} loss {loss:.4f} "
-                     f"lr {rate:.2e} norm {norm:.3f} skipped {self.skipped} {seconds:.2f} s/step, "
-                     f"waited {100 * share:.0f} % for data, {self.left()}")
+        line = (f"epoch {self.epoch}/{self.settings['epochs']} batch {self.batch}/{self.batches} "
+                f"step {self.step} loss {loss:.4f} lr {rate:.2e} norm {norm:.3f} "
+                f"{seconds:.2f} s/step, {self.left()}")
+        if self.skipped:
+            line += f", {self.skipped} steps skipped"
+        if share >= 0.005:
+            line += f", waited {100 * share:.0f} % for data"
+        self.say(line, shown=self.bar.disable)
         if share > data.SLOW and not self.waits:
             self.waits = True
             self.say(self.loader.advice(share))
@@ -439,7 +438,7 @@ class Trainer:
     def draw(self):
         """curves.png as it stands; the checkpoint of this epoch is on its way already."""
         if self.group.main:
-            with tolerated(self.say, "curves.png"):
+            with tolerated(self.say, "curves.png", errors=Exception):
                 from scoring import pictures         # here: matplotlib takes a second to import
                 pictures.curves(self.home.directory)
 
@@ -737,8 +736,8 @@ def main(argv=None):
     parser.add_argument("--success-exit-status", type=int, nargs="+", default=[], metavar="CODE",
                         help="end with 0 instead of these codes: torchrun starts again whatever "
                              "ends with another one, so that with it 2 75 are not tried again")
+    console.install()
     args = parser.parse_args(argv)
-    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     code = attempt(args)
     if code in args.success_exit_status:
         print(f"train.py: exit code {code}, given as 0", file=sys.stderr)

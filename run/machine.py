@@ -1,4 +1,4 @@
-"""The machine under a run: its processes, its threads and exactness, its terminal."""
+"""The machine under a run: its processes, its threads and exactness."""
 import contextlib
 import datetime
 import math
@@ -139,25 +139,6 @@ def quotas():
         group = root / text.split("0::/")[1].split("\n")[0]
         return [folder / "cpu.max" for folder in (group, *group.parents)]
     return [root / "cpu.max"]
-
-
-class Console:
-    """A standard stream that outlives its terminal: after tmux kill-session every write fails, and
-    there is still a checkpoint to save."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            return self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def autocast(precision, device):

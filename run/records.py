@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
@@ -42,22 +41,27 @@ def leaving(pid):
 
 
 class Log:
-    """Prints lines, above a progress bar where there is one, and appends them to a file once the
-    run directory is held. Only the main process speaks, unless every process has something to say.
-    """
+    """Prints lines, above a progress bar where there is one, and appends them with date and time to
+    a file once the run directory is held. A console that takes no line holds up nothing: the file
+    has it. Only the main process speaks, unless every process has something to say."""
 
     def __init__(self, main):
         self.main, self.path = main, None
         self.waiting = []               # lines that are not in the file yet
         self.lock = threading.Lock()    # the writer thread speaks too
 
-    def __call__(self, line, every=False):
+    def __call__(self, line, every=False, shown=True):
+        """shown=False: for the file alone, where a progress bar shows the same."""
         if not (self.main or every):
             return
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
         with self.lock:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-            self.waiting.append(line)
+            if shown:
+                # ValueError: a closed stream, or one whose encoding lacks a letter
+                with contextlib.suppress(OSError, ValueError):
+                    tqdm.write(line, file=sys.stdout)
+                    sys.stdout.flush()
+            self.waiting += [f"{now} {part}\n" for part in line.splitlines() or [""]]
             self._append()
 
     def keep(self, path):
@@ -70,8 +74,8 @@ class Log:
         if self.path is None or not self.waiting:
             return
         # a disk that is full now may have room for these lines later
-        with contextlib.suppress(OSError), open(self.path, "a") as file:
-            file.write("".join(f"{line}\n" for line in self.waiting))
+        with contextlib.suppress(OSError), open(self.path, "ab") as file:
+            file.write("".join(self.waiting).encode(errors="backslashreplace"))
             self.waiting = []
 
 
@@ -300,12 +304,16 @@ def move_aside(run_directory, say):
 
 
 @contextlib.contextmanager
-def tolerated(say, what, consequence=""):
-    """A disk that refuses `what` is said and survived: checkpoints come first."""
+def tolerated(say, what, consequence="", errors=OSError):
+    """What fails in `what` is said and survived: checkpoints come first.
+
+    errors: Exception for decoration (pictures, TensorBoard), which no run may die of; a fault of a
+    disk for the rest."""
     try:
         yield
-    except OSError as error:
-        line = f"{what}: {error.strerror}"
+    except errors as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        line = f"{what}: {' '.join(str(reason).split())}"
         if consequence:
             line += f": {consequence}"
         say(line)
@@ -336,12 +344,7 @@ class Record:
         text = "".join(json.dumps(row) + "\n" for row in kept)
         self.size = checkpoint.atomic_write(self.path, [text.encode()])     # of the whole lines
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        board = directory / "tensorboard"
-        for old in board.glob("events.out.tfevents.*"):
-            old.unlink()
-        self.board = SummaryWriter(board)
-        for row in kept:
-            self._chart(row)
+        self.charts = Charts(directory / "tensorboard", kept, say)
 
     def _rows(self):
         for row in checkpoint.read_json_lines(self.path, self.say):
@@ -359,9 +362,7 @@ class Record:
         self.pending.append(line)
         self.newest.append(line)
         self.flush()
-        later = "the next start draws it anew from metrics.jsonl"
-        with tolerated(self.say, "tensorboard", later):
-            self._chart(row)
+        self.charts.add(row)
 
     def flush(self):
         """Rows to the file: a disk that is full or dead keeps them here until it takes them."""
@@ -385,13 +386,6 @@ class Record:
             rows.update(dict.fromkeys(self.newest))
             checkpoint.atomic_write(path, ["".join(rows).encode()])
 
-    def _chart(self, row):
-        axes = ("step", "epoch", "batch", "batches", "time")
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key not in axes:
-                self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"],
-                                      walltime=row.get("time"))
-
     def event(self, kind, path, facts=None, seconds=0.0):
         """A line of saves.jsonl: where a save or a resume stands, by `facts` or by the file."""
         with tolerated(self.say, "saves.jsonl", f"this {kind} is not listed"):
@@ -412,5 +406,42 @@ class Record:
         self.flush()
         with tolerated(self.say, "metrics.jsonl", "its last rows may be lost"):
             os.close(self.file)         # a network disk may say only now what it refused
-        with tolerated(self.say, "tensorboard"):
-            self.board.close()
+        self.charts.close()
+
+
+class Charts:
+    """TensorBoard's view of metrics.jsonl, drawn anew at each start. Where it fails it is left out
+    until the next start."""
+
+    def __init__(self, folder, rows, say):
+        self.folder, self.say = folder, say
+        self.writer = self._attempt(self._open)
+        for row in rows:
+            self.add(row)
+
+    def _open(self):
+        from torch.utils.tensorboard import SummaryWriter       # here: it may be absent or broken
+        for old in self.folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        return SummaryWriter(self.folder)
+
+    def _attempt(self, work, *arguments):
+        later = "no more charts in this process; the next start draws them from metrics.jsonl"
+        with tolerated(self.say, "tensorboard", later, errors=Exception):
+            return work(*arguments)
+        self.writer = None
+
+    def add(self, row):
+        if self.writer:
+            self._attempt(self._add, row)
+
+    def _add(self, row):
+        axes = ("step", "epoch", "batch", "batches", "time")
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key not in axes:
+                self.writer.add_scalar(f"{row['kind']}/{key}", value, row["step"],
+                                       walltime=row.get("time"))
+
+    def close(self):
+        if self.writer:
+            self._attempt(self.writer.close)

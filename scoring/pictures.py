@@ -10,10 +10,13 @@ negative up, 1 to 70 Hz, 10 s a page at 30 mm/s and a standard sensitivity in uV
 """
 import datetime
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import yaml
+
+os.environ["MPLBACKEND"] = "agg"        # one that a notebook left there may not exist here
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator

@@ -76,6 +76,11 @@ def cut_at(boundary, number=signal.SIGTERM):
         train.Trainer.boundary = original
 
 
+def loaded_path(corpus, results, **changes):
+    loaded(corpus, results, **changes)
+    return results / "config.yaml"
+
+
 def boundaries(reference):
     state = last(reference)
     return state["global_step"] + state["epoch"] * len(last_validation(reference))
@@ -327,6 +332,76 @@ def test_a_terminal_that_dies_like_a_killed_tmux_session_loses_at_most_the_step_
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["global_step"] >= 1 and state["kind"] == "mid_epoch"
+
+
+# ---- decoration: what a person sees, which nobody may be there to see ----
+
+def test_a_terminal_that_nobody_reads_holds_up_neither_training_nor_saves_and_the_log_has_every_row(corpus, tmp_path):
+    """Its output is stopped, as by Ctrl-S; the watchdog would end a training that stands still."""
+    loaded(corpus, tmp_path, training__hang_minutes=0.2)
+    pid, master = os.forkpty()
+    if pid == 0:
+        termios.tcflow(1, termios.TCOOFF)
+        os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(master)
+    text = "\n".join(log_lines(tmp_path))
+    assert len(re.findall(r" epoch [12]/2 batch \d/6 step \d+ loss ", text)) == 2 * EPOCH_STEPS, text
+    assert last(tmp_path)["epoch"] == 2
+
+
+def test_a_terminal_that_shows_a_bar_leaves_the_losses_in_the_log(corpus, tmp_path):
+    loaded(corpus, tmp_path, training__epochs=1)
+    pid, master = os.forkpty()
+    if pid == 0:
+        os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
+    seen = b""
+    with contextlib.suppress(OSError):                                      # the end of a terminal
+        while piece := os.read(master, 4096):
+            seen += piece
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and b"epoch 1/1 batch" not in seen
+    assert len([line for line in log_lines(tmp_path) if "epoch 1/1 batch" in line]) == EPOCH_STEPS
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "| head -n 1"])
+def test_streams_that_are_closed_broken_or_full_change_nothing(corpus, tmp_path, streams):
+    path = loaded_path(corpus, tmp_path, training__epochs=1)
+    line = f"set -o pipefail; {' '.join(PYTHON)} --config {path} {streams}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "BGB_MID_EPOCH_MINUTES": "0"})
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert [checkpoint.verify(p) for p in (tmp_path / "t/checkpoints").glob("*.pt")]
+    assert log_lines(tmp_path)[-1] and last(tmp_path)["global_step"] == EPOCH_STEPS
+
+
+def test_a_name_that_the_console_cannot_print_is_escaped_there_and_nowhere_else(corpus, tmp_path):
+    path = loaded_path(corpus, tmp_path / "lauf für anna", training__epochs=1)
+    process = spawn(path, start=subprocess.Popen, PYTHONIOENCODING="ascii")
+    out = rest(process)
+    assert process.returncode == 0 and r"lauf f\xfcr anna" in out, out
+    assert "lauf für anna" in (path.parent / "t/log.txt").read_text()
+
+
+def test_neither_the_backend_of_a_notebook_nor_a_broken_matplotlibrc_ends_a_run(corpus, tmp_path):
+    (tmp_path / "matplotlibrc").write_text("\xff\xfe: \0\n", encoding="latin-1")            # a run's folder here
+    process = spawn(loaded_path(corpus, tmp_path), start=subprocess.Popen, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    out = rest(process)
+    assert process.returncode == 0 and last(tmp_path)["epoch"] == 2, out
+    assert (tmp_path / "t/curves.png").exists() or out.count("curves.png: ") == 2, out
+
+
+@pytest.mark.parametrize("harm, word", [
+    ("pathlib.Path(pictures).write_text('def')", "curves.png: SyntaxError"),
+    ("torch.utils.tensorboard.SummaryWriter.add_scalar = lambda *a, **k: 1 / 0", "tensorboard: ZeroDivisionError"),
+    pytest.param("sys.modules['torch.utils.tensorboard'] = None", "tensorboard: ModuleNotFoundError", marks=pytest.mark.slow)])
+def test_pictures_and_charts_that_fail_are_said_and_the_run_ends_as_ever(corpus, reference, tmp_path, harm, word):
+    from conftest import copy_sources
+    copy_sources(tmp_path / "checkout")
+    hook = f"import pathlib, torch.utils.tensorboard\npictures = {str(tmp_path / 'checkout/scoring/pictures.py')!r}\n{harm}\n"
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path / 'checkout')!r})\nimport train\n{hook}sys.exit(train.main(sys.argv[1:]))"
+    process = spawn(loaded_path(corpus, tmp_path), command=[sys.executable, "-c", code])
+    out = rest(process)
+    assert process.returncode == 0 and word in out and "Traceback" not in out, out
+    assert same(last(tmp_path)["model"], last(reference)["model"]) and rows(tmp_path) == rows(reference)
 
 
 @pytest.fixture
@@ -753,12 +828,18 @@ def test_after_a_resume_from_a_file_the_log_and_best_pt_agree_on_what_is_best(co
     assert [checkpoint.peek(path)["metric"]["value"] for path in aside] == [0.9]
 
 
-def test_the_log_file_holds_every_printed_line_over_resumes(corpus, tmp_path, capsys):
+def log_lines(results):
+    return (results / "t/log.txt").read_text().splitlines()
+
+
+def test_the_log_file_holds_every_printed_line_over_resumes_with_date_and_time(corpus, tmp_path, capsys):
     with cut_at(3):
         train.run(loaded(corpus, tmp_path))
     train.run(loaded(corpus, tmp_path), "true")
     out = capsys.readouterr().out
-    assert (tmp_path / "t/log.txt").read_text() == out
+    lines = [re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)", line).groups() for line in log_lines(tmp_path)]
+    assert [line for _, line in lines] == out.splitlines()
+    assert [stamp for stamp, _ in lines] == sorted(stamp for stamp, _ in lines)
     assert re.search("^validation of epoch 1: loss [^,]+, auroc .*sensitivity_at_1fa ", out, re.M)
     assert "of the epoch, " in out and "of the run" in out and "a balanced draw from" in out
 

@@ -1,0 +1,128 @@
+"""The terminal of a command, which may be closed, paused, in ASCII, or read by nobody.
+
+    from eeg import console
+    console.begin("train.py", "training")       # first of all: the imports that follow take seconds
+    import torch
+    ...
+    console.install()                   # from here on no print ends the program or holds it up
+
+The standard library alone: this file is imported before everything else.
+"""
+import collections
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+import threading
+import time
+
+UNREAD_SECONDS = 1.0                    # that a text waits for its reader before nobody waits for it
+KEPT_TEXTS = 1000                       # that wait for a reader; older ones are dropped
+
+
+def begin(name, work):
+    """Descriptors 0 to 2 exist from now on, and Ctrl-C ends the command `name`, whose `work` has not
+    begun yet, with one line.
+
+    A closed one would be given to the next file that is opened: a checkpoint, into which the next
+    message goes."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:                 # closed: open() takes the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+    def leave(number, frame):
+        os.write(2, f"\n{name}: stopped by SIGINT before {work} began\n".encode())
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, leave)
+
+
+def install():
+    """Put a Console in the place of sys.stdout and of sys.stderr. Streams of a notebook or a test
+    stay what they are."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if type(stream) is io.TextIOWrapper:
+            setattr(sys, name, Console(stream))
+
+
+class Console:
+    """A standard stream that never raises and never holds up for more than UNREAD_SECONDS.
+
+    Texts go to the descriptor from a thread of their own. While nobody takes them (Ctrl-S, a
+    selection in the window, a pipe that is full) the newest KEPT_TEXTS wait; where nobody will
+    (`| head`, tmux kill-session) they are dropped. What its encoding lacks is escaped."""
+
+    def __init__(self, stream):
+        self.stream, self.descriptor = stream, stream.fileno()
+        with contextlib.suppress(OSError):
+            stream.flush()
+        self.texts = collections.deque()        # not written yet; the first one is being written
+        self.changed = threading.Condition()
+        self.unread = False             # a text waited in vain: the next ones do not wait
+        self.dropped = 0
+        self.thread = None
+
+    def write(self, text):
+        with self.changed:
+            self.texts.append(text)
+            if len(self.texts) > KEPT_TEXTS:
+                del self.texts[1]
+                self.dropped += 1
+            if not (self.thread and self.thread.is_alive()):        # at first, and after a fork
+                self.thread = threading.Thread(target=self._write_out, name="console", daemon=True)
+                self.thread.start()
+            self.changed.notify_all()
+        self.flush()
+        return len(text)
+
+    def flush(self):
+        with self.changed:
+            if not self.unread:
+                taken = self.changed.wait_for(lambda: not self.texts, UNREAD_SECONDS)
+                self.unread = not taken
+
+    def _write_out(self):
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.texts)
+                text = self.texts[0]
+            self._put(text.encode(self.stream.encoding, "backslashreplace"))
+            with self.changed:
+                self.texts.popleft()
+                if self.dropped and not self.texts:
+                    self.texts.append(f"[{self.dropped} texts that nobody read are left out]\n")
+                    self.dropped = 0
+                self.unread = self.unread and bool(self.texts)
+                self.changed.notify_all()
+
+    def _put(self, rest):
+        while rest:
+            try:
+                rest = rest[os.write(self.descriptor, rest):]
+            except BlockingIOError:     # another program made the terminal non-blocking
+                select.select([], [self.descriptor], [])
+            except OSError:             # nobody will ever read it
+                return
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+class Timer:
+    """True now and then: for the plain lines that stand for a progress bar where there is none."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self):
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True

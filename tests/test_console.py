@@ -1,0 +1,54 @@
+"""The terminal of a command: closed, paused, in ASCII, or read by nobody."""
+import os
+import subprocess
+import sys
+import time
+
+from conftest import ROOT
+from eeg import console
+
+START = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom eeg import console\n"
+
+
+def run(code, line='"$0" -c "$1"', **options):
+    return subprocess.run(["bash", "-c", line, sys.executable, START + code], text=True, **options)
+
+
+def test_closed_descriptors_are_taken_before_a_file_can_get_one_of_their_numbers(tmp_path):
+    code = f"console.begin('x', 'work'); console.install()\nfile = os.open({str(tmp_path / 'file')!r}, 66)\nprint('into the file?')\n"
+    done = run(code + "sys.exit(file)", '"$0" -c "$1" <&- >&- 2>&-')
+    assert done.returncode > 2 and (tmp_path / "file").read_bytes() == b""
+
+
+def test_what_nobody_reads_is_dropped_and_the_newest_comes_when_somebody_does():
+    ends, begins = os.pipe()
+    code = "console.install()\nfor n in range(20000): print(n)\nos.write(2, b'done')\nwhile console.sys.stdout.texts: console.time.sleep(0.05)"
+    process = subprocess.Popen([sys.executable, "-c", START + code], stdout=begins, stderr=subprocess.PIPE)
+    os.close(begins)
+    assert process.stderr.read(4) == b"done"                    # with a pipe of 64 KB that is full
+    with open(ends) as pipe:
+        lines = pipe.read().splitlines()
+    assert process.wait() == 0
+    assert lines[0] == "0" and lines[-2] == "19999" and "texts that nobody read are left out" in lines[-1]
+
+
+def test_a_reader_that_is_gone_a_full_disk_and_an_ascii_console_raise_nothing():
+    code = "console.install()\nfor n in range(3):\n    print('für', n)\n    print('für', n, file=sys.stderr)"
+    for line in ('"$0" -c "$1" 2>&1 | true; exit ${PIPESTATUS[0]}', '"$0" -c "$1" >/dev/full 2>&1'):
+        done = run(code, line, capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run(code, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == r"f\xfcr 0" and done.stderr.count(r"\xfc") == 3
+
+
+def test_streams_of_a_notebook_or_a_test_stay_what_they_are(capsys):
+    before = sys.stdout
+    console.install()
+    assert sys.stdout is before
+
+
+def test_a_timer_is_due_now_and_then():
+    timer = console.Timer(0.2)
+    assert not timer.due()
+    time.sleep(0.25)
+    assert timer.due() and not timer.due()
