@@ -27,7 +27,6 @@ seizures and nothing detected has precision 0.
 """
 import argparse
 import contextlib
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -45,7 +44,6 @@ if __name__ == "__main__" and BEFORE_IMPORTS is signal.default_int_handler:
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 import checkpoint
@@ -53,6 +51,7 @@ from eeg import corpora
 import data
 from eeg import edf
 from eeg.disk import Refused, write_json
+from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events
 from scoring import metrics
 import model
@@ -61,65 +60,56 @@ from eeg import splits
 from scoring.metrics import METRICS, check_metric       # also for training, which knows only this file
 
 FS = edf.FS
-
-
-DEFAULTS = {
-    "window_seconds": 60.0,       # length of a window at inference; as in training
-    "overlap_seconds": 10.0,      # shared by neighbouring windows; not given: a sixth of a window
-    "batch_size": 8,              # windows per call of the model
-    "tune": True,                 # validation picks the threshold, by event F1 on the dev set
-    "max_false_alarms_per_24h": 10.0,   # among those with no more there, mean over patients
-    "threshold": 0.86,            # an event begins at this probability, where none was tuned
-    "release": 0.08,              # it ends below threshold - release, at least threshold / 2
-    "onset_seconds": 0.5,         # the probability stays at the threshold to begin an event
-    "offset_seconds": 1.0,        # and this long below the release level to end it
-    "opening_seconds": 0.043,     # shorter events vanish, then
-    "closing_seconds": 0.121,     # shorter gaps are filled, then
-    "min_duration_seconds": 3.0,  # shorter events are dropped, then
-    "merge_gap_seconds": 2.0,     # gaps up to this are closed, and last
-    "max_duration_seconds": 600.0, # longer events are cut into equal parts
+DAY = (0, 86400)                        # seconds, or how often in them
+WINDOW = (1 / FS, 3600)
+SHARE = (0, 1)
+# the events of a track of probabilities: opening, closing, dropping, merging, cutting, in that order
+KEYS = {
+    "window_seconds": Key(
+        60.0, "length of a window at inference; as in training", WINDOW, CHANGES),
+    "overlap_seconds": Key(
+        10.0, "shared by neighbouring windows, less than one; not given: a sixth of a window",
+        (0, 3600), CHANGES),
+    "batch_size": Key(8, "windows per call of the model", (1, 10**6), CHANGES),
+    "tune": Key(
+        True, "validation picks the threshold, by event F1 on the dev set", None, CHANGES),
+    "max_false_alarms_per_24h": Key(
+        10.0, "among those with no more there, mean over patients", DAY, CHANGES),
+    "threshold": Key(
+        0.86, "an event begins at this probability, where none was tuned", SHARE, CHANGES),
+    "release": Key(
+        0.08, "it ends below threshold - release, at least threshold / 2", SHARE, CHANGES),
+    "onset_seconds": Key(
+        0.5, "the probability stays at the threshold to begin an event", DAY, CHANGES),
+    "offset_seconds": Key(
+        1.0, "and this long below the release level to end it", DAY, CHANGES),
+    "opening_seconds": Key(0.043, "shorter events vanish, then", DAY, CHANGES),
+    "closing_seconds": Key(0.121, "shorter gaps are filled, then", DAY, CHANGES),
+    "min_duration_seconds": Key(3.0, "shorter events are dropped, then", DAY, CHANGES),
+    "merge_gap_seconds": Key(2.0, "gaps up to this are closed, and last", DAY, CHANGES),
+    "max_duration_seconds": Key(
+        600.0, "longer events are cut into equal parts", (1 / FS, 86400), CHANGES),
 }
+DEFAULTS = defaults(KEYS)
 # thresholds tried: even in log-odds, 0.018 to 0.999
 GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
 EVENTS = "_events.tsv"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def settings(config):
-    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises
-    ValueError."""
-    unknown = sorted(set(config) - set(DEFAULTS))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], DEFAULTS, 1, 0.0)[0]
-        raise ValueError(f"unknown key evaluation.{unknown[0]}; the nearest is evaluation.{near}")
-    c = {**DEFAULTS, **config}
-    for name, default in DEFAULTS.items():
-        kinds = (int, float) if type(default) is float else (type(default),)
-        if type(c[name]) not in kinds:
-            raise ValueError(f"evaluation.{name} must be like {default!r}, not {c[name]!r}")
+def settings(config, source=""):
+    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises ValueError,
+    whose line `source` begins."""
+    c = DEFAULTS | checked(config, KEYS, "evaluation", source)
     if "overlap_seconds" not in config:
         # a third of the jump in probability where windows meet, for 1.2 times the compute; more
         # overlap changes neither jump nor scores much (bench/overlap.py)
         c["overlap_seconds"] = c["window_seconds"] / 6
-    for name, (low, high) in limits(c).items():
-        if not low <= c[name] <= high:
-            raise ValueError(f"evaluation.{name} must lie between {low:g} and {high:g}, "
-                             f"not {c[name]}")
+    step = c["window_seconds"] - c["overlap_seconds"]
+    if step < 1 / FS:
+        raise ValueError(f"evaluation.overlap_seconds must be less than window_seconds "
+                         f"{c['window_seconds']:g}, not {c['overlap_seconds']:g}")
     return c
-
-
-def limits(c):
-    """(lowest, highest) of every number of the checked settings `c`."""
-    return {
-        **{name: (0, 86400) for name in DEFAULTS if name.endswith("_seconds")},
-        "max_false_alarms_per_24h": (0, 86400),
-        "threshold": (0, 1),
-        "release": (0, 1),
-        "batch_size": (1, math.inf),
-        "window_seconds": (1 / FS, 3600),
-        "overlap_seconds": (0, c["window_seconds"] - 1 / FS),
-        "max_duration_seconds": (1 / FS, 86400),
-    }
 
 
 def rules(config):
@@ -132,9 +122,8 @@ def rules(config):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _in_samples(config):
-    """The checked settings with every duration in samples."""
-    c = settings(config)
+def _in_samples(c):
+    """The checked settings `c` with every duration in samples."""
     return {k: round(v * FS) if k.endswith("_seconds") else v for k, v in c.items()}
 
 
@@ -221,7 +210,11 @@ def postprocess(probability, threshold, config):
 
     Opening and closing of a binary track drop its runs and fill its gaps that are shorter than the
     element. Splitting comes last, since merging would undo it."""
-    c = _in_samples(config)
+    return _events(probability, threshold, _in_samples(settings(config)))
+
+
+def _events(probability, threshold, c):
+    """postprocess() with checked settings, durations in samples: scoring tries many thresholds."""
     off = max(threshold - c["release"], threshold / 2)
     found = events.hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
     found = events.longer(found, c["opening_seconds"])
@@ -254,8 +247,9 @@ def score(recording, probability, config):
     thresholds = _thresholds(c)
     rows = []
     known = {}
+    lengths = _in_samples(c)
     for threshold in thresholds:
-        found = postprocess(probability, threshold, c) / FS
+        found = _events(probability, threshold, lengths) / FS
         key = found.tobytes()
         if key not in known:                                # neighbouring thresholds often agree
             known[key] = metrics.count(truth, found, recording.seconds)
@@ -365,9 +359,9 @@ def stored_settings(state):
     if tuned is not None:
         chosen["threshold"] = tuned
     try:
-        c = settings(config | chosen)
+        c = settings(config | chosen, "the checkpoint's settings")
     except ValueError as error:
-        raise Refused(f"the checkpoint's settings: {error}") from None
+        raise Refused(str(error)) from None
     if tuned is None:
         return c, "evaluation.threshold of the config, since the checkpoint holds no tuned one"
     if not config.get("tune", DEFAULTS["tune"]):
@@ -385,32 +379,24 @@ def stored_settings(state):
 def overridden(c, source, args):
     """(settings, where the threshold is from, {key: value} of what the command line overrides)."""
     given = {}
-    for text in args.set:
-        key, equals, value = text.partition("=")
-        section, _, name = key.partition(".")
-        if section != "evaluation" or not equals:
-            raise Refused(f"--set {text}: write evaluation.key=value; "
-                          "other keys belong to training")
-        if name in ("tune", "max_false_alarms_per_24h"):
-            raise Refused(f"--set {text}: acts in training, where the threshold is tuned; "
-                          "here give --threshold")
-        given[name] = _value(text, value)
-    if args.threshold is not None:
-        given["threshold"] = args.threshold
     try:
+        for text in args.set:
+            section, name, value = override(text)
+            if section != "evaluation":
+                raise ValueError(f"--set {text}: write evaluation.key=value; "
+                                 "other keys belong to training")
+            if name in ("tune", "max_false_alarms_per_24h"):
+                raise ValueError(f"--set {text}: acts in training, where the threshold is tuned; "
+                                 "here give --threshold")
+            given[name] = value
+        if args.threshold is not None:
+            given["threshold"] = args.threshold
         c = settings(c | given)
     except ValueError as error:
         raise Refused(str(error)) from None
     if "threshold" in given:
         source = "given on the command line"
-    return c, source, {f"evaluation.{name}": value for name, value in given.items()}
-
-
-def _value(text, value):
-    try:
-        return float(value) if "e" in value.lower() and "." not in value else yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError):
-        raise Refused(f"--set {text}: the value is not a number") from None
+    return c, source, {f"evaluation.{name}": c[name] for name in given}
 
 
 def open_data(path, state, scratch):

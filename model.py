@@ -44,30 +44,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-DEFAULTS = {
-    "size": "full",         # full or small: what the keys below are by default
-    "hop": 64,              # samples per stream step: 4 steps a second
-    "graph_steps": 4,       # stream steps per graph: one graph a second
-    "stem_width": 64,       # filters per electrode at 16 Hz
-    "tcn_width": 496,       # channels of the TCN
-    "tcn_blocks": 8,        # residual blocks, dilation 1, 2, 4, 8, 1, 2, ...
-    "tcn_kernel": 7,        # taps; 8 blocks see 45 s
-    "node_width": 64,       # features of an electrode stream
-    "node_layers": 6,       # bidirectional Mamba-2 layers over each electrode
-    "node_state": 16,       # state size of a node scan
-    "node_headdim": 32,     # channels per head of a node scan
-    "edge_heads": 4,        # similarities per pair of electrodes
-    "edge_width": 16,       # features of an edge stream
-    "edge_layers": 2,       # bidirectional Mamba-2 layers over each edge
-    "edge_state": 8,        # state size of an edge scan
-    "edge_headdim": 16,     # channels per head of an edge scan
-    "neighbours": 3,        # strongest edges kept per electrode
-    "eigenvectors": 16,     # Laplacian encoding: eigenvectors of the smallest eigenvalues
-    "graph_layers": 2,      # graph convolutions
-    "head_width": 424,      # hidden units of the head
-    "dropout": 0.1,         # share of features dropped, per sequence
-    "prior": 0.05,          # probability of seizure that an untrained model gives
+WHOLE = (1, math.inf)
+SHARE = (0, 1)
+KEYS = {                    # name: default, meaning, limits
+    "size": ("full", "what the keys below are by default", ("full", "small")),
+    "hop": (64, "samples per stream step: 4 steps a second", WHOLE),
+    "graph_steps": (4, "stream steps per graph: one graph a second", WHOLE),
+    "stem_width": (64, "filters per electrode at 16 Hz", WHOLE),
+    "tcn_width": (496, "channels of the TCN", WHOLE),
+    "tcn_blocks": (8, "residual blocks, dilation 1, 2, 4, 8, 1, 2, ...", WHOLE),
+    "tcn_kernel": (7, "taps; 8 blocks see 45 s", WHOLE),
+    "node_width": (64, "features of an electrode stream", WHOLE),
+    "node_layers": (6, "bidirectional Mamba-2 layers over each electrode", WHOLE),
+    "node_state": (16, "state size of a node scan", WHOLE),
+    "node_headdim": (32, "channels per head of a node scan", WHOLE),
+    "edge_heads": (4, "similarities per pair of electrodes", WHOLE),
+    "edge_width": (16, "features of an edge stream", WHOLE),
+    "edge_layers": (2, "bidirectional Mamba-2 layers over each edge", WHOLE),
+    "edge_state": (8, "state size of an edge scan", WHOLE),
+    "edge_headdim": (16, "channels per head of an edge scan", WHOLE),
+    "neighbours": (3, "strongest edges kept per electrode", WHOLE),
+    "eigenvectors": (16, "Laplacian encoding: eigenvectors of the smallest eigenvalues", WHOLE),
+    "graph_layers": (2, "graph convolutions", WHOLE),
+    "head_width": (424, "hidden units of the head", WHOLE),
+    "dropout": (0.1, "share of features dropped, per sequence", SHARE),
+    "prior": (0.05, "probability of seizure that an untrained model gives", SHARE),
 }
+DEFAULTS = {name: default for name, (default, _, _) in KEYS.items()}
 SMALL = {                   # 160,000 parameters, for a CPU, smoke runs and tests
     "stem_width": 16, "tcn_width": 64, "tcn_blocks": 4, "tcn_kernel": 5, "node_width": 16,
     "node_layers": 1, "node_state": 8, "edge_heads": 2, "edge_width": 4, "edge_layers": 1,
@@ -86,21 +89,22 @@ BLOCK = 150_000             # numbers that a CPU works on at a time, to keep the
 def settings(given):
     """DEFAULTS, or those of the named size in `given`, overridden by `given`; checked. The size
     itself is left out: two ways to write one model are equal. Raises ValueError."""
-    unknown = sorted(set(given) - set(DEFAULTS))
+    unknown = sorted(set(given) - set(KEYS))
     if unknown:
-        raise ValueError(f"model: unknown setting {unknown[0]!r}; known are {', '.join(DEFAULTS)}")
+        raise ValueError(f"model: unknown setting {unknown[0]!r}; known are {', '.join(KEYS)}")
     size = given.get("size", DEFAULTS["size"])
     if size not in SIZES:
         raise ValueError(f"model: size must be one of {', '.join(SIZES)}, not {size!r}")
     c = {**DEFAULTS, **SIZES[size], **given}
     del c["size"]
     for name, value in c.items():
-        if type(DEFAULTS[name]) is int and value < 1:
-            raise ValueError(f"model: {name} must be at least 1, not {value}")
-    for name in ("dropout", "prior"):
-        # nothing may be dropped; a prior of 0 has no logit
-        if not 0 <= c[name] < 1 or c["prior"] == 0:
-            raise ValueError(f"model: {name} must lie between 0 and 1, not be {c[name]}")
+        lowest, highest = KEYS[name][2]
+        if not lowest <= value <= highest:
+            raise ValueError(f"model: {name} must lie between {lowest} and {highest}, not {value}")
+    # nothing may be dropped wholly; a prior of 0 or 1 has no logit
+    for name, at in (("dropout", 1), ("prior", 0), ("prior", 1)):
+        if c[name] == at:
+            raise ValueError(f"model: {name} must not be {at}")
     if c["hop"] % STRIDE:
         raise ValueError(f"model: hop {c['hop']} must be a multiple of {STRIDE} samples")
     return c

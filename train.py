@@ -34,14 +34,19 @@ import checkpoint
 import data
 from eeg import edf
 import evaluate
+import model
 from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
-from run.config import describe, load as load_config
+from run.config import add, describe, load as load_config
 from run.machine import Group, autocast, device_name, place, prepare_torch
 from run.prepare import Split, build_model, expect_data, open_recordings, start_from
 from run.records import Home, Log, has_run, run_directory, tolerated
 from run.records import holds_checkpoints, move_aside       # noqa: F401 - for those who import train
 from run.watch import Watchdog
+
+# the tables of the scripts that have settings, beside those of run/config.py
+add("model", model.KEYS, model.settings)
+add("evaluation", evaluate.KEYS, evaluate.settings)
 
 MAX_NONFINITE = 50                      # steps in a row
 TIE = "average_precision"               # decides between epochs whose best_metric is the same

@@ -1,5 +1,5 @@
 """Every key of a training run with its meaning, its limits and whether a resume may change it;
-reading, checking and comparing configurations.
+reading and comparing configurations.
 
 A configuration is a YAML file of sections that hold only what differs from the defaults below:
 
@@ -7,41 +7,29 @@ A configuration is a YAML file of sections that hold only what differs from the 
         batch_size: 4
 
 The same key from the command line, after the file: --set training.batch_size=4. A new key is one
-row here; `python train.py --help` prints them all. The rows of `model` and `evaluation` stand in
-model.py and evaluate.py, which check their own.
+row here; `python train.py --help` prints them all. The tables of `model` and `evaluation` belong to
+model.py and evaluate.py: train.py hands them in (add), so that nothing here waits for torch.
 """
-import contextlib
-import difflib
 import math
 import os
-import re
 import textwrap
-from collections import namedtuple
 from pathlib import Path
 
 import yaml
 
 from eeg import augmentation
 from eeg.disk import Refused, fault
-import data
-import evaluate
-import model
+from eeg.settings import CHANGES, FOLDER_NAME, PATH, PATHS, Key
+from eeg.settings import checked, defaults, known, override, parse
+from scoring.metrics import METRICS
 
 HERE = Path(__file__).resolve().parent.parent
-PATH = "a path, relative to the folder of train.py unless absolute"
-PATHS = "a path or a list of paths, relative to the folder of train.py unless absolute"
-FOLDER_NAME = "a plain folder name"
-METRIC = "a name in evaluate.METRICS"
 COUNT = (1, 10**6)
 COUNT_OR_0 = (0, 10**6)
 SECONDS = (0.1, 3600)
 SHARE = (0, 1)
 FACTOR = (0, 1000)
-CHANGES = True                  # a resume may change this key; where the mark is absent, it may not
 
-# environment: a variable that overrides the key, 0 or more
-Key = namedtuple("Key", "default meaning limits may_change environment",
-                 defaults=(None, False, None))
 KEYS = {
     "experiment.name": Key("run", "run directory: <results>/<name>", FOLDER_NAME, CHANGES),
     "experiment.seed": Key(42, "weights, sampling, augmentation, dropout", (0, 2**63 - 1)),
@@ -116,7 +104,7 @@ KEYS = {
     "training.deterministic": Key(
         False, "bit-identical on a GPU too, slower there; a CPU always is", None, CHANGES),
     "training.best_metric": Key(
-        "event_f1", "decides best.pt and early stopping", METRIC, CHANGES),
+        "event_f1", "decides best.pt and early stopping", tuple(METRICS), CHANGES),
     "training.patience": Key(
         0, "epochs without improvement before stopping; 0 = never", COUNT_OR_0, CHANGES),
     "training.log_every": Key(
@@ -147,56 +135,34 @@ KEYS = {
 }
 
 
-def rows_of(section, script, limits, may_change):
-    """The rows of another file's DEFAULTS; a key's meaning is the comment on its line there. That
-    file checks them: `limits` are texts."""
-    table = Path(script.__file__).read_text().split("\nDEFAULTS = {\n")[1].split("\n}\n")[0]
-    meaning = dict(re.findall(r'"(\w+)": [^#]*# (.*)', table))
-    return {f"{section}.{name}": Key(default, meaning[name], limits.get(name), may_change)
-            for name, default in script.DEFAULTS.items()}
+DEFAULTS = {}                   # section -> {key: default}
+COMPLETE = {}                   # section -> its function of the values given, for some
 
 
-in_model = {int: "at least 1", float: "0 to 1", str: None}
-in_model = {name: in_model[type(default)] for name, default in model.DEFAULTS.items()}
-in_evaluation = {name: f"{lowest:g} to {highest:,g}"
-                 for name, (lowest, highest) in evaluate.limits(evaluate.DEFAULTS).items()}
-KEYS |= rows_of("model", model, in_model, may_change=False)
-KEYS |= rows_of("evaluation", evaluate, in_evaluation, may_change=True)
+def add(section, rows, complete=None):
+    """Take the table of a section: {key: Key or what makes one}. complete(values given) returns the
+    whole section, or raises ValueError for values that do not go together."""
+    KEYS.update((f"{section}.{name}", Key(*row)) for name, row in rows.items())
+    DEFAULTS[section] = defaults(rows)
+    COMPLETE[section] = complete or (lambda given: DEFAULTS[section] | given)
 
-DEFAULTS = {}
-for name, key in KEYS.items():
-    section, _, short = name.partition(".")
-    DEFAULTS.setdefault(section, {})[short] = key.default
+
+def rows(section):
+    """The table of one section."""
+    prefix = f"{section}."
+    return {name.removeprefix(prefix): key for name, key in KEYS.items() if name.startswith(prefix)}
+
+
+for section in ("experiment", "data", "training"):
+    add(section, rows(section))
 
 
 # ---- reading ----
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: the first one would be ignored."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key.value, str):
-                continue
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {key.value} stands twice, again in line {line}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse(text, refusal):
-    # ValueError: 2026-02-30, which YAML takes for a date
-    try:
-        return yaml.load(text, UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Refused(f"{refusal}: {' '.join(str(error).split())}") from None
-
-
 def load(path, overrides=()):
     """The whole configuration {section: {key: value}}: defaults, the YAML file at `path`, then
-    `section.key=value` overrides, all checked. Raises Refused with the nearest name or limits."""
+    `section.key=value` overrides, all checked. Raises Refused with the nearest name or limits;
+    TemporaryFault where the file cannot be read for now."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -204,19 +170,19 @@ def load(path, overrides=()):
         raise fault(error, path) from None
     except UnicodeDecodeError as error:
         raise Refused(f"config {path}: not YAML: {error}") from None
+    try:
+        return whole(path, text, overrides)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+def whole(path, text, overrides):
     given = {section: {} for section in DEFAULTS}
-    take(given, parse(text, f"config {path}: not YAML") or {}, str(path))
-
-    for text in overrides:
-        name, found, value = text.partition("=")
-        section, dot, key = name.partition(".")
-        if not found or not dot:
-            raise Refused(f"--set {text}: write section.key=value")
-        value = parse(value, f"--set {text}: the value is not YAML")
+    take(given, parse(text, f"config {path}") or {}, str(path))
+    for item in overrides:
+        section, key, value = override(item)
         take(given, {section: {key: value}}, "--set")
-
-    config = {section: DEFAULTS[section] | given[section] for section in DEFAULTS}
-    check(config, given)
+    config = {section: COMPLETE[section](values) for section, values in given.items()}
     for name, key in KEYS.items():
         section, _, short = name.partition(".")
         value = config[section].get(short)          # model.size is gone into the others
@@ -230,74 +196,15 @@ def load(path, overrides=()):
 
 
 def take(given, content, source):
-    """Put every value of `content`, of the right type, into `given`."""
-    known(DEFAULTS, content, source, "")
+    """Put every value of `content`, checked, into `given`."""
+    known(content, DEFAULTS, source=f"{source}: ")
     for section, values in content.items():
-        known(DEFAULTS[section], values, source, f"{section}.")
-        for key, value in values.items():
-            given[section][key] = typed(value, f"{section}.{key}", source)
-
-
-def known(names, content, source, prefix):
-    if not isinstance(content, dict):
-        what = prefix[:-1] or "the file"
-        raise Refused(f"{source}: {what} must hold key: value pairs, not {content!r}")
-    for key in content:
-        if key not in names:
-            near = difflib.get_close_matches(str(key).lower(), names, 1, 0)[0]
-            raise Refused(f"{source}: unknown key {prefix}{key}; the nearest is {prefix}{near}")
-
-
-def typed(value, name, source):
-    default = KEYS[name].default
-    kind = type(default)
-    # YAML 1.1 reads 1e-4 as text; a whole number beyond all floats stays one and is refused below
-    if kind is float and type(value) in (int, str):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)
-    several = KEYS[name].limits == PATHS and value
-    if (kind is list or several) and isinstance(value, list):
-        return [str(item) for item in value]
-    if type(value) is not kind:
-        raise Refused(f"{source}: {name} must be {kind.__name__}, like {default!r}, not {value!r}")
-    return value
+        given[section] |= checked(values, rows(section), section, source)
 
 
 def placed(path):
     """A path that means the same from wherever the program is started."""
     return os.path.join(HERE, os.path.expanduser(path)) if path else path
-
-
-# ---- checking ----
-
-def check(config, given):
-    """Raise Refused for a value beyond its limits; model and evaluation complete their sections."""
-    for name, key in KEYS.items():
-        within(name, key.limits, get(config, name))
-    try:
-        evaluate.check_metric(config["training"]["best_metric"])
-        config["evaluation"] = evaluate.settings(given["evaluation"])
-        config["model"] = model.settings(given["model"])
-    except ValueError as error:
-        raise Refused(str(error)) from None
-
-
-def within(name, limits, value):
-    if limits == FOLDER_NAME:
-        if not value.isprintable() or value in ("", ".", "..") or value != os.path.basename(value):
-            raise Refused(f"{name} must be a plain folder name, not {value!r}")
-    elif isinstance(limits, tuple) and isinstance(value, str):
-        if value not in limits:
-            raise Refused(f"{name} must be one of {', '.join(limits)}, not {value!r}")
-    elif isinstance(limits, tuple) and isinstance(value, list):
-        for item in value:
-            if item not in limits:
-                raise Refused(f"{name} may hold {', '.join(limits)}, not {item!r}")
-    elif isinstance(limits, tuple):
-        lowest, highest = limits
-        if not lowest <= value <= highest:
-            raise Refused(
-                f"{name} must be at least {lowest} and at most {highest:,}, not {value}")
 
 
 def get(config, name):
@@ -370,12 +277,13 @@ def describe():
 
 def shown(key):
     """The limits of a key as a reader wants them."""
-    if not key.limits:
-        return ""
+    if not key.limits or isinstance(key.default, list):
+        return ""                       # the meaning of a list names them
     if isinstance(key.limits, str):
         return f"; {key.limits}"
-    if isinstance(key.default, list):
-        return ""                       # the meaning names them
     if isinstance(key.default, str):
         return f"; {', '.join(key.limits[:-1])} or {key.limits[-1]}"
-    return "; {:g} to {:,}".format(*key.limits)
+    lowest, highest = key.limits
+    if highest == math.inf:
+        return f"; at least {lowest}"
+    return f"; {lowest:g} to {highest:,}"

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+import train            # it hands the tables of model.py and evaluate.py to run/config.py  # noqa: F401
 from run import config
 import forked
 import model
