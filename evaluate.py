@@ -97,10 +97,10 @@ EVENTS = "_events.tsv"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def settings(config, source=""):
-    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises ValueError,
-    whose line `source` begins."""
-    c = DEFAULTS | checked(config, KEYS, "evaluation", source)
+def settings(config):
+    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises
+    ValueError."""
+    c = DEFAULTS | checked(config, KEYS, "evaluation")
     if "overlap_seconds" not in config:
         # a third of the jump in probability where windows meet, for 1.2 times the compute; more
         # overlap changes neither jump nor scores much (bench/overlap.py)
@@ -359,9 +359,9 @@ def stored_settings(state):
     if tuned is not None:
         chosen["threshold"] = tuned
     try:
-        c = settings(config | chosen, "the checkpoint's settings")
+        c = settings(config | chosen)
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise Refused(f"the checkpoint's settings: {error}") from None
     if tuned is None:
         return c, "evaluation.threshold of the config, since the checkpoint holds no tuned one"
     if not config.get("tune", DEFAULTS["tune"]):
@@ -381,7 +381,7 @@ def overridden(c, source, args):
     given = {}
     try:
         for text in args.set:
-            section, name, value = override(text)
+            section, name, value = override(text, "evaluation.key=value")
             if section != "evaluation":
                 raise ValueError(f"--set {text}: write evaluation.key=value; "
                                  "other keys belong to training")

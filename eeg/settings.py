@@ -98,12 +98,12 @@ def parse(text, where, what=""):
         raise ValueError(f"{where}: {what}not YAML: {' '.join(str(error).split())}") from None
 
 
-def override(text):
-    """(section, key, value) of `section.key=value`, as --set takes it. Raises ValueError."""
+def override(text, form="section.key=value"):
+    """(section, key, value) of a text like `form`, as --set takes it. Raises ValueError."""
     name, found, value = text.partition("=")
     section, dot, key = name.partition(".")
     if not found or not dot:
-        raise ValueError(f"--set {text}: write section.key=value")
+        raise ValueError(f"--set {text}: write {form}")
     return section, key, parse(value, f"--set {text}", "the value is ")
 
 
@@ -112,14 +112,14 @@ def override(text):
 def checked(content, keys, section, source=""):
     """{key: value} of `content`, whose keys are in the table `keys`, each value in the type of its
     row and within its limits. Raises ValueError with the nearest name, the type or the limits;
-    `source` begins its line."""
+    `source` is where the content is from."""
     source = source and f"{source}: "
     known(content, keys, section, source)
     values = {}
     for name, value in content.items():
         row = Key(*keys[name])
         value = typed(value, row, f"{source}{section}.{name}")
-        check_limits(value, row.limits, f"{source}{section}.{name}")
+        check_limits(value, row.limits, f"{section}.{name}")
         values[name] = value
     return values
 

@@ -724,7 +724,7 @@ def test_what_the_command_line_overrides_is_used_and_said(corpus, tmp_path):
 
 @pytest.mark.parametrize("arguments, text", [
     (("--set", "evaluation.treshold=1"), "nearest is evaluation.threshold"),
-    (("--set", "evaluation.threshold=high"), "evaluation.threshold must be like 0.86"),
+    (("--set", "evaluation.threshold=high"), "evaluation.threshold must be float, like 0.86"),
     (("--set", "training.epochs=1"), "write evaluation.key=value"),
     (("--set", "evaluation.overlap_seconds"), "write evaluation.key=value"),
     (("--set", "evaluation.tune=true"), "give --threshold"),
