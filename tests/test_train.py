@@ -941,7 +941,7 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     ("Training.Epochs=3", "unknown key Training; the nearest is training"),
     ("training.BATCH=3", "unknown key training.BATCH; the nearest is training.batch_size"),
     ("training.precision=fp8", "must be one of fp32, bf16, fp16"),
-    ("training.mid_epoch_minutes=-1", "at least 0"),
+    ("training.mid_epoch_minutes=-1", "between 0 and 1000000"),
     ("data.path=/nowhere/at/all", "python data.py import"),
     ("experiment.name=a/b", "plain folder name"),
     ("data.dev_patients=[nobody]", "nobody"),
