@@ -1,6 +1,7 @@
 """The house: data flows one way, and a file can be copied alone."""
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 
@@ -32,6 +33,14 @@ def imported(path):
 
 def room(module):
     return module.partition(".")[0]
+
+
+@pytest.mark.parametrize("name", ["docs/house.md", "CONTRIBUTING.md"])
+def test_the_line_that_tells_the_direction_is_the_one_that_is_tested(name):
+    line = re.search(r"`(modal_app > [^`]*)`", (ROOT / name).read_text())[1]
+    told = [set(floor.split(", ")) for floor in line.split(" > ")]
+    heights = sorted(set(FLOORS.values()), reverse=True)
+    assert told == [{room for room, height in FLOORS.items() if height == h} for h in heights]
 
 
 def test_imports_inside_functions_and_under_other_names_are_seen(tmp_path):

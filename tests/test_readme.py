@@ -130,6 +130,19 @@ def test_every_file_of_the_program_has_its_line_in_the_page_about_the_house():
     assert scripts <= set(listed(README))
 
 
+def first_cells(heading, page):
+    """Names in backquotes in the first column of the table below a heading of a page."""
+    text = PAGES[page].split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [name for cell in re.findall(r"^\| (`[^|]*) \|", text, re.M) for name in re.findall(r"`([^`]*)`", cell)]
+
+
+def test_the_keys_of_a_state_are_those_that_training_packs():
+    pack = next(node for node in ast.walk(ast.parse((ROOT / "train.py").read_text()))
+                if isinstance(node, ast.FunctionDef) and node.name == "pack")
+    returned = next(node.value for node in ast.walk(pack) if isinstance(node, ast.Return))
+    assert sorted(key.value for key in returned.keys) == sorted(first_cells("What a state holds", "house"))
+
+
 def test_every_exit_code_of_the_training_is_in_the_table():
     table = PAGES["checkpoints"].split("| exit code | meaning |")[1]
     codes = re.findall(r"^\| ([\d+N]+) \|", table, re.M)

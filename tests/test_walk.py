@@ -113,6 +113,14 @@ def expect_whole_run(said, run):
     assert steps == list(range(1, state["global_step"] + 1))
 
 
+def expect_files(run):
+    """Everything in the folder of the run has its line in the page about the house."""
+    page = (ROOT / "docs" / "house.md").read_text().split("\n## What a run directory holds\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"^\| `([\w.]+)/?` \|", page, re.M))
+    there = {path.name for path in run.iterdir()}
+    assert {"checkpoints", "config.yaml", "metrics.jsonl", "evaluation"} <= there <= named
+
+
 def expect_evaluation(run):
     """Events, scores and a picture of each recording that validated, and the curves of the run."""
     scores = json.loads((run / "evaluation" / "scores.json").read_text())
@@ -154,5 +162,6 @@ def test_own_recordings_go_from_import_to_pictures_by_the_lines_of_the_readme_an
     expect_whole_run(project.run(training, *SMALL), run)
     assert "false alarms" in project.run(evaluation)
     expect_evaluation(run)
+    expect_files(run)
 
     assert list((project.folder / shlex.split(board)[-1]).rglob("events.out.tfevents.*"))
