@@ -1,11 +1,12 @@
-"""What a detector costs at inference: windows a second, seconds of EEG a CPU second, and the peak
-memory for a recording of 24 h, on one CPU thread.
+"""What a detector costs at inference on one CPU thread: windows a second, seconds of EEG a CPU second,
+and the peak memory for a recording of 24 h.
 
     python bench/inference.py [--seizuretransformer FOLDER]
 
-Each in a process of its own, whose memory is the peak; on noise, which costs what EEG costs. The
-24 h are run where that takes minutes, else 2 h, and the memory above that of 12 minutes is scaled.
-SeizureTransformer's holds the whole recording, as in its own code, for its z-score.
+Each detector has a process of its own, whose peak memory is measured. The recording is noise: it
+costs what EEG costs. Where 24 h would take too long, 2 h are run, and what they need beyond 12
+minutes is scaled to 24 h. SeizureTransformer holds the whole recording in memory, as its own code
+does for its z-score.
 """
 import argparse
 import json

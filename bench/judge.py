@@ -1,7 +1,7 @@
-"""On whom the detectors of bench/learn.py and bench/race.py are judged, how, and its tables.
+"""How bench/learn.py and bench/race.py judge a detector: recordings, scores, printed tables.
 
-on: {train, dev, unseen, real: recordings}; tracks: {part of on: {name of a recording: (samples,)}}.
-A row is what was measured of one detector of one seed after one budget.
+`on` maps each part (train, dev, unseen, real) to its recordings. `tracks` maps each part to {name of
+a recording: float32 (samples,)}. A row holds the scores of one detector, one seed and one budget.
 """
 import os
 import sys

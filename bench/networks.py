@@ -1,11 +1,10 @@
-"""The detectors of bench/race.py: the networks, and those of detectors.py, fitted alike.
+"""The detectors of bench/race.py, each behind the same function: fit(place, seed, budgets).
 
-Each fit(place, seed, budgets) is a generator of Fitted: the detector as it stands when a budget is
-spent, with what it has seen and cost until then. Its track(recording) is float32 (samples,) in
-0..1.
-A budget is (name, "hours" of EEG seen, "epochs" or CPU "minutes", how many); what trains in one go
-on all there is only names it.
-Every threshold is tuned afterwards, in the same way for all, so that a detector only ranks.
+fit is a generator. It yields a Fitted whenever a budget is spent: the detector as it stands then,
+the hours of EEG it has seen and the CPU minutes it has cost. Fitted.track(recording) is float32
+(samples,) in 0..1. A budget is (name, unit, how many); its unit is "hours" of EEG, "epochs" or CPU
+"minutes". A detector that trains in one go has one budget, of which only the name counts. No
+detector tunes its own threshold: bench/judge.py tunes all of them alike.
 """
 import contextlib
 import copy

@@ -1,13 +1,13 @@
 """bench/learn.py --race and --also-real: detectors that are trained alike and judged alike.
 
-All train on the same patients of one synthetic corpus, bipolar as the real clips. Every threshold
-is the one with the best event F1 on the same dev patients, every detector is post-processed alike,
-and each figure on synthetic EEG is from a second corpus of other patients, made with another seed
-and scored once. Of a V3 of several epochs it is best.pt, the one with the best average precision on
-dev, which a detector that learns in one go cannot pick; SeizureTransformer is as its budget ends.
+All train on the same patients of one synthetic corpus, bipolar as the real clips are. The threshold
+of each is the one with the best event F1 on the same dev patients. Events are made alike for all.
+Figures on synthetic EEG come from a second corpus, of other patients and another seed, scored once.
+A V3 of several epochs is its best.pt, the epoch with the best average precision on dev;
+SeizureTransformer is the weights at the end of its budget.
 
-Each is trained in a process and on a thread of its own, so that other load costs time and not CPU
-minutes; what is finished in --work FOLDER is not trained again.
+Each detector trains in a process of its own with one thread: other load on the machine lengthens the
+hours and leaves the CPU minutes. What is finished in --work FOLDER is not trained again.
 """
 import json
 import os
