@@ -3,6 +3,7 @@ their measured figures stand in bench/RESULTS.md."""
 import ast
 import contextlib
 import re
+import shutil
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 import train            # it hands the tables of model.py and evaluate.py to run/config.py  # noqa: F401
 from run import config
+import checkpoint
 import forked
 import model
 from conftest import ROOT, SHARED, SOURCES
@@ -230,6 +232,34 @@ def test_every_script_explains_itself():
 def test_the_loop_to_copy_has_as_many_lines_as_the_documents_say():
     said = re.search(r"resumable loop of (\d+) lines", DOCS)[1]
     assert len([line for line in docstring_loop().splitlines() if line.strip()]) == int(said)
+
+
+AROUND_THE_LOOP = """
+import sys, torch, checkpoint
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.AdamW(model.parameters())
+data = range(3)
+done = []
+
+def train_one(number):
+    done.append((epoch, batch))
+
+def validate():
+    return 0.5
+
+def pack():
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": checkpoint.random_states(),
+            "epoch": epoch, "batch": batch, "global_step": 0}
+"""
+
+
+def test_the_loop_in_the_readme_runs_beside_a_copied_file_and_has_nothing_left_to_do_the_second_time(tmp_path):
+    shutil.copy2(ROOT / "checkpoint.py", tmp_path)
+    loop = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    (tmp_path / "loop.py").write_text(f"{AROUND_THE_LOOP}\n{loop}\nprint(len(done), 'batches trained')\n")
+    said = [forked.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True).stdout for _ in range(2)]
+    assert said[0].endswith("15 batches trained\n") and said[1].endswith("\n0 batches trained\n"), said
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["epoch"] == 5
 
 
 def test_the_figures_of_a_gpu_have_their_place_where_its_bench_looks_for_it():
