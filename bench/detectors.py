@@ -91,7 +91,7 @@ def features(recording, block=64):
         z = x - x.mean(-1, keepdims=True)
         z = z / (np.linalg.norm(z, axis=-1, keepdims=True) + 1e-3)
         alike = np.linalg.eigvalsh(z @ z.transpose(0, 2, 1))[:, -1:] / z.shape[1]
-        rows.append(np.concatenate([f.mean(1), f.std(1), f[:, -3], alike], 1))
+        rows.append(np.concatenate([f.mean(1), f.std(1), f[:, max(-3, -f.shape[1])], alike], 1))
     return np.concatenate(rows).astype(np.float32)
 
 
