@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eeg import baseline
 from eeg import corpora
 from eeg import splits
 from eeg import synth
@@ -92,6 +93,24 @@ class Recording:
     def spans(self):
         """Events in samples: int64 (N, 2)."""
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
+
+    @functools.cached_property
+    def log_gain(self):
+        """What brings its baseline to the usual one: float32 (C, BANDS), see baseline.py. Reads
+        up to ten minutes of it, once."""
+        def microvolts(start, n):
+            return self.read(start, n) * self.scale[:, None]
+        own = baseline.log_baseline(microvolts, self.samples)
+        if own is None:
+            return np.zeros((len(self.channels), len(baseline.MIDDLES)), np.float32)
+        return baseline.log_gain(own, self.seconds)
+
+    def reference(self, share):
+        """(uV that the EEG is divided by, log gain (C, BANDS) on its bands) for a detector that
+        sees it relative to `share` of the recording's own baseline, and else to its
+        amplitude."""
+        norm = self.norm ** (1 - share) * USUAL ** share
+        return norm, np.float32(share) * self.log_gain
 
     def read_chunks(self, start, n, out):
         """The chunks that hold `n` samples from `start` on, into the first of out int16 (K, C,
@@ -414,12 +433,14 @@ class Loader:
     """Batches of a Windows object. `readers` threads copy whole windows, in the order of the plan
     and ahead by `buffers` batches, into a ring of int16 buffers (pinned for CUDA); they are put in
     order of channels and scaled on the device. Needs no worker processes: they would copy every
-    batch once more.
+    batch once more. baseline: share of each recording's own that its EEG is divided by, see
+    Recording.reference().
 
     waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read:
     seconds that the readers took, for so many windows."""
 
-    def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4, readers=READERS):
+    def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4, readers=READERS,
+                 baseline=0.0):
         # in this class alone: import workers and commands start in a third of the time
         import torch
         self.device = torch.device(device)
@@ -427,6 +448,7 @@ class Loader:
         self.seed = seed
         self.buffers = buffers
         self.readers = readers
+        self.baseline = baseline
         self.waited = 0.0
         self.lasted = 0.0
         self.reading = 0.0
@@ -489,6 +511,8 @@ class Loader:
             "norm": ((size,), torch.float32),
             "start": ((size,), torch.int64),
         }
+        if self.baseline:
+            shapes["log_gain"] = (size, channels, len(baseline.MIDDLES)), torch.float32
         for kind, width in self.augmenter.widths.items():
             shapes[kind] = (size, width), torch.float32
         pin = self.device.type == "cuda"
@@ -515,6 +539,10 @@ class Loader:
         host["y"][place] = recording.labels(start, self.reach)
         host["scale"][place] = self.scale[which]
         host["norm"][place] = self.norm[which]
+        if self.baseline:
+            amplitude, log_gain = recording.reference(self.baseline)
+            host["norm"][place] = amplitude
+            host["log_gain"][place] = log_gain
         draws = self.augmenter.draw(self.seed, epoch, window)
         for kind, numbers in draws.items():
             host[kind][place] = numbers
@@ -564,6 +592,8 @@ class Loader:
             for i, first in enumerate(starts.tolist()):
                 x[i] = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
         x *= factor(t["scale"], t["norm"])
+        if self.baseline:
+            x = baseline.equalise(x, t["log_gain"])
         mask = torch.arange(length, device=self.device) < t["real"][:, None]
         return self.augmenter.apply(
             x, t["y"].float(), mask.float(), draws, self.windows.length)

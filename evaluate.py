@@ -47,6 +47,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from eeg import baseline
 from eeg import corpora
 import data
 from eeg import edf
@@ -194,8 +195,13 @@ def _probabilities(net, recording, eeg, device, precision):
     """Seizure probability float32 (B, T) of windows int16 (B, C, T) of a recording."""
     eeg = torch.from_numpy(eeg).to(device)
     scale = torch.as_tensor(recording.scale, dtype=torch.float32, device=device)
-    norm = torch.full((len(eeg),), float(recording.norm), device=device)
+    # what the EEG is divided by is the model's own: of an older or another one its amplitude
+    share = getattr(net, "baseline", 0.0)
+    amplitude, gain = recording.reference(share) if share else (recording.norm, None)
+    norm = torch.full((len(eeg),), float(amplitude), device=device)
     x = data.normalise(eeg, scale.expand(len(eeg), -1), norm)
+    if share:
+        x = baseline.equalise(x, torch.from_numpy(gain))
     kind = PRECISIONS[precision]
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
         logits = net(x)

@@ -4,9 +4,10 @@
     python -m pytest tests/test_model.py
 
     EEG (B, C, T)
+      bank          per electrode, log power of 10 bands over 2 s, 4 times a second (B, C, L, 64)
       stem          per electrode, 256 -> 16 Hz -> L = T / 64 steps, 4 a second     (B, C, L, 64)
       TCN           all electrodes together, 8 dilated residual blocks              (B, L, 496)
-      streams       one per electrode: its own features + what the TCN says of it   (B, C, L, 64)
+      streams       one per electrode: stem + bank + what the TCN says of it        (B, C, L, 64)
       node stream   bidirectional Mamba-2 over time, one sequence per electrode     (B, C, L, 64)
       edge stream   similarity of each pair of electrodes, once a second, lifted
                     and filtered by a small bidirectional Mamba-2; the strongest
@@ -21,6 +22,9 @@ What was chosen, and why
 - Nine tenths of the parameters are the TCN's wide matrices at 4 steps a second: 7 GFLOP a window in
   large matrix products, which run near the peak of the machine.
 - Mamba-2 heads of 32 channels: the work that is no matrix product grows with the number of heads.
+- What the EEG is divided by is the model's choice, stored with it: the recording's amplitude, or
+  its own baseline in every band (eeg/baseline.py). A seizure is a change against what is usual for
+  that patient and amplifier; the log power of the bank is then that change.
 - Both directions, and all layers of a Mamba-2 stack, share one parameter tensor per kind: few
   tensors make an optimizer step and a snapshot cheap. Norms carry no gain: the next matrix would
   only repeat it.
@@ -69,25 +73,34 @@ KEYS = {                    # name: default, meaning, limits
     "head_width": (424, "hidden units of the head", WHOLE),
     "dropout": (0.1, "share of features dropped, per sequence", SHARE),
     "prior": (0.05, "probability of seizure that an untrained model gives", SHARE),
+    "baseline": (0.0, "share of the recording's baseline spectrum that its EEG is divided by; 1 "
+                 "where model.size is named or nothing is", SHARE),
+    "bank": (0.0, "size of a filter bank's log power beside the stem, 0 = none; 1 where model.size "
+             "is named or nothing is", SHARE),
 }
 DEFAULTS = {name: default for name, (default, _, _) in KEYS.items()}
+# what a run has: every configuration names its size. Above they are off: that is what a model was
+# that was saved before there were such settings
+NEW = {"baseline": 1.0, "bank": 1.0}
 SMALL = {                   # 160,000 parameters, for a CPU, smoke runs and tests
     "stem_width": 16, "tcn_width": 64, "tcn_blocks": 4, "tcn_kernel": 5, "node_width": 16,
     "node_layers": 1, "node_state": 8, "edge_heads": 2, "edge_width": 4, "edge_layers": 1,
     "edge_state": 4, "edge_headdim": 8, "eigenvectors": 4, "graph_layers": 1, "head_width": 64,
-    "dropout": 0.05}
-SIZES = {"full": {}, "small": SMALL}
+    "dropout": 0.05, **NEW}
+SIZES = {"full": NEW, "small": SMALL}
 
 STRIDE = 16                 # samples per stem step: 16 Hz
 TAPS = 4                    # a stem filter sees TAPS * STRIDE samples, 250 ms
 CONV = 4                    # taps of Mamba-2's short convolution
 MAX_DECAY = 2.5             # largest log-decay per step: 8 % is left
 MAX_CHUNK = 24              # MAX_DECAY * MAX_CHUNK = 60: two factors of a scan multiply inside fp32
+BANDS = (0.5, 2, 4, 6, 8, 10, 13, 18, 30, 45, 64)       # Hz, edges of the filter bank
+SECONDS = 2                 # of EEG that it looks at
 BLOCK = 150_000             # numbers that a CPU works on at a time, to keep them in its cache
 
 
 def settings(given):
-    """DEFAULTS, or those of the named size in `given`, overridden by `given`; checked. The size
+    """DEFAULTS, those of the size where `given` names one, and `given` over them; checked. The size
     itself is left out: two ways to write one model are equal. Raises ValueError."""
     unknown = sorted(set(given) - set(KEYS))
     if unknown:
@@ -95,7 +108,7 @@ def settings(given):
     size = given.get("size", DEFAULTS["size"])
     if size not in SIZES:
         raise ValueError(f"model: size must be one of {', '.join(SIZES)}, not {size!r}")
-    c = {**DEFAULTS, **SIZES[size], **given}
+    c = {**DEFAULTS, **(SIZES[size] if "size" in given else {}), **given}
     del c["size"]
     for name, value in c.items():
         lowest, highest = KEYS[name][2]
@@ -108,6 +121,16 @@ def settings(given):
     if c["hop"] % STRIDE:
         raise ValueError(f"model: hop {c['hop']} must be a multiple of {STRIDE} samples")
     return c
+
+
+def of_run(given):
+    """settings() of a configuration, where a size that is not named is the default one."""
+    return settings({"size": DEFAULTS["size"], **given})
+
+
+def older(saved):
+    """{setting: what it was} of those that a saved model's settings lack: it is older than they."""
+    return {name: DEFAULTS[name] for name in NEW if name not in saved}
 
 
 def build(channels, settings):
@@ -782,6 +805,38 @@ class GraphConvolutions(nn.Module):
 
 # ---- the detector ----
 
+class FilterBank(nn.Module):
+    """(B, C, T) -> (B, C, T / hop, width): log power of BANDS over SECONDS around each step,
+    relative to EEG that falls with f^-1.4, mixed into features."""
+
+    def __init__(self, width, hop, size):
+        super().__init__()
+        self.hop = hop
+        samples = SECONDS * 256
+        hz = torch.arange(samples // 2 + 1) / SECONDS
+        low, high = torch.tensor(BANDS[:-1])[:, None], torch.tensor(BANDS[1:])[:, None]
+        inside = ((hz >= low) & (hz < high)).float()
+        taper = torch.hann_window(samples)
+        # power of a band whose EEG of unit amplitude falls as usual is about 1
+        usual = 0.3 * torch.clamp((low * high).sqrt(), min=1) ** -1.4
+        scale = inside.sum(1, keepdim=True) * usual * 128 * taper.square().sum()
+        self.register_buffer("taper", taper, persistent=False)
+        self.register_buffer("bands", (inside / scale).T.contiguous(), persistent=False)
+        # smooth over the bands at first: level, slope, bend, ... of the spectrum
+        count = len(BANDS) - 1
+        turns = (torch.arange(count) + 0.5)[:, None] * (torch.arange(width) % count) / count
+        self.mix = nn.Parameter(torch.cos(math.pi * turns) * (size / math.sqrt(count)))
+
+    def forward(self, x):
+        samples = len(self.taper)
+        x = F.pad(x, ((samples - self.hop) // 2, samples - self.hop - (samples - self.hop) // 2))
+        with torch.autocast(x.device.type, enabled=False):
+            seen = torch.fft.rfft(x.unfold(-1, samples, self.hop) * self.taper)
+            power = (seen.real.square() + seen.imag.square()) @ self.bands
+            # most of it lies within -1 and 1
+            return (torch.log(power + 1e-4) / 2).clamp(-4, 4) @ self.mix
+
+
 class V3(nn.Module):
     """The detector for `channels` electrodes or derivations. Keyword arguments override DEFAULTS.
 
@@ -795,6 +850,7 @@ class V3(nn.Module):
         if channels < 2:
             raise ValueError(f"model: {channels} channel, a graph needs at least 2")
         self.channels, self.hop, self.graph_steps = channels, c["hop"], c["graph_steps"]
+        self.baseline = c["baseline"]           # what x is divided by, see eeg/baseline.py
         stem, node, tcn, drop = c["stem_width"], c["node_width"], c["tcn_width"], c["dropout"]
         fine = self.fine = c["hop"] // STRIDE                          # stem steps per stream step
         self.filters = nn.Parameter(wavelets(TAPS * STRIDE, stem))
@@ -802,6 +858,7 @@ class V3(nn.Module):
         self.embed = weight(fine * stem, 4 * node, fan_in=2 * fine * stem, gain=2)
         self.embed_bias = vector(4 * node)
         self.reduce = weight(2 * node, node, fan_in=2 * node)
+        self.bank = FilterBank(node, c["hop"], c["bank"]) if c["bank"] else None
         self.gather = weight(channels * node, tcn, fan_in=channels * node)
         self.tcn = TCN(tcn, c["tcn_blocks"], c["tcn_kernel"], drop)
         self.spread = weight(tcn, channels * node, fan_in=tcn)
@@ -821,6 +878,8 @@ class V3(nn.Module):
         x = F.pad(x.float(), (0, -samples % (self.hop * self.graph_steps)))
         local = self.stem(x)                                           # (B, C, T / 16, stem)
         streams = self.electrodes(local)                               # (B, C, L, node)
+        if self.bank:
+            streams = streams + self.bank(x)
         length = streams.shape[2]
         wide = self.tcn(norm(streams.transpose(1, 2).flatten(2)) @ self.gather)
         spread = (norm(wide) @ self.spread + self.spread_bias).view(batch, length, channels, -1)

@@ -39,13 +39,13 @@ from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
 from run.config import add, describe, load as load_config
 from run.machine import Group, autocast, device_name, place, prepare_torch
-from run.prepare import Split, build_model, expect_data, open_recordings, start_from
+from run.prepare import Split, as_saved, build_model, expect_data, open_recordings, start_from
 from run.records import Home, Log, has_run, run_directory, tolerated
 from run.records import holds_checkpoints, move_aside       # noqa: F401 - for those who import train
 from run.watch import Watchdog
 
 # the tables of the scripts that have settings, beside those of run/config.py
-add("model", model.KEYS, model.settings)
+add("model", model.KEYS, model.of_run)
 add("evaluation", evaluate.KEYS, evaluate.settings)
 
 MAX_NONFINITE = 50                      # steps in a row
@@ -145,7 +145,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "fp16")
         c = self.config["data"]
         self.loader = data.Loader(self.split.windows, device, self.config["experiment"]["seed"],
-                                  c["augment"] and c["augmentations"], c["buffers"], c["readers"])
+                                  c["augment"] and c["augmentations"], c["buffers"], c["readers"],
+                                  getattr(model, "baseline", 0.0))
         self.waits = False              # whether the advice on slow reading was given
         self.ahead = iter(())           # windows of the recordings that are validated
 
@@ -645,6 +646,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
             home, (state, position, chosen) = take_home(
                 group, config, split.fingerprint, resume, fresh, on_saved, watch, say)
             try:
+                net = as_saved(net, state, config, split, group, say)
                 say.keep(directory / "log.txt")
                 if going_on and not state:          # what was there is damaged
                     start_from(config, split, net, say)

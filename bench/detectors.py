@@ -9,7 +9,6 @@ import numpy as np
 from scipy.ndimage import uniform_filter1d
 
 from eeg import edf
-from model import DEFAULTS, SMALL                                       # noqa: F401
 
 FS = edf.FS
 

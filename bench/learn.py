@@ -63,7 +63,7 @@ def trained(work, name, folders, seed, args, **extra):
         "experiment": {"name": name, "seed": seed, "results": str(work / "results")},
         "data": {"path": folders, "window_seconds": 30.0, "stride_seconds": 7.5,
                  "dev_fraction": DEV, **extra},
-        "model": detectors.DEFAULTS if args.full else detectors.SMALL,
+        "model": {"size": "full" if args.full else "small"},
         "training": {**TRAINING, "epochs": args.epochs},
         "evaluation": {"window_seconds": 30.0}}
     path = work / f"{name}.yaml"

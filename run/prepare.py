@@ -198,3 +198,13 @@ def build_model(config, split, group, say):
         line += f", {group.size} processes"
     say(line)
     return net
+
+
+def as_saved(net, state, config, split, group, say):
+    """The model that the weights of a resumed state fit: where they are older than some of its
+    settings it is built anew without these."""
+    older = model.older(state["config"]["model"]) if state else {}
+    if not older:
+        return net
+    config["model"] |= older
+    return build_model(config, split, group, say)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import checkpoint
 import evaluate
+import model
 from eeg.disk import Refused, TemporaryFault, fault
 from run.config import compare
 
@@ -213,6 +214,7 @@ class Home:
         if missing:
             raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
         self._keep_origin(state["config"]["training"])
+        self._keep_model(state["config"].get("model") or {})
         compare(state["config"], self.config, self.say)
         if state["data"] != self.fingerprint:
             raise Refused("the recordings differ from those of the checkpoint (names, lengths, "
@@ -225,6 +227,15 @@ class Home:
         if now["init"] not in ("", origin):
             self.say(f"resume: training.init {now['init']} is for a fresh start: not read")
         now["init"], now["init_sha256"] = origin, before.get("init_sha256", "")
+
+    def _keep_model(self, before):
+        """A model that was begun before there was a setting goes on without it."""
+        now, older = self.config["model"], model.older(before)
+        for name, value in older.items():
+            if now[name] != value:
+                self.say(f"resume: this run is older than model.{name} and goes on without it: "
+                         f"{value:g}; a new run has {now[name]:g}")
+        now |= older
 
     def _cut_records(self):
         """The effective config and the records, the latter cut back to the resumed step."""

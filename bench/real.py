@@ -1,0 +1,348 @@
+"""Detectors on real seizures: cross-validation over the patients of one imported folder.
+
+    tar -xJf ../shared/eeg/seizeit2/developers.tar.xz -C /tmp
+    python data.py import /tmp/developers /tmp/seizeit2 --montage reduced --channels "BTE SD,CROSS SD"
+    python bench/real.py /tmp/seizeit2 --out real.json                      all but V3
+    python bench/real.py /tmp/seizeit2 --out real.json --systems "V3 small" --seeds 0,1,2
+    python bench/real.py --table real.json
+    python bench/real.py --transfer real.json CLIPS ...     folders of clips, on synthetic training
+
+Patients are dealt into five folds, the same for all. Of the patients who are not in the fold that
+is scored, those of DEV choose what a detector chooses (epoch, window, threshold) and the others
+train it: no patient of the fold is seen before the scores. What is done is added to --out, job by
+job, and not done again: large tables are made in parts. --set and --label make an ablation: a V3
+with some keys of its configuration changed, under a name of its own.
+
+AUROC is per second. pooled: all seconds of all folds at once; patients: mean of the patients'; within:
+mean of the recordings that hold both classes. Intervals: 95 % of 1,000 draws of patients. found: of
+all seizures, at the threshold with so many false alarms per hour over all folds; alarms are formed
+by the rules of evaluate.py in whole seconds, and any overlap finds a seizure. at the threshold:
+seizures found and false alarms per hour at the threshold that the patients of DEV chose.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import networks                                                         # noqa: E402
+import detectors                                                        # noqa: E402
+import judge                                                            # noqa: E402
+from networks import CPU, FS, Fitted, Place, data, evaluate, spent, train       # noqa: E402
+from eeg import splits                                                  # noqa: E402
+from eeg.disk import write_json                                         # noqa: E402
+from scoring import events, metrics                                     # noqa: E402
+
+FOLDS = 5
+DEV = 0.15                              # of the patients outside a fold
+ALARMS = 1, 2, 5, 10                    # false alarms per hour
+DRAWS = 1000
+RECIPE = {                              # of the small V3: three CPU minutes a fold
+    "data": {"window_seconds": 30.0, "stride_seconds": 15.0},
+    "model": {"size": "small"},
+    "training": {"epochs": 3, "batch_size": 16, "learning_rate": 3e-3, "warmup_ratio": 0.1,
+                 "grad_clip": 1.0, "log_every": 50, "checkpoint_keep": 1, "mid_epoch_keep": 1,
+                 "mid_epoch_minutes": 600, "best_metric": "average_precision"},
+    "evaluation": {"window_seconds": 30.0}}
+
+
+# ---- systems: (place, seed, overrides) -> Fitted ----
+
+def fit_v3(place, seed, overrides):
+    """train.py with RECIPE and `overrides`; best.pt."""
+    began = time_now()
+    config = {section: dict(keys) for section, keys in RECIPE.items()}
+    config["experiment"] = {"name": "v3", "seed": seed, "results": str(place.folder)}
+    config["data"]["path"] = place.corpus
+    config["data"]["dev_patients"] = sorted({r.patient for r in place.dev})
+    path = place.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with contextlib.redirect_stdout(sys.stderr):
+        if code := train.run(train.load_config(path, overrides), fresh=True):
+            raise SystemExit(code)
+    minutes = spent(began)
+    best = place.folder / "v3/checkpoints/best.pt"
+    _, state = evaluate.load_model(best, CPU)
+    return Fitted("", *networks.v3_track(best), 0.0, minutes, f"epoch {state['epoch']}")
+
+
+def fit_transformer(folder, place, seed, overrides):
+    """SeizureTransformer for the 8 CPU minutes that a V3 of twice the epochs takes."""
+    place.published = folder
+    fits = networks.fit_seizure_transformer(place, seed, [("8 min", "minutes", 8)])
+    return next(fits)
+
+
+def fit_classical(kind, place, seed, overrides):
+    began = time_now()
+    fitted = detectors.Classical(place.train, kind(seed))
+    columns = fitted.columns(place.train[0]).shape[1]
+    return Fitted("", fitted.track, columns, 0.0, spent(began))
+
+
+def fit_line_length(relative, place, seed, overrides):
+    """The window with the best AUROC on the training patients."""
+    began = time_now()
+    reached = {}
+    for window in (2, 4, 8, 15):
+        tracks = [seconds_of(detectors.line_length(r, window, relative)) for r in place.train]
+        labels = [r.labels(0, r.samples)[FS // 2::FS] for r in place.train]
+        reached[auroc(np.concatenate(tracks), np.concatenate(labels) > 0)] = window
+    window = reached[max(reached)]
+    return Fitted("", lambda r: detectors.line_length(r, window, relative), 1, 0.0, spent(began),
+                  f"{window} s")
+
+
+def time_now():
+    return networks.time.process_time()
+
+
+SYSTEMS = {
+    "boosting": functools.partial(fit_classical, detectors.boosting),
+    "logistic": functools.partial(fit_classical, detectors.logistic),
+    "line length, relative": functools.partial(fit_line_length, True),
+    "line length, uV": functools.partial(fit_line_length, False),
+    "V3 small": fit_v3,
+}
+
+
+# ---- one job: a system, a seed, a fold ----
+
+def parts(recordings, fold):
+    """(train, dev, test) of a fold, no patient in two of them."""
+    c = {"split": "patient", "folds": FOLDS, "fold": fold}
+    training, test = splits.split(recordings, c, 0)
+    train_on, dev = data.split_patients(training, (), DEV, fold)
+    return train_on, dev, test
+
+
+def linked(recordings, root, folder):
+    """An imported folder of some recordings of the imported folder `root`."""
+    for r in recordings:
+        link = Path(folder, r.name + ".h5")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path(r.path).resolve())
+    return str(folder)
+
+
+def run_job(system, seed, fold, args):
+    """The row of one job: what it cost and, for every recording of the fold, one probability a
+    second."""
+    train_on, dev, test = parts(data.open_corpus(args.folder), fold)
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = linked(train_on + dev, args.folder, Path(scratch, "corpus"))
+        place = Place(corpus, train_on, dev, Path(scratch), "")
+        fitted = SYSTEMS[system](place, seed, args.set)
+        threshold = judge.summary(fitted.track, dev, {"tune": True,
+                                                      "max_false_alarms_per_24h": 120.0})
+        tracks = {r.name: seconds_of(fitted.track(r)) for r in test}
+    return {"system": args.label or system, "seed": seed, "fold": fold, "set": args.set,
+            "minutes": fitted.minutes, "parameters": fitted.parameters, "chosen": fitted.chosen,
+            "threshold": threshold["threshold"], "tracks": tracks}
+
+
+def seconds_of(track):
+    """The middle sample of every second, as the AUROC of evaluate.py takes it."""
+    return [float(f"{value:.5g}") for value in track[FS // 2::FS]]
+
+
+def facts(recordings):
+    return {r.name: {"patient": r.patient, "events": r.events.tolist(), "seconds": r.seconds,
+                     "label": r.labels(0, r.samples)[FS // 2::FS].tolist()} for r in recordings}
+
+
+def run_jobs(args):
+    """All jobs that --out does not hold yet, each added to it when it is done."""
+    out = Path(args.out)
+    held = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    held["recordings"] = facts(data.open_corpus(args.folder))
+    done = {(row["system"], row["seed"], row["fold"]) for row in held["rows"]}
+    for system in args.systems:
+        for seed in args.seeds:
+            for fold in args.folds:
+                if (args.label or system, seed, fold) in done:
+                    continue
+                row = run_job(system, seed, fold, args)
+                held["rows"].append(row)
+                write_json(out, held)
+                said = auroc(*pooled([row], held["recordings"])[:2])
+                print(f"{row['system']}, seed {seed}, fold {fold}: AUROC {said:.3f}, "
+                      f"{row['minutes']:.1f} CPU min, {row['chosen']}", flush=True)
+    return held
+
+
+# ---- the table ----
+
+def pooled(rows, recordings):
+    """(probability, label, patient) of every second of the rows' recordings."""
+    tracks = {name: track for row in rows for name, track in row["tracks"].items()}
+    names = sorted(tracks)
+    patient = [np.full(len(tracks[n]), int(recordings[n]["patient"])) for n in names]
+    return (np.concatenate([tracks[n] for n in names]),
+            np.concatenate([recordings[n]["label"] for n in names]) > 0, np.concatenate(patient))
+
+
+def auroc(probability, label):
+    return metrics.ranking(probability, label)[0]
+
+
+def of_groups(probability, label, group):
+    """{group: AUROC} of those that hold both classes."""
+    found = {}
+    for name in np.unique(group):
+        mine = group == name
+        if 0 < label[mine].mean() < 1:
+            found[name] = auroc(probability[mine], label[mine])
+    return found
+
+
+def resampled(probability, label, patient):
+    """Pooled AUROC of DRAWS draws of patients with replacement."""
+    order = np.argsort(probability, kind="stable")
+    _, first = np.unique(probability[order], return_index=True)
+    names, place = np.unique(patient[order], return_inverse=True)
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(DRAWS):
+        weight = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[place]
+        ill = np.add.reduceat(weight * label[order], first)
+        well = np.add.reduceat(weight * ~label[order], first)
+        below = np.cumsum(well) - well / 2              # ties count half
+        found.append((ill * below).sum() / max(1, ill.sum() * well.sum()))
+    return np.array(found)
+
+
+def drawn_means(values):
+    rng = np.random.default_rng(0)
+    values = np.array(values)
+    return values[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1)
+
+
+def counted(rows, recordings, threshold):
+    """(seizures found, false alarms) over the rows' recordings."""
+    found = alarms = 0
+    for row in rows:
+        for name, track in row["tracks"].items():
+            known = recordings[name]
+            detected = alarms_of(np.array(track, np.float32), threshold)
+            overlap = metrics.touching(np.array(known["events"]).reshape(-1, 2), detected)
+            found += int(overlap.any(1).sum())
+            alarms += int((~overlap.any(0)).sum())
+    return found, alarms
+
+
+def alarms_of(track, threshold):
+    """Events (N, 2) in s of a track of one probability a second, by the rules of evaluate.py."""
+    c = evaluate.DEFAULTS
+    low = max(threshold - c["release"], threshold / 2)
+    found = events.hysteresis(track, threshold, low, 1, round(c["offset_seconds"]))
+    found = events.longer(found, round(c["min_duration_seconds"]))
+    return events.merge(found, round(c["merge_gap_seconds"])).astype(float)
+
+
+def found_at(rows, recordings):
+    """Most seizures found with no more than each of ALARMS false alarms per hour."""
+    probability, _, _ = pooled(rows, recordings)
+    hours = len(probability) / 3600
+    shares = np.concatenate([np.linspace(0.3, 0.88, 20), 1 - np.geomspace(0.1, 3e-4, 50)])
+    most = dict.fromkeys(ALARMS, 0)
+    for threshold in np.unique(np.quantile(probability, shares)):
+        found, alarms = counted(rows, recordings, float(threshold))
+        for rate in ALARMS:
+            if alarms <= rate * hours:
+                most[rate] = max(most[rate], found)
+    return list(most.values())
+
+
+def interval(draws):
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{np.mean(draws):.3f} ({low:.3f}-{high:.3f})"
+
+
+def line_of(name, rows, recordings):
+    """The table's line of one system, each figure the mean over its seeds."""
+    seeds = sorted({row["seed"] for row in rows})
+    whole, patients, within, found, at = [], [], [], [], []
+    for seed in seeds:
+        mine = [row for row in rows if row["seed"] == seed]
+        probability, label, patient = pooled(mine, recordings)
+        whole.append(resampled(probability, label, patient))
+        patients.append(drawn_means(list(of_groups(probability, label, patient).values())))
+        within.append(np.mean([auroc(np.array(track), np.array(recordings[n]["label"]) > 0)
+                               for row in mine for n, track in row["tracks"].items()
+                               if 0 < np.mean(recordings[n]["label"]) < 1]))
+        found.append(found_at(mine, recordings))
+        hits = [counted([row], recordings, row["threshold"]) for row in mine]
+        at.append((sum(h[0] for h in hits), sum(h[1] for h in hits) * 3600 / len(probability)))
+    folds = sorted({row["fold"] for row in rows})
+    return [name, ",".join(map(str, folds)), str(len(seeds)),
+            interval(np.mean(whole, 0)), interval(np.mean(patients, 0)), f"{np.mean(within):.3f}",
+            *(f"{value:.0f}" for value in np.mean(found, 0)),
+            f"{np.mean([a[0] for a in at]):.0f} with {np.mean([a[1] for a in at]):.1f}",
+            f"{sum(row['minutes'] for row in rows) / len(seeds):.1f}"]
+
+
+def table(path):
+    held = json.loads(Path(path).read_text())
+    recordings = held["recordings"]
+    print(f"{len({r['patient'] for r in recordings.values()})} patients, "
+          f"{sum(len(r['events']) for r in recordings.values())} seizures, "
+          f"{sum(r['seconds'] for r in recordings.values()) / 3600:.1f} h\n")
+    systems = {}
+    for row in held["rows"]:
+        systems.setdefault(row["system"], []).append(row)
+    lines = [line_of(name, rows, recordings) for name, rows in systems.items()]
+    judge.print_table(["", "folds", "seeds", "pooled", "patients", "within",
+                       *(f"found at {rate}/h" for rate in ALARMS), "at the threshold (per h)",
+                       "CPU min"], lines)
+
+
+# ---- command line ----
+
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", nargs="?", help="imported recordings with labels")
+    add("--out", default="real.json", help="file that results are added to")
+    add("--systems", default=",".join(name.replace(",", ";") for name in SYSTEMS),
+        help="comma-separated; a comma inside a name is written as ;")
+    add("--folds", type=numbers, default=list(range(1, FOLDS + 1)))
+    add("--seeds", type=numbers, default=[0])
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of V3's training")
+    add("--label", default="", help="name of the row, of an ablation")
+    add("--seizuretransformer", metavar="FOLDER", default="",
+        help="its published time_step_level, see bench/model.py")
+    add("--table", metavar="FILE", help="print the table of FILE")
+    args = parser.parse_args()
+    args.systems = [name.replace(";", ",") for name in args.systems.split(",")]
+    if args.seizuretransformer:
+        SYSTEMS["SeizureTransformer"] = functools.partial(fit_transformer, args.seizuretransformer)
+    unknown = [name for name in args.systems if name not in SYSTEMS]
+    if unknown or not (args.table or args.folder):
+        parser.error(f"unknown system {unknown[0]}: {'; '.join(SYSTEMS)}" if unknown
+                     else "give a FOLDER of imported recordings, or --table FILE")
+    return args
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(1)
+    if args.table:
+        return table(args.table)
+    run_jobs(args)
+
+
+if __name__ == "__main__":
+    main()
