@@ -73,21 +73,18 @@ KEYS = {                    # name: default, meaning, limits
     "head_width": (424, "hidden units of the head", WHOLE),
     "dropout": (0.1, "share of features dropped, per sequence", SHARE),
     "prior": (0.05, "probability of seizure that an untrained model gives", SHARE),
-    "baseline": (0.0, "share of the recording's baseline spectrum that its EEG is divided by; 1 "
-                 "where model.size is named or nothing is", SHARE),
-    "bank": (0.0, "size of a filter bank's log power beside the stem, 0 = none; 1 where model.size "
-             "is named or nothing is", SHARE),
+    "baseline": (1.0, "share of the recording's own baseline spectrum that its EEG is divided by, "
+                 "0 = by its amplitude alone", SHARE),
+    "bank": (1.0, "size of a filter bank's log power beside the stem, 0 = none", SHARE),
 }
 DEFAULTS = {name: default for name, (default, _, _) in KEYS.items()}
-# what a run has: every configuration names its size. Above they are off: that is what a model was
-# that was saved before there were such settings
-NEW = {"baseline": 1.0, "bank": 1.0}
+OLDER = {"baseline": 0.0, "bank": 0.0}      # what a model was that was saved without these keys
 SMALL = {                   # 160,000 parameters, for a CPU, smoke runs and tests
     "stem_width": 16, "tcn_width": 64, "tcn_blocks": 4, "tcn_kernel": 5, "node_width": 16,
     "node_layers": 1, "node_state": 8, "edge_heads": 2, "edge_width": 4, "edge_layers": 1,
     "edge_state": 4, "edge_headdim": 8, "eigenvectors": 4, "graph_layers": 1, "head_width": 64,
-    "dropout": 0.05, **NEW}
-SIZES = {"full": NEW, "small": SMALL}
+    "dropout": 0.05}
+SIZES = {"full": {}, "small": SMALL}
 
 STRIDE = 16                 # samples per stem step: 16 Hz
 TAPS = 4                    # a stem filter sees TAPS * STRIDE samples, 250 ms
@@ -100,7 +97,7 @@ BLOCK = 150_000             # numbers that a CPU works on at a time, to keep the
 
 
 def settings(given):
-    """DEFAULTS, those of the size where `given` names one, and `given` over them; checked. The size
+    """DEFAULTS, or those of the named size in `given`, overridden by `given`; checked. The size
     itself is left out: two ways to write one model are equal. Raises ValueError."""
     unknown = sorted(set(given) - set(KEYS))
     if unknown:
@@ -108,7 +105,7 @@ def settings(given):
     size = given.get("size", DEFAULTS["size"])
     if size not in SIZES:
         raise ValueError(f"model: size must be one of {', '.join(SIZES)}, not {size!r}")
-    c = {**DEFAULTS, **(SIZES[size] if "size" in given else {}), **given}
+    c = {**DEFAULTS, **SIZES[size], **older(given), **given}
     del c["size"]
     for name, value in c.items():
         lowest, highest = KEYS[name][2]
@@ -123,14 +120,12 @@ def settings(given):
     return c
 
 
-def of_run(given):
-    """settings() of a configuration, where a size that is not named is the default one."""
-    return settings({"size": DEFAULTS["size"], **given})
-
-
 def older(saved):
-    """{setting: what it was} of those that a saved model's settings lack: it is older than they."""
-    return {name: DEFAULTS[name] for name in NEW if name not in saved}
+    """{setting: what it was} of those that the whole settings of a saved model lack; {} for
+    settings that are not whole: those of a configuration."""
+    if not DEFAULTS.keys() - OLDER.keys() - {"size"} <= saved.keys():
+        return {}
+    return {name: value for name, value in OLDER.items() if name not in saved}
 
 
 def build(channels, settings):

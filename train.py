@@ -45,7 +45,7 @@ from run.records import holds_checkpoints, move_aside       # noqa: F401 - for t
 from run.watch import Watchdog
 
 # the tables of the scripts that have settings, beside those of run/config.py
-add("model", model.KEYS, model.of_run)
+add("model", model.KEYS, model.settings)
 add("evaluation", evaluate.KEYS, evaluate.settings)
 
 MAX_NONFINITE = 50                      # steps in a row

@@ -214,8 +214,9 @@ class Home:
         if missing:
             raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
         self._keep_origin(state["config"]["training"])
-        self._keep_model(state["config"].get("model") or {})
-        compare(state["config"], self.config, self.say)
+        older = self._keep_model(state["config"].get("model") or {})
+        saved = state["config"] | {"model": state["config"].get("model", {}) | older}
+        compare(saved, self.config, self.say)
         if state["data"] != self.fingerprint:
             raise Refused("the recordings differ from those of the checkpoint (names, lengths, "
                           "preparation or events): restore them, or start another run with --fresh")
@@ -229,13 +230,15 @@ class Home:
         now["init"], now["init_sha256"] = origin, before.get("init_sha256", "")
 
     def _keep_model(self, before):
-        """A model that was begun before there was a setting goes on without it."""
+        """A model that was begun before there was a setting goes on without it: {setting: what it
+        was}."""
         now, older = self.config["model"], model.older(before)
         for name, value in older.items():
             if now[name] != value:
                 self.say(f"resume: this run is older than model.{name} and goes on without it: "
                          f"{value:g}; a new run has {now[name]:g}")
         now |= older
+        return older
 
     def _cut_records(self):
         """The effective config and the records, the latter cut back to the resumed step."""

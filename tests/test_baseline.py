@@ -99,21 +99,22 @@ def test_evaluation_gives_a_detector_the_very_windows_of_its_training(small_corp
 # ---- models that are older than the settings ----
 
 def test_a_model_saved_before_the_baseline_is_built_as_it_was():
-    new = model.of_run({"size": "small"})
-    assert new["baseline"] == new["bank"] == 1 and model.of_run({})["bank"] == 1
-    before = {name: value for name, value in new.items() if name not in model.NEW}
+    new = model.settings({"size": "small"})
+    assert new["baseline"] == new["bank"] == 1
+    before = {name: value for name, value in new.items() if name not in model.OLDER}
     old = model.build(4, before)
     assert old.baseline == 0 and not any(name.startswith("bank") for name in old.state_dict())
+    assert model.build(4, model.SMALL).baseline == 1, "a few settings are no saved model"
 
 
 def test_a_run_that_is_older_than_the_baseline_resumes_as_it_was_and_says_so(small_corpus, tmp_path, capfd):
     config = loaded(small_corpus, tmp_path, training__epochs=1)
-    config["model"] |= dict.fromkeys(model.NEW, 0.0)
+    config["model"] |= dict.fromkeys(model.OLDER, 0.0)
     assert train.run(config) == 0
     # as an earlier version wrote it
     for path in (tmp_path / "t/checkpoints").glob("*.pt"):
         state = checkpoint.load(path)
-        for name in model.NEW:
+        for name in model.OLDER:
             del state["config"]["model"][name]
         checkpoint.atomic_save(state, path)
     config = loaded(small_corpus, tmp_path, training__epochs=2)
