@@ -1,10 +1,7 @@
 """Checkpoints that survive: durable saves, damage found before it is believed, exact resumes.
 
-    python checkpoint.py ls results/            every run: files, health, what a resume takes
     python checkpoint.py verify FILE_OR_DIR     exit 1 and the file's name on any damage
-    python checkpoint.py clean results/ [--yes] what no resume needs; removed only with --yes
-    python checkpoint.py strip best.pt [DST]    the weights alone, to share, with a model card
-    python checkpoint.py average A.pt B.pt --out FILE       the mean of their weights
+    python checkpoint.py --help                 ls, clean, strip, average: beside Holdfast's run/
 
 Copy this one file (it needs torch and nothing else of ours) and train like this;
 kill it whenever you like:
@@ -64,11 +61,12 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import importlib
 import io
 import itertools
 import json
 import math
-import mmap
+import multiprocessing.util
 import os
 import pickle
 import random
@@ -83,52 +81,58 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-TEMP = re.compile(r"\..+\.(\d+)(?:@([\w-]+))?\.\d+\.tmp")     # .NAME.PID@HOST.SERIAL.tmp
-ABANDONED = 3600.0              # seconds after which a temp of another host counts as dead
+TEMP = re.compile(r"\..+\.(\d+)(?:@([\w-]+))?\.\w+\.tmp")     # .NAME.PID@HOST.RANDOM.tmp
+ABANDONED = 3600.0              # seconds after which an unchanged temp counts as a dead process's
 PROGRESS = ("epoch", "batch", "global_step", "save_counter")
+MAX_STARTS = 100                # earlier starts of its run that a checkpoint names
 # alignment of O_DIRECT writes, and bytes of one: pieces of 4 MB took 1.2 times as long
 PAGE, CHUNK = 4096, 32 << 20
-# bytes that the second copy reads and writes at a time, and seconds that it rests after them
-PIECE, PAUSE = 4 << 20, 0.005
-# assumed mean time between failures for the Young/Daly advice: one Modal time limit
-MTBF_HOURS = 24.0
 # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
 MAGIC = b"holdfast1 "
-MIRROR_NOTE = ".mirror.json"    # in a run's directory: where its second copy lies
-MIRROR_WAIT = 20.0              # seconds that a run which ends waits for its second copy
-# seconds that a resume waits for a disk or a network that does not answer
-READ_PATIENCE = 30.0
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
-LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-           errno.EACCES, errno.EPERM, errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG}
-# what a place says that knows no fsync or no rename
-UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-_serial = itertools.count()
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
+           errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST}
+_own_temps = set()              # names of the temp files that this process writes
 
 
 class CorruptCheckpoint(Exception):
     """The file is damaged, or is no checkpoint that can be loaded without running code. The message
     names file and damage."""
 
+    foreign = False             # a sound file of another program
+
+
+class NotFinite(ArithmeticError):
+    """Weights became infinite or NaN: they are not written over good files."""
+
 
 class InUse(OSError):
-    """Another live process holds this run directory."""
+    """Another live process holds this directory: `pid` on `host`, both None where it is not known.
+    """
 
-
-class Overtaken(Exception):
-    """The image in memory is that of a newer save."""
+    def __init__(self, directory, holder):
+        self.pid, self.host = holder or (None, None)
+        owner = f"process {self.pid} on {self.host}" if holder else "another process"
+        advice = "stop it first"
+        if (self.pid, self.host) == (os.getpid(), socket.gethostname()):
+            owner, advice = "this process", "close the earlier Checkpointer first"
+        super().__init__(errno.EBUSY, f"{directory} is in use by {owner}: {advice}")
 
 
 class SaveFailed(OSError):
-    """Saves failed for as long as the patience lasts: going on would risk ever more work."""
+    """The newest save could not be made durable, for as long as the patience lasts."""
+
+
+class Moved(SaveFailed):
+    """The path of a run leads to another directory now: saves there would harm another run."""
 
 
 class IncompleteState(TypeError, KeyError):
@@ -637,7 +641,7 @@ class _Image:
         return found
 
     def refuse_nonfinite(self, weights):
-        """Raise OSError (EDOM) where one of `weights`, [(name, slot)], holds a NaN or an infinity.
+        """Raise NotFinite where one of `weights`, [(name, slot)], holds a NaN or an infinity.
 
         A tensor that held infinities, and no NaN, when it was first seen is a mask, not a
         weight."""
@@ -651,8 +655,7 @@ class _Image:
             if _finite(values):
                 self.sound.add(name)
             elif name in self.sound or slot.parameter or _widened(values).isnan().any():
-                raise OSError(errno.EDOM, f"weights are not finite ({name}): "
-                                          f"not written over good files")
+                raise NotFinite(f"weights are not finite ({name}): not written over good files")
             else:
                 self.masks.add(name)
                 self.say(f"checkpoints: {name} holds infinities from the start: taken for a mask")
@@ -661,7 +664,7 @@ class _Image:
         """Yield the file from front to back as buffers, all but the last two whole pages.
 
         Runs in the writer. Pickle, headers and checksums come around the tensors here; the
-        checksums keep ahead of the disk. Raises OSError (EDOM) where a tensor of the state's entry
+        checksums keep ahead of the disk. Raises NotFinite where a tensor of the state's entry
         `finite` holds a NaN or an infinity."""
         self._await_copy()
         whole = self._memory()
@@ -689,21 +692,6 @@ class _Image:
         yield whole[self.end // PAGE * PAGE:]
         self.tail = self._tail(entries, digest)
         yield self.tail
-
-    def reader(self):
-        """A generator function of what `file` has made, out of memory; Overtaken once `fill` begins
-        anew, which waits for no reader."""
-        fills, tail, whole = self.fills, self.tail, self._memory()
-        pages = len(whole) // PAGE * PAGE
-        begins = [*range(0, pages, CHUNK), pages, len(whole)]
-
-        def pieces():
-            for begin, end in itertools.pairwise(begins):
-                yield whole[begin:end]
-                if self.fills != fills:     # it may have changed while it was written
-                    raise Overtaken
-            yield tail
-        return pieces
 
     def _memory(self):
         memory = (ctypes.c_char * self.end).from_address(self.buffer.data_ptr())
@@ -761,9 +749,12 @@ def _facts(state):
     ours = state["holdfast"] if "holdfast" in state else None
     if not isinstance(ours, dict):
         ours = state                        # a note, or a file that another writer made
-    for key in ("kind", "run"):
+    for key in ("kind", "run", "start"):
         if key in ours and _is_name(ours[key]):
             facts[key] = ours[key]
+    starts = ours["starts"] if "starts" in ours else None
+    if type(starts) is list and all(map(_is_start, starts)):
+        facts["starts"] = starts
     metric = ours["metric"] if "metric" in ours else None
     if type(metric) is dict and _is_name(metric.get("name")):
         value = metric.get("value")
@@ -771,7 +762,18 @@ def _facts(state):
             facts["metric"] = {"name": metric["name"], "value": value}
             if type(metric.get("tie")) is float:
                 facts["metric"]["tie"] = metric["tie"]
+            if "rules" in metric and _is_name(metric["rules"]):
+                facts["metric"]["rules"] = metric["rules"]
     return facts
+
+
+def facts_of(state) -> dict:
+    """What `peek` returns, but for `bytes`, of a state that was loaded."""
+    facts = _facts(state)
+    progress = {key: facts.get(key) or 0 for key in PROGRESS}
+    others = {key: facts.get(key) for key in ("kind", "run", "metric")}
+    return {**progress, **others, "start": facts.get("start") or "",
+            "starts": facts.get("starts") or [], "position": _position(facts)}
 
 
 def _position(facts):
@@ -782,6 +784,10 @@ def _position(facts):
     if facts.get("kind") == "epoch":
         return epoch + 1, 0
     return None if batch is None else (epoch, batch)
+
+
+def _is_start(value):
+    return type(value) is list and list(map(type, value)) == [str, int, bool]
 
 
 def _is_name(value):
@@ -799,9 +805,9 @@ def _ahead(function, *items):
         yield from results
 
 
-# ---- writing ----
+# ---- writing: a temp beside the target, fsync, rename, fsync of the directory ----
 
-def atomic_save(state, path):
+def atomic_save(state: dict, path) -> None:
     """Write the dict `state` to `path`: it survives a power cut once this returns; all or nothing.
 
     Raises OSError (with its errno) when it cannot be written, TypeError for what `weights_only`
@@ -812,150 +818,129 @@ def atomic_save(state, path):
     atomic_write(path, image.file())
 
 
-def atomic_write(path, buffers):
+def atomic_write(path, buffers, check=None) -> int:
     """Write the bytes-like `buffers` to `path`, durably, all or nothing; returns their size.
 
-    Temp in the same directory, write, fsync, replace, fsync of the directory: nothing less is safe
-    (Pillai et al., OSDI'14). A failed fsync is not retried: the kernel may call the lost pages
-    clean (Rebello et al., ATC'20). Raises OSError."""
+    Nothing less than these four steps is safe (Pillai et al., OSDI'14). A failed fsync is not
+    retried: the kernel may call the lost pages clean (Rebello et al., ATC'20). check(temp) may
+    refuse what was written. Raises OSError, and what `check` raises."""
     path = Path(path).absolute()            # another thread may change the directory meanwhile
-    temp, fd = _create(path)
+    temp = _temp(path)
     try:
+        # the umask decides, unlike mkstemp's 0600
+        fd = _open_above_streams(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             size = _write_all(fd, buffers)
-            # before close: closing gives up the lock that marks this temp as alive
-            _sync_and_replace(fd, temp, path)
+            os.fsync(fd)
         finally:
-            _let_go(fd)
+            os.close(fd)
+        if check:
+            check(temp)
+        os.replace(temp, path)
     except BaseException:
         _unlink(temp)
         raise
+    finally:
+        _own_temps.discard(temp.name)
     _sync_directory(path.parent)
     return size
 
 
-def durable_replace(temp, target):
-    """`temp`, written by other hands and closed, becomes `target` of the same directory, durably.
+def copy_checked(source, target) -> None:
+    """`target` becomes a durable copy of the checkpoint `source`. CorruptCheckpoint where the copy
+    is damaged, so that what a disk has garbled replaces no good file; OSError."""
+    atomic_write(target, _pieces(source), check=verify)
 
-    Raises OSError."""
+
+def link_or_copy(source, target, links=True) -> None:
+    """`target` becomes another name of `source`, of the same directory: a hard link where possible,
+    else a second durable file. Raises OSError."""
+    if not links:
+        return copy_checked(source, target)
     target = Path(target).absolute()
-    fd = os.open(temp, os.O_RDONLY)
-    try:
-        _sync_and_replace(fd, temp, target)
-    finally:
-        os.close(fd)
-    _sync_directory(target.parent)
-
-
-def durable_link(source, target):
-    """`target` becomes another name of `source`, in the same directory, durably. Raises OSError."""
-    source, target = Path(source).absolute(), Path(target).absolute()
     temp = _temp(target)
-    # a lock lies on a file, not on its name: taken on the source it marks the temp as alive
-    fd = os.open(source, os.O_RDONLY)
     try:
-        _lock_shared(fd)
         os.link(source, temp)
         # replacing one name of a file by another one of it does nothing: the temp is left then
         os.replace(temp, target)
     finally:
         _unlink(temp)
-        _let_go(fd)
+        _own_temps.discard(temp.name)
     _sync_directory(target.parent)
 
 
-def _sync_and_replace(fd, temp, target):
-    os.fsync(fd)
-    os.replace(temp, target)
+def sweep_temps(directory) -> None:
+    """Remove the temp files of dead processes in `directory`."""
+    for temp in Path(directory).glob(".*.tmp"):
+        if is_dead_temp(temp):
+            _unlink(temp)
 
 
-def _let_go(fd):
-    """Unlock and close: closing alone would leave the lock to a child that was forked meanwhile."""
+def is_dead_temp(path) -> bool:
+    """Whether `path` is a temp file that no live process writes: by the process in its name on this
+    host, elsewhere and in any doubt once it has not changed for ABANDONED seconds."""
+    named = TEMP.fullmatch(path.name)
     try:
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        info = os.lstat(path)
     except OSError:
-        pass                                # no locks here: nothing was taken
-    finally:
-        os.close(fd)
+        return False
+    if not named or not stat.S_ISREG(info.st_mode):
+        return False
+    process, host = int(named[1]), named[2]
+    if time.time() - info.st_mtime > ABANDONED:
+        return True
+    if host not in (None, _host()):
+        return False
+    if process == os.getpid():              # in a container a dead process had this number too
+        return path.name not in _own_temps
+    return not is_alive(process)
 
 
-def _lock_shared(fd):
-    for _ in range(20):
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:             # a sweep looks at it, for an instant
-            time.sleep(0.01)
-        except OSError:                     # no locks here: a sweep goes by host and process
-            return
-
-
-def write_json(path, value, indent=None):
-    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN,
-    which JSON has not."""
-    path = Path(path)
-    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
-    sweep_temps(path.parent)
-    atomic_write(path, [text.encode()])
-
-
-def read_json_lines(path, say=print):
-    """Yield the dicts of a file with one JSON object a line; none where it is absent.
-
-    A kill or a power cut may tear the last row: what cannot be read is named through `say` and left
-    out."""
+def is_alive(process) -> bool:
+    """Whether a process of this number exists on this host."""
     try:
-        file = open(path, errors="replace")
-    except FileNotFoundError:
-        return
-    with file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError
-            except (ValueError, RecursionError):
-                say(f"{Path(path).name}: dropped a row that cannot be read: {line[:60].strip()!r}")
-                continue
-            yield row
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:                 # another user's
+        pass
+    return True
 
 
 def _temp(path):
-    """A name beside `path` that says who writes it: .NAME.PID@HOST.SERIAL.tmp"""
-    return path.parent / f".{path.name}.{os.getpid()}@{_host()}.{next(_serial)}.tmp"
+    """A name beside `path` that says who writes it: .NAME.PID@HOST.RANDOM.tmp"""
+    random_part = uuid.uuid4().hex[:8]
+    temp = path.parent / f".{path.name}.{os.getpid()}@{_host()}.{random_part}.tmp"
+    _own_temps.add(temp.name)
+    return temp
 
 
 def _host():
     return re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40]
 
 
-def _create(path):
-    """(temp beside `path`, its descriptor), locked.
-
-    Any death frees the lock, which sweep_temps of any process asks for."""
-    while True:
-        temp = _temp(path)
-        # the umask decides, unlike mkstemp's 0600
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
-                return temp, fd
-        except BlockingIOError:
-            pass        # a sweep came between open and lock and takes it for dead: another one
-        except OSError:
-            return temp, fd                 # no locks here: a sweep goes by host and process
-        except BaseException:
-            os.close(fd)
-            _unlink(temp)
-            raise
+def _open_above_streams(path, flags, mode=0o666):
+    """os.open; never as descriptor 0, 1 or 2, which are free in a process whose standard streams
+    are closed: a signal's line or a traceback would be written into the file."""
+    fd = os.open(path, flags, mode)
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
         os.close(fd)
-        _unlink(temp)
+
+
+def _pieces(path):
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK):
+            yield piece
 
 
 def _write_all(fd, buffers):
     """Whole pages bypass the page cache where the file system allows, up to the first odd buffer.
 
-    That halves the interference with training, and keeps the EEG in the cache."""
+    That halves the interference with training, and leaves the cache to the training data."""
     direct, size = _set_direct(fd, True), 0
     for left in map(memoryview, buffers):
         size += len(left)
@@ -994,7 +979,7 @@ def _sync_directory(directory):
         os.fsync(fd)
     except OSError as error:
         # "cannot" is not "failed"
-        if error.errno not in UNKNOWN:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
             raise
     finally:
         os.close(fd)
@@ -1006,52 +991,6 @@ def _unlink(path):
     except OSError as error:
         if error.errno != errno.ENOENT and path.exists():
             print(f"checkpoint: could not remove {path}: {error.strerror}", file=sys.stderr)
-
-
-def sweep_temps(directory):
-    """Remove the temp files of dead processes in `directory`; a live writer holds a lock on its
-    own."""
-    for temp in Path(directory).glob(".*.tmp"):
-        if TEMP.fullmatch(temp.name):
-            _dead(temp, remove=True)
-
-
-def _dead(temp, remove=False):
-    """Whether no live process writes `temp`.
-
-    Removed under the lock: its writer, about to lock it too, then sees it gone."""
-    try:
-        # some network file systems lock only what is open for writing; a pipe or a link that
-        # somebody named like a temp is none of ours
-        fd = os.open(temp, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            return False
-        dead = _abandoned(fd, TEMP.fullmatch(temp.name), time.time() - info.st_mtime)
-        if dead and remove:
-            _unlink(temp)
-        return dead
-    finally:
-        os.close(fd)
-
-
-def _abandoned(fd, name, age):
-    """By its lock; by its process where this host has no locks, by its age where another one
-    wrote."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locks = True
-    except BlockingIOError:
-        return False
-    except OSError:
-        locks = False
-    process, host = name.groups()
-    if host not in (None, _host()):
-        return age > ABANDONED              # locks of one host may be unknown to another
-    return locks or not Path("/proc", process).exists()
 
 
 # ---- reading ----
@@ -1280,13 +1219,11 @@ def peek(path):
             note = _note(comment) if comment else None
         except CorruptCheckpoint as damage:
             raise CorruptCheckpoint(f"{path}: {damage}") from None
-    facts = _facts(_checked(path, "meta") if note is None else note)
-    progress = {key: facts.get(key, 0) for key in PROGRESS}
-    for key, value in progress.items():
-        if value is None or not 0 <= value < 2**63:
+    state = _checked(path, "meta") if note is None else note
+    for key, value in _facts(state).items():
+        if key in PROGRESS and (value is None or not 0 <= value < 2**63):
             raise CorruptCheckpoint(f"{path}: its {key} is {value!r}, not a count")
-    others = {key: facts.get(key) for key in ("kind", "run", "metric")}
-    return {**progress, **others, "position": _position(facts), "bytes": size}
+    return {**facts_of(state), "bytes": size}
 
 
 # ---- choosing and rotating: by what is stored inside, never by mtime or by the order of names ----
@@ -1296,7 +1233,6 @@ class Kind(NamedTuple):
     work."""
 
     name: str               # filled in from the state
-    mirrored: int = 0       # newest files of it in the second copy
     spare: bool = False     # worth nothing once a later save is durable: `clean` removes it
 
     @property
@@ -1304,18 +1240,18 @@ class Kind(NamedTuple):
         return re.sub(r"\{.*?\}", "*", self.name)
 
 
-# of one save under two names a resume takes the upper; the best is its last resort
+# of one save under two names a resume takes the upper; best.pt is its last resort
 KINDS = {
-    "mid_epoch": Kind("mid_epoch_{epoch:03d}_{batch:06d}.pt", mirrored=2, spare=True),
-    "last": Kind("last.pt", mirrored=1),
+    "mid_epoch": Kind("mid_epoch_{epoch:03d}_{batch:06d}.pt", spare=True),
+    "last": Kind("last.pt"),
     "checkpoint_epoch": Kind("checkpoint_epoch_{epoch:03d}.pt"),
-    "best": Kind("best.pt", mirrored=1),
+    "best": Kind("best.pt"),
 }
 NAME = re.compile("|".join(f"(?P<{key}>{re.escape(kind.glob)})" for key, kind in KINDS.items())
                   .replace(r"\*", r"\d+"))
 
 
-def checkpoints(directory):
+def checkpoints(directory) -> list[Path]:
     """Paths in `directory` that are named like a checkpoint, by name; none where it is absent."""
     try:
         names = sorted(os.listdir(directory))
@@ -1324,28 +1260,36 @@ def checkpoints(directory):
     return [Path(directory, name) for name in names if NAME.fullmatch(name)]
 
 
-class _Candidate:
-    """One checkpoint file with its progress, or the reason why no resume can take it."""
+class Candidate:
+    """One checkpoint file with its progress, or the reason why no resume can take it.
 
-    def __init__(self, path, second=False):
+    facts       what `peek` returns; None where it cannot be read
+    damage      why no resume can take it, as text; None for a sound file
+    foreign     a sound file of another program
+    fault       an OSError that may pass: what the file holds is not known"""
+
+    def __init__(self, path, label=""):
         self.path = Path(path)
-        self.second = second                # in the second copy's place
-        self.label = str(path) if second else self.path.name
+        self.label = label or self.path.name
         named = NAME.fullmatch(self.path.name)
         self.kind = named and named.lastgroup
-        self.facts = None
-        self.damage = None
-        self.fault = None   # an OSError that may pass: what the file holds is not known
+        self.facts = self.damage = self.fault = None
+        self.foreign = False
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise CorruptCheckpoint(f"{path}: not a regular file")
             self.facts = peek(path)
             if not self.facts["position"]:
-                self.damage = "it names no epoch and batch to go on from"
-        except (CorruptCheckpoint, OSError) as damage:
-            self.damage = _reason(damage)
-            if isinstance(damage, OSError) and damage.errno not in LASTING:
-                self.fault = damage
+                self.damage = "foreign: it names no epoch and batch to go on from"
+                self.foreign = True
+        except CorruptCheckpoint as damage:
+            self.damage = reason_of(damage)
+            self.foreign = damage.foreign
+        except OSError as error:
+            if error.errno in LASTING:
+                self.damage = reason_of(error)
+            else:
+                self.fault = error
 
     @property
     def order(self):
@@ -1357,7 +1301,15 @@ class _Candidate:
 
     @property
     def save(self):
-        return self.facts["run"], self.facts["save_counter"]
+        """What makes two files the same save; None where it is not known."""
+        return self.facts and (self.facts["run"], self.facts["start"], self.facts["save_counter"])
+
+    def stands_for(self, other):
+        """Whether this sound file holds the save of `other`, which cannot be read: by its progress,
+        else by the name of a snapshot, which says its epoch and batch."""
+        if other.facts:
+            return self.save == other.save and self is not other
+        return self.kind == "mid_epoch" and self.path.name == other.path.name
 
     def __str__(self):
         f = self.facts
@@ -1365,104 +1317,107 @@ class _Candidate:
                 f"save {f['save_counter']}")
 
 
-def candidates(directory, mirror=None):
-    """Files of `directory` and of its second copy that a resume may take, furthest first, then the
-    best, then what cannot be taken. Of equal saves the one at home comes first."""
-    found = [_Candidate(path) for path in checkpoints(directory)]
-    try:
-        found += [_Candidate(path, second=True) for path in checkpoints(mirror)] if mirror else []
-    except OSError:
-        # nothing at home: what cannot be read may be all there is
-        if all(c.damage for c in found):
-            raise
-    # a run at work rotates
-    found = [c for c in found if c.facts or c.fault or os.path.lexists(c.path)]
-    usable = sorted((c for c in found if not c.damage), key=lambda c: c.order, reverse=True)
+def candidates(directory, labelled=False) -> list[Candidate]:
+    """Files of `directory` that a resume may take, furthest first, then the best, then what cannot
+    be taken. `labelled`: they are called by their whole paths. Raises OSError."""
+    found = [Candidate(path, str(path) if labelled else "") for path in checkpoints(directory)]
+    # rotated away between listing and opening: not damage
+    return in_order(c for c in found if c.facts or c.fault or os.path.lexists(c.path))
+
+
+def in_order(found):
+    found = list(found)
+    usable = sorted((c for c in found if c.facts and not c.damage), key=lambda c: c.order,
+                    reverse=True)
     usable.sort(key=lambda c: c.kind == "best")
-    return usable + [c for c in found if c.damage]
+    return usable + [c for c in found if c not in usable]
 
 
-def _choose(directory, open_, say, patience=0.0, mirror=None):
-    """(path, what open_ returned) of the latest save that open_ accepts, or (None, None); says why
-    for each.
+def in_line(facts, later) -> bool:
+    """Whether the save of `facts` is one that the save of `later` goes back to, or is itself.
 
-    A disk or a network that does not answer is no damage: for `patience` seconds it is asked again,
-    then OSError."""
-    ends = time.monotonic() + patience
-    pause = 0.5
-    while True:
-        try:
-            return _best_of(candidates(directory, mirror), open_, say)
-        except OSError as error:
-            if time.monotonic() >= ends:
-                raise
-            say(f"resume: {error.filename} cannot be read now ({error.strerror}): no damage, "
-                f"trying again")
-            time.sleep(pause)
-            pause = min(2 * pause, 10.0)
+    Each start of a process is a line of its own; a save names the starts before its own, and the
+    save at which each was left. Starts before an unnamed one, of an older version, are not known:
+    there the counter decides."""
+    if facts["run"] != later["run"]:
+        return False
+    left = {start: counter for start, counter, _ in later["starts"]}
+    left[later["start"]] = later["save_counter"]
+    return facts["save_counter"] <= left.get(facts["start"], left.get("", -1))
 
 
-def _best_of(found, open_, say):
-    at_home = any(not c.damage and not c.second for c in found)
-    for candidate in found:
-        # it may be the latest of all; a second copy seldom is
-        if candidate.fault and not (candidate.second and at_home):
-            raise OSError(candidate.fault.errno, candidate.fault.strerror, str(candidate.path))
-    chosen = None
+def choose(found, open_, say=print):
+    """(Candidate, what open_ made of it) of the latest save in `found` that open_ accepts, or
+    (None, None). Says of each file why it is taken or not.
+
+    A file that cannot be read now may be the latest: its OSError is raised, unless the same save
+    can be read elsewhere."""
+    usable = [c for c in found if c.facts and not c.damage]
     refused = [c for c in found if c.damage]
+    for candidate in found:
+        if candidate.fault:
+            _expect_another(candidate, candidate.fault, usable, say)
     for candidate in refused:
         say(f"resume: skipped {candidate.label}: {candidate.damage}")
-    for candidate in found:
-        if candidate in refused or (candidate.kind == "best" and chosen):
-            continue
+    chosen, opened = None, None
+    for number, candidate in enumerate(usable):
         if candidate.kind == "best" and not refused:
             say(f"resume: best.pt alone is no run to continue: --resume {candidate.path} would "
                 f"start from it")
-        elif chosen:
-            same = candidate.facts["save_counter"] == chosen[2].facts["save_counter"]
-            reason = "the same save" if same else "an earlier save"
-            say(f"resume: older: {candidate.label}: {candidate}, {reason}")
-        else:
-            state = _accepted(candidate, open_, say)
-            if state is None:
+            continue
+        try:
+            opened = open_(candidate.path)
+        except CorruptCheckpoint as damage:
+            say(f"resume: skipped {candidate.label}: {reason_of(damage)}")
+            refused.append(candidate)
+        except OSError as error:
+            if error.errno in LASTING:
+                say(f"resume: skipped {candidate.label}: {reason_of(error)}")
                 refused.append(candidate)
-                continue
-            chosen = candidate.path, state, candidate
-            why = "the latest save that passes every check"
-            if candidate.kind == "best":
-                why = "the last resort, since no later save passes every check"
-            say(f"resume: chose {candidate.label}: {candidate}, {why}")
-    return chosen[:2] if chosen else (None, None)
+            else:
+                _expect_another(candidate, error, usable[number + 1:], say)
+        else:
+            chosen = candidate
+            break
+    if chosen:
+        _explain(chosen, [c for c in usable if c not in refused], say)
+    return chosen, opened
 
 
-def _accepted(candidate, open_, say):
-    """What open_ makes of the file, or None where it is damaged or gone."""
-    try:
-        return open_(candidate.path)
-    except CorruptCheckpoint as damage:
-        say(f"resume: skipped {candidate.label}: {_reason(damage)}")
-    except OSError as error:
-        if error.errno not in LASTING:
-            raise OSError(error.errno, error.strerror, str(candidate.path)) from None
-        say(f"resume: skipped {candidate.label}: {_reason(error)}")
+def _expect_another(candidate, error, others, say):
+    """Raise `error`, that of a candidate which may be the latest, unless one of `others` is the
+    same save."""
+    if not any(other.stands_for(candidate) for other in others):
+        raise OSError(error.errno, error.strerror, str(candidate.path)) from None
+    say(f"resume: skipped {candidate.label}: {reason_of(error)}; the same save is elsewhere")
 
 
-def _reason(error):
+def _explain(chosen, usable, say):
+    why = "the latest save that passes every check"
+    if chosen.kind == "best":
+        why = "the last resort, since no later save passes every check"
+    say(f"resume: chose {chosen.label}: {chosen}, {why}")
+    for other in usable[usable.index(chosen) + 1:]:
+        if other.kind != "best":
+            same = "the same save" if other.save == chosen.save else "an earlier save"
+            say(f"resume: older: {other.label}: {other}, {same}")
+
+
+def reason_of(error) -> str:
+    """What is wrong, without the file's name."""
     if isinstance(error, CorruptCheckpoint):
         return str(error).split(": ", 1)[-1]
-    return error.strerror or str(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
-def find_resume(checkpoints_directory, say=print):
+def find_resume(checkpoints_directory, say=print) -> Path | None:
     """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it
-    was taken or not.
-
-    Raises OSError where a file cannot be read for READ_PATIENCE seconds: what cannot be read may be
-    the latest."""
-    return _choose(checkpoints_directory, verify, say, READ_PATIENCE)[0]
+    was taken or not. Raises OSError where a file cannot be read now: it may be the latest."""
+    chosen, _ = choose(candidates(checkpoints_directory), verify, say)
+    return chosen and chosen.path
 
 
-def rotate(directory, glob_pattern, keep, protect=()):
+def rotate(directory, glob_pattern, keep, protect=()) -> list[Path]:
     """Delete all but the newest `keep` files (0 = all stay) that match; returns the deleted paths.
 
     Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect`
@@ -1471,7 +1426,7 @@ def rotate(directory, glob_pattern, keep, protect=()):
         raise ValueError(f"keep must be 0 (all) or more, not {keep}")
     if keep == 0:
         return []
-    found = [_Candidate(path) for path in Path(directory).glob(glob_pattern)]
+    found = [Candidate(path) for path in Path(directory).glob(glob_pattern)]
     found = sorted((c for c in found if c.facts), key=lambda c: c.order, reverse=True)
     found = [c for c in found if c.facts["run"] == found[0].facts["run"]]
     guard = {os.path.realpath(path) for path in (*protect, Path(directory, KINDS["best"].name))}
@@ -1533,7 +1488,16 @@ class Signals:
             for number in self.WATCHED:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self._note)
+            multiprocessing.util.register_after_fork(self, Signals._spare_worker)
         return self
+
+    def _spare_worker(self):
+        """In a forked worker of a DataLoader: the step in progress needs it until the parent has
+        saved, and service managers signal all processes at once. It obeys its parent alone."""
+        if not self.before or not hasattr(signal, "sigwaitinfo"):
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.WATCHED)
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
     def _note(self, number, frame):
         if os.getpid() != self.process:
@@ -1551,7 +1515,7 @@ class Signals:
             self._act(number)
 
     def _note_in_child(self, number):
-        """A forked worker must not die of the Ctrl-C that its parent answers with a save, but of a
+        """A forked process must not die of the Ctrl-C that its parent answers with a save, but of a
         kill it must."""
         if number == signal.SIGTERM:
             self._act(number)
@@ -1566,331 +1530,20 @@ class Signals:
             return
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
 
 
-# ---- a second copy ----
-
-class OtherRun(ValueError):
-    """The second copy's place belongs to another run."""
-
-
-class Mirror:
-    """The newest state, best.pt and the records of a run once more, in FOLDER/<name>/checkpoints
-    and beside.
-
-    A thread of its own copies what is newer at home, out of memory until the next save takes that;
-    training and the next save never wait for it. A save that comes while it copies is copied next,
-    so a slow place skips states. What fails is said when it begins and when it ends. A state that
-    the home does not take is written here."""
-
-    def __init__(self, folder, home, records, say):
-        run = home.parent if home.name == "checkpoints" else home
-        self.folder = Path(folder).absolute()
-        self.place = self.folder / run.name / "checkpoints"
-        if os.path.realpath(self.place) == os.path.realpath(home):
-            raise ValueError(f"mirror {folder} is the run's own folder: name another disk's")
-        self.home = home
-        self.records = {run / name: self.place.parent / name for name in records}
-        self.say = say
-        self.known = set()                  # runs that may be overwritten
-        self.fresh = None                   # (run and counter, bytes) of the save still in memory
-        self.taken = {}     # name -> counter of the save that came here alone
-        self.trouble = ""                   # why there is no newest copy
-        self.copied = None                  # when the state of the newest copy was saved
-        self.slowest = 0.0                  # seconds of a round
-        # when the newest state was saved that is not being copied yet
-        self.waiting = 0.0
-        self.busy = False
-        self.closing = False
-        self.changed = threading.Condition()
-        self.writing = threading.Lock()
-        self.thread = threading.Thread(target=self._work, name="checkpoint mirror", daemon=True)
-        with contextlib.suppress(OSError):  # its thread will say so
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def runs(self):
-        return {c.facts["run"] for c in candidates(self.place) if c.facts and c.facts["run"]}
-
-    def offer(self, save=None, pieces=None):
-        """A state is durable at home; that of `save` is still in memory, as pieces() yields it.
-        Returns at once."""
-        with self.changed:
-            self.fresh = save, pieces
-            if self.thread.ident is None:
-                self.thread.start()
-            if self.busy and self.waiting:
-                self._begin("slower than the saves, states are skipped")
-            self.waiting = time.monotonic()
-            self.changed.notify_all()
-
-    def _work(self):
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.closing)
-                if not self.waiting:
-                    return
-                saved, self.waiting, self.busy = self.waiting, 0.0, True
-            began = time.monotonic()
-            trouble = ""
-            try:
-                self._update()
-            except Exception as error:      # no failed copy may end this thread
-                trouble = getattr(error, "strerror", "") or str(error) or type(error).__name__
-            with self.changed:
-                self.busy = False
-                self.changed.notify_all()
-                if trouble:
-                    self._begin(trouble)
-                    self.waiting = self.waiting or saved
-                    if self.closing:
-                        return
-                    self.changed.wait(60)   # or until the next save
-                    continue
-                self.copied = saved
-                self.slowest = max(self.slowest, time.monotonic() - began)
-                if not self.waiting:
-                    self._end()
-
-    def _begin(self, trouble):
-        if not self.trouble:
-            self.say(f"mirror: {self.place}: {trouble}: training goes on without a newest second "
-                     f"copy")
-        self.trouble = trouble
-
-    def _end(self):
-        if self.trouble:
-            self.trouble = ""
-            self.say(f"mirror: {self.place} holds the newest state again")
-
-    @contextlib.contextmanager
-    def _held(self):
-        """The place in the hands of one thread of this run, rotated at the end."""
-        # gone: making it anew would fill the disk below the mount point
-        os.stat(self.folder)
-        self.place.mkdir(parents=True, exist_ok=True)
-        with self.writing, lock(self.place, say=lambda line: None):
-            sweep_temps(self.place)
-            if self.runs() - self.known:
-                raise OtherRun("holds another run of this name")
-            yield
-            for kind in KINDS.values():
-                rotate(self.place, kind.glob, kind.mirrored)
-
-    def _update(self):
-        with self._held():
-            here = [c for c in candidates(self.home) if not c.damage and KINDS[c.kind].mirrored]
-            # between look and copy: they may be ahead of a state, never behind
-            for record, copy in self.records.items():
-                if record.exists():
-                    atomic_write(copy, [record.read_bytes()])
-            for candidate in here:          # none where the home is gone, which its own saves say
-                if candidate is here[0] or KINDS[candidate.kind].mirrored == 1:
-                    self._copy(candidate)
-
-    def save(self, names, pieces, counter, before):
-        """Write a state that the home does not take; returns its path. pieces() yields its bytes,
-        before(directory) is called first.
-
-        OSError or OtherRun where it finds no place here either, said as any trouble is."""
-        names = [n for n in names if KINDS[NAME.fullmatch(n).lastgroup].mirrored]
-        first = self.place / names[0]
-        try:
-            with self._held():
-                if before:
-                    before(self.place)
-                write_anyhow(first, pieces, self.say, pieces)
-                self.taken[first.name] = counter
-                for name in names[1:]:
-                    also(first, self.place / name, _links_work(self.place))
-                    self.taken[name] = counter
-        except (OSError, OtherRun) as error:
-            with self.changed:
-                self._begin(getattr(error, "strerror", "") or str(error))
-            raise
-        with self.changed:
-            self.copied, self.waiting = time.monotonic(), 0.0
-            self._end()
-        return first
-
-    def _copy(self, candidate):
-        target = self.place / candidate.path.name
-        if candidate.facts["save_counter"] < self.taken.get(target.name, 0):
-            return
-        there = [c for c in candidates(self.place) if c.facts and c.save == candidate.save]
-        if any(c.path == target for c in there):
-            return
-        if there:
-            with contextlib.suppress(OSError):
-                return durable_link(there[0].path, target)
-        # with the whole home the newest records may be gone, which memory does not have
-        if not candidate.path.exists():
-            return
-        save, pieces = self.fresh
-        try:
-            copy_file(candidate.path, target, self.say, pieces if candidate.save == save else None)
-        except FileNotFoundError:
-            if candidate.path.exists():
-                raise                       # else it was rotated away: a newer state comes
-
-    def wait(self, seconds=None):
-        """Until the newest state is copied; False after so many seconds."""
-        with self.changed:
-            return self.changed.wait_for(lambda: not self.busy and not self.waiting, seconds)
-
-    def age(self):
-        """What a save's line says of a second copy that is not the newest."""
-        if not self.trouble:
-            return ""
-        if self.copied is None:
-            return f"; no second copy since the start ({self.trouble})"
-        age = _age(time.monotonic() - self.copied)
-        return f"; the newest second copy is {age} old ({self.trouble})"
-
-    def close(self):
-        """Wait for the copy of the newest state, MIRROR_WAIT seconds at most."""
-        with self.changed:
-            if self.closing or self.thread.ident is None:
-                return
-            self.closing = True
-            self.changed.notify_all()
-            if self.busy or self.waiting:
-                self.say(f"mirror: waiting at most {MIRROR_WAIT:.0f} s for the copy in "
-                         f"{self.place}")
-        self.thread.join(MIRROR_WAIT)
-        if self.busy or self.waiting:
-            self.say(f"mirror: {self.place} lacks the newest state{self.age()}")
+def _obey(parent):
+    """End this process at a SIGTERM of its parent, or at any once the parent is gone."""
+    while True:
+        info = signal.sigwaitinfo(Signals.WATCHED)
+        orphan = os.getppid() != parent
+        if info.si_signo == signal.SIGTERM and (orphan or info.si_pid == parent):
+            os._exit(128 + signal.SIGTERM)
 
 
-def copy_file(source, target, say=print, fresh=None):
-    """`target` becomes a durable copy of the checkpoint `source`, checked as it is read once.
 
-    What the disk has garbled never replaces a good copy: CorruptCheckpoint. fresh() yields the same
-    bytes out of memory, or raises Overtaken: a quarter of the CPU time, as nothing is read and the
-    checksums are there."""
-    def checked():
-        return _checked_pieces(source)
-    try:
-        write_anyhow(target, fresh or checked, say, checked)
-    except Overtaken:
-        write_anyhow(target, checked, say, checked)
-
-
-def write_anyhow(target, pieces, say, whole):
-    """Durably what the generator pieces() yields; where the place knows no fsync or rename, what
-    whole() yields, in place, said."""
-    try:
-        with contextlib.closing(pieces()) as buffers:
-            atomic_write(target, buffers)
-    except OSError as error:
-        if error.errno not in UNKNOWN:
-            raise
-        say(f"mirror: {target.parent} does not take durable files ({error.strerror}): "
-            f"{target.name} is written in place")
-        deque(whole(), maxlen=0)            # to the end: checked before anything is overwritten
-        with open(target, "wb") as file, contextlib.closing(whole()) as buffers:
-            file.writelines(buffers)
-
-
-def _checked_pieces(path):
-    """Yield the checkpoint's bytes in pieces, each checked as it passes and none loaded; before the
-    last one CorruptCheckpoint where they are not what was saved."""
-    with _open(path) as file, _damage(path):
-        passing = _Passing(file)
-        for piece in _pieces(file.fileno(), passing.size):
-            passing.check(piece)
-            yield piece
-            # training's threads come first: at a low priority the copy starved, with Python's lock
-            time.sleep(PAUSE)
-
-
-class _Passing:
-    """Checks the bytes of a checkpoint that pass by in order: tensors by CRC-32, the rest by
-    SHA-256. Of any other .pt `size` alone is known, its records were checked."""
-
-    def __init__(self, file):
-        self.size, tensors, self.comment = _layout(file)
-        self.at = 0                         # bytes that have passed
-        self.crc = 0                        # of the part that is passing
-        self.digest = hashlib.sha256()
-        self.parts = deque()    # (where it ends, what it is, its CRC-32 if it has one)
-        for name, begin, length, crc in tensors:
-            self.parts.append((begin, "structure", None))
-            self.parts.append((begin + length, f"tensor record {name}", crc))
-        if self.comment:
-            self.parts.append((self.size - len(self.comment), "structure", None))
-            self.parts.append((self.size, "the zip comment", zlib.crc32(self.comment)))
-        ends = [end for end, *_ in self.parts]
-        if ends != sorted(ends):
-            raise CorruptCheckpoint("overlapping or misplaced records")
-
-    def check(self, piece):
-        while self.parts and len(piece):
-            end, name, crc = self.parts[0]
-            values, piece = piece[:end - self.at], piece[end - self.at:]
-            self.at += len(values)
-            if crc is None:
-                self.digest.update(values)
-            else:
-                self.crc = zlib.crc32(values, self.crc)
-            if self.at == end:
-                self._end(name, crc)
-
-    def _end(self, name, crc):
-        if crc is not None and self.crc != crc:
-            raise CorruptCheckpoint(f"{name} does not match its CRC-32")
-        self.crc = 0
-        self.parts.popleft()
-        if not self.parts:
-            _check_digest(self.digest, self.comment)
-
-
-def _pieces(fd, size):
-    """The first `size` bytes in page-aligned pieces that share one buffer; the page cache is left
-    to the EEG."""
-    direct = _set_direct(fd, True)
-    buffer = mmap.mmap(-1, PIECE)
-    for at in range(0, size, PIECE):
-        try:
-            count = os.preadv(fd, [buffer], at)
-        except OSError as error:
-            # refused only at the read, by some file systems
-            if not direct or error.errno != errno.EINVAL:
-                raise
-            direct = _set_direct(fd, False)
-            count = os.preadv(fd, [buffer], at)
-        length = min(PIECE, size - at)
-        if count < length:
-            raise CorruptCheckpoint("truncated")
-        yield memoryview(buffer)[:length]
-        os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
-
-
-# ---- policy ----
-
-def overridden(name, kind, value, say=print):
-    """`value`, or what the environment variable `name` says instead; ValueError where that is no
-    number from 0."""
-    text = os.environ.get(name, "").strip()
-    if not text:
-        return value
-    try:
-        given = kind(text)
-        if not 0 <= given < math.inf:
-            raise ValueError
-    except ValueError:
-        what = "number" if kind is float else "whole number"
-        raise ValueError(f"{name}={text!r} must be a {what}, 0 or more") from None
-    say(f"checkpoints: {name}={text} overrides {value} from the configuration")
-    return given
-
-
-def environment(minutes, keep, say=print):
-    """(minutes, keep) with BGB_MID_EPOCH_MINUTES (0 = after every step) and BGB_MID_EPOCH_KEEP (0 =
-    all) in charge."""
-    minutes = overridden("BGB_MID_EPOCH_MINUTES", float, minutes, say)
-    keep = overridden("BGB_MID_EPOCH_KEEP", int, keep, say)
-    return minutes, keep
-
+# ---- policy: when to save, what to keep, the background writer ----
 
 class Checkpointer:
     """When to save, what to keep, and the background writer, of a directory held by one process.
@@ -1906,24 +1559,28 @@ class Checkpointer:
                         there: makes durable what the state counts on
     save_patience_minutes   a failed save is said and tried again for so long, the state kept in
                         memory; then SaveFailed
-    mirror              folder of a second copy, best on another disk: see Mirror; `records` are
-                        files of the run's folder that go along. While it takes the states that
-                        the directory does not, the run goes on beyond the patience
     check_finite        refuse to write weights (state["model"]) that became infinite or NaN
+    say                 prints one line; what it raises is ignored
 
     A state is any dict with whole numbers `epoch` (from 1) and, in a snapshot, `batch`. The file
-    holds it with `save_counter` and, under "holdfast", the kind, run and metric that choosing goes
-    by; `kind`, `run` and `metric` stand beside the state's own keys too, unless it has keys of
-    these names itself."""
+    holds it with `save_counter` and, under "holdfast", what choosing goes by. Any thread may call
+    any method: they take turns. A save goes through these states; the writer thread only reads
+    `_image` and `_names`, and hands its error over in the future `_writing`:
+
+        free ----- save_mid, save_epoch: the state is copied to memory -----> copied
+        copied --- writer thread: durable, links, on_saved, rotation -------> free
+        copied --- writer thread: OSError; the copy stays in memory --------> failed
+        failed snapshot ---------- next save: a newer state takes its place -> copied
+        failed end of an epoch --- next save, settle, close: written again --> copied
+                                   (snapshots are turned away while that fails)
+        failed 3 times and for save_patience_minutes ----> SaveFailed, in the training loop"""
 
     def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1,
                  checkpoint_keep=3, mode="max", on_saved=None, before_save=None, background=True,
-                 say=print, save_patience_minutes=60.0,
-                 check_finite=True, mirror=None, records=("config.yaml", "metrics.jsonl")):
+                 say=print, save_patience_minutes=60.0, check_finite=True):
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
-        minutes, keep = environment(mid_epoch_minutes, mid_epoch_keep, say)
-        self.minutes = minutes
-        self.keep = {"mid_epoch": keep, "checkpoint_epoch": checkpoint_keep}
+        self.minutes = mid_epoch_minutes
+        self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
         self.interval = checkpoint_interval
         self.mode = mode
         self.on_saved = on_saved
@@ -1931,26 +1588,27 @@ class Checkpointer:
         self.background = background
         self.patience = save_patience_minutes
         self.finite = "model" if check_finite else ""
-        self.say = say
+        self.say = tolerant(say)
         self.run = uuid.uuid4().hex[:12]
+        self.start = uuid.uuid4().hex[:8]   # of this process: its saves are a line of their own
+        self.starts = []                    # [start, its save that was left, asked for], oldest first
         self.counter = 0                    # of the newest save
         self.position = (1, 0)              # epoch in progress, batches trained in it
         # the file that this run goes on from: never rotated away
         self.resumed = None
         self.blocked = 0.0                  # seconds that training waited for the last save
-        self.mirror = Mirror(mirror, self.directory, records, say) if mirror else None
-        self._image = _Image(say)
+        self._slowest = 0.0                 # seconds of the slowest save
+        self._image = _Image(self.say)
         self._names = []                    # of the image
-        self._away = False                  # the newest saves are in the second copy alone
+        self._measured = None               # metric of the image
         self._best = None                   # metric of best.pt, {}: none; None: never read
-        self._failed = None                 # OSError of the image's save: it is in memory alone
+        self._writing = None                # future of the save in progress
+        self._failed = None                 # error of the image's save: it is in memory alone
         self._failures = 0                  # in a row
         self._failing_since = 0.0
-        self._costs = []
-        self._slowest = 0.0
+        self._closed = False
+        self._turn = threading.RLock()
         self._signals = Signals()           # heard only within signals()
-        self._writing = None
-        self._error = None
         self._open()
         # waiting: starting a thread per save costs 5 ms
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
@@ -1959,7 +1617,7 @@ class Checkpointer:
     def _open(self):
         """Take the directory. Raises InUse where another process has it."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.directory)
+        self._lock = lock(self.directory, self.say)
         try:
             self._look()
         except BaseException:
@@ -1967,166 +1625,131 @@ class Checkpointer:
             raise
 
     def _look(self):
-        """What the directory holds and can: dead temps go, saves from here on outrank every file in
-        it."""
+        """What the directory holds and can: dead temps go, files of another program under a name of
+        ours are set aside, saves from here on outrank every file."""
         sweep_temps(self.directory)
-        self.links = _links_work(self.directory)
+        self.links = links_work(self.directory)
         if not self.links:
             self.say(f"checkpoints: no hard links in {self.directory}: last.pt and best.pt are "
                      f"full copies")
-        found = [c for c in candidates(self.directory) if c.facts]
-        self.counter = max([c.facts["save_counter"] for c in found], default=0)
-        note = self.directory / MIRROR_NOTE
-        if self.mirror:
-            write_json(note, {"checkpoints": str(self.mirror.place)})       # for `ls`
-        elif note.exists():
-            note.unlink()
+        for candidate in candidates(self.directory):
+            if candidate.foreign:
+                aside = _free_name(candidate.path.with_name(f"foreign_{candidate.path.name}"))
+                os.rename(candidate.path, aside)
+                self.say(f"checkpoints: {candidate.path.name} is another program's: kept as "
+                         f"{aside.name}")
+            elif candidate.facts:
+                self.counter = max(self.counter, candidate.facts["save_counter"])
         self._best = self._metric_of_best()
 
     # -- going on --
 
     def resume(self, resume=True):
-        """State to continue from, or None: the best file of the directory and its second copy, or
-        `resume` itself where it is a path; False begins anew.
+        """State to continue from, or None: that of the best file of the directory, or of the file
+        `resume` where it is a path; False begins anew.
 
         Sets `position` to (epoch in progress, batches already trained in it). Raises OSError where
-        the directory cannot be read for READ_PATIENCE seconds: nothing may be begun over a run that
-        is only out of reach. Raises OtherRun where the second copy is of a run that is not this
-        one."""
+        a file cannot be read now: nothing may be begun over a run that is only out of reach."""
         if resume is False:
-            self._expect_mirror(begins=True)
             return None
         if resume is not True:
             state = load(resume)
             self.adopt(state, resume)
             return state
-        self._expect_mirror(begins=False)
-        place = self.mirror.place if self.mirror else None
-        path, state = _choose(self.directory, load, self.say, READ_PATIENCE, place)
-        if state is None:
+        chosen, state = choose(candidates(self.directory), load, self.say)
+        return self._go_on(chosen, state)
+
+    def _go_on(self, chosen, state):
+        if chosen is None:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
             return None
-        if path.parent == place:
-            path = self._bring_home(path)
-        self._follow(state, path)
-        self._complete(path, state)
-        self._best = self._metric_of_best()
-        if self.mirror:                     # which may lack what was saved just before a kill
-            self.mirror.offer()
+        self._follow(state, chosen.path)
+        self._name_line()
         return state
 
-    def _expect_mirror(self, begins):
-        """Raise OtherRun where the second copy is of another run; only an empty home may take one
-        over, to resume it."""
-        if not self.mirror:
-            return
-        home = {c.facts["run"] for c in candidates(self.directory) if c.facts}
-        known = home | {self.run}
-        try:
-            there = self.mirror.runs()
-        # the mirror's thread says so, and looks again before it writes
-        except OSError:
-            there = set()
-        if there - known and (home or begins):
-            raise OtherRun(f"{self.mirror.place} holds another run of this name "
-                           f"({', '.join(there - known)}): "
-                           f"move it away, or name another mirror")
-        self.mirror.known = known | there
-
-    def _bring_home(self, path):
-        """Copy the chosen file, best.pt, last.pt and the records home, where these are not newer;
-        returns its new path."""
-        self.say(f"resume: brought home from the second copy in {path.parent}")
-        copy_file(path, self.directory / path.name, self.say)
-        self._bring_singles(path)
-        for record, copy in self.mirror.records.items():
-            have = record.stat().st_size if record.exists() else -1
-            if copy.exists() and have < copy.stat().st_size:
-                atomic_write(record, [copy.read_bytes()])
-        return self.directory / path.name
-
-    def _bring_singles(self, chosen=None):
-        """Copy best.pt and last.pt home from the second copy, where these are not newer."""
-        for kind in KINDS.values():
-            source = self.mirror.place / kind.name
-            if kind.mirrored != 1 or source == chosen:
-                continue
-            there, here = _Candidate(source), _Candidate(self.directory / kind.name)
-            newer = here.facts and not here.damage and here.order >= there.order
-            if not there.facts or newer:
-                continue
-            try:
-                copy_file(source, here.path, self.say)
-            except CorruptCheckpoint as damage:
-                self.say(f"mirror: left {source}: {_reason(damage)}")
-
     def adopt(self, state, path=None):
-        """Continue the line that `state` belongs to, whatever later saves the directory holds:
-        those from here on outrank them. A best.pt that this line has not made is kept under another
-        name, and the best of this line takes its place."""
-        self._follow(state, path)
-        self._expect_mirror(begins=True)
-        best = _Candidate(self.directory / KINDS["best"].name)
-        if not best.facts or self._of_line(best, state):
-            return
-        run, counter = best.save
-        aside = self.directory / f"abandoned_best_{run or 'run'}_{counter}.pt"
-        os.replace(best.path, aside)
-        self.say(f"resume: best.pt is of the line that is left: kept as {aside.name}")
-        mine = [c for c in candidates(self.directory) if self._of_line(c, state)]
-        mine = [c for c in mine if c.facts["metric"]]
-        for candidate in sorted(mine, key=lambda c: c.order):
-            metric = candidate.facts["metric"]
-            if self._is_best(metric):
-                also(candidate.path, best.path, self.links)
-        if best.path.exists():
-            self.say("resume: best.pt is the best that is left of the line that goes on")
-        self._best = self._metric_of_best()
+        """Continue the line that `state`, loaded from `path`, belongs to, whatever later saves the
+        directory holds. Its first save is made here and outranks them, so that every later resume
+        follows this line; a kill before it changes nothing. Raises OSError where it fails."""
+        self._follow(state, path, asked=True)
+        epoch, batch = self.position
+        self.save_mid({**state, "epoch": epoch, "batch": batch})
+        self.wait()
+        if self._failed:
+            error, self._failed = self._failed, None
+            raise OSError(getattr(error, "errno", None) or errno.EIO,
+                          f"{reason_of(error)}: the run did not go back to {path}, nothing was "
+                          f"changed")
+        self._name_line()
 
-    def _of_line(self, candidate, state):
-        """Whether the file was saved before `state`, by its run: later ones are of a line that a
-        rollback leaves."""
-        if not candidate.facts:
-            return False
-        run, counter = candidate.save
-        return run == self.run and counter <= state.get("save_counter", 0)
+    @property
+    def line(self) -> dict:
+        """What `in_line` asks of a save, of the newest one of this process."""
+        return {"run": self.run, "start": self.start, "starts": self.starts,
+                "save_counter": self.counter}
 
-    def _follow(self, state, path):
-        facts = _facts(state)
-        position = _position(facts)
-        if not position:
+    def _follow(self, state, path, asked=False):
+        facts = facts_of(state)
+        if not facts["position"]:
             raise CorruptCheckpoint(f"{path or 'the state'}: it names no epoch and batch to go on "
                                     f"from")
         self.resumed = Path(path) if path else None
-        self.run = facts.get("run") or self.run
-        self.counter = max(self.counter, facts.get("save_counter") or 0)
-        self.position = position
+        self.run = facts["run"] or self.run
+        left = [facts["start"], facts["save_counter"], asked]
+        self.starts = [*facts["starts"], left][-MAX_STARTS:]
+        self.counter = max(self.counter, facts["save_counter"])
+        self.position = facts["position"]
 
-    def _complete(self, path, state):
-        """Give an epoch's file the names that a kill kept from it: last.pt and, where its metric is
-        better, best.pt."""
-        facts = {"save_counter": 0, "kind": None, "metric": None} | _facts(state)
-        if facts["kind"] != "epoch":
-            return
-        last = _Candidate(self.directory / KINDS["last"].name)
-        metric = facts["metric"]
-        names = []
-        if last.facts is None or last.facts["save_counter"] < facts["save_counter"]:
-            names.append(KINDS["last"].name)
-        if metric and self._is_best(metric):
-            names.append(KINDS["best"].name)
+    def _name_line(self):
+        """Derive last.pt and best.pt of the line that goes on.
+
+        A kill may have come between an epoch's file and its other names; a rollback leaves a
+        best.pt that belongs to the abandoned line. Done at every resume, so that no kill in here
+        matters; a disk that refuses costs no more than a name, which the next epoch gives."""
+        ended = [c for c in candidates(self.directory)
+                 if c.facts and c.facts["kind"] == "epoch" and in_line(c.facts, self.line)]
+        ended.sort(key=lambda c: c.order)
         try:
-            for name in names:
-                also(path, self.directory / name, self.links)
-                self.say(f"resume: {name} is {path.name} again: the process that wrote it died "
-                         f"before naming it so")
-        # the state is loaded: the next epoch's end names its own files
-        except OSError as error:
-            self.say(f"resume: {path.name} could not be named {name}: {error.strerror}")
+            best = self._best_of_line()
+            self._best = self._metric_of_best()
+            if ended:
+                self._name_last(ended[-1])
+            for candidate in ended:
+                metric = candidate.facts["metric"]
+                later = not best or candidate.order > best.order    # else it was judged before
+                if metric and later and candidate.kind != "best" and self._is_better(metric):
+                    self._name_again(candidate, KINDS["best"].name)
+                    self._best = metric
+        except (OSError, CorruptCheckpoint) as error:
+            self.say(f"resume: last.pt and best.pt could not be named anew: {reason_of(error)}")
+        self._best = self._metric_of_best()
+
+    def _best_of_line(self):
+        """The Candidate best.pt, or None; set aside where this line has not made it."""
+        best = Candidate(self.directory / KINDS["best"].name)
+        if not best.facts:
+            return None
+        if in_line(best.facts, self.line):
+            return best
+        aside = abandoned_name(best)
+        link_or_copy(best.path, aside, self.links)
+        _unlink(best.path)
+        self.say(f"resume: best.pt belongs to the abandoned line: renamed to {aside.name}")
+        return None
+
+    def _name_last(self, newest):
+        last = Candidate(self.directory / KINDS["last"].name)
+        if not last.facts or last.facts["save_counter"] < newest.facts["save_counter"]:
+            self._name_again(newest, last.path.name)
+
+    def _name_again(self, candidate, name):
+        link_or_copy(candidate.path, self.directory / name, self.links)
+        self.say(f"resume: {name} is {candidate.path.name} again: the process that wrote it ended "
+                 f"before naming it so")
 
     # -- when --
 
-    def due(self):
+    def due(self) -> bool:
         """True when a timed snapshot should be taken. Raises what went wrong in the background
         since the last call."""
         self.check()
@@ -2143,68 +1766,94 @@ class Checkpointer:
             finally:
                 self.close()
 
-    def stopping(self):
+    def stopping(self) -> int:
         """0, or once a signal came the exit code to leave with when the state is saved: 128 + its
         number."""
         return 128 + self._signals.number if self._signals.number else 0
 
     @property
-    def slowest(self):
-        """Seconds of the slowest save until it was durable, second copy included: what a time limit
-        must leave."""
-        if not self.mirror:
-            return self._slowest
-        return self._slowest + min(self.mirror.slowest, MIRROR_WAIT)
+    def slowest(self) -> float:
+        """Seconds of the slowest save until it was durable: what a time limit must leave."""
+        return self._slowest
 
     # -- saving --
 
-    def save_mid(self, state, since=None):
+    def save_mid(self, state, since=None, last=False) -> bool:
         """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained
         in it. since: time.monotonic() when packing `state` began; what training waited counts
-        from there."""
-        _check_progress(state, ("epoch", "batch"))
-        state = {**state, "holdfast": {}}   # a state that was resumed brings its own along
-        names = [KINDS["mid_epoch"].name.format(**_numbers(state))]
-        self._start(state, "mid_epoch", names, since)
+        from there. last: the process stops after it, so it waits for a save that failed before.
 
-    def save_epoch(self, state, metric=None, name="metric", tie=None, since=None):
+        False where it was turned away: the end of an epoch, whose save failed, still waits in
+        memory. ValueError for a place before the one in progress."""
+        _check_progress(state, ("epoch", "batch"))
+        with self._turn:
+            here = (int(state["epoch"]), int(state["batch"]))
+            if here < self.position:
+                raise ValueError(f"a snapshot of epoch {here[0]}, batch {here[1]} comes after epoch "
+                                 f"{self.position[0]}, batch {self.position[1]}: count epochs and "
+                                 f"batches from saver.position")
+            self.wait()
+            if not self._finish_epoch(last or bool(self.stopping())):
+                self._due_at = time.monotonic() + 60
+                return False
+            self.position = here
+            names = [KINDS["mid_epoch"].name.format(**_numbers(state))]
+            self._save(state, "mid_epoch", names, None, since)
+            return True
+
+    def save_epoch(self, state, metric=None, name="metric", tie=None, rules=None, since=None) -> bool:
         """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly,
         best.pt. True if best.
 
-        tie: where `metric` equals that of best.pt, the larger one of these wins. since: as for
-        save_mid."""
+        tie: where `metric` equals that of best.pt, the larger one of these wins. rules: a short
+        text; metrics under other rules are not compared. since: as for save_mid."""
         _check_progress(state, ("epoch",))
-        self.wait()
-        names = [KINDS["last"].name]
-        if self.interval and state["epoch"] % self.interval == 0:
-            names.insert(0, KINDS["checkpoint_epoch"].name.format(**_numbers(state)))
-        ours = {}
-        improved = False
-        if metric is not None:
-            ours["metric"] = {"name": name, "value": float(metric)}
-            if tie is not None:
-                ours["metric"]["tie"] = float(tie)
-            improved = self._is_best(ours["metric"])
-        if improved:
-            names.append(KINDS["best"].name)
-            self._best = ours["metric"]
-        self._start({**state, "holdfast": ours}, "epoch", names, since)
-        return improved
+        with self._turn:
+            if state["epoch"] < self.position[0]:
+                raise ValueError(f"epoch {state['epoch']} has ended already: epoch "
+                                 f"{self.position[0]} is in progress")
+            measured = None
+            if metric is not None:
+                measured = measurement(metric, name, tie, rules)
+            improved = self.is_best(measured)               # a save that waits comes first
+            names = [KINDS["last"].name]
+            if self.interval and state["epoch"] % self.interval == 0:
+                names.insert(0, KINDS["checkpoint_epoch"].name.format(**_numbers(state)))
+            if improved:
+                names.append(KINDS["best"].name)
+            self.position = (int(state["epoch"]) + 1, 0)
+            self._save(state, "epoch", names, measured, since)
+            return improved
 
-    def _is_best(self, metric):
-        """Strictly better than what best.pt itself holds; NaN never is. The file is asked, so no
-        resume can forget it; where it cannot be read, what it held last."""
-        stored = None if self._away else self._metric_of_best()
-        if stored is None:
-            stored = self._best
-        if stored is None:
-            self.say("checkpoints: best.pt stays: what it holds was never read")
-            return False
-        if not stored or stored["name"] != metric["name"]:
-            return not math.isnan(metric["value"])
-        if metric["value"] == stored["value"] and "tie" in metric and "tie" in stored:
-            return better(metric["tie"], stored["tie"])
-        return better(metric["value"], stored["value"], self.mode)
+    def is_best(self, measured) -> bool:
+        """Whether a `measurement` is strictly better than what best.pt holds; NaN never is.
+
+        The end of an epoch that waits in memory is written first: it may be the best. The file is
+        asked, so no resume can forget it; where it cannot be read, what it held last."""
+        with self._turn:
+            self.wait()
+            if not self._finish_epoch():
+                self.say(f"checkpoints: the save of {' = '.join(self._names)} is given up for a "
+                         f"later epoch's: {reason_of(self._failed)}")
+            if measured is None:
+                return False
+            stored = self._metric_of_best()
+            if stored is not None:
+                self._best = stored
+            if self._best is None:
+                self.say("checkpoints: best.pt stays: what it holds was never read")
+                return False
+            return self._is_better(measured)
+
+    def _is_better(self, measured):
+        best = self._best
+        # a file of before the rules were stored is taken to be of the same ones
+        rules = {m["rules"] for m in (best, measured) if m and "rules" in m}
+        if not best or best["name"] != measured["name"] or len(rules) > 1:
+            return not math.isnan(measured["value"])
+        if measured["value"] == best["value"] and "tie" in measured and "tie" in best:
+            return better(measured["tie"], best["tie"])
+        return better(measured["value"], best["value"], self.mode)
 
     def _metric_of_best(self):
         """What best.pt holds, {} for nothing that compares; None where it cannot be read."""
@@ -2213,64 +1862,61 @@ class Checkpointer:
         except FileNotFoundError:           # the whole directory may be out of reach
             return {} if os.path.isdir(self.directory) else None
         except CorruptCheckpoint as damage:
-            self.say(f"checkpoints: best.pt cannot be compared ({_reason(damage)}): the next "
+            self.say(f"checkpoints: best.pt cannot be compared ({reason_of(damage)}): the next "
                      f"metric replaces it")
             return {}
         except OSError as error:
-            self.say(f"checkpoints: best.pt cannot be read now ({_reason(error)})")
+            self.say(f"checkpoints: best.pt cannot be read now ({reason_of(error)})")
             return None
 
-    def _start(self, state, kind, names, since=None):
+    def _finish_epoch(self, patiently=False):
+        """Write again an epoch's end whose save failed; False where it failed once more."""
+        if self._failed and KINDS["last"].name in self._names:
+            if patiently:
+                self.settle()
+            else:
+                self._retry()
+        return not (self._failed and KINDS["last"].name in self._names)
+
+    def _save(self, state, kind, names, measured, since):
         began = since or time.monotonic()
-        if self.mirror and not self.mirror.known:           # nobody asked for a resume
-            self._expect_mirror(begins=True)
-        self.wait()
-        # perhaps the best: no snapshot may take its place in memory
-        if self._epoch_waits():
-            self._retry()
-            if self._failed and kind == "mid_epoch":
-                self._due_at = time.monotonic() + 60
-                return
         self._failed = None
         self.counter += 1
-        ours = {**state["holdfast"], "kind": kind, "run": self.run}
+        ours = {"kind": kind, "run": self.run, "start": self.start, "starts": self.starts}
+        if measured:
+            ours["metric"] = measured
         try:
-            self._image.fill({**ours, **state, "save_counter": self.counter, "holdfast": ours})
+            # a state that was loaded from a checkpoint holds that checkpoint's entry: replaced
+            self._image.fill({**state, "save_counter": self.counter, "holdfast": ours})
         finally:
             self._due_at = time.monotonic() + 60 * self.minutes
         self.blocked = time.monotonic() - began
         self._names = names
-        self._writing = self._writer.submit(self._write, names, self.blocked)
+        self._measured = measured
+        self._submit()
         if not self.background:
             self.wait()
 
-    def _epoch_waits(self):
-        """Whether the image is the end of an epoch whose save failed, and not for weights that no
-        time makes finite."""
-        epoch = KINDS["last"].name in self._names
-        return epoch and self._failed and self._failed.errno != errno.EDOM
+    def _submit(self):
+        try:
+            self._writing = self._writer.submit(self._write, self._names, self.blocked)
+        except RuntimeError:                # no thread is to be had: training waits for the disk
+            self._writing = Future()
+            try:
+                self._writing.set_result(self._write(self._names, self.blocked))
+            except BaseException as error:
+                self._writing.set_exception(error)
 
     def _retry(self):
         """Write the image again whose save failed."""
-        self._writing = self._writer.submit(self._write, self._names, self.blocked)
+        self._submit()
         self.wait()
 
     def _write(self, names, blocked):
-        """Writer thread: at home, else in the second copy. What fails is handed to the training
-        loop, which raises it at its next step."""
-        try:
-            try:
-                self._write_home(names, blocked)
-            except OSError as error:
-                if not self.mirror or error.errno == errno.EDOM:
-                    raise
-                self._write_away(names, blocked, error)
-        except BaseException as error:
-            self._error = error
-
-    def _write_home(self, names, blocked):
-        """Durable first, then the other names, then the hook, and only then rotation."""
+        """Writer thread: durable first, then the other names, then the hook, and only then
+        rotation."""
         began = time.monotonic()
+        self._expect_own_directory()
         if self.before_save:
             self.before_save(self.directory)
         sweep_temps(self.directory)
@@ -2279,51 +1925,36 @@ class Checkpointer:
         first = self.directory / names[0]
         size = atomic_write(first, self._image.file(finite=self.finite))
         for name in names[1:]:
-            also(first, self.directory / name, self.links)
-        self._saved(blocked + time.monotonic() - began)
+            link_or_copy(first, self.directory / name, self.links)
         self._report(names, blocked, time.monotonic() - began, size)
-        if self._away:
-            self._come_back()
-        if self.mirror:
-            self.mirror.offer((self.run, self.counter), self._image.reader())
         self._call_hook(first)
         for kind, keep in self.keep.items():
             self._rotate(kind, keep)
 
-    def _write_away(self, names, blocked, fault):
-        """The state that the directory does not take goes to the second copy alone."""
-        began = time.monotonic()
-        try:
-            path = self.mirror.save(names, lambda: self._image.file(finite=self.finite),
-                                    self.counter, self.before_save)
-        except (OSError, OtherRun):         # said there
-            raise fault from None
-        self._away = True
-        self._saved(blocked + time.monotonic() - began)
-        self.say(f"save failed: {fault.strerror or fault}; the second copy has the state, as "
-                 f"{path}")
-        self._call_hook(path)
+    def is_own_directory(self) -> bool:
+        """Whether the path of the directory still leads to the one that is held: it may have been
+        moved away, or a disk mounted over it. FileNotFoundError where nothing is there."""
+        if self._lock.is_at(self.directory):
+            return True
+        deleted = not os.path.lexists(self._lock.path)
+        return deleted and self._lock.is_in(self.directory)
 
-    def _come_back(self):
-        """The directory takes saves again: what the second copy alone has comes home."""
+    def _expect_own_directory(self):
+        """Raise Moved where another run may be in this one's place."""
         try:
-            self._bring_singles()
-            self._away = False
-        except OSError as error:
-            self.say(f"mirror: {self.mirror.place}: {error.strerror}: what it alone has could not "
-                     f"be brought home, it is tried again at the next save")
-
-    def _saved(self, seconds):
-        self._slowest = max(self._slowest, seconds)
-        self._failures = 0
-        self._failed = None
+            if not self.is_own_directory():
+                raise Moved(errno.ESTALE, f"{self.directory} is not the folder that this run holds: "
+                                          f"it was moved away, or a disk was mounted over it")
+            if not os.path.lexists(self._lock.path):
+                self._lock = lock(self.directory, self.say)
+        except FileNotFoundError:           # gone: the save says so
+            pass
 
     def _make_room(self, names):
         """Copies instead of links need room: the oldest snapshots go first, newer durable ones
         remain."""
         for weights in self._image.weights(self.finite).values():
-            # a save that will be refused costs no snapshot
-            self._image.refuse_nonfinite(weights)
+            self._image.refuse_nonfinite(weights)           # a refused save costs no snapshot
         room = 2 if len(names) > 1 else 1
         keep = self.keep["mid_epoch"]
         if keep:
@@ -2342,80 +1973,92 @@ class Checkpointer:
             self.say(f"checkpoints: rotated out {path.name}")
 
     def _report(self, names, blocked, wrote, size):
-        self._costs.append(blocked)
-        line = (f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, "
-                f"training waited {blocked * 1e3:.0f} ms, durable in {wrote:.2f} s")
-        if self.mirror:
-            line += self.mirror.age()
-        self.say(line)
-        if len(self._costs) == 3:           # the first one also allocates
-            cost = sorted(self._costs)[1]
-            # Young, CACM 1974; Daly, FGCS 2006
-            minutes = math.sqrt(2 * cost * MTBF_HOURS * 3600) / 60
-            self.say(f"a save holds training up for {cost * 1e3:.0f} ms: with one failure in "
-                     f"{MTBF_HOURS:.0f} h, a snapshot every "
-                     f"{minutes:.1f} min loses least time in all; "
-                     f"yours come every {self.minutes:g} min")
+        self._slowest = max(self._slowest, blocked + wrote)
+        self.say(f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited "
+                 f"{blocked * 1e3:.0f} ms, durable in {wrote:.2f} s{self._remark()}")
+
+    def _remark(self):
+        """What a save's line says besides."""
+        return ""
 
     # -- faults and the end --
 
-    def check(self):
+    def check(self) -> None:
         """Raise the writer's error here: SaveFailed when saves fail beyond patience, else anything
-        that is no OSError."""
-        error, self._error = self._error, None
-        if error is None:
-            return
-        if not isinstance(error, OSError):
-            raise error
+        that is no failed save."""
+        with self._turn:
+            if self._writing and self._writing.done():
+                self.wait()
+
+    def wait(self) -> None:
+        """Until the file being written is durable; reports its failure, if any, as `check` does."""
+        with self._turn:
+            if not self._writing:
+                return
+            error = self._writing.exception()
+            self._writing = None
+            if error is None:
+                self._failures = 0
+                self._failed = None
+                if KINDS["best"].name in self._names:
+                    self._best = self._measured
+            elif isinstance(error, (OSError, NotFinite)) and not isinstance(error, Moved):
+                self._note_failure(error)
+            else:
+                raise error
+
+    def _note_failure(self, error):
         now = time.monotonic()
         if not self._failures:
             self._failing_since = now
         self._failures += 1
         self._failed = error
         self._due_at = min(self._due_at, now + 60)          # no need to wait for the whole interval
-        line = f"save failed ({self._failures} in a row): {error.strerror or error}"
-        if error.errno == errno.ENOSPC:
-            needed, free = self._image.end / 1e6, _free(self.directory) / 1e6
+        line = f"save failed ({self._failures} in a row): {reason_of(error)}"
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            needed, free = self._image.end / 1e6, _free_bytes(self.directory) / 1e6
             line += f" ({needed:.0f} MB needed, {free:.0f} MB free)"
         self.say(f"{line}; every earlier checkpoint is as it was")
         # time mends a disk, but no weights that are not finite
-        patience = 0 if error.errno == errno.EDOM else 60 * self.patience
+        patience = 0 if isinstance(error, NotFinite) else 60 * self.patience
         if self._failures >= 3 and now - self._failing_since >= patience:
             self._failed = None
             minutes = (now - self._failing_since) / 60
-            raise SaveFailed(error.errno, f"saves failed for {minutes:.0f} minutes, "
-                                          f"{self._failures} in a row, "
-                                          f"the last one: {error.strerror or error}")
+            raise SaveFailed(getattr(error, "errno", None),
+                             f"saves failed for {minutes:.0f} minutes, {self._failures} in a row, "
+                             f"the last one: {reason_of(error)}")
 
-    def wait(self):
-        """Until the file being written is durable; reports its failure, if any, as `check` does."""
-        if self._writing:
-            self._writing.result()
-            self._writing = None
-        self.check()
-
-    def settle(self):
+    def settle(self) -> None:
         """Until the newest save is durable: where it failed again and again, for
         save_patience_minutes. Else SaveFailed."""
-        self.wait()
-        pause = 1.0
-        while self._failed:
-            time.sleep(min(pause, 60 * self.patience))
-            pause = min(2 * pause, 60.0)
-            self._retry()
-
-    def close(self):
-        """Wait for the writer, once more where the newest save failed, and give the directory
-        up."""
-        try:
+        with self._turn:
             self.wait()
-            if self._failed:
+            pause = 1.0
+            while self._failed:
+                time.sleep(min(pause, 60 * self.patience))
+                pause = min(2 * pause, 60.0)
                 self._retry()
-        finally:
-            self._writer.shutdown()
-            if self.mirror:
-                self.mirror.close()
-            self._lock.close()
+
+    def close(self) -> None:
+        """Wait for the writer, once more where the newest save failed, and give the directory up.
+        SaveFailed where that save is not durable. A second call does nothing."""
+        with self._turn:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self.wait()
+                if self._failed:
+                    self._retry()
+                if isinstance(self._failed, OSError):       # the loop knows of other weights
+                    raise SaveFailed(self._failed.errno, f"the newest save, {self._names[0]}, could "
+                                                         f"not be written: {self._failed.strerror}")
+            finally:
+                self._end()
+
+    def _end(self):
+        self._writer.shutdown()
+        self._lock.close()
 
     def __enter__(self):
         return self
@@ -2424,13 +2067,39 @@ class Checkpointer:
         self.close()
 
 
-def better(value, best, mode="max"):
+def measurement(value, name="metric", tie=None, rules=None) -> dict:
+    """A metric as a checkpoint holds it. rules: a short text for the rules it was computed by."""
+    found = {"name": name, "value": float(value)}
+    if tie is not None:
+        found["tie"] = float(tie)
+    if rules is not None:
+        found["rules"] = rules
+    return found
+
+
+def better(value, best, mode="max") -> bool:
     """Strictly better; a NaN never is, and anything beats a NaN or None."""
     if math.isnan(value):
         return False
     if best is None or math.isnan(best):
         return True
     return value > best if mode == "max" else value < best
+
+
+def abandoned_name(best) -> Path:
+    """Where the best.pt of a line that was left is kept: the Candidate `best` under another name."""
+    run, _, counter = best.save
+    return best.path.with_name(f"abandoned_best_{run or 'run'}_{counter}.pt")
+
+
+def tolerant(say):
+    """`say` without what it raises: a closed or narrow terminal stops no save."""
+    def said(line, *arguments, **options):
+        try:
+            say(line, *arguments, **options)
+        except (OSError, ValueError):       # a broken pipe, a closed stream, an ASCII console
+            pass
+    return said
 
 
 def _check_progress(state, needed):
@@ -2449,30 +2118,32 @@ def _numbers(state):
     return {key: state[key] for key in PROGRESS if key in state}
 
 
-def also(source, target, links=True):
-    """`target` becomes another name of `source`: a hard link where possible, else a second durable
-    file."""
-    if links:
-        return durable_link(source, target)
-    with _open(source) as file:
-        atomic_write(target, _pieces(file.fileno(), os.fstat(file.fileno()).st_size))
+def _free_name(path):
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return free
 
 
-def _links_work(directory):
-    probe, fd = _create(Path(directory, "probe"))
-    other = _temp(probe)
+def links_work(directory) -> bool:
+    """Whether a file of `directory` can have two names. Raises OSError where it takes no file."""
+    probe, other = _temp(Path(directory, "probe")), _temp(Path(directory, "probe"))
     try:
-        os.link(probe, other)               # locked as the probe is: the same file
+        os.close(_open_above_streams(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.link(probe, other)
         return True
     except OSError:
+        if not probe.exists():
+            raise                           # the directory takes no file at all
         return False
     finally:
-        _unlink(probe)
-        _unlink(other)
-        os.close(fd)
+        for temp in (probe, other):
+            _unlink(temp)
+            _own_temps.discard(temp.name)
 
 
-def _free(directory):
+def _free_bytes(directory):
     try:
         room = os.statvfs(directory)
         return room.f_bavail * room.f_frsize
@@ -2480,15 +2151,32 @@ def _free(directory):
         return 0
 
 
+# ---- a directory held by one process ----
+
 class Lock:
     """A directory held by this process: until `close`, or until its death. Nothing forked from it
     holds on."""
 
     held = set()                            # the open ones of this process
 
-    def __init__(self, fd):
+    def __init__(self, fd, path):
         self.fd = fd
+        self.path = path
+        self.directory = os.stat(path.parent)
         self.held.add(self)
+
+    def is_at(self, directory) -> bool:
+        """Whether the lock file of `directory` is the one that is held. FileNotFoundError where the
+        directory is gone."""
+        os.stat(directory)
+        try:
+            return os.path.samestat(os.stat(Path(directory, self.path.name)), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
+
+    def is_in(self, directory) -> bool:
+        """Whether `directory` is the one that was locked."""
+        return os.path.samestat(os.stat(directory), self.directory)
 
     def close(self):
         if self not in self.held:
@@ -2519,21 +2207,21 @@ class Lock:
 os.register_at_fork(after_in_child=Lock.leave_to_parent)
 
 
-def lock(directory, say=print):
+def lock(directory, say=print) -> Lock:
     """Hold `directory` for this process; returns a Lock with `close`. Raises InUse where another
     process does."""
-    path = Path(directory, ".lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    path = Path(directory, ".lock").absolute()
+    fd = _open_above_streams(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file: move it away", str(path))
         _take(fd, directory, say)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return Lock(fd, path)
     except BaseException:
         os.close(fd)
         raise
-    return Lock(fd)
 
 
 def _take(fd, directory, say):
@@ -2541,338 +2229,93 @@ def _take(fd, directory, say):
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # `ls` looks at a lock for a moment, and the dying need one
-            time.sleep(0.05)
+            time.sleep(0.05)                # `ls` holds it for an instant
         except OSError as error:
             say(f"checkpoints: {directory} cannot be locked ({error.strerror}): "
                 f"see to it that one process writes here")
             return
-    owner = os.pread(fd, 200, 0).decode(errors="replace").strip()
-    raise InUse(errno.EBUSY, f"{directory} is in use by {owner or 'another process'}: stop it "
-                             f"first")
+    raise InUse(directory, holder_of(fd))
+
+
+def holder_of(fd):
+    """(process, host) that the text of a lock file names, or None."""
+    text = os.pread(fd, 200, 0).decode(errors="replace")
+    named = re.fullmatch(r"process (\d+) on (\S+)\s*", text)
+    return (int(named[1]), named[2]) if named else None
 
 
 # ---- command line ----
 
-def find_runs(path):
-    """Directories at or under `path` that hold checkpoints; those that may not be read are left
-    out."""
-    path = Path(path)
-    places = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
-    return [p for p in places if os.access(p, os.R_OK | os.X_OK) and checkpoints(p)]
+COMMANDS = {            # name -> (module beside this file, what it does)
+    "ls": ("run.listing", "every run: its files, their health, and what a resume takes"),
+    "verify": ("", "exit 1, naming the file, where any .pt below is damaged"),
+    "clean": ("run.listing", "what no resume needs; removed only with --yes"),
+    "strip": ("run.share", "the weights of SRC alone, to DST, with a model card"),
+    "average": ("run.share", "the mean of the weights of several checkpoints, to --out"),
+}
 
 
-def _age(seconds):
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+def files_below(path):
+    """Every .pt at or below `path`, links followed, each folder once."""
+    if not os.path.isdir(path):
+        return [Path(path)]
+    found, seen = [], set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        info = os.stat(folder)
+        if (info.st_dev, info.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        folders.sort()
+        found += [Path(folder, name) for name in sorted(files) if name.endswith(".pt")]
+    return found
 
 
-def _health(path):
-    """"ok", or what is wrong; "gone" where the run has rotated it away meanwhile."""
+def health(path) -> str:
+    """"ok", or what is wrong; "gone" where a run has rotated it away meanwhile."""
     try:
         verify(path)
         return "ok"
     except CorruptCheckpoint as damage:
-        return f"DAMAGED: {_reason(damage)}"
+        return f"{'FOREIGN' if damage.foreign else 'DAMAGED'}: {reason_of(damage)}"
     except OSError as error:
-        if not os.path.lexists(path):
-            return "gone"
-        return f"UNREADABLE: {_reason(error)}"
-
-
-def _holder(directory):
-    """What the lock file says of the process that holds it, or None. Writes nothing and follows no
-    link."""
-    try:
-        fd = os.open(Path(directory, ".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        text = os.pread(fd, 200, 0).decode(errors="replace")
-        return "in use by " + ("".join(filter(str.isprintable, text)).strip() or "another process")
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-
-
-def second_place(directory):
-    """Where the run of `directory` has its second copy, or None."""
-    try:
-        return Path(json.loads(Path(directory, MIRROR_NOTE).read_text())["checkpoints"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def list_run(directory, say=print):
-    """One run and its second copy as tables; the file a resume takes is marked, with the reason
-    below. Writes nothing."""
-    directory, second = Path(directory), second_place(directory)
-    notes = []
-    chosen = None
-    try:
-        chosen, _ = _choose(directory, verify, notes.append, mirror=second)
-        if not chosen:
-            notes.append("resume: nothing usable: a fresh start")
-    except OSError as error:
-        notes.append(f"resume: {error.filename} cannot be read now ({error.strerror}): a resume "
-                     f"would wait for it")
-    busy = _holder(directory)
-    others = busy and f"process {os.getpid()} " not in busy
-    say(f"\n{directory}" + (f"  ({busy})" if others else ""))
-    count = _table(directory, chosen, say)
-    if second:
-        say(f"  second copy: {second}")
-        _table(second, chosen, say)
-    for note in notes:
-        if not note.startswith("resume: older"):           # older and sound: the table shows them
-            say(f"    {note}")
-    return count
-
-
-def _table(directory, chosen, say):
-    """The files of a directory, newest save first, and what they take; returns their number."""
-    say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} "
-        f"{'age':>7}  health")
-    try:
-        found = [_Candidate(path) for path in checkpoints(directory)]
-    except OSError as error:
-        say(f"    cannot be read: {error.strerror}")
-        return 0
-    sound = [c for c in found if c.facts]
-    sound.sort(key=lambda c: (c.order, c.path.name), reverse=True)
-    sizes, first = {}, {}
-    count = 0
-    for c in sound + [c for c in found if not c.facts]:
-        try:
-            info = os.lstat(c.path)
-        except FileNotFoundError:
-            continue                        # rotated away meanwhile
-        twin = first.setdefault(info.st_ino, c.path.name)
-        health = f"= {twin}" if twin != c.path.name else _health(c.path)
-        if health == "gone":
-            continue
-        sizes[info.st_ino] = info.st_size
-        count += 1
-        facts = c.facts or dict.fromkeys(PROGRESS, "-") | {"metric": None}
-        metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
-        mark = "->" if c.path == chosen else "  "
-        age = _age(time.time() - info.st_mtime)
-        say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
-            f"{facts['global_step']:>9}  {metric:<22} "
-            f"{info.st_size / 1e6:>7.1f} MB {age:>7}  {health}")
-    say(f"    {count} names, {len(sizes)} files on disk, {sum(sizes.values()) / 1e6:.1f} MB in all")
-    return count
-
-
-def _removable(directory):
-    """([(path, why)], [(path, why not)]): what no resume needs, and damage that nothing shows to be
-    of this format."""
-    temps = [path for path in directory.glob(".*.tmp") if TEMP.fullmatch(path.name)]
-    doomed = [(path, "temp of a dead process") for path in temps if _dead(path)]
-    spared = []
-    chosen, _ = _choose(directory, verify, lambda line: None)
-    for c in candidates(directory) if chosen else []:
-        health = "ok" if c.path == chosen else _health(c.path)
-        if health.startswith("DAMAGED"):    # what cannot be read here, or is no file, may be sound
-            (doomed if _ours(c.path) else spared).append((c.path, health))
-        elif health == "ok" and c.path != chosen and KINDS[c.kind].spare:
-            doomed.append((c.path, f"older than {chosen.name}"))
-    return doomed, spared
-
-
-def _ours(path):
-    """Whether a damaged file is of this format by what is left of it, or holds nothing that any
-    program could load.
-
-    A sound file of another program can be one that we refuse."""
-    try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            return False
-        with open(path, "rb") as file:
-            head = file.read(PAGE)
-            file.seek(-min(os.path.getsize(path), 1 << 16), os.SEEK_END)
-            tail = file.read()
-    except OSError:
-        return False
-    # torch.save begins with data.pkl
-    begins = head.startswith(b"PK\3\4") and head[30:].startswith(b"archive/data/")
-    return len(head) < 22 or not any(head) or begins or MAGIC in tail
-
-
-def _clean(directory, yes):
-    try:
-        # to the end: no run may begin between the look and the removal
-        held = lock(directory)
-    except InUse as error:
-        print(f"left alone: {error.strerror}")
-        return
-    with held:
-        doomed, spared = _removable(directory)
-        for path, why in spared:
-            print(f"left {path}  ({why}; it may be another program's)")
-        for path, why in doomed:
-            print(f"{'removed' if yes else 'would remove'} {path}  "
-                  f"{os.lstat(path).st_size / 1e6:.1f} MB  ({why})")
-            if yes:
-                _unlink(path)
-        hint = "" if yes or not doomed else "; --yes removes them"
-        print(f"{directory}: {len(doomed)} files{hint}")
-
-
-# what goes along with weights that are shared
-SHARED = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step",
-          "metric", "scores", "averaged")
-
-
-def strip(source, target=None):
-    """Write the weights of `source`, with the settings that rebuild the model, to `target`
-    (SOURCE_weights.pt), and a model card beside it (.md). Nothing that exists is replaced."""
-    state = _with_weights(source)
-    target = Path(target or Path(source).with_name(f"{Path(source).stem}_weights.pt"))
-    _share({key: state[key] for key in SHARED if key in state}, target, source)
-    print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of "
-          f"{os.path.getsize(source) / 1e6:.1f} MB")
-
-
-def average(sources, target):
-    """Write the mean of the weights of `sources`, checkpoints of one run, to `target` (LAWA, arXiv
-    2306.03241).
-
-    Counts and running statistics are those of the newest. An average kept during training instead
-    (EMA) would be a second set of weights in every checkpoint: with the defaults, more than the 2
-    GB that they promise to stay below."""
-    if len(sources) < 2:
-        raise ValueError("average needs two checkpoints or more")
-    facts = {source: peek(source) for source in sources}
-    saves = [(f["run"], f["save_counter"]) for f in facts.values()]
-    if None in {run for run, _ in saves} or len({run for run, _ in saves}) > 1:
-        raise ValueError("the checkpoints are not all of one run, or do not say of which")
-    if len(set(saves)) < len(sources):
-        raise ValueError("two of the files are the same save: it would count twice")
-    newest = max(facts, key=lambda source: facts[source]["save_counter"])
-    state = _with_weights(newest)
-    weights = {name: value for name, value in state["model"].items() if _is_weight(name, value)}
-    mean = {name: value.double() for name, value in weights.items()}
-    for source in sources:
-        if source != newest:
-            _add(mean, state["model"], _with_weights(source)["model"], source)
-    model = dict(state["model"])
-    for name, total in mean.items():
-        model[name] = (total / len(sources)).to(model[name].dtype)
-    kept = {key: state[key] for key in SHARED if key in state and key not in ("metric", "scores")}
-    if isinstance(state.get("scores"), dict) and "threshold" in state["scores"]:
-        # its other scores are not the average's
-        kept["scores"] = {"threshold": state["scores"]["threshold"]}
-    names = [Path(source).name for source in sources]
-    _share({**kept, "model": model, "averaged": names}, Path(target), newest)
-    print(f"{target}: the mean of {len(sources)} checkpoints, counts and statistics of {newest}")
-
-
-def _is_weight(name, value):
-    statistic = name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and not statistic
-
-
-def _add(mean, newest, model, source):
-    for name in sorted(newest.keys() | model.keys()):
-        if name not in newest or name not in model or _shape(newest[name]) != _shape(model[name]):
-            raise ValueError(f"{source}: {name} has another shape or is absent: another model")
-    for name, total in mean.items():
-        total += model[name]
-
-
-def _shape(value):
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _with_weights(source):
-    state = load(source)
-    if not isinstance(state.get("model"), dict):
-        raise CorruptCheckpoint(f"{source}: holds no model weights")
-    return state
-
-
-def _share(state, target, source):
-    """Weights and their card, where neither exists yet."""
-    card = target.with_suffix(".md")
-    for path in (target, card):
-        if os.path.lexists(path):
-            raise ValueError(f"{path} exists: name another file, or move it away")
-    atomic_save(state, target)
-    atomic_write(card, [model_card(state, target, source).encode()])
-
-
-def model_card(state, target, source):
-    """Markdown: what the weights were trained on, how well they did there, and what they are not
-    for."""
-    config = _dict(state.get("config"))
-    data, evaluation = _dict(config.get("data")), _dict(config.get("evaluation"))
-    scores, metric = _dict(state.get("scores")), _dict(state.get("metric"))
-    patients = ", ".join(map(str, data.get("dev_patients") or []))
-    folders = data.get("path") or []
-    if isinstance(folders, str):
-        folders = [folders]
-    rows = {
-        "run": _dict(config.get("experiment")).get("name"),
-        "from": Path(source).name,
-        "epoch": state.get("epoch"),
-        "step": state.get("global_step"),
-        "averaged": ", ".join(state.get("averaged", [])),
-        # the names alone: a whole path tells strangers about the machine
-        "data": ", ".join(Path(folder).name for folder in folders),
-        "validation patients": patients or "the corpus's own, or drawn by the seed",
-        "montage": state.get("montage"),
-        "channels": ", ".join(map(str, state.get("channels", []))),
-        "threshold": scores.get("threshold", evaluation.get("threshold")),
-        "chosen by": metric.get("name"),
-        "at": metric.get("value"),
-    }
-    lines = [f"# {target.name}", ""]
-    lines += [f"- {name}: {value}" for name, value in rows.items() if value not in (None, "")]
-    numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and k != "threshold"}
-    if numbers:
-        lines += ["", "## Scores on the validation patients", "", "| score | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
-    lines += ["", "## Intended use", "",
-              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device:",
-              "not for diagnosis, alarms or treatment. The scores above were seen by the choice of",
-              "these weights; on other patients, hospitals and recording systems expect worse, and",
-              "measure it before use.", ""]
-    return "\n".join(lines)
-
-
-def _dict(value):
-    return value if isinstance(value, dict) else {}
+        return f"UNREADABLE: {reason_of(error)}" if os.path.lexists(path) else "gone"
 
 
 def _verify_all(paths):
-    damaged = 0
+    counts = {"found": 0, "wrong": 0}
     for path in paths:
-        for file in checkpoints(path) if path.is_dir() else [path]:
-            health = _health(file)
-            if health == "gone":
-                continue
-            damaged += health != "ok"
-            print(f"{file}: {health}")
-    return 1 if damaged else 0
+        for file in files_below(path):
+            found = health(file)
+            if found != "gone":
+                counts["found"] += 1
+                counts["wrong"] += found != "ok" and not found.startswith("FOREIGN")
+                print(f"{file}: {found}")
+    if not counts["found"]:
+        print(f"no .pt file in {' '.join(map(str, paths))}", file=sys.stderr)
+    return 1 if counts["wrong"] or not counts["found"] else 0
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["ls", "verify", "clean", "strip", "average"])
+    parser = argparse.ArgumentParser(
+        prog="checkpoint.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.split("\n")[0],
+        epilog="\n".join(f"{name:<8} {what}" for name, (_, what) in COMMANDS.items()))
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("paths", nargs="+", metavar="PATH",
                         help="file, run directory, or a folder of runs")
+    parser.add_argument("-v", "--verbose", action="store_true", help="ls: every file of every run")
     parser.add_argument("--yes", action="store_true", help="clean: remove, do not only list")
     parser.add_argument("--out", metavar="FILE", help="average: the file to write")
     args = parser.parse_args(argv)
     try:
-        return _command(args)
+        for path in args.paths[:1 if args.command == "strip" else None]:
+            if not os.path.lexists(path):
+                raise FileNotFoundError(errno.ENOENT, "no such file or directory", path)
+        module, _ = COMMANDS[args.command]
+        if not module:
+            return _verify_all(args.paths)
+        return _elsewhere(module).command(args)
     except CorruptCheckpoint as damage:
         print(damage, file=sys.stderr)
         return 1
@@ -2882,36 +2325,17 @@ def main(argv=None):
         return 2
 
 
-def _command(args):
-    if args.command == "strip":
-        if len(args.paths) > 2:
-            raise ValueError(f"strip takes SRC and DST, not {len(args.paths)} paths: nothing was "
-                             f"written")
-        strip(*args.paths)
-        return 0
-    if args.command == "average":
-        if not args.out:
-            raise ValueError("average needs --out FILE")
-        average(args.paths, args.out)
-        return 0
-    for path in args.paths:
-        if not os.path.lexists(path):
-            raise FileNotFoundError(errno.ENOENT, "no such file or directory", path)
-    places = []
-    for path in args.paths:
-        places += find_runs(path) if Path(path).is_dir() else [Path(path)]
-    if not places:
-        print(f"no checkpoints in {' '.join(args.paths)}")
-    if args.command == "verify":
-        return _verify_all(places)
-    for place in places:
-        directory = place if place.is_dir() else place.parent
-        if args.command == "ls":
-            list_run(directory)
-        else:
-            _clean(directory, args.yes)
-    return 0
+def _elsewhere(module):
+    """The module of Holdfast that does what this file alone does not."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not module.startswith(error.name or " "):
+            raise
+        raise ValueError(f"this command needs {module.replace('.', '/')}.py of Holdfast beside "
+                         f"checkpoint.py; verify works without it") from None
 
 
 if __name__ == "__main__":
+    sys.modules.setdefault("checkpoint", sys.modules[__name__])     # what run/ imports is this file
     sys.exit(main())

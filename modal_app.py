@@ -131,7 +131,8 @@ def ls():
     import checkpoint
     reload()
     code = checkpoint.main(["ls", RESULTS])
-    for checkpoints in checkpoint.find_runs(RESULTS):
+    from run.listing import find_runs
+    for checkpoints in find_runs(RESULTS):
         print(bill(checkpoints.parent))
     return result("refused" if code else "finished")
 
@@ -295,9 +296,9 @@ def run_directory(config):
 
 def put(path, value):
     """Write JSON so that a reader, or a commit in the middle, meets the old file or the new one."""
-    import checkpoint
+    from eeg.disk import write_json
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(path, value)
+    write_json(path, value)
 
 
 def get(path):
@@ -493,9 +494,9 @@ def bill(run):
 
 def speed(run):
     """(epochs trained, seconds per epoch with validation), or zeros; medians skip pauses."""
-    import checkpoint
+    from eeg.disk import read_json_lines
     path = run / "metrics.jsonl"
-    rows = list(checkpoint.read_json_lines(path)) if path.exists() else []
+    rows = list(read_json_lines(path)) if path.exists() else []
     steps, validations = [], []
     for before, row in zip(rows, rows[1:]):
         seconds, done = row["time"] - before["time"], row["step"] - before["step"]

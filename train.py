@@ -39,8 +39,9 @@ from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
 from run.config import add, describe, load as load_config
 from run.machine import Group, autocast, device_name, place, prepare_torch
+from run.listing import list_run
 from run.prepare import Split, as_saved, build_model, expect_data, open_recordings, start_from
-from run.records import Home, Log, has_run, run_directory, tolerated
+from run.records import Log, RunDirectory, has_run, run_directory, tolerated
 from run.records import holds_checkpoints, move_aside       # noqa: F401 - for those who import train
 from run.watch import Watchdog
 
@@ -311,7 +312,7 @@ class Trainer:
             return
         waited = self.loader.waited
         share = self.loader.share()
-        self.home.record.write(
+        self.home.metrics.write(
             kind="train", epoch=self.epoch, batch=self.batch, batches=self.batches,
             step=self.step, loss=loss, lr=rate, grad_norm=norm, skipped=self.skipped,
             seconds=seconds, waited=waited, time=time.time())
@@ -397,18 +398,16 @@ class Trainer:
         the next boundary."""
         self.watch.did("validated window")
         if self.group.size == 1 and (self.signals.number or self.late()):
-            self.save_mid()
+            self.save_mid(last=True)
             raise Stopped
 
     def end_epoch(self, summary):
         """Metric, early stopping, checkpoints of the finished epoch; then the next one begins."""
         name = self.settings["best_metric"]
         value, tie = float(summary[name]), float(summary[TIE])
-        tied = value == self.stopping["value"]
-        if tied:                        # a small set gives the same event F1 over and over
-            improved = checkpoint.better(tie, self.stopping.get("tie"))
-        else:
-            improved = checkpoint.better(value, self.stopping["value"], evaluate.METRICS[name])
+        tied = value == self.stopping["value"]  # a small set gives the same event F1 over and over
+        home = self.home
+        improved = self.group.from_main(lambda: home.is_best(value, tie) if home else None)
         if improved:
             self.stopping = {"metric": name, "value": value, "tie": tie, "epoch": self.epoch,
                              "waited": 0}
@@ -416,13 +415,13 @@ class Trainer:
             self.stopping["waited"] += 1
         self.summary, self.scores = summary, {}
         if self.group.main:
-            self.home.record.write(kind="validation", epoch=self.epoch, step=self.step,
+            self.home.metrics.write(kind="validation", epoch=self.epoch, step=self.step,
                                    best=improved, time=time.time(), **summary)
         began = time.monotonic()
         with self.watch.during("in a save"):
             state = self.pack()
             if self.group.main:
-                self.home.save_epoch(state, value, name, tie, began)
+                self.home.save_epoch(state, value, tie, began)
         self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
         missed = evaluate.over_cap(summary, self.config["evaluation"])
         if missed:
@@ -472,7 +471,7 @@ class Trainer:
         if signalled:
             self.signals.number = max(self.group.gather(self.signals.number))
         if signalled or late or due:
-            self.save_mid()
+            self.save_mid(last=bool(signalled or late))
         if signalled or late:
             raise Stopped
 
@@ -483,7 +482,7 @@ class Trainer:
             needed += self.home.saver.slowest
         return time.monotonic() > self.deadline - needed
 
-    def save_mid(self):
+    def save_mid(self, last=False):
         here = (self.step, len(self.scores))
         if self.saved_at == here:       # never twice for one state
             return
@@ -491,7 +490,7 @@ class Trainer:
         with self.watch.during("in a save"):
             state = self.pack()
             if self.group.main:
-                self.home.save_mid(state, began)
+                self.home.save_mid(state, began, last)
         self.saved_at = here
 
     def pack(self):
@@ -578,15 +577,11 @@ class Trainer:
         else:
             self.say("resume: the checkpoint has no gradient scale: starting from the default")
 
-    def enter(self, state, position, chosen):
+    def enter(self, state, position):
         """Stand where the run goes on, and note on the disk that it does."""
         self.watch.facts = self.stands
         if state:
             self.unpack(state, position)
-        if chosen:                      # a file: whatever happens now, resumes follow its line
-            self.save_mid()
-            if self.group.main:
-                self.home.saver.wait()
         if self.group.main:
             self.home.begin()
 
@@ -643,7 +638,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
         if not going_on:                # refused while nothing is touched
             start_from(config, split, net, say)
         with signals or Signals() as signals:
-            home, (state, position, chosen) = take_home(
+            home, (state, position) = take_home(
                 group, config, split.fingerprint, resume, fresh, on_saved, watch, say)
             try:
                 net = as_saved(net, state, config, split, group, say)
@@ -651,7 +646,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
                 if going_on and not state:          # what was there is damaged
                     start_from(config, split, net, say)
                 trainer = Trainer(config, group, split, net, home, signals, deadline, watch, say)
-                trainer.enter(state, position, chosen)
+                trainer.enter(state, position)
                 return fit_and_tell(trainer, again)
             finally:
                 if home:
@@ -659,13 +654,13 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
 
 
 def take_home(group, *arguments):
-    """The Home that the main process takes (None in the others), and what it found, in all."""
+    """The RunDirectory that the main process takes (None in the others), and what it found, in all."""
     homes = []
 
     def enter():
-        home = Home(*arguments)
+        home = RunDirectory(*arguments)
         homes.append(home)
-        return home.state, home.position, home.chosen
+        return home.state, home.position
 
     with group.watch.during("opening the run directory"):
         found = group.from_main(enter)
@@ -684,7 +679,7 @@ def fit_and_tell(trainer, again):
         if stopped:
             return tell_stopped(trainer.signals.number, again, say)
         if home:
-            checkpoint.list_run(home.checkpoints, say)
+            list_run(home.checkpoints, say)
         return 0
     except Diverged:
         good = None

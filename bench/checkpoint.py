@@ -28,6 +28,7 @@ import torch                                                # noqa: E402
 import torch.distributed.checkpoint as dcp                  # noqa: E402
 
 import checkpoint                                           # noqa: E402
+from run.mirror import Mirrored                               # noqa: E402
 import model as v3                                          # noqa: E402
 
 TARGET = ("target for holdfast", "1.2", "7, then 4", "1.6, then 1.2", "yes", "1.0", "", "6")
@@ -217,8 +218,8 @@ class Ours(TorchSave):
     def __init__(self, place, training, keep=2, mirror=None):
         super().__init__(place, training)
         self.done = threading.Event()                               # on_saved: durable; what follows is rotation
-        self.saver = checkpoint.Checkpointer(place, mid_epoch_keep=keep, on_saved=lambda path: self.done.set(),
-                                             say=lambda line: None, mirror=mirror)
+        kind, options = (Mirrored, {"mirror": mirror}) if mirror else (checkpoint.Checkpointer, {})
+        self.saver = kind(place, mid_epoch_keep=keep, on_saved=lambda path: self.done.set(), say=lambda line: None, **options)
 
     def save(self, state):
         self.done.clear()
@@ -245,7 +246,7 @@ class OursMirrored(Ours):
 
     def wait(self):
         super().wait()
-        assert self.saver.mirror.wait(60)
+        assert self.saver.wait_for_copy(60)
 
 
 class OursResume(Ours):

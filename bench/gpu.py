@@ -34,6 +34,7 @@ import torch.nn.functional as F                             # noqa: E402
 import yaml                                                 # noqa: E402
 
 import checkpoint                                           # noqa: E402
+from eeg.disk import write_json                        # noqa: E402
 from eeg import corpora                                              # noqa: E402
 import helpers                                              # noqa: E402
 import model as v3                                          # noqa: E402
@@ -573,9 +574,9 @@ def main():
         if limit > 0:
             found[name] = run_section(name, limit, args)
         print(f"\n{name}\n\n{markdown(found[name])}", flush=True)
-        checkpoint.write_json(args.out, found)
+        write_json(args.out, found)
     found["claims"] = claims(found)
-    checkpoint.write_json(args.out, found)
+    write_json(args.out, found)
     print(f"\nclaims\n\n{markdown(found['claims'])}")
     if args.device == "cuda":
         into_page(found)

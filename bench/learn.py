@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint                                                       # noqa: E402
 import data                                                             # noqa: E402
 import detectors                                                        # noqa: E402
+from run import share                                                    # noqa: E402
 from eeg import edf                                                              # noqa: E402
 import evaluate                                                         # noqa: E402
 import judge                                                            # noqa: E402
@@ -150,7 +151,7 @@ def of_seeds(work, args):
         rows[f"  its best epoch on dev, seed {seed}"], _ = track_of(folder / "best.pt")
         mean = folder / "mean_of_epochs.pt"
         if not mean.exists():
-            checkpoint.average(sorted(folder.glob("checkpoint_epoch_*.pt")), mean)
+            share.average(sorted(folder.glob("checkpoint_epoch_*.pt")), mean)
         kept = TRAINING["checkpoint_keep"]
         rows[f"  mean of its last {kept} epochs, seed {seed}"], _ = track_of(mean)
     alone = [track for name, track in rows.items() if name.startswith("V3")]

@@ -26,6 +26,7 @@ import checkpoint                                                       # noqa: 
 import data                                                             # noqa: E402
 import evaluate                                                         # noqa: E402
 import judge                                                            # noqa: E402
+from run import share                                                    # noqa: E402
 from scoring import metrics                                                          # noqa: E402
 import train                                                            # noqa: E402
 from eeg.edf import FS                                                      # noqa: E402
@@ -89,7 +90,7 @@ def fit_v3(kind, place, seed, budgets):
     if epochs > 1:
         yield Fitted(f"{name}, last.pt", *v3_track(saved / "last.pt"), hours, minutes)
         later = sorted(saved.glob("checkpoint_epoch_*.pt"))[-max(2, epochs // 2):]
-        checkpoint.average(later, saved / "mean.pt")
+        share.average(later, saved / "mean.pt")
         yield Fitted(f"{name}, mean of {len(later)}", *v3_track(saved / "mean.pt"), hours, minutes)
 
 

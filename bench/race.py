@@ -24,6 +24,7 @@ import networks                                                         # noqa: 
 from judge import CHB, CLIPS, ROOT, judged, print_table, real, synthetic    # noqa: E402
 from judge import table_real, table_unseen                              # noqa: E402
 from networks import FITS, checkpoint, data                             # noqa: E402
+from eeg.disk import write_json                        # noqa: E402
 from eeg import corpora                                                          # noqa: E402
 
 TRAINED = 6.0, 36, 0                    # hours, patients, seed of the corpus,
@@ -81,7 +82,7 @@ def train_one(work, title, published):
             "system": job["system"], "seed": job["seed"], "budget": fitted.budget,
             "hours": fitted.hours, "minutes": fitted.minutes, "parameters": fitted.parameters,
             "chosen": fitted.chosen, **judged(on, tracks)})
-    checkpoint.write_json(folder / "result.json", rows)
+    write_json(folder / "result.json", rows)
 
 
 # ---- many of them ----
@@ -100,7 +101,7 @@ def rows_of(work, jobs, args):
             if json.loads((folder / "job.json").read_text()) != wanted:
                 sys.exit(f"{folder} holds another job: move it away")
             continue
-        checkpoint.write_json(folder / "job.json", wanted)
+        write_json(folder / "job.json", wanted)
         waiting.append(name)
     while waiting or running:
         while waiting and len(running) < args.jobs:

@@ -38,6 +38,7 @@ import yaml                                                 # noqa: E402
 from tqdm import tqdm                                       # noqa: E402
 
 import checkpoint                                           # noqa: E402
+from eeg.disk import read_json_lines                      # noqa: E402
 from eeg import corpora                                              # noqa: E402
 from scoring import pictures                                             # noqa: E402, F401 - or every fork does
 from eeg import synth                                                # noqa: E402
@@ -110,15 +111,15 @@ def prepare(corpus, results, epochs):
 def trained(results, name="t"):
     """Steps in the records, which are written after every step."""
     path = results / name / "metrics.jsonl"
-    found = checkpoint.read_json_lines(path, say=lambda line: None)
+    found = read_json_lines(path, say=lambda line: None)
     return max((row["step"] for row in found), default=0)
 
 
 def saved(results):
     """The step from which a resume goes on."""
     home, second = results / "t/checkpoints", results / "mirror/t/checkpoints"
-    for candidate in checkpoint.candidates(home, second):
-        if not candidate.damage and checkpoint.verify(candidate.path):
+    for candidate in checkpoint.in_order(checkpoint.candidates(home) + checkpoint.candidates(second)):
+        if candidate.facts and not candidate.damage and checkpoint.verify(candidate.path):
             return candidate.facts["global_step"]
     return 0
 

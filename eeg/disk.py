@@ -24,7 +24,7 @@ CHUNK = 10 * FS                         # samples of a chunk of a recording: win
 COPIERS = 16                            # files copied at once
 # what an OSError says of the path itself, until somebody mends it; every other one may pass
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EROFS,
-           errno.ENAMETOOLONG}
+           errno.ENAMETOOLONG, errno.EEXIST}
 
 
 class Stop(Exception):
@@ -137,6 +137,27 @@ def write_json(path, value, indent=None):
         replace_durably(temp, path)
     finally:
         temp.unlink(missing_ok=True)
+
+
+def read_json_lines(path, say=print):
+    """Yield the dicts of a file with one JSON object a line; none where it is absent.
+
+    A kill or a power cut may tear the last row: what cannot be read is named through `say` and left
+    out."""
+    try:
+        file = open(path, errors="replace")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                say(f"{Path(path).name}: dropped a row that cannot be read: {line[:60].strip()!r}")
+                continue
+            yield row
 
 
 # ---- where recordings lie ----

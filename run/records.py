@@ -18,27 +18,9 @@ from tqdm import tqdm
 import checkpoint
 import evaluate
 import model
-from eeg.disk import Refused, TemporaryFault, fault
-from run.config import compare
-
-
-def in_use(line):
-    """Refused, or TemporaryFault where the process that holds the directory is on its way out."""
-    holder = re.search(r"in use by process (\d+) on (\S+?):", line)
-    if holder and holder[2] == socket.gethostname() and leaving(int(holder[1])):
-        return TemporaryFault(f"{line}; it is ending: try again")
-    return Refused(line)
-
-
-def leaving(pid):
-    """Gone, dead, or killed and still busy in the kernel, with a GPU or a disk that hangs."""
-    try:
-        facts = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return Path("/proc").is_dir()
-    facts = dict(re.findall(r"(State|SigPnd|ShdPnd):\s+(\S+)", facts))
-    pending = int(facts["SigPnd"], 16) | int(facts["ShdPnd"], 16)
-    return facts["State"] in "ZX" or bool(pending & 1 << (signal.SIGKILL - 1))
+from eeg.disk import Refused, TemporaryFault, fault, read_json_lines, write_json
+from run.config import compare, effective
+from run.mirror import Mirrored
 
 
 class Log:
@@ -80,6 +62,28 @@ class Log:
             self.waiting = []
 
 
+def refused_lock(busy):
+    """The checkpoint.InUse `busy` as Refused, or as TemporaryFault where it passes by itself: its
+    holder is dead, dying or on another machine, whose lock ends with its lease."""
+    line = busy.strerror
+    if busy.pid is None or busy.host != socket.gethostname():
+        return TemporaryFault(f"{line}; where that process is gone its lock passes: try again")
+    if is_ending(busy.pid):
+        return TemporaryFault(f"{line}; it is ending: try again")
+    return Refused(line)
+
+
+def is_ending(pid):
+    """Gone, dead, or killed and still busy in the kernel, with a GPU or a disk that hangs."""
+    try:
+        facts = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return Path("/proc").is_dir()
+    facts = dict(re.findall(r"(State|SigPnd|ShdPnd):\s+(\S+)", facts))
+    pending = int(facts["SigPnd"], 16) | int(facts["ShdPnd"], 16)
+    return facts["State"] in "ZX" or bool(pending & 1 << (signal.SIGKILL - 1))
+
+
 def launch():
     """Who started this process, as text: the same over the restarts of one torchrun, another one
     for any other start."""
@@ -90,18 +94,19 @@ def launch():
     return f"{socket.gethostname()} {parent} {born}"
 
 
-class Home:
-    """results/<name> in the hands of the main process, from taking it to giving it up.
+class RunDirectory:
+    """results/<name>, held by the main process from its opening to `close`.
 
     `saver` holds its lock; `state` is what to continue from (None: start at the beginning), at
-    `position`; `chosen` is true where that is a file that --resume named; `record` stands at that
-    state. Raises Refused; TemporaryFault for what may pass."""
+    `position`; `metrics` is cut back to that state. Raises Refused; TemporaryFault for what may
+    pass."""
 
     def __init__(self, config, fingerprint, resume, fresh, hook, watch, say):
         self.config, self.fingerprint, self.hook = config, fingerprint, hook
         self.watch, self.say = watch, say
         self.directory = run_directory(config)
         self.checkpoints = self.directory / "checkpoints"
+        self.rules = evaluate.rules(config["evaluation"])
         self.last_save = "none in this process"
         if self._restarted() and resume != "true":
             say("torchrun restarted this job: resuming")
@@ -109,27 +114,35 @@ class Home:
         if resume == "false" and not fresh and holds_checkpoints(self.checkpoints):
             raise Refused(f"{self.checkpoints} already holds checkpoints: "
                           f"--resume continues that run, --fresh moves it aside")
-        self.chosen = resume not in ("true", "false")
+        self.minutes = effective(config, "training.mid_epoch_minutes", say)
+        self.mid_keep = effective(config, "training.mid_epoch_keep", say)
+        self.saver = None
         try:
-            self._expect_environment()
-            if self.chosen:
-                self.saver, self.state = self._take_with(resume)
+            if resume in ("true", "false"):
+                self.state = self._go_on(resume == "true", fresh)
             else:
-                self.saver, self.state = self._take(resume, fresh)
-        except checkpoint.InUse as error:
-            raise in_use(error.strerror) from None
-        except (checkpoint.CorruptCheckpoint, ValueError) as error:
-            raise Refused(str(getattr(error, "strerror", None) or error)) from None
-        except OSError as error:
-            raise fault(error, self.directory) from None
-        self.position = self.saver.position
-        try:
-            self.record = self._cut_records()
-        except OSError as error:
-            self.saver.close()
-            raise fault(error, self.directory) from None
+                self.state = self._go_back(resume)
+            self.position = self.saver.position
+            if self.state:
+                self.state["stopping"] = self._compared_with_best(self.state["stopping"])
+            self.metrics = self._cut_records()
+        except BaseException as error:
+            if self.saver:
+                self.saver.close()
+            raise self._explained(error) from None
         self.saver.before_save = self.secure_records
         self.saver.on_saved = self.saved
+
+    def _explained(self, error):
+        if isinstance(error, checkpoint.InUse):
+            return refused_lock(error)
+        if isinstance(error, (checkpoint.CorruptCheckpoint, ValueError)):
+            return Refused(str(error))
+        if isinstance(error, OSError):
+            return fault(error, self.directory)
+        if isinstance(error, MemoryError):
+            return TemporaryFault(f"{self.directory}: out of memory: nothing was touched: try again")
+        return error
 
     def _restarted(self):
         """torchrun started this process again, and what it did before had begun here. Arguments
@@ -144,68 +157,49 @@ class Home:
     def begin(self):
         """Note on the disk that this launch goes on here, for its restarts."""
         with tolerated(self.say, "started.json", "a restart by torchrun will not resume by itself"):
-            checkpoint.write_json(self.directory / "started.json", launch())
+            write_json(self.directory / "started.json", launch())
 
-    def _expect_environment(self):
-        """Refuse what the saver would refuse, before anything is moved aside."""
-        s = self.config["training"]
-        checkpoint.environment(s["mid_epoch_minutes"], s["mid_epoch_keep"], lambda line: None)
-
-    def _take(self, resume, fresh):
-        """The directory as it stands, moved aside where it must not be overwritten."""
+    def _go_on(self, resume, fresh):
+        """The state of the directory as it stands, which is moved aside where it must not be
+        overwritten."""
         if fresh:
-            move_aside(self.directory, self.say)
-            second = Path(self.config["training"]["mirror"] or os.devnull, self.directory.name)
-            if second.is_dir():
-                move_aside(second, self.say)
-        saver = self._open_saver()
-        try:
-            state = saver.resume(resume == "true")
-            if state:
-                self._check(state, "the checkpoint")
-                return saver, state
-        except BaseException:
-            saver.close()
-            raise
+            self._move_aside()
+        self.saver = self._open_saver()
+        state = self.saver.resume(resume)
+        if state:
+            self._check(state, "the checkpoint")
+            return state
         if holds_checkpoints(self.checkpoints):     # all damaged: nothing may be overwritten
-            saver.close()
-            move_aside(self.directory, self.say)
-            saver = self._open_saver()
-        return saver, None
+            self.saver.close()
+            self._move_aside()
+            self.saver = self._open_saver()
+        return None
 
-    def _take_with(self, path):
-        """The directory, continued from the checkpoint `path` instead of its own newest."""
+    def _move_aside(self):
+        mirror = self.config["training"]["mirror"]
+        move_aside(self.directory, self.say, mirror and Path(mirror, self.directory.name))
+
+    def _go_back(self, path):
+        """The state of the checkpoint `path` instead of the newest; nothing is changed before it is
+        found fit."""
         state = checkpoint.load(path)
         self._check(state, path)
-        saver = self._open_saver()
-        saver.adopt(state, path)
-        state["stopping"] = self._best_left(state["stopping"])
+        self.saver = self._open_saver()
+        self.saver.adopt(state | {"config": self.config}, path)
         self.say(f"resume: {path} as asked; later resumes follow this line")
-        return saver, state
-
-    def _best_left(self, stopping):
-        """Early stopping compares with the best.pt that the chosen line has, as the saver does."""
-        best = {"value": None, "epoch": 0, "tie": None}
-        with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
-            facts = checkpoint.peek(self.checkpoints / "best.pt")
-            if facts["metric"] and facts["metric"]["name"] == stopping["metric"]:
-                best |= facts["metric"] | {"epoch": facts["epoch"]}
-                del best["name"]
-        return stopping | best
+        return state
 
     def _open_saver(self):
         s = self.config["training"]
-        return checkpoint.Checkpointer(
-            self.checkpoints, s["mid_epoch_minutes"], s["mid_epoch_keep"],
-            s["checkpoint_interval"], s["checkpoint_keep"], evaluate.METRICS[s["best_metric"]],
-            say=self._saver_says, save_patience_minutes=s["save_patience_minutes"],
-            mirror=s["mirror"] or None)
-
-    def _saver_says(self, line):
-        # it has ended too; other lines may come from the second copy, which is no progress
-        if line.startswith("save failed"):
-            self.watch.did("save")
-        self.say(line)
+        options = {
+            "mid_epoch_minutes": self.minutes, "mid_epoch_keep": self.mid_keep,
+            "checkpoint_interval": s["checkpoint_interval"],
+            "checkpoint_keep": s["checkpoint_keep"],
+            "mode": evaluate.METRICS[s["best_metric"]],
+            "save_patience_minutes": s["save_patience_minutes"], "say": self.say}
+        if s["mirror"]:
+            return Mirrored(self.checkpoints, mirror=s["mirror"], **options)
+        return checkpoint.Checkpointer(self.checkpoints, **options)
 
     def _check(self, state, where):
         """Refuse a state that is not one of this run: not of training, of other config or data."""
@@ -240,46 +234,82 @@ class Home:
         now |= older
         return older
 
+    def _compared_with_best(self, stopping):
+        """Early stopping compares with the best.pt of the line that goes on, as the saver does."""
+        if stopping["metric"] != self.config["training"]["best_metric"]:
+            return stopping             # the best starts anew
+        best = {"value": None, "tie": None, "epoch": 0}
+        with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
+            facts = checkpoint.peek(self.checkpoints / "best.pt")
+            metric = facts["metric"] or {}
+            if metric.get("rules", self.rules) != self.rules:
+                self.say("resume: evaluation settings changed: best.pt was measured by other rules, "
+                         "so the best starts anew")
+            elif metric.get("name") == stopping["metric"]:
+                best = {"value": metric["value"], "tie": metric.get("tie"), "epoch": facts["epoch"]}
+        if best["value"] is None:
+            best["waited"] = 0
+        return stopping | best
+
     def _cut_records(self):
-        """The effective config and the records, the latter cut back to the resumed step."""
+        """The effective config, and the metrics cut back to the resumed step."""
         text = yaml.safe_dump(self.config, sort_keys=False)
+        checkpoint.sweep_temps(self.directory)
         checkpoint.atomic_write(self.directory / "config.yaml", [text.encode()])
         if not self.state:
-            return Record(self.directory, 0, True, self.say)
-        ended = self.state.get("kind") == "epoch" or not self.state["batch"]
-        record = Record(self.directory, self.state["global_step"], ended, self.say)
-        record.event("resume", self.saver.resumed, self.state)
-        return record
+            return MetricsFile(self.directory, 0, True, self.own, self.say)
+        facts = checkpoint.facts_of(self.state)
+        ended = facts["kind"] == "epoch" or not self.state["batch"]
+        metrics = MetricsFile(self.directory, facts["global_step"], ended, self.own, self.say)
+        metrics.event("resume", self.saver.resumed, facts)
+        return metrics
 
-    def save_mid(self, state, since):
-        self.record.flush()
-        self.saver.save_mid(state, since)
+    def own(self):
+        """Whether the run's path still leads to the folder that this process holds."""
+        try:
+            return self.saver.is_own_directory()
+        except OSError:
+            return True                 # gone: writing fails by itself
 
-    def save_epoch(self, state, value, name, tie, since):
-        self.record.flush()
-        self.saver.save_epoch(state, value, name, tie, since)
+    def is_best(self, value, tie):
+        """(whether such a validation is the best so far, its measurement)."""
+        name = self.config["training"]["best_metric"]
+        measured = checkpoint.measurement(value, name, tie, self.rules)
+        return self.saver.is_best(measured)
+
+    def save_mid(self, state, since, last=False):
+        self.metrics.flush()
+        return self.saver.save_mid(state, since, last)
+
+    def save_epoch(self, state, value, tie, since):
+        self.metrics.flush()
+        name = self.config["training"]["best_metric"]
+        self.saver.save_epoch(state, value, name, tie, self.rules, since)
 
     def secure_records(self, directory):
         """In the writer thread, before a checkpoint goes to `directory`: at home, or in the second
-        copy alone."""
+        copy alone. Each try of a save that fails again and again is progress too."""
+        self.watch.did("save")
         if directory == self.checkpoints:
-            self.record.sync()
+            self.metrics.sync()
         else:
-            self.record.complete(directory.parent / self.record.path.name)
+            self.metrics.complete(directory.parent / self.metrics.path.name)
 
     def saved(self, path):
         """In the writer thread, once a checkpoint is durable."""
         self.watch.did("save")
         self.last_save = f"{path.name} at {time.strftime('%H:%M:%S')}"
-        self.record.event("save", path, seconds=self.saver.blocked)
+        self.metrics.event("save", path, seconds=self.saver.blocked)
         if self.hook:
             self.hook(path)
 
     def close(self):
         try:
             self.saver.close()
+        except checkpoint.SaveFailed as error:
+            self.say(f"stopped: {error.strerror}")
         finally:
-            self.record.close()
+            self.metrics.close()
 
 
 def run_directory(config):
@@ -288,9 +318,7 @@ def run_directory(config):
 
 
 def holds_checkpoints(directory):
-    if not directory.is_dir():
-        return False
-    return any(checkpoint.NAME.fullmatch(n) or n == "best.pt" for n in os.listdir(directory))
+    return bool(checkpoint.checkpoints(directory))
 
 
 def has_run(config):
@@ -303,18 +331,31 @@ def has_run(config):
         raise fault(error, directory) from None
 
 
-def move_aside(run_directory, say):
+def move_aside(directory, say, second=None):
+    """Rename a run's folder, and its second copy, to NAME.1, or the next number that is free in
+    both places; both or none. Raises InUse where a process works there, Refused where a folder
+    cannot be renamed."""
+    # the second copy first: an empty home beside it would resume the old run from it
+    folders = [Path(folder) for folder in (second, directory) if folder and Path(folder).is_dir()]
     number = 1
-    while os.path.lexists(f"{run_directory}.{number}"):
+    while any(os.path.lexists(f"{folder}.{number}") for folder in folders):
         number += 1
-    with contextlib.suppress(FileNotFoundError):
-        # raises InUse where a process works there
-        held = checkpoint.lock(run_directory / "checkpoints")
+    moved = []
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):
+                held.enter_context(checkpoint.lock(folder / "checkpoints", say))
         try:
-            os.rename(run_directory, f"{run_directory}.{number}")
-        finally:
-            held.close()
-        say(f"moved the old run aside: {run_directory} -> {run_directory}.{number}")
+            for folder in folders:
+                os.rename(folder, f"{folder}.{number}")
+                moved.append(folder)
+        except OSError as error:
+            for folder in moved:
+                os.rename(f"{folder}.{number}", folder)
+            raise Refused(f"{folder} cannot be moved aside ({error.strerror}): where it is a mount "
+                          f"point, choose another experiment.name") from None
+    for folder in folders:
+        say(f"moved the old run aside: {folder} -> {folder}.{number}")
 
 
 @contextlib.contextmanager
@@ -333,24 +374,26 @@ def tolerated(say, what, consequence="", errors=OSError):
         say(line)
 
 
-class Record:
+class MetricsFile:
     """metrics.jsonl, saves.jsonl and TensorBoard of one run directory. metrics.jsonl is the truth:
     a resume cuts it back to the resumed step and writes TensorBoard anew from it, so no step stands
     twice in either.
 
     step        the resumed one; rows beyond it go to metrics.abandoned.jsonl
-    complete    the epoch ended with it, so that its validation row stays too"""
+    ended       the epoch ended with it, so that its validation row stays too
+    own()       whether the directory's path still leads to the folder of this run"""
 
-    def __init__(self, directory, step, complete, say):
+    def __init__(self, directory, step, ended, own, say):
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
+        self.own = own
         self.pending = []               # lines that a full or dead disk refused
-        # lines of this process, for a second copy that lags behind a disk that dies
+        self.torn = False               # the last write failed: half a line may stand there
+        # lines of this process, for a copy that lags behind a disk that dies
         self.newest = collections.deque(maxlen=10_000)
-        checkpoint.sweep_temps(directory)
         kept, dropped = [], []
         for row in self._rows():
             before = row["step"] < step
-            at = row["step"] == step and (complete or row["kind"] == "train")
+            at = row["step"] == step and (ended or row["kind"] == "train")
             (kept if before or at else dropped).append(row)
         if dropped:                     # trained again, or of a line that --resume FILE left
             with open(directory / "metrics.abandoned.jsonl", "a") as file:
@@ -361,7 +404,7 @@ class Record:
         self.charts = Charts(directory / "tensorboard", kept, say)
 
     def _rows(self):
-        for row in checkpoint.read_json_lines(self.path, self.say):
+        for row in read_json_lines(self.path, self.say):
             try:
                 yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
             except (ValueError, TypeError, KeyError):
@@ -381,27 +424,50 @@ class Record:
     def flush(self):
         """Rows to the file: a disk that is full or dead keeps them here until it takes them."""
         try:
+            self._follow_file()
             while self.pending:
-                os.ftruncate(self.file, self.size)      # half a line, where there was no room
+                if self.torn:
+                    os.ftruncate(self.file, self.size)
+                self.torn = True
                 line = self.pending[0].encode()
                 rest = line
                 while rest:
                     rest = rest[os.write(self.file, rest):]
                 self.size += len(line)
+                self.torn = False
                 del self.pending[0]
         except OSError as error:
             self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
 
+    def _follow_file(self):
+        """Another program may have put a new file in the place of this one, as an editor does, or
+        emptied it. The rows go to what lies there, which is completed with those of this process."""
+        there = self.path.stat() if self.path.exists() else None
+        mine = os.fstat(self.file)
+        replaced = there is None or not os.path.samestat(there, mine)
+        if replaced and not self.own():
+            return                      # the whole folder was moved away: its file goes with it
+        if replaced or mine.st_size < self.size:
+            what = "replaced" if replaced else "cut"
+            self.say(f"metrics.jsonl was {what} by another program: rows that it lacks of this "
+                     f"process are written to it again")
+            rows = [line for line in self.newest if line not in self.pending]
+            self.size = add_rows(self.path, rows)
+            os.close(self.file)
+            self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            self.torn = False
+        elif not self.torn:
+            self.size = mine.st_size    # rows that somebody appended stay
+
     def complete(self, path):
         """Add what it lacks of the newest rows to `path`, a copy of metrics.jsonl elsewhere."""
         with tolerated(self.say, path, "the second copy lacks the newest rows"):
-            text = path.read_text() if path.exists() else ""
-            rows = dict.fromkeys(line for line in text.splitlines(True) if line.endswith("\n"))
-            rows.update(dict.fromkeys(self.newest))
-            checkpoint.atomic_write(path, ["".join(rows).encode()])
+            add_rows(path, self.newest)
 
     def event(self, kind, path, facts=None, seconds=0.0):
         """A line of saves.jsonl: where a save or a resume stands, by `facts` or by the file."""
+        if not self.own():
+            return
         with tolerated(self.say, "saves.jsonl", f"this {kind} is not listed"):
             facts = facts or checkpoint.peek(path)
             row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"],
@@ -459,3 +525,12 @@ class Charts:
     def close(self):
         if self.writer:
             self._attempt(self.writer.close)
+
+
+def add_rows(path, rows):
+    """Add the lines `rows` to the file at `path` where it lacks them, durably; returns its size."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = dict.fromkeys(line for line in text.splitlines(True)
+                          if line.endswith("\n") and "\0" not in line)
+    lines.update(dict.fromkeys(rows))
+    return checkpoint.atomic_write(path, ["".join(lines).encode()])

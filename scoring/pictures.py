@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.signal import butter, sosfiltfilt
 
-import checkpoint
 from eeg import edf
+from eeg.disk import read_json_lines
 from scoring import metrics
 
 FS = edf.FS
@@ -462,7 +462,7 @@ def _steps(files, kind):
 
 
 def _rows(path):
-    return list(checkpoint.read_json_lines(path))
+    return list(read_json_lines(path))
 
 
 def _best_metric(config):

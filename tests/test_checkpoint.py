@@ -377,7 +377,7 @@ def test_best_moves_only_on_strict_improvement_and_survives_resume(tmp_path):
         s.resume()
         assert not end(s, 5, 0.3) and (tmp_path / "best.pt").read_bytes() == before
         assert end(s, 6, 0.6)
-    assert checkpoint.load(tmp_path / "best.pt")["metric"] == {"name": "f1", "value": 0.6}
+    assert checkpoint.load(tmp_path / "best.pt")["holdfast"]["metric"] == {"name": "f1", "value": 0.6}
     assert checkpoint.better(1.0, 2.0, "min") and not checkpoint.better(2.0, 2.0, "min") and checkpoint.better(-math.inf, math.nan)
 
 
@@ -407,11 +407,15 @@ def test_a_damaged_best_is_said_and_replaced(tmp_path, capsys):
     assert "best.pt cannot be compared" in capsys.readouterr().out and checkpoint.verify(tmp_path / "best.pt")
 
 
-def test_a_best_of_another_program_is_replaced_and_listed(tmp_path, capsys):
-    torch.save({"epoch": 1, "metric": 0.9}, tmp_path / "best.pt")
-    with saver(tmp_path) as s:
-        assert checkpoint.main(["ls", str(tmp_path)]) == 0 and s.save_epoch(state(1, epoch=1), metric=0.1)
-    assert "best.pt" in capsys.readouterr().out and checkpoint.peek(tmp_path / "best.pt")["metric"]["value"] == 0.1
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_file_of_another_program_under_a_name_of_ours_is_listed_as_foreign_and_set_aside_said(tmp_path, capsys, name):
+    torch.save({"metric": 0.9}, tmp_path / name)
+    theirs = (tmp_path / name).read_bytes()
+    assert checkpoint.main(["ls", str(tmp_path)]) == 0 and name in capsys.readouterr().out
+    with saver(tmp_path, say=print) as s:
+        assert s.resume() is None and s.save_epoch(state(1, epoch=1), metric=0.1)
+    assert f"{name} is another program's: kept as foreign_{name}" in capsys.readouterr().out
+    assert (tmp_path / f"foreign_{name}").read_bytes() == theirs and checkpoint.peek(tmp_path / name)["metric"]["value"] == 0.1
 
 
 def test_best_by_a_smaller_loss_by_another_metric_and_on_ties_after_resume(tmp_path):
@@ -459,23 +463,12 @@ def test_the_timer_runs_on_across_epochs_and_zero_minutes_means_every_step(tmp_p
                 s.save_epoch(state(minute, epoch=minute // 40 + 1))
             elif s.due():
                 due.append(minute)
-                s.save_mid(state(minute))
+                s.save_mid(state(minute, epoch=minute // 40 + 1))
         assert due == [2, 32, 69, 109]
     with saver(tmp_path / "b", mid_epoch_minutes=0) as s:
         for step in (1, 2, 3):
             assert s.due()
             s.save_mid(state(step))
-
-
-def test_environment_overrides_and_bad_values_get_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("BGB_MID_EPOCH_MINUTES", "0.5"), monkeypatch.setenv("BGB_MID_EPOCH_KEEP", "2")
-    assert checkpoint.environment(30.0, 5) == (0.5, 2)
-    assert "BGB_MID_EPOCH_MINUTES=0.5 overrides 30.0" in capsys.readouterr().out
-    for name, value in (("BGB_MID_EPOCH_MINUTES", "soon"), ("BGB_MID_EPOCH_MINUTES", "nan"), ("BGB_MID_EPOCH_KEEP", "1.5")):
-        monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=f"{name}='{value}' must be"):
-            checkpoint.environment(30.0, 5)
-        monkeypatch.setenv(name, "1")
 
 
 # ---- faults ----
@@ -512,7 +505,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, capsys):
 
 
 def test_without_links_a_save_refused_for_its_weights_costs_no_snapshot(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_links_work", lambda directory: False)
+    monkeypatch.setattr(checkpoint, "links_work", lambda directory: False)
     with saver(tmp_path, mid_epoch_keep=4) as s:
         for batch in range(1, 5):
             s.save_mid(state(batch, batch=batch))
@@ -716,14 +709,14 @@ def test_clean_leaves_alone_what_it_cannot_read_and_no_run_can_begin_while_it_wo
     put(tmp_path, "last.pt", save_counter=5), put(tmp_path, "mid_epoch_001_000001.pt", save_counter=1)
     (tmp_path / "mid_epoch_001_000002.pt").mkdir()
     (tmp_path / "mid_epoch_001_000003.pt").symlink_to("nowhere")
-    real, began = checkpoint._unlink, []
+    real, began = os.unlink, []
 
     def unlink(path):
         with pytest.raises(checkpoint.InUse):
             saver(tmp_path)
         began.append(path.name)
         real(path)
-    monkeypatch.setattr(checkpoint, "_unlink", unlink)
+    monkeypatch.setattr(os, "unlink", unlink)
     assert checkpoint.main(["clean", str(tmp_path), "--yes"]) == 0 and began == ["mid_epoch_001_000001.pt"]
     assert checkpoint.main(["verify", str(tmp_path)]) == 1 and "UNREADABLE: Is a directory" in capsys.readouterr().out
     assert (tmp_path / "mid_epoch_001_000002.pt").is_dir() and (tmp_path / "mid_epoch_001_000003.pt").is_symlink()

@@ -223,7 +223,7 @@ def test_a_directory_whose_holder_is_gone_but_not_quite_is_a_passing_fault_and_a
 
 
 def test_a_process_that_was_killed_and_hangs_in_the_kernel_is_leaving(request):
-    assert not records.leaving(os.getpid())
+    assert not records.is_ending(os.getpid())
     freezer = Path("/sys/fs/cgroup/freezer", f"holdfast-{os.getpid()}")
     try:
         freezer.mkdir()
@@ -236,14 +236,14 @@ def test_a_process_that_was_killed_and_hangs_in_the_kernel_is_leaving(request):
         (freezer / "freezer.state").write_text("FROZEN")
         while (freezer / "freezer.state").read_text() != "FROZEN\n":
             time.sleep(0.01)
-        assert not records.leaving(child.pid)
+        assert not records.is_ending(child.pid)
         child.kill()
-        assert child.poll() is None and records.leaving(child.pid)
+        assert child.poll() is None and records.is_ending(child.pid)
     finally:
         (freezer / "freezer.state").write_text("THAWED")
         child.kill()
         child.wait()
-    assert records.leaving(child.pid)
+    assert records.is_ending(child.pid)
 
 
 # ---- Slurm ----

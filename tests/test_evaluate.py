@@ -28,6 +28,7 @@ from eeg import edf
 import evaluate
 from scoring import events
 import forked
+from run import share
 from scoring import metrics
 import model as v3
 from scoring import report
@@ -634,7 +635,7 @@ def test_a_file_that_cannot_be_read_is_named_beside_the_scores_of_the_others(cor
 
 
 def test_a_stripped_checkpoint_and_a_lone_edf_without_labels_give_events_only(corpus, tmp_path):
-    checkpoint.strip(corpus / "best.pt", tmp_path / "weights.pt")
+    share.strip(corpus / "best.pt", tmp_path / "weights.pt")
     source = next((corpus / "edf").rglob("*.edf"))
     (tmp_path / "alone.edf").write_bytes(source.read_bytes())
     assert here("--checkpoint", tmp_path / "weights.pt", "--data", tmp_path / "alone.edf", "--plot")[0] == 0
@@ -828,7 +829,7 @@ def test_stripped_weights_write_beside_themselves_and_a_run_in_its_folder(corpus
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "best.pt").write_bytes((corpus / "best.pt").read_bytes())
-    checkpoint.strip(corpus / "best.pt", folder / "weights.pt")
+    share.strip(corpus / "best.pt", folder / "weights.pt")
     for name in ("best.pt", "weights.pt"):
         assert here("--checkpoint", folder / name, "--data", corpus / "imported")[0] == 0
     for out in (tmp_path, folder):

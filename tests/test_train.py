@@ -31,7 +31,8 @@ from conftest import ROOT, dies, ext4_image
 from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
-from run.records import Record
+from eeg.disk import read_json_lines
+from run.records import MetricsFile
 
 
 @pytest.fixture(scope="session")
@@ -434,7 +435,7 @@ def test_a_run_whose_results_folder_is_lost_goes_on_from_the_mirror_and_ends_as_
 def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_from_there(corpus, reference, ext4_disk, tmp_path,
                                                                                        capsys, monkeypatch, moment, method):
     """It dies between the second save and its line in saves.jsonl, or after both."""
-    original, calls = getattr(train.Home, method), []
+    original, calls = getattr(train.RunDirectory, method), []
 
     def dying(self, *arguments):
         calls.append(arguments)
@@ -445,7 +446,7 @@ def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_fro
             dies(ext4_disk)
         if method == "saved":
             original(self, *arguments)
-    monkeypatch.setattr(train.Home, method, dying)
+    monkeypatch.setattr(train.RunDirectory, method, dying)
     config = loaded(corpus, ext4_disk, training__mirror=str(tmp_path / "nas"), training__mid_epoch_minutes=0.0,
                     training__save_patience_minutes=0.0)
     with cut_at(moment) if moment else contextlib.nullcontext():
@@ -674,7 +675,7 @@ def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, refer
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
 def test_a_results_disk_that_dies_in_mid_run_leaves_the_rows_in_memory_and_ends_nothing(ext4_disk):
     said = []
-    record = Record(ext4_disk, 0, True, said.append)
+    record = MetricsFile(ext4_disk, 0, True, lambda: True, said.append)
     record.write(kind="train", epoch=1, step=1, loss=0.5)
     dies(ext4_disk)
     for step in (2, 3):
@@ -685,7 +686,7 @@ def test_a_results_disk_that_dies_in_mid_run_leaves_the_rows_in_memory_and_ends_
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
 def test_rows_that_found_no_room_are_written_whole_once_there_is_some(small_disk):
-    record = Record(small_disk, 0, True, lambda line: None)
+    record = MetricsFile(small_disk, 0, True, lambda: True, lambda line: None)
     record.write(kind="train", epoch=1, step=1, loss=0.5)
     with open(small_disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
         while True:
@@ -695,7 +696,7 @@ def test_rows_that_found_no_room_are_written_whole_once_there_is_some(small_disk
     assert record.pending
     (small_disk / "filler").unlink()
     record.close()
-    found = checkpoint.read_json_lines(small_disk / "metrics.jsonl", say=pytest.fail)
+    found = read_json_lines(small_disk / "metrics.jsonl", say=pytest.fail)
     assert [row["step"] for row in found] == list(range(1, 200))
 
 
@@ -1080,7 +1081,7 @@ def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumula
 def test_rows_that_a_dead_disk_refuses_wait_in_memory_and_come_whole_when_it_is_back(tmp_path):
     from run import records
     said = []
-    record = records.Record(tmp_path, 0, True, said.append)
+    record = records.MetricsFile(tmp_path, 0, True, lambda: True, said.append)
     record.pending = ['{"step": 1, "kind": "train"}\n']
     alive, record.file = record.file, os.open("/dev/full", os.O_WRONLY)     # takes neither a byte nor a length
     record.flush()

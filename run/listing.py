@@ -1,0 +1,271 @@
+"""What lies on the disk of each run, what a resume would take, and what can go.
+
+    python checkpoint.py ls results/            a line a run
+    python checkpoint.py ls results/v3          every file of one run, and of its second copy
+    python checkpoint.py clean results/ [--yes]
+
+`ls` writes nothing. `clean` names what no resume needs, and removes it only with --yes, never of a
+run in use.
+"""
+import fcntl
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+
+import yaml
+
+import checkpoint
+from checkpoint import KINDS, Candidate, candidates, checkpoints
+
+
+def command(args):
+    """`ls` or `clean` as checkpoint.py's command line asks; returns the exit code."""
+    folders = []
+    for path in map(Path, args.paths):
+        folders += find_runs(path) if path.is_dir() else [path.parent]
+    if not folders:
+        print(f"no checkpoints in {' '.join(args.paths)}")
+        return 1
+    if args.command == "clean":
+        freed = sum(clean(folder, args.yes) for folder in folders)
+        print(f"{'freed' if args.yes else 'to free'} in all: {freed / 1e6:.1f} MB"
+              + ("" if args.yes or not freed else "; --yes removes the files"))
+        return 0
+    for folder in folders:
+        if len(folders) == 1 or args.verbose:
+            list_run(folder)
+        else:
+            print(summary(folder))
+    return 0
+
+
+def find_runs(path):
+    """Folders at or below `path` that hold checkpoints, links followed, each once; those that may
+    not be read are left out."""
+    found, seen = [], set()
+    for folder, folders, _ in os.walk(path, followlinks=True):
+        info = os.stat(folder)
+        if (info.st_dev, info.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        folders.sort()
+        if checkpoints(folder):
+            found.append(Path(folder))
+    return found
+
+
+def second_place(directory):
+    """Where the run of `directory` has its second copy by its config.yaml, or None."""
+    run = Path(directory).absolute().parent
+    try:
+        mirror = yaml.safe_load((run / "config.yaml").read_text())["training"]["mirror"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    place = Path(mirror, run.name, "checkpoints") if mirror else None
+    return place if place != Path(directory).absolute() else None
+
+
+def holder(directory):
+    """(process, host) of another live process that holds the directory; None where nobody does.
+    Writes nothing and follows no link."""
+    try:
+        fd = os.open(Path(directory, ".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        found = checkpoint.holder_of(fd) or ("?", "?")
+        return None if found == (os.getpid(), socket.gethostname()) else found
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def taken_by_resume(directory, second, say=lambda line: None):
+    """The Candidate that a resume takes, or None; says why."""
+    found = candidates(directory)
+    if second:
+        try:
+            found = checkpoint.in_order(found + candidates(second, labelled=True))
+        except OSError as error:
+            say(f"second copy: cannot be read now ({error.strerror})")
+    return checkpoint.choose(found, checkpoint.verify, say)[0]
+
+
+def in_use_text(directory):
+    busy = holder(directory)
+    return f"in use by process {busy[0]} on {busy[1]}" if busy else ""
+
+
+def old_run(directory):
+    """Whether --fresh has moved this run aside: its folder is NAME.NUMBER, and NAME is there too."""
+    run = Path(directory).absolute().parent
+    return run.suffix[1:].isdigit() and run.with_suffix("").is_dir()
+
+
+def summary(directory):
+    """One line of a run: newest state, best metric, size, what a resume takes."""
+    found = [c for c in candidates(directory) if c.facts]
+    newest = max(found, key=lambda c: c.order, default=None)
+    best = Candidate(directory / KINDS["best"].name)
+    metric = best.facts and best.facts["metric"]
+    names, size = disk_use(directory)
+    try:
+        chosen = taken_by_resume(directory, second_place(directory))
+        resume = f"a resume takes {chosen.label}" if chosen else "nothing to resume"
+    except OSError as error:
+        resume = f"{error.filename} cannot be read now ({error.strerror})"
+    parts = [
+        f"newest: {newest}" if newest else "no sound checkpoint",
+        "best: {name} {value:.4f}".format(**metric) if metric else "no best yet",
+        f"{names} files, {size / 1e6:.1f} MB", resume, in_use_text(directory),
+        "an old run, moved aside" if old_run(directory) else ""]
+    return f"{directory}: " + "; ".join(part for part in parts if part)
+
+
+def disk_use(directory):
+    """(names, bytes on the disk) of the checkpoints of a directory: a file of several names counts
+    once."""
+    sizes = {}
+    paths = checkpoints(directory)
+    for path in paths:
+        try:
+            info = os.lstat(path)
+        except FileNotFoundError:
+            continue                        # rotated away meanwhile
+        sizes[info.st_ino] = info.st_size
+    return len(paths), sum(sizes.values())
+
+
+def list_run(directory, say=print):
+    """One run and its second copy as tables; the file a resume takes is marked, with the reason
+    below. Writes nothing."""
+    directory, second = Path(directory), second_place(directory)
+    notes = []
+    chosen = None
+    try:
+        chosen = taken_by_resume(directory, second, notes.append)
+        if not chosen:
+            notes.append("resume: nothing usable: a fresh start")
+    except OSError as error:
+        notes.append(f"resume: {error.filename} cannot be read now ({error.strerror}): no resume "
+                     f"goes past it")
+    busy = in_use_text(directory)
+    say(f"\n{directory}" + (f"  ({busy})" if busy else ""))
+    _table(directory, chosen, say)
+    if second:
+        say(f"  second copy: {second}")
+        _table(second, chosen, say)
+    for note in notes:
+        if not note.startswith("resume: older"):           # older and sound: the table shows them
+            say(f"    {note}")
+
+
+def _table(directory, chosen, say):
+    """The files of a directory, newest save first, and what they take."""
+    say(f"    {'file':<26} {'epoch':>5} {'batch':>7} {'step':>9}  {'metric':<22} {'size':>10} "
+        f"{'age':>7}  health")
+    try:
+        found = [Candidate(path) for path in checkpoints(directory)]
+    except OSError as error:
+        say(f"    cannot be read: {error.strerror}")
+        return
+    sound = [c for c in found if c.facts]
+    sound.sort(key=lambda c: (c.order, c.path.name), reverse=True)
+    sizes, first = {}, {}
+    count = 0
+    for c in sound + [c for c in found if not c.facts]:
+        try:
+            info = os.lstat(c.path)
+        except FileNotFoundError:
+            continue                        # rotated away meanwhile
+        twin = first.setdefault(info.st_ino, c.path.name)
+        health = f"= {twin}" if twin != c.path.name else checkpoint.health(c.path)
+        if health == "gone":
+            continue
+        sizes[info.st_ino] = info.st_size
+        count += 1
+        facts = c.facts or dict.fromkeys(checkpoint.PROGRESS, "-") | {"metric": None}
+        metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
+        mark = "->" if chosen and c.path == chosen.path else "  "
+        say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
+            f"{facts['global_step']:>9}  {metric:<22} "
+            f"{info.st_size / 1e6:>7.1f} MB {age(time.time() - info.st_mtime):>7}  {health}")
+    say(f"    {count} names, {len(sizes)} files on disk, {sum(sizes.values()) / 1e6:.1f} MB in all")
+
+
+def age(seconds):
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def clean(directory, yes):
+    """Name, or with `yes` remove, what no resume of one run needs; returns the bytes of it."""
+    try:
+        # to the end: no run may begin between the look and the removal
+        held = checkpoint.lock(directory)
+    except checkpoint.InUse as error:
+        print(f"left alone: {error.strerror}")
+        return 0
+    freed = 0
+    with held:
+        doomed, spared = _removable(directory)
+        for path, why in spared:
+            print(f"left {path}  ({why})")
+        for path, why in doomed:
+            info = os.lstat(path)
+            print(f"{'removed' if yes else 'would remove'} {path}  "
+                  f"{info.st_size / 1e6:.1f} MB  ({why})")
+            freed += info.st_size if info.st_nlink == 1 else 0
+            if yes:
+                os.unlink(path)
+        print(f"{directory}: {len(doomed)} files, {freed / 1e6:.1f} MB")
+    if old_run(directory):
+        print(f"{directory.parent}: a whole old run, moved aside by --fresh: "
+              f"{disk_use(directory)[1] / 1e6:.1f} MB; rm -r it when nothing of it is wanted")
+    return freed
+
+
+def _removable(directory):
+    """([(path, why)], [(path, why not)]): what no resume needs, and damage that nothing shows to be
+    of this format. Raises OSError where a file cannot be read now: it may be needed."""
+    doomed = [(path, "temp of a dead process")
+              for path in directory.glob(".*.tmp") if checkpoint.is_dead_temp(path)]
+    spared = []
+    chosen = taken_by_resume(directory, None)
+    for c in candidates(directory) if chosen else []:
+        health = "ok" if c.path == chosen.path else checkpoint.health(c.path)
+        if health.startswith("DAMAGED") and not _ours(c.path):
+            spared.append((c.path, f"{health}; it may be another program's"))
+        elif health.startswith("DAMAGED"):
+            doomed.append((c.path, health))
+        elif health.startswith(("FOREIGN", "UNREADABLE")):
+            spared.append((c.path, health))
+        elif health == "ok" and c.path != chosen.path and KINDS[c.kind].spare:
+            doomed.append((c.path, f"older than {chosen.path.name}"))
+    return doomed, spared
+
+
+def _ours(path):
+    """Whether a damaged file is of this format by what is left of it, or holds nothing that any
+    program could load."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            head = file.read(checkpoint.PAGE)
+            file.seek(-min(os.path.getsize(path), 1 << 16), os.SEEK_END)
+            tail = file.read()
+    except OSError:
+        return False
+    # torch.save begins with data.pkl
+    begins = head.startswith(b"PK\3\4") and head[30:].startswith(b"archive/data/")
+    return len(head) < 22 or not any(head) or begins or checkpoint.MAGIC in tail

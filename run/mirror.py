@@ -1,0 +1,439 @@
+"""A second copy of a run: the newest states, best.pt and the records once more, on another disk.
+
+    saver = Mirrored("results/v3/checkpoints", mirror="/mnt/nas")   # the surface of Checkpointer
+    state = saver.resume()              # the best of both places; what is newer comes home first
+
+The copy lies in MIRROR/<run>/checkpoints, its records beside it. One function moves files, in both
+directions: `sync`. Single files and records come before the newest state, so that a kill in the
+middle is done again at the next start, and nothing newer is overwritten by anything older.
+
+Who may write there: each start of a process claims the copy with a file of its own. A process that
+finds there the claim of a later start, or a state that its own line has not made, writes nothing
+more and says so; training goes on at home.
+"""
+import contextlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import checkpoint
+from checkpoint import KINDS, NAME, Candidate, Checkpointer, abandoned_name, candidates, in_line
+
+COPIED = {"best": 1, "last": 1, "mid_epoch": 2}     # kind -> newest files of it in the second copy
+CLAIM = ".claim.json"                   # in the second copy: the start that writes there
+END_SECONDS = 20.0                      # that a run which ends waits for its second copy
+RETRY_SECONDS = 60.0                    # between two tries of a copy that failed
+
+
+class OtherRun(ValueError):
+    """The place of the second copy belongs to another run."""
+
+
+class OtherLine(OSError):
+    """Another start of the same run has written to the second copy."""
+
+
+def newest_of(found):
+    """The Candidate of the latest save, best.pt apart, or None."""
+    return next((c for c in found if c.facts and not c.damage and c.kind != "best"), None)
+
+
+def abandoned(facts, line) -> bool:
+    """Whether `line` left the start that made `facts` because a person asked for it."""
+    return facts["run"] == line["run"] and any(
+        start == facts["start"] and asked for start, _, asked in line["starts"])
+
+
+def sync(source, target, line, records=(), links=True, say=print):
+    """Copy to the checkpoints folder `target` what it lacks of `source`: for each kind of COPIED the
+    newest files that `line` has made, best.pt first and the newest state last, and before the
+    states the files `records`, {path: path of its copy}. Each copy is verified before it takes its
+    name. A file of `target` that is newer, by its save, stays. Raises OSError; CorruptCheckpoint
+    where a file of `source` is damaged, with the rest copied."""
+    there = {c.path.name: c for c in candidates(target)}
+    here = [c for c in candidates(source) if c.facts and not c.damage and in_line(c.facts, line)]
+    wanted = []
+    for kind, count in COPIED.items():
+        files = [c for c in here if c.kind == kind]
+        wanted += [c for c in files[:count] if _lacks(there, c, line)]
+    wanted.sort(key=lambda c: (c.kind != "best", c.order))
+    damage = None
+    for candidate in [c for c in wanted if c.kind == "best"]:
+        damage = _copied(candidate, target, line, links, say) or damage
+    for record, copy in dict(records).items():
+        with contextlib.suppress(FileNotFoundError):
+            content = record.read_bytes()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if not copy.exists() or copy.read_bytes() != content:
+                checkpoint.atomic_write(copy, [content])
+    for candidate in [c for c in wanted if c.kind != "best"]:
+        damage = _copied(candidate, target, line, links, say) or damage
+    if damage:
+        raise damage
+
+
+def _lacks(there, candidate, line):
+    """Whether the folder with the files `there` has nothing as new under the candidate's name."""
+    other = there.get(candidate.path.name)
+    if not other or not other.facts or other.damage:
+        return True
+    if other.save == candidate.save:
+        return False
+    return candidate.order > other.order or not in_line(other.facts, line)
+
+
+def _copied(candidate, target, line, links, say):
+    """Copy one file; returns its CorruptCheckpoint, which must not keep the others back."""
+    path = target / candidate.path.name
+    before = Candidate(path)
+    if candidate.kind == "best" and before.facts and not in_line(before.facts, line):
+        checkpoint.link_or_copy(path, abandoned_name(before), links)
+    try:
+        twins = [c for c in candidates(target) if c.facts and c.save == candidate.save]
+        if twins and links:
+            checkpoint.link_or_copy(twins[0].path, path)
+        else:
+            checkpoint.copy_checked(candidate.path, path)
+    except FileNotFoundError:
+        if candidate.path.exists():
+            raise                           # else it was rotated away: a newer state comes
+    except checkpoint.CorruptCheckpoint as damage:
+        say(f"mirror: left {candidate.path}: {checkpoint.reason_of(damage)}")
+        return damage
+    return None
+
+
+class Mirrored(Checkpointer):
+    """A Checkpointer with a second copy in the folder `mirror`, best on another disk.
+
+    records     names of files in the run's folder that go along
+    A thread of its own copies what is newer at home once a save is durable; training never waits
+    for it, and a slow place skips states. A state that the home does not take is written to the
+    second copy by the writer thread, and comes home with the first save that the home takes again.
+
+    Attributes of the copying thread are guarded by `changed`; whoever writes to the second copy
+    holds `writing` and the lock of its folder."""
+
+    def __init__(self, directory, *arguments, mirror, records=("config.yaml", "metrics.jsonl"),
+                 **options):
+        home = Path(directory).absolute()
+        run = home.parent if home.name == "checkpoints" else home
+        self.folder = Path(mirror).absolute()
+        self.place = self.folder / run.name / "checkpoints"
+        if os.path.realpath(self.place) == os.path.realpath(home):
+            raise ValueError(f"mirror {mirror} is the run's own folder: name another disk's")
+        self.records = {run / name: self.place.parent / name for name in records}
+        self.apart = ""                     # why nothing is written there any more
+        self.claimed = False
+        self.known = set()                  # runs that the home holds
+        self.unreachable = None             # OSError of the look at the second copy at a resume
+        self.away = False                   # the newest saves are in the second copy alone
+        self.trouble = ""                   # why there is no newest copy
+        self.copied_at = None               # when the state of the newest copy was saved
+        self.slowest_copy = 0.0             # seconds
+        self.waiting_since = 0.0            # when the newest state not yet being copied was saved
+        self.busy = False
+        self.ending = False
+        self.changed = threading.Condition()
+        self.writing = threading.Lock()
+        self.thread = threading.Thread(target=self._work, name="checkpoint mirror", daemon=True)
+        super().__init__(directory, *arguments, **options)
+        with contextlib.suppress(OSError):  # its thread will say so
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    # -- going on --
+
+    def resume(self, resume=True):
+        """As Checkpointer.resume, of both places. Raises OtherRun where the second copy is of a run
+        that is not this one."""
+        if resume is not True:
+            if resume is False:
+                self._expect_own(self._look_there(), home=candidates(self.directory))
+            return super().resume(resume)
+        self._bring_home(self._look_there())
+        found = candidates(self.directory)
+        if not self.apart:
+            found = checkpoint.in_order(found + self._candidates_there(found))
+        chosen, state = checkpoint.choose(found, checkpoint.load, self.say)
+        if not chosen and self.unreachable:
+            raise self.unreachable          # all damaged here; what lies there may be sound
+        if chosen and chosen.path.parent == self.place:     # the home's own file is damaged
+            checkpoint.copy_checked(chosen.path, self.directory / chosen.path.name)
+            chosen.path = self.directory / chosen.path.name
+        state = self._go_on(chosen, state)
+        if state:
+            self._offer()                   # it may lack what was saved just before a kill
+        return state
+
+    def adopt(self, state, path=None):
+        there = self._look_there()
+        line = checkpoint.facts_of(state)
+        self._expect_own(there, line["run"], candidates(self.directory))
+        # a home that was lost gets the files and rows of the line that the file belongs to
+        back = {copy: record for record, copy in self.records.items() if not record.exists()}
+        with contextlib.suppress(checkpoint.CorruptCheckpoint):
+            sync(self.place, self.directory, line, back, self.links, self.say)
+        self._outrank(there)
+        super().adopt(state, path)
+
+    def _look_there(self):
+        """Candidates of the second copy; none where it cannot be read, which its thread will say,
+        unless nothing at home could be gone on from instead."""
+        try:
+            return candidates(self.place, labelled=True)
+        except OSError as error:
+            if not newest_of(candidates(self.directory)):
+                raise
+            self.unreachable = error
+            return []
+
+    def _outrank(self, there):
+        """Saves from here on are later than every one in the second copy."""
+        self.counter = max([self.counter, *(c.facts["save_counter"] for c in there if c.facts)])
+
+    def _candidates_there(self, home):
+        """Those of the second copy that may be resumed instead of a file at home."""
+        newest = newest_of(home)
+        line = newest.facts if newest else None
+        return [c for c in self._look_there() if c.facts and (not line or in_line(c.facts, line))]
+
+    def _bring_home(self, there):
+        """What the second copy alone has comes home, before anything is written; done again at the
+        next start where a kill or a full disk interrupts it."""
+        home, newest = candidates(self.directory), newest_of(there)
+        here = newest_of(home)
+        if not any(c.facts for c in there):
+            return
+        if here is None:
+            if any(c.facts for c in home):
+                self._expect_own(there, home=home)
+            line = (newest or there[0]).facts
+        else:
+            self._expect_own(there, here.facts["run"], home)
+            line = self._longer(here.facts, newest.facts if newest else here.facts)
+        if line is None:
+            self._keep_apart("it holds another line of this run, which went on from an earlier save")
+            return
+        back = {copy: record for record, copy in self.records.items()}
+        newer = newest and (here is None or newest.order > here.order)
+        before = {c.save for c in home if c.facts}
+        with contextlib.suppress(checkpoint.CorruptCheckpoint):     # said; the others are tried
+            sync(self.place, self.directory, line, back if newer else (), self.links, self.say)
+        if any(c.facts and c.save not in before for c in candidates(self.directory)):
+            self.say(f"resume: brought home from the second copy in {self.place}")
+        self._outrank(there)
+
+    def _longer(self, here, there):
+        """The facts of the save that a resume goes on from, of the newest ones of both places; None
+        where they are of two lines that no order tells apart."""
+        if in_line(there, here):
+            return here
+        if in_line(here, there):
+            return there
+        if abandoned(there, here):
+            return here
+        if any(start == there["start"] for start, _, _ in here["starts"]):
+            # the home went on from an older save while this copy was out of reach
+            return max(here, there, key=lambda facts: facts["save_counter"])
+        return None
+
+    def _expect_own(self, there, run=None, home=()):
+        """Raise OtherRun where the second copy is of another run."""
+        self.known |= {run or self.run, *(c.facts["run"] for c in home if c.facts)}
+        others = {c.facts["run"] for c in there if c.facts} - self.known
+        if others:
+            raise OtherRun(f"{self.place} holds another run of this name ({', '.join(others)}): "
+                           f"move it away, or name another mirror")
+
+    def _keep_apart(self, why):
+        if not self.apart:
+            self.apart = why
+            self.say(f"mirror: {self.place}: {why}: nothing is written there; training goes on "
+                     f"without a second copy; name another mirror")
+
+    # -- copying --
+
+    def _offer(self):
+        """A state is durable at home. Returns at once."""
+        if self.apart:
+            return
+        with self.changed:
+            if self.thread.ident is None:
+                with contextlib.suppress(RuntimeError):     # no thread to be had: said as trouble
+                    self.thread.start()
+            if self.busy and self.waiting_since:
+                self._begin("slower than the saves, states are skipped")
+            self.waiting_since = time.monotonic()
+            self.changed.notify_all()
+
+    def _work(self):
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting_since or self.ending)
+                if not self.waiting_since:
+                    return
+                saved, self.waiting_since, self.busy = self.waiting_since, 0.0, True
+            began = time.monotonic()
+            trouble = ""
+            try:
+                with self._held():
+                    sync(self.directory, self.place, self.line, self.records, say=self.say,
+                         links=self._links_there)
+            except OtherLine as error:
+                self._keep_apart(str(error))
+            except Exception as error:      # no failed copy may end this thread
+                trouble = getattr(error, "strerror", "") or str(error) or type(error).__name__
+            with self.changed:
+                self.busy = False
+                self.changed.notify_all()
+                if trouble:
+                    self._begin(trouble)
+                    self.waiting_since = self.waiting_since or saved
+                    if self.ending:
+                        return
+                    self.changed.wait(RETRY_SECONDS)        # or until the next save
+                elif self.apart:
+                    self.waiting_since = 0.0
+                else:
+                    self.copied_at = saved
+                    self.slowest_copy = max(self.slowest_copy, time.monotonic() - began)
+                    if not self.waiting_since:
+                        self._end_trouble()
+
+    def _begin(self, trouble):
+        if not self.trouble:
+            self.say(f"mirror: {self.place}: {trouble}: training goes on without a newest second "
+                     f"copy")
+        self.trouble = trouble
+
+    def _end_trouble(self):
+        if self.trouble:
+            self.trouble = ""
+            self.say(f"mirror: {self.place} holds the newest state again")
+
+    @contextlib.contextmanager
+    def _held(self):
+        """The second copy in the hands of one thread of this process, rotated at the end. Raises
+        OtherRun, OtherLine, OSError."""
+        # gone: making it anew would fill the disk below the mount point
+        os.stat(self.folder)
+        self.place.mkdir(parents=True, exist_ok=True)
+        with self.writing, checkpoint.lock(self.place, say=lambda line: None):
+            checkpoint.sweep_temps(self.place)
+            self._claim()
+            self._links_there = checkpoint.links_work(self.place)
+            yield
+            for kind, count in COPIED.items():
+                checkpoint.rotate(self.place, KINDS[kind].glob, count)
+
+    def _claim(self):
+        """Mark the second copy as this start's, or raise where a later one has it."""
+        there = candidates(self.place)
+        self._expect_own(there)
+        path = self.place / CLAIM
+        try:
+            claim = json.loads(path.read_text())
+        except (OSError, ValueError):
+            claim = {"run": self.run, "start": self.start}
+        if self.claimed and claim.get("start") != self.start:
+            raise OtherLine("a later start of this run writes there")
+        for c in there:
+            known = c.facts and (in_line(c.facts, self.line) or abandoned(c.facts, self.line))
+            if c.facts and not known and c.facts["run"] == self.run:
+                raise OtherLine(f"{c.path.name} there is of another start of this run, and newer")
+        if not self.claimed:
+            text = json.dumps({"run": self.run, "start": self.start})
+            checkpoint.atomic_write(path, [text.encode()])
+            self.claimed = True
+
+    # -- a home that takes nothing --
+
+    def _write(self, names, blocked):
+        try:
+            super()._write(names, blocked)
+        except OSError as fault:
+            self._write_away(names, blocked, fault)
+            return
+        if self.away:
+            self._come_back()
+        self._offer()
+
+    def _write_away(self, names, blocked, fault):
+        """The state that the home does not take goes to the second copy alone."""
+        began = time.monotonic()
+        names = [n for n in names if NAME.fullmatch(n).lastgroup in COPIED]
+        path = self.place / names[0]
+        try:
+            if self.apart:
+                raise OtherLine(self.apart)
+            with self._held():
+                if self.before_save:
+                    self.before_save(self.place)
+                checkpoint.atomic_write(path, self._image.file(finite=self.finite))
+                for name in names[1:]:
+                    checkpoint.link_or_copy(path, self.place / name, self._links_there)
+        except (OSError, OtherRun) as error:
+            with self.changed:
+                self._begin(getattr(error, "strerror", "") or str(error))
+            raise fault from None
+        self.away = True
+        self._slowest = max(self._slowest, blocked + time.monotonic() - began)
+        with self.changed:
+            self.copied_at, self.waiting_since = time.monotonic(), 0.0
+            self._end_trouble()
+        self.say(f"save failed: {fault.strerror or fault}; the second copy has the state, as "
+                 f"{path}")
+        self._call_hook(path)
+
+    def _come_back(self):
+        """The home takes saves again: what the second copy alone has comes home."""
+        try:
+            with self._held():
+                sync(self.place, self.directory, self.line, (), self.links, self.say)
+            self.away = False
+        except (OSError, OtherRun, checkpoint.CorruptCheckpoint) as error:
+            self.say(f"mirror: {self.place}: {checkpoint.reason_of(error)}: what it alone has could "
+                     f"not be brought home, it is tried again at the next save")
+
+    def _metric_of_best(self):
+        return None if self.away else super()._metric_of_best()
+
+    def wait_for_copy(self, seconds=None) -> bool:
+        """Until the newest state is copied; False after so many seconds."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not self.busy and not self.waiting_since, seconds)
+
+    @property
+    def slowest(self):
+        return self._slowest + min(self.slowest_copy, END_SECONDS)
+
+    def _remark(self):
+        """How old the second copy is, where it is not the newest."""
+        why = self.trouble or self.apart
+        if not why:
+            return ""
+        if self.copied_at is None:
+            return f"; no second copy since the start ({why})"
+        minutes = (time.monotonic() - self.copied_at) / 60
+        return f"; the newest second copy is {minutes:.0f} min old ({why})"
+
+    def _end(self):
+        """Wait for the copy of the newest state, END_SECONDS at most, before the home is given up."""
+        self._writer.shutdown()
+        try:
+            if self.thread.ident is not None:
+                self._end_copies()
+        finally:
+            super()._end()
+
+    def _end_copies(self):
+        with self.changed:
+            self.ending = True
+            self.changed.notify_all()
+            if self.busy or self.waiting_since:
+                self.say(f"mirror: waiting at most {END_SECONDS:.0f} s for the copy in {self.place}")
+        self.thread.join(END_SECONDS)
+        if self.busy or self.waiting_since:
+            self.say(f"mirror: {self.place} lacks the newest state{self._remark()}")

@@ -1,0 +1,158 @@
+"""Weights to share: stripped of everything that only training needs, or the mean of several
+checkpoints, each with a model card beside it.
+
+    python checkpoint.py strip best.pt [DST]
+    python checkpoint.py average A.pt B.pt --out FILE
+
+Nothing that exists is replaced.
+"""
+import os
+from pathlib import Path
+
+import torch
+
+import checkpoint
+
+
+def command(args):
+    """`strip` or `average` as checkpoint.py's command line asks; returns the exit code."""
+    if args.command == "strip":
+        if len(args.paths) > 2:
+            raise ValueError(f"strip takes SRC and DST, not {len(args.paths)} paths: nothing was "
+                             f"written")
+        strip(*args.paths)
+    else:
+        if not args.out:
+            raise ValueError("average needs --out FILE")
+        average(args.paths, args.out)
+    return 0
+
+
+# what goes along with weights that are shared
+SHARED = ("model", "config", "montage", "channels", "prepared", "epoch", "batch", "global_step",
+          "scores", "averaged")
+
+
+def strip(source, target=None):
+    """Write the weights of `source`, with the settings that rebuild the model, to `target`
+    (SOURCE_weights.pt), and a model card beside it (.md). Nothing that exists is replaced."""
+    state = _with_weights(source)
+    target = Path(target or Path(source).with_name(f"{Path(source).stem}_weights.pt"))
+    kept = {key: state[key] for key in SHARED if key in state}
+    metric = checkpoint.facts_of(state)["metric"]
+    if metric:
+        kept["metric"] = metric
+    _share(kept, target, source)
+    print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of "
+          f"{os.path.getsize(source) / 1e6:.1f} MB")
+
+
+def average(sources, target):
+    """Write the mean of the weights of `sources`, checkpoints of one run, to `target` (LAWA, arXiv
+    2306.03241).
+
+    Counts and running statistics are those of the newest. An average kept during training instead
+    (EMA) would be a second set of weights in every checkpoint: with the defaults, more than the 2
+    GB that they promise to stay below."""
+    if len(sources) < 2:
+        raise ValueError("average needs two checkpoints or more")
+    facts = {source: checkpoint.peek(source) for source in sources}
+    saves = [(f["run"], f["save_counter"]) for f in facts.values()]
+    if None in {run for run, _ in saves} or len({run for run, _ in saves}) > 1:
+        raise ValueError("the checkpoints are not all of one run, or do not say of which")
+    if len(set(saves)) < len(sources):
+        raise ValueError("two of the files are the same save: it would count twice")
+    newest = max(facts, key=lambda source: facts[source]["save_counter"])
+    state = _with_weights(newest)
+    weights = {name: value for name, value in state["model"].items() if _is_weight(name, value)}
+    mean = {name: value.double() for name, value in weights.items()}
+    for source in sources:
+        if source != newest:
+            _add(mean, state["model"], _with_weights(source)["model"], source)
+    model = dict(state["model"])
+    for name, total in mean.items():
+        model[name] = (total / len(sources)).to(model[name].dtype)
+    kept = {key: state[key] for key in SHARED if key in state and key != "scores"}
+    if isinstance(state.get("scores"), dict) and "threshold" in state["scores"]:
+        # its other scores are not the average's
+        kept["scores"] = {"threshold": state["scores"]["threshold"]}
+    names = [Path(source).name for source in sources]
+    _share({**kept, "model": model, "averaged": names}, Path(target), newest)
+    print(f"{target}: the mean of {len(sources)} checkpoints, counts and statistics of {newest}")
+
+
+def _is_weight(name, value):
+    statistic = name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not statistic
+
+
+def _add(mean, newest, model, source):
+    for name in sorted(newest.keys() | model.keys()):
+        if name not in newest or name not in model or _shape(newest[name]) != _shape(model[name]):
+            raise ValueError(f"{source}: {name} has another shape or is absent: another model")
+    for name, total in mean.items():
+        total += model[name]
+
+
+def _shape(value):
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _with_weights(source):
+    state = checkpoint.load(source)
+    if not isinstance(state.get("model"), dict):
+        raise checkpoint.CorruptCheckpoint(f"{source}: holds no model weights")
+    return state
+
+
+def _share(state, target, source):
+    """Weights and their card, where neither exists yet."""
+    card = target.with_suffix(".md")
+    for path in (target, card):
+        if os.path.lexists(path):
+            raise ValueError(f"{path} exists: name another file, or move it away")
+    checkpoint.atomic_save(state, target)
+    checkpoint.atomic_write(card, [model_card(state, target, source).encode()])
+
+
+def model_card(state, target, source):
+    """Markdown: what the weights were trained on, how well they did there, and what they are not
+    for."""
+    config = _dict(state.get("config"))
+    data, evaluation = _dict(config.get("data")), _dict(config.get("evaluation"))
+    scores, metric = _dict(state.get("scores")), _dict(state.get("metric"))
+    patients = ", ".join(map(str, data.get("dev_patients") or []))
+    folders = data.get("path") or []
+    if isinstance(folders, str):
+        folders = [folders]
+    rows = {
+        "run": _dict(config.get("experiment")).get("name"),
+        "from": Path(source).name,
+        "epoch": state.get("epoch"),
+        "step": state.get("global_step"),
+        "averaged": ", ".join(state.get("averaged", [])),
+        # the names alone: a whole path tells strangers about the machine
+        "data": ", ".join(Path(folder).name for folder in folders),
+        "validation patients": patients or "the corpus's own, or drawn by the seed",
+        "montage": state.get("montage"),
+        "channels": ", ".join(map(str, state.get("channels", []))),
+        "threshold": scores.get("threshold", evaluation.get("threshold")),
+        "chosen by": metric.get("name"),
+        "at": metric.get("value"),
+    }
+    lines = [f"# {target.name}", ""]
+    lines += [f"- {name}: {value}" for name, value in rows.items() if value not in (None, "")]
+    numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and k != "threshold"}
+    if numbers:
+        lines += ["", "## Scores on the validation patients", "", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
+    lines += ["", "## Intended use", "",
+              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device:",
+              "not for diagnosis, alarms or treatment. The scores above were seen by the choice of",
+              "these weights; on other patients, hospitals and recording systems expect worse, and",
+              "measure it before use.", ""]
+    return "\n".join(lines)
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,92 @@
+"""run/listing.py: what `ls` and `clean` say of real runs, and that they harm nothing."""
+import subprocess
+import sys
+
+import torch
+
+import checkpoint
+import crash
+import forked
+from conftest import ROOT
+from crash import state
+from test_crash import saver
+from test_mirror import mirrored, names
+
+
+def tree(directory):
+    return {str(p.relative_to(directory)): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in directory.rglob("*")}
+
+
+def test_ls_and_verify_write_nothing_and_follow_no_lock_that_is_a_link(tmp_path, capsys):
+    run = tmp_path / "run"
+    with saver(run) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+    (tmp_path / "precious").write_text("mine")
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "precious")
+    before = tree(tmp_path), run.stat().st_mtime_ns
+    assert checkpoint.main(["ls", str(run)]) == checkpoint.main(["verify", str(run)]) == 0
+    assert (tree(tmp_path), run.stat().st_mtime_ns) == before and (tmp_path / "precious").read_text() == "mine"
+    assert "-> last.pt" in capsys.readouterr().out
+
+
+def test_ls_names_the_process_that_holds_a_run_without_taking_its_lock(tmp_path, capsys):
+    script = "import sys, time; sys.path.insert(0, sys.argv[1]); import checkpoint; held = checkpoint.lock(sys.argv[2]); " \
+             "print('held', flush=True); time.sleep(600)"
+    with saver(tmp_path) as s:
+        s.save_mid(state(1))
+    holder = forked.Popen([sys.executable, "-c", script, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    assert checkpoint.main(["ls", str(tmp_path)]) == 0
+    assert f"in use by process {holder.pid}" in capsys.readouterr().out
+    holder.kill()
+    holder.wait()
+
+
+def test_ls_and_verify_of_a_run_whose_files_rotate_meanwhile_leave_out_what_is_gone(tmp_path, capsys):
+    with saver(tmp_path) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        s.save_mid(state(2, epoch=2))
+
+    def rotated(number, name, arguments):       # whenever a snapshot is looked at, it has just been rotated away
+        with watched.paused():
+            old, = tmp_path.glob("mid_epoch_*.pt")
+            if str(old) in str(arguments):
+                old.rename(tmp_path / f"mid_epoch_002_{900 + number:06d}.pt")
+    for command in ("ls", "verify"):
+        watched = crash.Watched(tmp_path, rotated)
+        with watched:
+            assert checkpoint.main([command, str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert "last.pt" in out and "No such file" not in out
+
+
+def test_ls_shows_both_places_and_marks_what_a_resume_takes(tmp_path, capsys):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        s.save_mid(state(2, epoch=2))
+    (tmp_path / "results/v3/config.yaml").write_text(f"training:\n  mirror: {tmp_path}/nas\n")
+    newest = tmp_path / "results/v3/checkpoints/mid_epoch_002_000002.pt"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    assert checkpoint.main(["ls", str(tmp_path / "results")]) == 0
+    home, second = capsys.readouterr().out.split(f"second copy: {tmp_path}/nas/v3/checkpoints")
+    assert "->" not in home and "-> mid_epoch_002_000002.pt" in second and "DAMAGED" in home
+    assert checkpoint.main(["verify", str(tmp_path / "nas")]) == 0
+    assert checkpoint.main(["clean", str(tmp_path / "nas"), "--yes"]) == 0
+
+
+def test_clean_removes_damage_of_this_format_only(tmp_path, capsys):
+    with saver(tmp_path) as s:
+        s.save_epoch(state(5, epoch=1), metric=0.5)
+    torch.save({"epoch": 1, "batch": 1}, tmp_path / "mid_epoch_001_000001.pt", _use_new_zipfile_serialization=False)
+    torch.save({"epoch": 1, "batch": 1, "path": ROOT}, tmp_path / "mid_epoch_001_000002.pt")
+    (tmp_path / "mid_epoch_001_000003.pt").write_bytes((tmp_path / "mid_epoch_001_000002.pt").read_bytes()[:-50])
+    whole = (tmp_path / "last.pt").read_bytes()
+    for number, blob in enumerate((whole[:-50], whole[:9000], whole[:200] + b"\1" + whole[201:], b"", bytes(len(whole))), 4):
+        (tmp_path / f"mid_epoch_001_{number:06d}.pt").write_bytes(blob)
+    assert checkpoint.main(["clean", str(tmp_path), "--yes"]) == 0
+    left = [f"mid_epoch_001_{number:06d}.pt" for number in (1, 2, 3)]
+    assert names(tmp_path) == sorted(["best.pt", "checkpoint_epoch_001.pt", "last.pt", *left])
+    out = capsys.readouterr().out
+    assert all(f"left {tmp_path}/{name}  (DAMAGED" in out for name in left)

@@ -1,0 +1,440 @@
+"""Two faults at a time: a kill in the middle of a change of several files, a folder that is no longer what its path says, a
+second copy with two holders, a disk that fills and empties. Each ends as if nothing had happened, or is refused in one line."""
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import crash
+import tracer
+from conftest import ROOT
+from crash import sound, state
+from run.mirror import Mirrored
+from test_crash import recover, saver, temps
+from test_mirror import copied, flip, mirrored, names, quiet, spoil_full, until
+
+
+def metric(path):
+    return (checkpoint.peek(path)["metric"] or {}).get("value") if path.exists() else None
+
+
+# ---- a change of several files, interrupted ----
+
+def went_on(directory):
+    """Four epochs whose best is the third."""
+    with saver(directory, checkpoint_keep=0) as s:
+        for epoch, value in enumerate((0.5, 0.6, 0.9, 0.4), 1):
+            s.save_epoch(state(10 * epoch, epoch=epoch), metric=value)
+
+
+@pytest.mark.parametrize("again", ["the same command", "plain"])
+def test_going_back_to_a_file_killed_anywhere_ends_with_the_best_of_the_line_that_goes_on(tmp_path, again):
+    def back(directory):
+        with saver(directory, checkpoint_keep=0) as s:
+            s.resume(directory / "checkpoint_epoch_002.pt")
+
+    def check(directory):
+        with saver(directory, checkpoint_keep=0) as s:
+            got = s.resume(directory / "checkpoint_epoch_002.pt" if again == "the same command" else True)
+            if got["global_step"] == 40:    # killed before anything was changed: the old line, whole
+                assert metric(directory / "best.pt") == 0.9
+                return
+            assert got["global_step"] == 20 and metric(directory / "best.pt") == 0.6
+            assert not s.save_epoch(state(31, epoch=3), metric=0.55) and metric(directory / "best.pt") == 0.6
+        assert not temps(directory)
+    assert crash.kill_sweep(tmp_path / "d", went_on, back, check) > 20
+
+
+def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best(small_disk):
+    directory = small_disk / "run"
+    with saver(directory) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        empty = spoil_full(small_disk)
+        assert s.save_epoch(state(2, epoch=2), metric=0.9)
+        empty()
+        assert not s.save_epoch(state(3, epoch=3), metric=0.7)
+    assert sound(checkpoint.load(directory / "best.pt")) == 2 and recover(directory) == 3
+
+
+def test_a_last_snapshot_waits_for_the_epoch_that_waits_for_room(small_disk):
+    directory = small_disk / "run"
+    with saver(directory) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        empty = spoil_full(small_disk)
+        s.save_epoch(state(2, epoch=2), metric=0.9)
+        assert not s.save_mid(state(3, epoch=3))
+        timer = threading.Timer(2, empty)
+        timer.start()
+        assert s.save_mid(state(4, epoch=3), last=True)
+        timer.join()
+    assert sound(checkpoint.load(directory / "best.pt")) == 2 and recover(directory) == 4
+
+
+def whole_run(home, nas):
+    with Mirrored(home, mirror=nas, say=quiet, mid_epoch_minutes=0, background=False) as s:
+        s.resume()
+        for epoch, value in ((1, 0.5), (2, 0.9), (3, 0.6)):
+            with open(home.parent / "metrics.jsonl", "a") as rows:
+                rows.write(f'{{"step": {10 * epoch}}}\n')
+            s.save_epoch(state(10 * epoch, epoch=epoch), metric=value)
+        s.save_mid(state(33, epoch=4, batch=3))
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_coming_home_from_the_second_copy_killed_anywhere_is_done_again(tmp_path, every):
+    if not tracer.available():
+        pytest.skip("system calls of a child cannot be traced here")
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    whole_run(home, nas)
+    shutil.copytree(nas, tmp_path / "start", symlinks=True)
+
+    def resume():
+        s = Mirrored(home, mirror=nas, say=quiet)
+        assert s.resume()["global_step"] == 33
+        s._lock.close()
+        os._exit(0)
+    for at in range(1, 10_000, every):
+        shutil.rmtree(home.parent, ignore_errors=True)
+        shutil.rmtree(nas)
+        subprocess.run(["cp", "-a", tmp_path / "start", nas], check=True)
+        trace = tracer.Trace(resume, [str(home.parent), str(nas)], at=at)
+        with Mirrored(home, mirror=nas, say=quiet) as s:
+            assert s.resume()["global_step"] == 33
+            assert (home.parent / "metrics.jsonl").read_text().count("\n") == 3, at
+            assert not s.save_epoch(state(40, epoch=4), metric=0.7), at
+        for place in (home, nas / "v3/checkpoints"):
+            assert metric(place / "best.pt") == 0.9 and recover(place) == 40, at
+        if trace.outcome != "killed":
+            break
+    assert at > 50
+
+
+def test_a_home_without_room_comes_home_when_there_is_room(tmp_path, small_disk):
+    nas = tmp_path / "nas"
+    whole_run(tmp_path / "results/v3/checkpoints", nas)
+    home = small_disk / "v3/checkpoints"
+    (small_disk / "gap").write_bytes(bytes(2 * (nas / "v3/checkpoints/last.pt").stat().st_size))
+    empty = spoil_full(small_disk)
+    (small_disk / "gap").unlink()
+    with pytest.raises(OSError) as full:
+        s = Mirrored(home, mirror=nas, say=quiet)
+        try:
+            s.resume()
+        finally:
+            s.close()
+    assert full.value.errno == errno.ENOSPC
+    empty()
+    with Mirrored(home, mirror=nas, say=quiet) as s:
+        assert s.resume()["global_step"] == 33 and not s.save_epoch(state(40, epoch=4), metric=0.7)
+    assert metric(home / "best.pt") == 0.9 == metric(nas / "v3/checkpoints/best.pt")
+    assert (home.parent / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_a_best_that_went_to_the_second_copy_alone_is_not_overwritten_by_the_homes_older_one(tmp_path, small_disk):
+    (tmp_path / "results").symlink_to(small_disk)
+    home, place = small_disk / "v3/checkpoints", tmp_path / "nas/v3/checkpoints"
+    s, said = mirrored(tmp_path)
+    s.save_epoch(state(1, epoch=1), metric=0.5)
+    until(lambda: copied(s), said)
+    (small_disk / "gap").write_bytes(bytes((home / "last.pt").stat().st_size * 3 // 2))
+    empty = spoil_full(small_disk)
+    s.save_epoch(state(2, epoch=2), metric=0.9)
+    s.wait()
+    (small_disk / "gap").unlink()
+    s.save_mid(state(3, epoch=3))
+    s.wait()
+    until(lambda: copied(s), said)
+    s._lock.close()                         # as a SIGKILL does
+    empty()
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 3 and metric(home / "best.pt") == 0.9
+        assert not s.save_epoch(state(4, epoch=3), metric=0.7)
+    assert metric(home / "best.pt") == 0.9 == metric(place / "best.pt")
+
+
+# ---- a place is its identity, not its path ----
+
+def mounted_over(directory):
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(directory)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    return lambda: subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("how", ["moved away", "mounted over"])
+def test_a_live_run_whose_folder_was_replaced_writes_nothing_into_the_new_one_and_says_so(tmp_path, how):
+    results, clean = tmp_path / "results", contextlib.ExitStack()
+    home = results / "v3/checkpoints"
+    with clean:
+        old = saver(home, background=False)
+        old.save_mid(state(5))
+        if how == "moved away":
+            (results / "v3").rename(results / "v3_old")
+        else:
+            clean.callback(mounted_over(results))
+        with saver(home) as new:
+            new.save_epoch(state(1, epoch=1), metric=0.1)
+            before = {p.name: p.read_bytes() for p in home.glob("*.pt")}
+            with pytest.raises(checkpoint.SaveFailed, match="is not the folder that this run holds"):
+                old.save_mid(state(6))
+            old.close()
+            assert {p.name: p.read_bytes() for p in home.glob("*.pt")} == before
+        with saver(home) as again:
+            assert again.resume()["global_step"] == 1
+
+
+def test_a_lock_file_that_somebody_deleted_is_taken_anew(tmp_path):
+    with saver(tmp_path) as s:
+        s.save_mid(state(1))
+        (tmp_path / ".lock").unlink()
+        s.save_mid(state(2))
+        with pytest.raises(checkpoint.InUse):
+            checkpoint.lock(tmp_path)
+    assert recover(tmp_path) == 2
+
+
+def test_of_two_copies_of_a_run_with_one_second_copy_the_later_start_has_it_and_neither_loses_its_line(tmp_path):
+    def begin(name):
+        s = Mirrored(tmp_path / name / "v3/checkpoints", mirror=tmp_path / "nas", say=said.append, mid_epoch_minutes=0,
+                     background=False)
+        s.resume()
+        until(lambda: copied(s), said)
+        return s
+    said = []
+    with begin("a") as s:
+        s.save_mid(state(1))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    a, b = begin("a"), begin("b")
+    for batch in (2, 3, 4):
+        a.save_mid(state(batch) | {"who": "a"})
+        until(lambda: copied(a), said)
+        b.save_mid(state(batch) | {"who": "b"})
+        until(lambda: copied(b), said)
+    b.save_mid(state(5) | {"who": "b"})
+    until(lambda: copied(b), said)
+    a.close(), b.close()
+    place = tmp_path / "nas/v3/checkpoints"
+    assert {checkpoint.load(path)["who"] for path in place.glob("*.pt")} == {"b"}
+    assert any("a later start of this run writes there: nothing is written" in line for line in said), said
+    for name, step in (("a", 4), ("b", 5)):
+        with begin(name) as s:
+            got = s.resume()
+            assert (got["who"], got["global_step"]) == (name, step)
+
+
+def test_a_home_that_comes_back_old_overwrites_nothing_newer_in_a_late_second_copy_and_goes_on_from_there(tmp_path):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "mnt/nas"
+    said = []
+
+    def begin():
+        return Mirrored(home, mirror=nas, say=said.append, mid_epoch_minutes=0, background=False, save_patience_minutes=0)
+    with begin() as s:
+        s.save_mid(state(1))
+        until(lambda: copied(s), said)
+        home.parent.rename(tmp_path / "disk")           # dead: states go to the second copy alone
+        for batch in (2, 3, 4, 5):
+            s.save_mid(state(batch))
+    (tmp_path / "disk").rename(home.parent)
+    (tmp_path / "mnt").rename(tmp_path / "off")
+    with begin() as s:                                  # a boot without the network disk
+        assert s.resume()["global_step"] == 1
+        s.save_mid(state(2))
+        shutil.rmtree(tmp_path / "mnt")
+        (tmp_path / "off").rename(tmp_path / "mnt")
+        s.save_mid(state(3))
+        until(lambda: s.apart, said)
+    assert recover(nas / "v3/checkpoints") == 5, "the older line has overwritten nothing"
+    with begin() as s:
+        assert s.resume()["global_step"] == 5
+
+
+def test_after_going_back_to_a_file_of_the_second_copy_a_plain_resume_follows_that_line(tmp_path):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    with Mirrored(home, mirror=nas, say=quiet, mid_epoch_minutes=0, background=False) as s:
+        s.save_epoch(state(10, epoch=1) | {"line": 1}, metric=0.9)
+        s.save_mid(state(15, epoch=2, batch=5) | {"line": 1})
+    shutil.rmtree(tmp_path / "results")
+    with Mirrored(home, mirror=nas, say=quiet, mid_epoch_minutes=0, background=False) as s:
+        s.resume(nas / "v3/checkpoints/best.pt")
+        s.save_mid(state(12, epoch=2, batch=2) | {"line": 2})
+    assert metric(home / "best.pt") == 0.9, "the best of the line came home"
+    for lost in (False, True):
+        if lost:
+            shutil.rmtree(tmp_path / "results")
+        with Mirrored(home, mirror=nas, say=quiet, background=False) as s:
+            assert s.resume()["line"] == 2
+
+
+def closed_streams(script, *arguments):
+    command = " ".join(f"'{word}'" for word in (sys.executable, "-c", script, str(ROOT), *map(str, arguments)))
+    return subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], timeout=600).returncode
+
+
+def test_no_file_becomes_a_standard_stream_where_those_are_closed(tmp_path):
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import checkpoint, torch
+real = checkpoint._write_all
+def watched(fd, buffers):
+    os.kill(os.getpid(), signal.SIGTERM)            # its line goes to descriptor 2
+    return real(fd, buffers)
+checkpoint._write_all = watched
+with checkpoint.Signals() as signals:
+    checkpoint.atomic_save({"epoch": 1, "batch": 1, "w": torch.zeros(1000)}, sys.argv[2])
+    with checkpoint.lock(os.path.dirname(sys.argv[2])) as held:
+        assert held.fd > 2
+sys.exit(signals.number)
+"""
+    assert closed_streams(script, tmp_path / "last.pt") == signal.SIGTERM
+    assert checkpoint.verify(tmp_path / "last.pt")
+
+
+# ---- what passes is not what lasts, and damage is neither ----
+
+def test_a_bad_sector_is_passed_where_the_second_copy_has_the_same_save(tmp_path, monkeypatch):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    whole_run(home, nas)
+    real, bad = checkpoint.load, home / "mid_epoch_004_000003.pt"
+
+    def load(path, *others):
+        if Path(path) == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *others)
+    monkeypatch.setattr(checkpoint, "load", load)
+    said = []
+    with Mirrored(home, mirror=nas, say=said.append) as s:
+        assert s.resume()["global_step"] == 33
+    assert any("the same save is elsewhere" in line for line in said)
+    monkeypatch.undo()
+    shutil.rmtree(nas)
+    monkeypatch.setattr(checkpoint, "load", load)
+    with Mirrored(home, mirror=nas, say=quiet) as s, pytest.raises(OSError):
+        s.resume()
+
+
+def test_a_flip_at_home_and_one_in_the_second_copy_leave_the_save_before(tmp_path):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    whole_run(home, nas)
+    for place in (home, nas / "v3/checkpoints"):
+        flip(place / "mid_epoch_004_000003.pt")
+    with Mirrored(home, mirror=nas, say=quiet) as s:
+        assert s.resume()["global_step"] == 30
+
+
+def test_without_a_thread_to_be_had_saves_are_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with checkpoint.Checkpointer(tmp_path, say=quiet, mid_epoch_minutes=0) as s:
+        assert s.resume() is None
+        s.save_mid(state(1))
+    with checkpoint.Checkpointer(tmp_path, say=quiet) as s:
+        assert s.resume()["global_step"] == 1
+
+
+def test_a_full_disk_at_the_end_is_an_error_once_however_often_the_saver_is_closed(small_disk):
+    s = saver(small_disk / "run")
+    s.save_mid(state(1))
+    spoil_full(small_disk)
+    s.save_mid(state(2))
+    with pytest.raises(checkpoint.SaveFailed, match="No space left on device"):
+        s.close()
+    s.close()
+    assert recover(small_disk / "run") == 1
+
+
+# ---- a copied loop ----
+
+def test_two_threads_that_save_take_turns_and_no_file_mixes_their_states(tmp_path):
+    errors = []
+
+    def save(value):
+        for batch in range(1, 21):
+            model = {str(i): torch.full((20_000,), float(value)) for i in range(10)}
+            try:
+                s.save_mid({"model": model, "epoch": 1, "batch": 100 * value + batch, "global_step": batch})
+            except ValueError as error:     # the other thread is further: loud, and nothing is written
+                errors.append(error)
+    with checkpoint.Checkpointer(tmp_path, mid_epoch_keep=0, say=quiet) as s:
+        threads = [threading.Thread(target=save, args=(value,)) for value in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for path in tmp_path.glob("*.pt"):
+        assert len({float(v) for w in checkpoint.load(path)["model"].values() for v in (w[0], w[-1])}) == 1, path
+    assert len(names(tmp_path)) + len(errors) == 40
+
+
+WORKERS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import checkpoint, torch
+
+if __name__ == "__main__":
+    with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=30) as saver, saver.signals():
+        loader = torch.utils.data.DataLoader(torch.arange(1000), batch_size=1, num_workers=2)
+        for batch, x in enumerate(loader, 1):
+            time.sleep(0.2)
+            print("step", batch, flush=True)
+            if saver.stopping():
+                saver.save_mid({"epoch": 1, "batch": batch, "global_step": batch})
+                sys.exit(saver.stopping())
+"""
+
+
+def test_a_signal_to_the_whole_process_group_leaves_the_workers_of_a_dataloader_alive_for_the_save(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", WORKERS, str(ROOT)], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step 3"):
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert recover_step(tmp_path / "checkpoints") >= 3
+    ends = time.monotonic() + 60
+    while True:                             # its workers have ended too
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+def recover_step(directory):
+    return checkpoint.peek(checkpoint.find_resume(directory, quiet))["global_step"]
+
+
+def test_a_snapshot_before_the_place_in_progress_is_refused_aloud(tmp_path):
+    with saver(tmp_path) as s:
+        s.save_mid(state(5))
+        with pytest.raises(ValueError, match="comes after epoch 1, batch 5"):
+            s.save_mid(state(4))
+        s.save_epoch(state(6, epoch=1))
+        with pytest.raises(ValueError, match="comes after epoch 2, batch 0"):
+            s.save_mid(state(7))
+        with pytest.raises(ValueError, match="epoch 1 has ended already"):
+            s.save_epoch(state(7, epoch=1))
+    assert recover(tmp_path) == 6
+
+
+def test_lines_that_nobody_takes_fail_no_save(tmp_path):
+    def broken(line):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    with checkpoint.Checkpointer(tmp_path, say=broken, save_patience_minutes=0) as s:
+        for batch in range(1, 6):
+            s.save_mid(state(batch))
+    assert recover(tmp_path) == 5

@@ -1,0 +1,51 @@
+"""run/share.py: weights to share, and the card beside them."""
+import torch
+
+import checkpoint
+from crash import state
+from test_crash import saver
+from test_listing import tree
+
+
+def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        with saver(tmp_path / name) as s:
+            s.save_epoch({**state(1, epoch=4), "config": {"data": {"path": "tusz"}, "evaluation": {"threshold": 0.86}},
+                          "scores": {"event_f1": 0.71, "threshold": 0.9}}, metric=0.71, name="event_f1")
+    files = [str(tmp_path / name / "best.pt") for name in ("a", "b", "c")]
+    before = tree(tmp_path)
+    assert checkpoint.main(["strip", *files]) == checkpoint.main(["strip", *files[:2]]) == 2
+    assert tree(tmp_path) == before
+    assert checkpoint.main(["strip", files[0]]) == 0 and checkpoint.main(["strip", files[0]]) == 2
+    card = (tmp_path / "a/best_weights.md").read_text()
+    for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "Not a medical device", "chosen by: event_f1\n- at: 0.71"):
+        assert text in card, card
+    assert "optimizer" not in checkpoint.load(tmp_path / "a/best_weights.pt")
+
+
+def test_an_average_is_the_mean_of_weights_with_the_newest_buffers_and_refuses_other_runs_shapes_and_twins(tmp_path, capsys):
+    def put(s, step, **more):
+        model = {"w": torch.full((3,), float(step), dtype=torch.bfloat16), "n.running_mean": torch.full((2,), float(step)),
+                 "n.num_batches_tracked": torch.tensor(step), **more}
+        s.save_mid({"model": model, "epoch": 1, "batch": step, "global_step": step, "scores": {"threshold": 0.5, "event_f1": 1.0}})
+        s.wait()
+    with saver(tmp_path / "run", mid_epoch_keep=0) as s:
+        for step in (1, 2, 6):
+            put(s, step)
+        put(s, 7, extra=torch.ones(1))
+    with saver(tmp_path / "other") as s:
+        put(s, 1)
+    files = [str(tmp_path / f"run/mid_epoch_001_{step:06d}.pt") for step in (6, 1, 2)]
+    out = str(tmp_path / "mean.pt")
+    assert checkpoint.main(["average", *files, "--out", out]) == 0
+    got = checkpoint.load(out)
+    assert got["model"]["w"].tolist() == [3.0] * 3 and got["model"]["w"].dtype == torch.bfloat16
+    assert got["model"]["n.running_mean"].tolist() == [6.0] * 2 and got["model"]["n.num_batches_tracked"] == 6
+    assert got["scores"] == {"threshold": 0.5} and got["averaged"][0] == "mid_epoch_001_000006.pt"
+    wrong = {"not all of one run": [files[0], str(tmp_path / "other/mid_epoch_001_000001.pt")],
+             "the same save": [files[0], files[0]], "two checkpoints or more": files[:1],
+             "extra has another shape": [files[0], str(tmp_path / "run/mid_epoch_001_000007.pt")]}
+    for message, paths in wrong.items():
+        assert checkpoint.main(["average", *paths, "--out", str(tmp_path / "x.pt")]) == 2
+        assert message in capsys.readouterr().err
+    assert checkpoint.main(["average", *files, "--out", out]) == 2 and "exists" in capsys.readouterr().err
