@@ -1594,6 +1594,8 @@ class Checkpointer:
         self.starts = []                    # [start, its save that was left, asked for], oldest first
         self.counter = 0                    # of the newest save
         self.position = (1, 0)              # epoch in progress, batches trained in it
+        self.global_step = 0                # batches that `batches` has yielded, in all
+        self._in_progress = None            # place of the batch that it yielded last
         # the file that this run goes on from: never rotated away
         self.resumed = None
         self.blocked = 0.0                  # seconds that training waited for the last save
@@ -1699,6 +1701,7 @@ class Checkpointer:
         self.starts = [*facts["starts"], left][-MAX_STARTS:]
         self.counter = max(self.counter, facts["save_counter"])
         self.position = facts["position"]
+        self.global_step = facts["global_step"]
 
     def _name_line(self):
         """Derive last.pt and best.pt of the line that goes on.
@@ -1747,6 +1750,46 @@ class Checkpointer:
         self.say(f"resume: {name} is {candidate.path.name} again: the process that wrote it ended "
                  f"before naming it so")
 
+    # -- a loop over a DataLoader --
+
+    def batches(self, loader, seed=0):
+        """Yield (batch number from 1, batch) of the epoch in progress from the DataLoader `loader`,
+        those trained already left out without being loaded.
+
+        The order of an epoch, and the random numbers that the dataset draws for an item, depend on
+        (seed, epoch, item) alone: not on workers, nor on where a resume began. TypeError for an
+        iterable dataset, which cannot skip."""
+        epoch, done = self.position
+        order = _epoch_order(loader, seed, epoch)
+        for number, batch in enumerate(_rest_of_epoch(loader, order[done:], seed, epoch), done + 1):
+            self._in_progress = epoch, number
+            self.global_step += 1
+            yield number, batch
+
+    def pack(self, parts) -> dict:
+        """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each of
+        `parts`, {name: object}, the random states and the place."""
+        epoch, batch = self._in_progress or self.position
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {**states, "random": random_states(), "epoch": epoch, "batch": batch,
+                "global_step": self.global_step}
+
+    def unpack(self, parts, state):
+        """Put what `pack` took back into `parts`; a `state` of None, a fresh start, changes nothing.
+        """
+        if state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            restore_random_states(state["random"])
+
+    def boundary(self, parts):
+        """After a step: save `parts` when it is time; once a signal came, save and leave the process
+        with its exit code."""
+        if self.due() or self.stopping():
+            self.save_mid(self.pack(parts))
+        if self.stopping():
+            sys.exit(self.stopping())
+
     # -- when --
 
     def due(self) -> bool:
@@ -1788,10 +1831,10 @@ class Checkpointer:
         _check_progress(state, ("epoch", "batch"))
         with self._turn:
             here = (int(state["epoch"]), int(state["batch"]))
-            if here < self.position:
+            if here < self.position or self._in_progress not in (None, here):
                 raise ValueError(f"a snapshot of epoch {here[0]}, batch {here[1]} comes after epoch "
                                  f"{self.position[0]}, batch {self.position[1]}: count epochs and "
-                                 f"batches from saver.position")
+                                 f"batches from saver.position, or by saver.batches()")
             self.wait()
             if not self._finish_epoch(last or bool(self.stopping())):
                 self._due_at = time.monotonic() + 60
@@ -1822,6 +1865,7 @@ class Checkpointer:
             if improved:
                 names.append(KINDS["best"].name)
             self.position = (int(state["epoch"]) + 1, 0)
+            self._in_progress = None
             self._save(state, "epoch", names, measured, since)
             return improved
 
@@ -2065,6 +2109,62 @@ class Checkpointer:
 
     def __exit__(self, *exception):
         self.close()
+
+
+def _epoch_order(loader, seed, epoch):
+    """The batches of item numbers of one epoch, by the loader's own samplers."""
+    if isinstance(loader.dataset, torch.utils.data.IterableDataset) or loader.batch_sampler is None:
+        raise TypeError("batches() needs a DataLoader of batches over a dataset with numbered items: "
+                        "an iterable dataset cannot skip what was trained")
+    for sampler in (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if hasattr(sampler, "set_epoch"):   # a DistributedSampler has a seed of its own
+            sampler.set_epoch(epoch)
+        elif hasattr(sampler, "generator"):
+            sampler.generator = torch.Generator().manual_seed(_mixed(seed, epoch))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_mixed(seed, epoch))
+        return list(loader.batch_sampler)
+
+
+def _rest_of_epoch(loader, order, seed, epoch):
+    same = {name: getattr(loader, name) for name in (
+        "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
+        "multiprocessing_context", "prefetch_factor")}
+    items = _KeyedItems(loader.dataset, seed, epoch)
+    # without a generator of its own a DataLoader draws from the global random numbers
+    generator = torch.Generator().manual_seed(_mixed(seed, epoch))
+    return torch.utils.data.DataLoader(items, batch_sampler=order, generator=generator, **same)
+
+
+class _KeyedItems(torch.utils.data.Dataset):
+    """A dataset whose items draw random numbers by (seed, epoch, item)."""
+
+    def __init__(self, dataset, seed, epoch):
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        key = _mixed(self.seed, self.epoch, item)
+        numpy = sys.modules.get("numpy")
+        before = random.getstate(), numpy and numpy.random.get_state()
+        random.seed(key)
+        if numpy:
+            numpy.random.seed(key % 2**32)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(key)
+                return self.dataset[item]
+        finally:
+            random.setstate(before[0])
+            if numpy:
+                numpy.random.set_state(before[1])
+
+
+def _mixed(*numbers):
+    """A seed from several numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
 
 
 def measurement(value, name="metric", tie=None, rules=None) -> dict:
