@@ -18,12 +18,12 @@ import sys
 import threading
 import time
 
-UNREAD_SECONDS = 1.0                    # that a text waits for its reader before nobody waits for it
+UNREAD_SECONDS = 1.0                    # that a text waits for its reader before it is given up
 KEPT_TEXTS = 1000                       # that wait for a reader; older ones are dropped
 
 
 def begin(name, work):
-    """Descriptors 0 to 2 exist from now on, and Ctrl-C ends the command `name`, whose `work` has not
+    """Descriptors 0 to 2 exist from now on. Ctrl-C ends the command `name`, whose `work` has not
     begun yet, with one line.
 
     A closed one would be given to the next file that is opened: a checkpoint, into which the next

@@ -57,8 +57,8 @@ class Reader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_sequence(self, node, deep=False):
-        return [item.value if isinstance(item, yaml.ScalarNode) else self.construct_object(item, True)
-                for item in node.value]
+        return [item.value if isinstance(item, yaml.ScalarNode)
+                else self.construct_object(item, True) for item in node.value]
 
     def whole_number(self, node):
         return self.as_written(node, self.construct_yaml_int(node))
