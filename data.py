@@ -15,7 +15,7 @@ the rest goes on: exit 1 when anything was refused (--skip-bad: 0), 2 for bad us
 edf.py; layouts: corpora.py; who trains and who validates: splits.py.
 
 A window is one read: ten seconds of all channels lie together in the file, the chunks one after the
-other (corpora.write_recording). Threads read ahead of the training, so that a corpus may be larger
+other (store.write_recording). Threads read ahead of the training, so that a corpus may be larger
 than memory and lie on a network; which thread reads what changes nothing in the batches.
 """
 import argparse
@@ -38,6 +38,7 @@ import numpy as np
 from eeg import baseline
 from eeg import corpora
 from eeg import splits
+from eeg import store
 from eeg import synth
 from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.disk import CHUNK, copy_folder, disk_bytes, file_state, file_system
@@ -150,7 +151,7 @@ class Recording:
         if self.state and now != tuple(self.state):
             raise DataError(f"{self.path} was changed since the corpus was opened")
         if self.digest:
-            if corpora.digest(os.pread(handle, self.offset, 0)) != self.digest:
+            if store.digest(os.pread(handle, self.offset, 0)) != self.digest:
                 raise DataError(f"{self.path} is not the recording that the index describes: "
                                 "import it again")
             self.digest = ""            # once is enough: from now on its time would tell
@@ -181,7 +182,7 @@ def open_corpus(path):
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder; python data.py import SRC {path}")
-    entries = corpora.entries(root).items()
+    entries = store.entries(root).items()
     recordings = [_recording(f"{root}/{name}.h5", name, *entry) for name, entry in entries]
     if not recordings:
         raw = next((file for file in root.rglob("*") if file.suffix.lower() == ".edf"), None)
@@ -217,7 +218,7 @@ def open_corpora(paths, same_person=()):
 
 def copy_corpus(path, folder, say=print, copied=lambda: None):
     """Copy an imported folder below `folder`, on a faster disk; returns the copy's path (see disk.copy_folder)."""
-    states = {f"{name}.h5": state for name, (state, _) in corpora.entries(Path(path).resolve()).items()}
+    states = {f"{name}.h5": state for name, (state, _) in store.entries(Path(path).resolve()).items()}
     return copy_folder(path, folder, states, say, copied)
 
 

@@ -27,7 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from eeg import corpora  # noqa: E402
+from eeg import store  # noqa: E402
 import data  # noqa: E402
 from eeg.edf import CHANNELS as MONTAGES, FS  # noqa: E402
 
@@ -41,7 +41,7 @@ def attributes(name):
     return {
         "scale": np.full(19, 0.1, np.float32), "fs": FS, "channels": list(CHANNELS), "montage": "referential",
         "patient": name, "split": "", "labelled": True, "norm": 20.0, "source": "", "source_state": "[]",
-        "source_fs": 256.0, "layout": "", "format": corpora.FORMAT, "prepared": "bench", "repaired": ""}
+        "source_fs": 256.0, "layout": "", "format": store.FORMAT, "prepared": "bench", "repaired": ""}
 
 
 def corpus(folder, hours):
@@ -53,7 +53,7 @@ def corpus(folder, hours):
     for i in range(max(2, round(hours))):
         eeg = np.roll(noise, 997 * i, axis=1)
         path = folder / f"{i:03d}.h5"
-        corpora.write_recording(path, eeg, np.array([(100.0, 190.0)]), attributes(path.stem))
+        store.write_recording(path, eeg, np.array([(100.0, 190.0)]), attributes(path.stem))
         eeg.tofile(path.with_suffix(".rows"))
     os.sync()
     return data.open_corpus(folder)
@@ -250,7 +250,7 @@ def sparse(path, hours):
         f.attrs.update(attributes(path.stem))
         f.create_dataset("events", data=np.array([(100.0, 190.0)]))
         f.flush()
-        corpora.make_dataset(f, 19, round(hours * 3600 * FS))
+        store.make_dataset(f, 19, round(hours * 3600 * FS))
 
 
 def memory(folder, args):

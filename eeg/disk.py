@@ -60,7 +60,7 @@ class InUse(OSError):
 class Hold:
     """A folder held by this process until `close` or its death; nothing forked from it holds on."""
 
-    taken = set()                           # descriptors of this process's holds
+    taken: set[int] = set()                         # descriptors of this process's holds
 
     def __init__(self, fd):
         self.fd = fd

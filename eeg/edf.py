@@ -24,7 +24,8 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -48,9 +49,9 @@ BLANK_UNITS = ("uV", "mV", "V", "nV")    # what --blank-unit takes
 MICROVOLTS = {"uv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
 # uV, typical amplitude of scalp EEG; outside it the unit in the header is wrong
 PLAUSIBLE = (0.1, 1000.0)
-WIDEST = 10 ** 7                        # uV from lowest to highest; amplifiers have less than 2 V
+WIDEST_UV = 10 ** 7                     # from lowest to highest; amplifiers have less than 2 V
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
-LATE = 0.01                             # s that a record may be off its place: two samples
+MAX_LATE_SECONDS = 0.01                 # of a record after the one before it: two samples
 
 
 class DataError(ValueError):
@@ -72,16 +73,18 @@ class Header:
     offset: int                         # bytes before the first record
     plus: str                           # "", "EDF+C" or "EDF+D"
     notes: list                         # what was read otherwise than it is written
+    patient: str = ""                   # field of the patient, as written: never to be printed
+    drift: float = 0.0                  # s that the clock of its records is late at its end
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return float(self.records * self.duration)
 
-    def rate(self, i):
-        """Of signal i, a Fraction, Hz."""
+    def rate(self, i: int) -> Fraction:
+        """Of signal i, Hz."""
         return self.signals["count"][i] / self.duration
 
-    def body(self):
+    def body(self) -> np.ndarray:
         """All samples as they lie in the file, mapped: int16 (records, samples of all signals)."""
         shape = (self.records, sum(self.signals["count"]))
         try:
@@ -89,28 +92,21 @@ class Header:
         except ValueError:
             raise DataError("it was cut while it was read") from None
 
-    def block(self, body, i):
+    def block(self, body: np.ndarray, i: int) -> np.ndarray:
         """Samples of signal i as they lie in the file: int16 (records, samples per record)."""
         edge = sum(self.signals["count"][:i])
         return body[:, edge:edge + self.signals["count"][i]]
 
 
-FIELDS = {                              # of each signal, and their width in bytes
-    "label": 16,
-    "transducer": 80,
-    "unit": 8,
-    "pmin": 8,                          # physical and digital range
-    "pmax": 8,
-    "dmin": 8,
-    "dmax": 8,
-    "prefilter": 80,
-    "count": 8,                         # samples in a record
-    "reserved": 32}
+# of each signal, and their width in bytes; pmin to dmax: physical and digital range; count: samples
+# in a record
+FIELDS = {"label": 16, "transducer": 80, "unit": 8, "pmin": 8, "pmax": 8, "dmin": 8, "dmax": 8,
+          "prefilter": 80, "count": 8, "reserved": 32}
 # bounded: the exact value of 1e999999 takes a megabyte, that of more digits is refused by Python
 NUMBER = re.compile(r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})([eE][+-]?\d{1,2})?$", re.A)
 
 
-def number(text, what, notes=None):
+def number(text: str, what: str, notes: list | None = None) -> Fraction:
     """The Fraction in a text field; a decimal comma is read as a point, and noted, where `notes` is
     given."""
     plain = text.strip()
@@ -122,14 +118,14 @@ def number(text, what, notes=None):
     return Fraction(plain)
 
 
-def whole(text, what):
+def whole(text: str, what: str) -> int:
     value = number(text, what)
     if value.denominator != 1:
         raise DataError(f"{what} is {text.strip()!r}, not a whole number")
     return int(value)
 
 
-def read_header(path):
+def read_header(path: str | os.PathLike) -> Header:
     """Header of an EDF or EDF+ file (Kemp & Olivan 2003). DataError where it contradicts itself or
     the file's size; OSError."""
     with open(path, "rb") as f:
@@ -145,7 +141,7 @@ def read_header(path):
         raise DataError(f"the header of {count} signals needs {256 * (count + 1)} bytes, "
                         f"the file has {size}")
 
-    notes = []
+    notes: list[str] = []
     duration = number(fixed[244:252], "record duration", notes)
     plus = fixed[192:197].upper()
     if plus not in ("EDF+C", "EDF+D"):
@@ -165,7 +161,8 @@ def read_header(path):
         began=_began(fixed),
         offset=256 * (count + 1),
         plus=plus,
-        notes=notes)
+        notes=notes,
+        patient=fixed[8:88].strip())
     _check_size(header, whole(fixed[184:192], "number of header bytes"), size)
     return header
 
@@ -268,13 +265,18 @@ def _annotation_signals(header):
     return [i for i, label in enumerate(labels) if label == "edf annotations"]
 
 
-def record_onsets(header, body):
-    """Onset in s of each record by the annotation signal; None where the file has none."""
+def record_onsets(header: Header, body: np.ndarray) -> np.ndarray | None:
+    """Onset in s of each record by the annotation signal; None where the file has none, or one that
+    holds nothing but zeros in a file that does not call itself discontinuous."""
     places = _annotation_signals(header)
     if not places:
         return None
+    block = np.ascontiguousarray(header.block(body, places[0]))
+    if header.plus != "EDF+D" and not block.any():
+        header.notes.append("its annotation signal is empty: taken to be without gaps")
+        return None
     onsets = []
-    for i, row in enumerate(np.ascontiguousarray(header.block(body, places[0]))):
+    for i, row in enumerate(block):
         found = re.match(rb"([+-]\d+(?:\.\d*)?)(?:\x15[\d.]*)?\x14", row.tobytes())
         if not found:
             raise DataError(f"record {i + 1} has no onset among its annotations: "
@@ -283,12 +285,20 @@ def record_onsets(header, body):
     return np.array(onsets)
 
 
-def read_annotations(header):
+Annotation = tuple[float, float | None, str]
+
+
+def read_annotations(header: Header) -> list[Annotation]:
     """[(onset in s after the first sample, duration in s or None, text)] of an EDF+ file, in its
-    order; [] of a plain EDF. DataError where they cannot be read."""
+    order; [] of a plain EDF. DataError where they cannot be read.
+
+    Onsets are given by the clock of the records; where that drifts, each is moved to the sample
+    that was recorded then."""
     body = header.body()
     onsets = record_onsets(header, body)
-    found = []
+    if onsets is None:
+        return []
+    found: list[Annotation] = []
     for place in _annotation_signals(header):
         for i, row in enumerate(np.ascontiguousarray(header.block(body, place))):
             for piece in row.tobytes().split(b"\0"):
@@ -297,11 +307,24 @@ def read_annotations(header):
                 tal = TAL.fullmatch(piece.strip(b" "))
                 if not tal:
                     raise DataError(f"annotations of record {i + 1} cannot be read: {piece[:40]!r}")
-                # onsets count from the header's start time, the first sample may lie later
-                onset = float(tal[1]) - float(onsets[0])
+                onset = _sample_time(header, onsets, float(tal[1]))
                 duration = float(tal[2]) if tal[2] else None
                 found += [(onset, duration, text) for text in _texts(tal[3])]
     return found
+
+
+def _sample_time(header, onsets, time):
+    """s after the first sample of a time by the clock of the records."""
+    length = float(header.duration)
+    if abs(_drift(header, onsets)) <= MAX_LATE_SECONDS:
+        # onsets count from the header's start time, the first sample may lie later
+        return time - float(onsets[0])
+    record = min(max(np.searchsorted(onsets, time, "right") - 1, 0), len(onsets) - 1)
+    return float(record * length + time - onsets[record])
+
+
+def _drift(header, onsets):
+    return float(onsets[-1] - onsets[0] - (len(onsets) - 1) * header.duration)
 
 
 def _texts(raw):
@@ -313,28 +336,32 @@ def _texts(raw):
     return [" ".join(part.split()) for part in text.split("\x14") if part.strip()]
 
 
-def check_gaps(header, body):
+def check_gaps(header: Header, body: np.ndarray) -> None:
     """Refuse a file whose records are not contiguous in time: EDF+ keeps each record's onset in its
-    annotation signal."""
+    annotation signal. A clock that runs a little slow or fast is no gap: each record is compared
+    with the one before it, and the sum is noted and kept as header.drift."""
     onsets = record_onsets(header, body)
     if onsets is None:
         if header.plus == "EDF+D":
             raise DataError("discontinuous (EDF+D) without the annotation signal that says where")
         return
-    due = onsets[0] + np.arange(len(onsets)) * float(header.duration)
-    late = onsets - due
-    gaps = np.flatnonzero(abs(late) > LATE)
+    length = float(header.duration)
+    late = np.diff(onsets) - length
+    gaps = np.flatnonzero(abs(late) > min(MAX_LATE_SECONDS, length / 2))
     if len(gaps):
-        at = gaps[0] * float(header.duration)
+        at = (gaps[0] + 1) * length
         raise DataError(f"gap of {late[gaps[0]]:.4g} s after {at:g} s: "
                         "cut it into continuous files")
+    header.drift = _drift(header, onsets)
+    if abs(header.drift) > MAX_LATE_SECONDS:
+        header.notes.append(f"the clock of its records is {header.drift:+.3g} s off at the end")
     if header.plus == "EDF+D":
         header.notes.append("marked discontinuous (EDF+D) but without a gap")
 
 
 # ---- calibration ----
 
-def note_zeros(header, body):
+def note_zeros(header: Header, body: np.ndarray) -> None:
     """Note records that hold nothing but zeros in every signal: an amplifier's pause, or the hole
     that a broken copy left."""
     empty = np.flatnonzero(~body.any(1))
@@ -343,7 +370,16 @@ def note_zeros(header, body):
                             f"{float(empty[0] * header.duration):g} s")
 
 
-def calibration(header, body, i, blank_unit):
+def constant(header: Header, body: np.ndarray, i: int) -> bool:
+    """Whether signal i is a reference that some makers store: one value, and a range of 0."""
+    low, high = header.signals["pmin"][i], header.signals["pmax"][i]
+    if low != high and header.signals["dmin"][i] != header.signals["dmax"][i]:
+        return False
+    block = header.block(body, i)
+    return bool((block == block[0, 0]).all())
+
+
+def calibration(header: Header, body: np.ndarray, i: int, blank_unit: str) -> tuple[float, float]:
     """(gain in uV per digital unit, offset in uV) of signal i; refuses samples outside its digital
     range."""
     field = {key: values[i] for key, values in header.signals.items()}
@@ -355,8 +391,10 @@ def calibration(header, body, i, blank_unit):
     if dmin >= dmax:
         raise DataError(f"{name}: digital minimum {dmin} is not below maximum {dmax}: "
                         "the sign is unknown")
-    if dmin < -32768 or dmax > 32767:
+    if dmin < -32768 or dmax > 32768:
         raise DataError(f"{name}: digital range {dmin} to {dmax} does not fit 16 bits")
+    if dmax == 32768:
+        header.notes.append(f"{name}: digital maximum 32768, one more than 16 bits hold")
     if pmin == pmax:
         raise DataError(f"{name}: physical minimum and maximum are both {field['pmin']}")
     if pmin > pmax:
@@ -370,7 +408,7 @@ def calibration(header, body, i, blank_unit):
         raise DataError(f"{name} is in {unit!r}, not in uV, mV, nV or V")
     factor = MICROVOLTS[_unit(unit)]
     span = abs(pmax - pmin) * Fraction(factor)
-    if span > WIDEST:
+    if span > WIDEST_UV:
         raise DataError(f"{name}: a range of {float(span):.3g} uV is not scalp EEG: "
                         "the unit or range is wrong")
 
@@ -396,33 +434,63 @@ def _unit(text):
 
 # ---- montage ----
 
-ALIAS = {"T7": "T3", "T8": "T4", "P7": "T5", "P8": "T6"}
+# 01 and 02, with a zero: chb12_28.edf
+ALIAS = {"T7": "T3", "T8": "T4", "P7": "T5", "P8": "T6", "01": "O1", "02": "O2"}
 SPELLED = {name.upper(): name for name in CHANNELS["referential"]}
-# common, or an ear or mastoid, or both of these linked
-REFERENCE = re.compile(r"-(REF|LE|AR|AVG|AVERAGE|CAR|[AM][12]|A1\+?A2|M1\+?M2)$")
+PREFIX = re.compile(r"(S?EEG|POL|CH|CHAN|CHANNEL|E)\d*|\d+")
+# common, an ear or mastoid, both of these linked, or an amplifier's own
+REFERENCE = re.compile(r"(V?REF|LER?|CLE|AR|AA|AVG?|AVE|AVR|AVERAGE|CAR|[AM][12]|A1A2|M1M2|ORG|COM|"
+                       r"GND|G[12]|CS2|A?FZ|CPZ|FCZ|AFZ|FPZ|NOSE)")
+GLUED = re.compile(rf"(?:EEG|POL)?({'|'.join([*SPELLED, *ALIAS])})"
+                   r"(V?REF|LE|AVG?|AVE|AA|A1A2|M1M2|[AM][12])?")
+COMMON = 8                              # electrodes that share a suffix, which is their reference
+CAP = re.compile(r"[A-H](1[1-9]|2\d|3[0-2])")       # a place on a BioSemi cap, beyond all of 10-20
 
 
-def electrode(text):
+def electrode(text: str) -> str | None:
     """One of the 19 names for any spelling of it (T7 is T3), else None."""
     return SPELLED.get(ALIAS.get(text, text))
 
 
-def channel(label):
+def _words(label):
+    """A label's words in capitals, without what stands before its name. An apostrophe belongs to
+    the word: C3' is no C3."""
+    words = [word for word in re.split(r"[^\w'`\xb4]|_", label.upper()) if word]
+    while len(words) > 1 and PREFIX.fullmatch(words[0]):
+        if words[0] in ALIAS and words[1] not in SPELLED:
+            break
+        words = words[1:]
+    return words
+
+
+def _parts(label):
+    """(electrode, what stands behind it) of a label; None where it does not begin with one."""
+    words = _words(label)
+    glued = GLUED.fullmatch(words[0]) if words else None
+    if not glued:
+        return None
+    name = electrode(glued[1])
+    rest = [glued[2], *words[1:]] if glued[2] else words[1:]
+    # T7(T3): its new and its old name
+    if rest and electrode(rest[0]) == name and rest[0] != glued[1]:
+        rest = rest[1:]
+    # T8-P8-0: one of several alike, numbered by MNE; (A1+A2)/2
+    if rest and re.fullmatch(r"\d", rest[-1]):
+        rest = rest[:-1]
+    if len(rest) == 1:
+        rest = [electrode(rest[0]) or rest[0]]
+    return name, "".join(rest)
+
+
+def channel(label: str) -> tuple[str, str] | None:
     """An EDF label as (electrode, reference), (electrode, electrode) for a derivation, or None for
-    anything else."""
-    text = re.sub(r"^EEG[ _]*", "", label.upper().strip())
-    text = re.sub(r"\s+", "", text).rstrip(".")
-    reference = REFERENCE.search(text)
-    if reference:
-        name = electrode(text[:reference.start()])
-        if name:
-            return name, reference[1]
-    elif electrode(text):
-        return electrode(text), ""
-    pair = tuple(electrode(part) for part in text.split("-"))
-    if len(pair) == 2 and all(pair) and pair[0] != pair[1]:
-        return pair
-    return None
+    anything else. What a reference is called is known better where a whole file is at hand
+    (find_channels)."""
+    parts = _parts(label)
+    if parts is None or parts[0] == parts[1]:
+        return None
+    known = not parts[1] or parts[1] in SPELLED.values() or REFERENCE.fullmatch(parts[1])
+    return parts if known else None
 
 
 @dataclass(frozen=True)
@@ -444,88 +512,126 @@ class Recipe:
         if len(set(self.reduced)) < len(self.reduced):
             raise DataError(f"--channels: {', '.join(self.reduced)} names a channel twice")
 
-    def __str__(self):
+    def __str__(self) -> str:
         channels = f" of {', '.join(self.reduced)}" if self.reduced else ""
         unit = f", blank unit {self.blank_unit}" if self.blank_unit else ""
         return f"montage {self.montage}{channels}, notch {self.notch}{unit}"
 
     @property
-    def channels(self):
+    def channels(self) -> tuple:
         return self.reduced or CHANNELS[self.montage]
 
     @property
-    def hash(self):
+    def hash(self) -> str:
         mains = NOTCH[self.notch]
         what = [PREPARATION, FS, BAND, self.montage, mains, self.blank_unit, self.channels]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-def channel_names(text):
-    """"f7-t7, Cz, BTEleft SD" -> ("F7-T3", "Cz", "BTEleft SD"): known electrodes in one
-    spelling."""
+def channel_names(text: str) -> tuple[str, ...]:
+    """"f7-t7, Cz, BTEleft SD|BTEright SD" -> ("F7-T3", "Cz", "BTEleft SD|BTEright SD"): known
+    electrodes in one spelling; | stands between alternatives, the best first."""
     names = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        key = channel(part)
-        if key is None:
-            names.append(part)
-        elif key[1] in SPELLED.values():
-            names.append("-".join(key))
-        else:
-            names.append(key[0])
+        names.append("|".join(_one_spelling(choice.strip()) for choice in part.split("|")))
     return tuple(names)
+
+
+def _one_spelling(text):
+    key = channel(text)
+    if key is None:
+        return text
+    return "-".join(key) if key[1] in SPELLED.values() else key[0]
 
 
 @dataclass
 class Places:
     """Where a file holds what: {electrode: {signal: weight}}, {(electrode, electrode): signal},
-    labels that stand twice as (key, first signal, other signal)."""
-    electrodes: dict
-    pairs: dict
-    twins: list
+    {signal: its reference}, signals that are called the same as [(first, other)]."""
+    electrodes: dict = field(default_factory=dict)
+    pairs: dict = field(default_factory=dict)
+    references: dict = field(default_factory=dict)
+    twins: list = field(default_factory=list)
 
 
-def find_channels(header):
-    """Places of a file's EEG channels."""
-    places, twins = {}, []
-    for i, label in enumerate(header.signals["label"]):
-        key = channel(label)
-        if key is None:
-            continue
-        if key[1] not in CHANNELS["referential"]:
-            key = key[:1]
-        if key in places:
-            twins.append((key, places[key], i))
-        else:
-            places[key] = i
-    found = Places({}, {}, twins)
-    for key, i in places.items():
-        if len(key) == 1:
-            found.electrodes[key[0]] = {i: 1}
-        else:
-            found.pairs[key] = i
-    return found
+def find_channels(header: Header) -> Places:
+    """Places of a file's EEG channels. A suffix that all electrodes share, or COMMON of them, is
+    their reference, whatever it is called; where it is itself an electrode, that one is at 0."""
+    places = Places()
+    groups: dict[str, dict[str, int]] = {}
+    labels = header.signals["label"]
+    if _of_cap(labels):
+        return places
+    found = {i: parts for i, label in enumerate(labels) if (parts := _parts(label))}
+    shared = Counter(suffix for _, suffix in set(found.values()))
+    enough = max(2, min(COMMON, len({name for name, _ in found.values()})))
+    for i, (name, suffix) in found.items():
+        pair = suffix in SPELLED.values()
+        if pair and suffix != name:
+            _place(places, places.pairs, (name, suffix), i)
+        if suffix != name and shared[suffix] >= enough:
+            group = groups.setdefault(suffix, {})
+            if pair:                    # twins of it are known already
+                group.setdefault(name, i)
+            else:
+                _place(places, group, name, i)
+        elif not pair and channel(labels[i]):
+            _place(places, groups.setdefault(suffix, {}), name, i)
+        places.references[i] = suffix
+    _choose_reference(header, places, groups)
+    return places
 
 
-def derivations(header, recipe, places):
+def _place(places, where, key, i):
+    if key in where:
+        places.twins.append((where[key], i))
+    else:
+        where[key] = i
+
+
+def _of_cap(labels):
+    """Whether a file names the places of a cap, A1 to H32: its C3 is no C3."""
+    names = [words[0] for words in map(_words, labels) if words]
+    if sum(CAP.fullmatch(name) is not None for name in names) < 4:
+        return False
+    return not any(electrode(name) and not re.fullmatch(r"[A-H]\d", name) for name in names)
+
+
+def _choose_reference(header, places, groups):
+    """Electrodes by the reference that most of them have; those of no more than another one by
+    that. Derivations with an ear beside them are left out."""
+    beside = []
+    for suffix, signals in sorted(groups.items(), key=lambda group: -len(group[1])):
+        if suffix in SPELLED.values() and not places.electrodes:
+            places.electrodes[suffix] = {}
+            header.notes.append(f"{suffix} is the reference of all: 0")
+        for name, i in signals.items():
+            if name in places.electrodes:
+                beside.append(header.signals["label"][i])
+            else:
+                places.electrodes[name] = {i: 1}
+    if beside:
+        header.notes.append(f"beside the electrodes, left out: {', '.join(beside)}")
+
+
+def derivations(header: Header, recipe: "Recipe", places: Places) -> list[dict]:
     """Rows of the montage, each as {signal: weight}, all of them linear in the file's signals.
 
     Fz and Pz, and only these (3.4 % of TUSZ has neither), are interpolated from the others by a
     spherical spline."""
     if recipe.montage == "reduced":
-        return [_reduced(header, name, places) for name in recipe.channels]
+        return _all_reduced(header, recipe.channels, places)
     single = places.electrodes
-    if recipe.montage == "bipolar" and len(places.pairs) >= len(BIPOLAR):
-        wanted = [tuple(name.split("-")) for name in BIPOLAR]
-        if all(pair in places.pairs for pair in wanted):
-            return [{places.pairs[pair]: 1} for pair in wanted]
+    if recipe.montage == "bipolar" and not _missing_pairs(places):
+        return [{places.pairs[tuple(name.split("-"))]: 1} for name in BIPOLAR]
 
     missing = [name for name in CHANNELS["referential"] if name not in single]
     if set(missing) - {"Fz", "Pz"}:
         raise DataError(_missing(header, recipe.montage, missing, places))
     # within a pair a reference cancels: each pair may have its own, left and right ear for one
     if recipe.montage == "bipolar" and not missing:
-        return [_pair(header, name.split("-"), single) for name in BIPOLAR]
-    _check_references(header, single.values())
+        return [_pair(places, name.split("-")) for name in BIPOLAR]
+    _check_references(places, single.values())
     weights = spline(tuple(single), tuple(missing))
     known = list(single)
     for name, line in zip(missing, weights):
@@ -537,30 +643,52 @@ def derivations(header, recipe, places):
     return [_difference(*(single[end] for end in name.split("-"))) for name in BIPOLAR]
 
 
-def _pair(header, ends, electrodes):
-    rows = [electrodes[end] for end in ends]
-    _check_references(header, rows)
+def _missing_pairs(places):
+    return [name for name in BIPOLAR if tuple(name.split("-")) not in places.pairs]
+
+
+def _pair(places, ends):
+    rows = [places.electrodes[end] for end in ends]
+    _check_references(places, rows)
     return _difference(*rows)
 
 
+def _all_reduced(header, channels, places):
+    """A row for each channel that the user named: of its alternatives the first that is there."""
+    rows = []
+    for name in channels:
+        choices = name.split("|")
+        found = [(choice, row) for choice in choices if (row := _reduced(header, choice, places))]
+        if not found:
+            raise DataError(f"channel missing: {' or '.join(choices)} ({_labels(header)})")
+        choice, row = found[0]
+        if row in rows:
+            raise DataError(f"{choice} would be two channels, {channels[rows.index(row)]} and "
+                            f"{name} ({_labels(header)})")
+        if choice != choices[0]:
+            header.notes.append(f"{choice} in the place of {choices[0]}")
+        rows.append(row)
+    return rows
+
+
 def _reduced(header, name, places):
-    """Row of one channel that the user named: a derivation of the file, an electrode, the
-    difference of two, or the very label of a signal."""
+    """Row of one channel: a derivation of the file, an electrode, the difference of two, or the
+    very label of a signal. None: the file has none of these."""
     ends = tuple(name.split("-"))
     if ends in places.pairs:
         return {places.pairs[ends]: 1}
     if name in places.electrodes:
         return places.electrodes[name]
     if len(ends) == 2 and all(end in places.electrodes for end in ends):
-        return _pair(header, ends, places.electrodes)
+        return _pair(places, ends)
     labels = [label.lower() for label in header.signals["label"]]
     if labels.count(name.lower()) == 1:
         return {labels.index(name.lower()): 1}
-    raise DataError(f"channel missing: {name} ({_labels(header)})")
+    return None
 
 
-def _check_references(header, rows):
-    references = {channel(header.signals["label"][i])[1] for row in rows for i in row}
+def _check_references(places, rows):
+    references = {places.references[i] for row in rows for i in row}
     if len(references) > 1:
         names = ", ".join(sorted(reference or "none" for reference in references))
         raise DataError(f"electrodes with different references: {names}")
@@ -575,44 +703,35 @@ def _labels(header):
 
 def _missing(header, montage, missing, places):
     """Why a file does not hold the montage, and what to do."""
-    if montage == "referential" and len(places.pairs) >= 8 and not places.electrodes:
+    if montage == "referential" and not _missing_pairs(places):
         return "bipolar channels only: import it with --montage bipolar"
-    if len(places.pairs) >= 8:
-        missing = [name for name in BIPOLAR if tuple(name.split("-")) not in places.pairs]
+    if len(places.pairs) >= 8 and not places.electrodes:
+        missing = _missing_pairs(places)
     why = f"channels missing: {', '.join(missing)} ({_labels(header)})"
+    if _of_cap(header.signals["label"]):
+        return (f"{why}: places of a cap, no names of the 10-20 system: --rename FILE says which "
+                "electrode each is, in two columns: label in the file, electrode")
     if len(places.electrodes) + len(places.pairs) in range(1, 15):
         there = ["-".join(pair) for pair in places.pairs] or list(places.electrodes)
         why += f": a corpus of what there is: --montage reduced --channels {','.join(there)}"
-    return why
+    return (f"{why}; for channels of other names: --rename FILE, two columns: label in the file, "
+            "electrode")
 
 
 def _difference(a, b):
     return {i: a.get(i, 0) - b.get(i, 0) for i in a | b}
 
 
-ANGLES = {                              # degrees from the vertex, and around it
-    "Fp1": (-92, -72),
-    "F3": (-60, -51),
-    "C3": (-46, 0),
-    "P3": (-60, 51),
-    "O1": (-92, 72),
-    "F7": (-92, -36),
-    "T3": (-92, 0),
-    "T5": (-92, 36),
-    "Fz": (46, 90),
-    "Cz": (0, 0),
+# degrees from the vertex, and around it
+ANGLES = {
+    "Fp1": (-92, -72), "F3": (-60, -51), "C3": (-46, 0), "P3": (-60, 51), "O1": (-92, 72),
+    "F7": (-92, -36), "T3": (-92, 0), "T5": (-92, 36), "Fz": (46, 90), "Cz": (0, 0),
     "Pz": (46, -90),
-    "Fp2": (92, 72),
-    "F4": (60, 51),
-    "C4": (46, 0),
-    "P4": (60, -51),
-    "O2": (92, -72),
-    "F8": (92, 36),
-    "T4": (92, 0),
-    "T6": (92, -36)}
+    "Fp2": (92, 72), "F4": (60, 51), "C4": (46, 0), "P4": (60, -51), "O2": (92, -72),
+    "F8": (92, 36), "T4": (92, 0), "T6": (92, -36)}
 
 
-def positions(names):
+def positions(names) -> np.ndarray:
     """Ideal 10-20 places on the unit sphere, x to the right, y to the nose: (N, 3)."""
     tilt, turn = np.radians([ANGLES[name] for name in names]).T
     x = np.sin(tilt) * np.cos(turn)
@@ -621,7 +740,7 @@ def positions(names):
 
 
 @functools.lru_cache(64)
-def spline(known, wanted):
+def spline(known: tuple, wanted: tuple) -> np.ndarray:
     """Weights (wanted, known) of the spherical spline of Perrin et al. 1989 (order 4, 50 terms,
     smoothing 1e-5)."""
     if not wanted:
@@ -643,7 +762,7 @@ def spline(known, wanted):
 # ---- signal ----
 
 @functools.lru_cache(8)
-def fir(mains):
+def fir(mains: tuple) -> np.ndarray:
     """Taps of the whole filter at 256 Hz: band-pass, 6.6 s, and each mains with its first harmonic,
     6.6 s."""
     from scipy import signal as dsp     # here: training starts a second earlier without it
@@ -654,7 +773,7 @@ def fir(mains):
     return taps.astype(np.float32)
 
 
-def prepare_row(row, rate, mains):
+def prepare_row(row: np.ndarray, rate: Fraction, mains: tuple) -> np.ndarray:
     """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 /
     rate) samples."""
     from scipy import signal as dsp     # here, too
@@ -675,17 +794,17 @@ def prepare_row(row, rate, mains):
     return filtered.astype(np.float32, copy=False)
 
 
-def resampling(rate):
+def resampling(rate: Fraction) -> Fraction:
     """Ratio of 256 Hz to `rate`, in numbers that a polyphase filter can be made for."""
     return (FS / rate).limit_denominator(20_000)
 
 
-def sparse(row):
+def sparse(row: np.ndarray) -> np.ndarray:
     """About 30,000 samples spread over the row: enough for a median."""
     return row[::len(row) // 30_000 | 1]
 
 
-def quantise(row, step):
+def quantise(row: np.ndarray, step: float) -> tuple[np.ndarray, np.float32]:
     """float32 uV -> (int16, uV per unit); half a unit never exceeds the amplifier's `step`, at the
     cost of clipping spikes that the filter made taller than the amplifier's own range."""
     tallest = max(float(abs(row).max()), step)
@@ -702,14 +821,14 @@ class Signal:
     rate: float                         # Hz, before resampling
 
 
-def prepare_edf(header, recipe):
-    """The Signal of one EDF file, prepared as the module says; what was repaired is added to the
-    header's notes. DataError: why it cannot be read rightly."""
+def prepare_edf(header: Header, recipe: Recipe) -> Signal:
+    """The Signal of one EDF file, prepared as the module says; what was read otherwise than it is
+    written is added to the header's notes. DataError: why it cannot be read rightly."""
     places = find_channels(header)
-    rows = derivations(header, recipe, places)
+    body = header.body()
+    rows = _without_constants(header, body, derivations(header, recipe, places))
     used = sorted({i for row in rows for i in row})
     rate = _common_rate(header, used)
-    body = header.body()
     check_gaps(header, body)
     gains = _calibrations(header, body, used, recipe.blank_unit)
     note_zeros(header, body)
@@ -721,11 +840,23 @@ def prepare_edf(header, recipe):
     scale = np.empty(len(rows), np.float32)
     amplitudes = []
     for c, row in enumerate(rows):
-        x = prepare_row(_microvolts(header, body, row, gains), rate, NOTCH[recipe.notch])
-        step = max(abs(weight * gains[i][0]) for i, weight in row.items() if weight)
+        microvolts = _microvolts(header, body, row, gains, before)
+        x = prepare_row(microvolts, rate, NOTCH[recipe.notch])
+        step = max((abs(weight * gains[i][0]) for i, weight in row.items() if weight), default=1.0)
         eeg[c], scale[c] = quantise(x, step)
         amplitudes.append(1.4826 * float(np.median(abs(sparse(x)))))
     return Signal(eeg, scale, _typical(header, amplitudes, recipe.channels), float(rate))
+
+
+def _without_constants(header, body, rows):
+    """Rows without the signals that hold one value and have no range."""
+    flat = {i for row in rows for i in row if constant(header, body, i)}
+    for i in sorted(flat):
+        header.notes.append(f"{header.signals['label'][i]} is constant, its range 0: flat")
+    kept = [{i: weight for i, weight in row.items() if i not in flat} for row in rows]
+    if not any(kept):
+        raise DataError(f"all {len(rows)} channels are flat")
+    return kept
 
 
 def _common_rate(header, used):
@@ -748,23 +879,23 @@ def _calibrations(header, body, used, blank_unit):
     return {i: calibration(header, body, i, blank_unit) for i in used}
 
 
-def _microvolts(header, body, row, gains):
-    """Weighted sum of signals: float32 (T,) in uV."""
-    x = np.float32(sum(weight * gains[i][1] for i, weight in row.items()))
+def _microvolts(header, body, row, gains, samples):
+    """Weighted sum of signals: float32 (samples,) in uV."""
+    x = np.full(samples, sum(weight * gains[i][1] for i, weight in row.items()), np.float32)
     for i, weight in row.items():
         digital = header.block(body, i).astype(np.float32)
-        x = x + np.float32(weight * gains[i][0]) * digital
-    return x.reshape(-1)
+        x += (np.float32(weight * gains[i][0]) * digital).reshape(-1)
+    return x
 
 
 def _check_twins(header, body, twins):
     """A label that stands twice: identical signals are harmless, CHB-MIT's second T8-P8 is known,
     others are refused."""
-    for key, first, other in twins:
+    for first, other in twins:
         name = header.signals["label"][other]
         if np.array_equal(header.block(body, first), header.block(body, other)):
             continue
-        if key != ("T4", "T6"):
+        if _parts(name) != ("T4", "T6"):
             raise DataError(f"{name} stands twice with different signals")
         header.notes.append(f"{name} stands twice with different signals, the first is taken")
 
@@ -785,7 +916,8 @@ def _typical(header, amplitudes, names):
 
 # ---- events beside it ----
 
-def write_events_tsv(path, events, seconds, confidence=None, start="n/a"):
+def write_events_tsv(path: str | os.PathLike, events, seconds: float, confidence=None,
+                     start: str = "n/a") -> None:
     """SzCORE events file of a recording of `seconds`: one `sz` row per (onset, end) in s, or one
     `bckg` row over all where there is none. `start`: of the recording, YYYY-MM-DD hh:mm:ss."""
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]

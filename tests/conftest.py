@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # the suite runs on 2 cores, often beside child processes
 
 from eeg import corpora  # noqa: E402
+from eeg import disk  # noqa: E402
 import data  # noqa: E402
 from eeg import edf  # noqa: E402
 import forked  # noqa: E402
@@ -119,10 +120,10 @@ class Held(data.Recording):
     memory: np.ndarray = None
 
     def read_chunks(self, start, n, out):
-        piece = self.memory[:, start - start % corpora.CHUNK:][:, :len(out) * corpora.CHUNK]
-        rows = np.zeros((piece.shape[0], len(out) * corpora.CHUNK), np.int16)
+        piece = self.memory[:, start - start % disk.CHUNK:][:, :len(out) * disk.CHUNK]
+        rows = np.zeros((piece.shape[0], len(out) * disk.CHUNK), np.int16)
         rows[:, :piece.shape[1]] = piece
-        out[:] = rows.reshape(piece.shape[0], len(out), corpora.CHUNK).transpose(1, 0, 2)
+        out[:] = rows.reshape(piece.shape[0], len(out), disk.CHUNK).transpose(1, 0, 2)
 
 
 def prepare(path, montage="referential", **settings):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from eeg import augmentation
-from eeg import corpora
+from eeg import corpora, disk, store
 import data
 from eeg import edf
 import forked
@@ -268,7 +268,7 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kill
             time.sleep(0.02)
         done = set(out.rglob("*.h5"))
         for path in done:
-            assert corpora.load_recording(path)["samples"] == 300 * 256
+            assert store.load_recording(path)["samples"] == 300 * 256
     ended = subprocess.run(arguments, capture_output=True, text=True)
     assert ended.returncode == 0 and f"{len(done)} already there" in ended.stdout, (
         ended.stdout + ended.stderr
@@ -375,7 +375,7 @@ def test_another_preparation_over_a_folder_is_refused_naming_both_unless_asked_f
             edf.DataError, match="of montage referential, notch both, this import is of"
         ):
             said(src, out, **options)
-    (out / corpora.INDEX).unlink()  # told by the recordings too
+    (out / disk.INDEX).unlink()  # told by the recordings too
     with pytest.raises(edf.DataError, match="--replace"):
         said(src, out, notch="50")
     assert (out / "a.h5").read_bytes() == before

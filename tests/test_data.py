@@ -16,7 +16,7 @@ import torch
 
 from eeg import augmentation
 import checkpoint
-from eeg import corpora
+from eeg import corpora, disk, store
 import data
 from eeg import edf
 import forked
@@ -34,7 +34,7 @@ def test_index_is_never_trusted_over_the_files(synthetic, tmp_path):
         f.attrs["patient"] = "somebody else"
     os.utime(first[0].path)
     assert data.open_corpus(out)[0].patient == "somebody else"
-    (out / corpora.INDEX).write_text("{half")
+    (out / disk.INDEX).write_text("{half")
     assert len(data.open_corpus(out)) == len(first)
     Path(first[1].path).unlink()
     assert len(data.open_corpus(out)) == len(first) - 1
@@ -53,14 +53,14 @@ def many(synthetic, out, count=40):
 
 def test_after_a_copy_the_index_alone_opens_the_corpus(synthetic, tmp_path, monkeypatch):
     before = data.fingerprint(many(synthetic, tmp_path / "out"))
-    index = (tmp_path / "out" / corpora.INDEX).read_bytes()
+    index = (tmp_path / "out" / disk.INDEX).read_bytes()
     for path in (tmp_path / "out").glob("*.h5"):
         os.utime(path, (1, 1))
     monkeypatch.setattr(h5py, "File", None)
     recordings = data.open_corpus(tmp_path / "out")
     assert data.fingerprint(recordings) == before and recordings[3].digest
     assert recordings[3].read(0, 9).any() and not recordings[3].digest     # proven by what was read
-    assert (tmp_path / "out" / corpora.INDEX).read_bytes() == index
+    assert (tmp_path / "out" / disk.INDEX).read_bytes() == index
     os.utime(recordings[3].path)
     with pytest.raises(edf.DataError, match="changed since"):
         recordings[3].read(0, 9)
@@ -81,7 +81,7 @@ def test_a_file_that_is_not_the_one_of_the_index_is_refused_when_it_is_read(synt
 
 def test_a_folder_that_cannot_be_written_opens_all_the_same(synthetic, tmp_path, monkeypatch):
     shutil.copytree(synthetic[1], tmp_path / "out")
-    (tmp_path / "out" / corpora.INDEX).unlink()
+    (tmp_path / "out" / disk.INDEX).unlink()
 
     def refuse(*arguments):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -367,10 +367,10 @@ def test_windows_at_every_offset_are_those_of_h5py(tmp_path):
         eeg = rng.integers(-30_000, 30_000, (19, samples), np.int16)
         held = fake("a", samples=samples)
         path = tmp_path / f"{samples}" / "a.h5"
-        corpora.write_recording(path, eeg, held.events[:0], {
+        store.write_recording(path, eeg, held.events[:0], {
             "scale": held.scale, "fs": 256, "channels": list(NAMES), "montage": "referential", "patient": "a",
             "split": "", "labelled": True, "norm": 10.0, "source": "", "source_state": "[]", "source_fs": 256.0,
-            "format": corpora.FORMAT, "prepared": "x", "repaired": ""})
+            "format": store.FORMAT, "prepared": "x", "repaired": ""})
         recording, = data.open_corpus(path.parent)
         with h5py.File(path) as file:
             assert file["eeg"].chunks == (19, 2560) and file["eeg"].shape == (19, samples)

@@ -1,0 +1,206 @@
+"""The HDF5 file of a recording, and the index of a folder of them.
+
+    write_recording("data/tusz/a.h5", eeg, events, attributes)      # whole and durable, or not at all
+    entries(Path("data/tusz"))      # {name: (state of the file, what stands in it)}, one read
+
+Format 2: `eeg` int16 (C, T) lies in chunks of (C, CHUNK), uncompressed, one after the other behind
+all else, so that a window of training is one read.
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from eeg.disk import CHUNK, INDEX, file_state, replace_durably, write_json
+from eeg.edf import DataError
+
+FORMAT = 2                              # version of the HDF5 layout
+
+
+def write_recording(target, eeg, events, attributes):
+    """One recording, eeg int16 (C, T), under its final name, complete and durable, or not at all.
+
+    Format 2: `eeg` lies in chunks of (C, CHUNK), uncompressed, one after the other behind all else,
+    so that a window of training is one read. Where HDF5 puts them elsewhere, DataError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temp = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        with h5py.File(temp, "w", libver="latest") as f:
+            f.attrs.update(attributes)
+            f.create_dataset("events", data=events)
+            # all that stands about the recording takes its place before the samples
+            f.flush()
+            _write_chunks(make_dataset(f, *eeg.shape), eeg)
+            end = _first_chunk(target, f["eeg"]) + 2 * len(eeg) * CHUNK * -(-eeg.shape[1] // CHUNK)
+        if os.path.getsize(temp) != end:
+            raise DataError(f"{target}: HDF5 put something behind the samples")
+        replace_durably(temp, target)
+    except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
+        raise OSError(f"{target}: {error}") from None
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def make_dataset(file, channels, samples):
+    """The empty dataset `eeg` of an open HDF5 file."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_chunk((channels, CHUNK))
+    # all room is taken at once: that puts the chunks in a row
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # the shape may not be smaller than a chunk, but what it may grow to counts
+    shape = h5py.h5s.create_simple((channels, samples), (channels, max(samples, CHUNK)))
+    return h5py.h5d.create(file.id, b"eeg", h5py.h5t.STD_I16LE, shape, layout)
+
+
+def _write_chunks(dataset, eeg):
+    """The last chunk is padded with zeros."""
+    for start in range(0, eeg.shape[1], CHUNK):
+        part = eeg[:, start:start + CHUNK]
+        chunk = np.zeros((len(eeg), CHUNK), "<i2")
+        chunk[:, :part.shape[1]] = part
+        dataset.write_direct_chunk((0, start), chunk.tobytes())
+
+
+def _first_chunk(path, eeg):
+    """Where in the file the samples of the dataset `eeg` begin, bytes. DataError where they are not
+    whole chunks in a row, as write_recording lays them."""
+    size = 2 * eeg.shape[0] * CHUNK
+    found = []
+    plain = eeg.dtype == np.dtype("<i2") and eeg.compression is None
+    if plain and eeg.chunks == (eeg.shape[0], CHUNK):
+        eeg.id.chunk_iter(lambda chunk: found.append((chunk.chunk_offset[1], chunk.byte_offset)))
+    found.sort()
+    offset = found[0][1] if found else 0
+    count = -(-eeg.shape[1] // CHUNK)
+    if not offset or found != [(k * CHUNK, offset + k * size) for k in range(count)]:
+        raise DataError(f"{path}: its samples are not whole chunks of int16, one after the other: "
+                        "import it again")
+    return offset
+
+
+ENTRY = set("patient split montage prepared repaired channels fs labelled scale norm source_fs "
+            "samples offset events size mtime digest began release".split())
+OLDER = {1: "a window lay in 19 places of a format 1 file, and reading it from a disk or a network "
+            "took up to 100 times as long"}
+
+
+def load_recording(path):
+    """What stands about a recording in its HDF5 file, checked, as plain values for the index."""
+    try:
+        with h5py.File(path, "r") as f:
+            entry = _entry(path, f)
+        with open(path, "rb") as raw:
+            now = os.fstat(raw.fileno())
+            entry["size"] = now.st_size
+            entry["mtime"] = now.st_mtime_ns
+            entry["digest"] = digest(raw.read(entry["offset"]))
+    except DataError:
+        raise
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
+    chunks = -(-entry["samples"] // CHUNK)
+    if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:
+        raise DataError(f"{path}: its samples are not whole: import it again")
+    values = np.array([*entry["scale"], entry["norm"]])
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise DataError(f"{path}: scale or norm is not a positive number: import it again")
+    return entry
+
+
+def _entry(path, file):
+    """The index's values of one open HDF5 file."""
+    a, eeg = dict(file.attrs), file["eeg"]
+    form = int(a["format"])
+    if form != FORMAT:
+        why = f" ({OLDER[form]})" if form in OLDER else ""
+        raise DataError(f"{path} has format {form}, not {FORMAT}: import it again{why}")
+    entry = {key: str(a[key]) for key in ("patient", "split", "montage", "prepared", "repaired")}
+    entry |= {key: str(a.get(key, "")) for key in ("began", "release")}
+    entry |= {
+        "channels": [str(name) for name in a["channels"]],
+        "fs": int(a["fs"]),
+        "labelled": bool(a["labelled"]),
+        "scale": [float(value) for value in a["scale"]],
+        "norm": float(a["norm"]),
+        "source_fs": float(a["source_fs"]),
+        "samples": eeg.shape[1],
+        "offset": _first_chunk(path, eeg),
+        "events": file["events"][()].astype(float).tolist(),
+    }
+    if not eeg.shape[0] == len(entry["channels"]) == len(entry["scale"]):
+        raise DataError(f"{path}: {eeg.shape[0]} rows of samples for "
+                        f"{len(entry['channels'])} channels")
+    return entry
+
+
+def digest(header):
+    """Of the bytes before the samples: all that stands about a recording lies there."""
+    return hashlib.sha256(header).hexdigest()
+
+
+MAX_LOOKED_AT = 32                      # files of another time: read, not taken for a copy
+
+
+def entries(root):
+    """{name: ((size, mtime_ns) of the file now, what load_recording says)} of every recording below
+    an imported folder, sorted by name.
+
+    The latter comes from the index that the import wrote beside the files and that travels with
+    them: opening 6,500 recordings is one read. A file that is not in it, or of another size, is
+    read again. So are a few of another time; a copy changes the time of every file, and then each
+    is compared with the index's digest when its samples are first read."""
+    index, fresh = read_index(root / INDEX), {}
+    files = dict(sorted(_walk(root)))
+    states = {name: file_state(os.stat(file)) for name, file in files.items()}
+    moved = {name for name in files if name in index and index[name]["mtime"] != states[name][1]}
+    for name, file in files.items():
+        known = index.get(name)
+        if not known or known["size"] != states[name][0]:
+            fresh[name] = load_recording(file)
+        elif name in moved and len(moved) <= MAX_LOOKED_AT:
+            fresh[name] = _looked_at(file, known)
+        else:
+            fresh[name] = known
+    if fresh != index:
+        _write_index(root, fresh)
+    return {name: (states[name], entry) for name, entry in fresh.items()}
+
+
+def _looked_at(file, known):
+    """The index's entry where the file's header is the one that it describes, else that of the
+    file."""
+    with open(file, "rb") as raw:
+        if digest(raw.read(known["offset"])) == known["digest"]:
+            return known | {"mtime": os.fstat(raw.fileno()).st_mtime_ns}
+    return load_recording(file)
+
+
+def _write_index(root, recordings):
+    try:
+        write_json(root / INDEX, {"format": FORMAT, "recordings": recordings})
+    except OSError:
+        pass                            # a read-only folder: opening it just takes longer
+
+
+def _walk(root):
+    """(name, path) of every .h5 file, links followed."""
+    base = len(str(root)) + 1
+    for folder, _, files in os.walk(root, followlinks=True):
+        for file in files:
+            if file.endswith(".h5"):
+                full = f"{folder}/{file}"
+                yield full[base:-3].replace(os.sep, "/"), full
+
+
+def read_index(path):
+    try:
+        content = json.loads(path.read_text())
+        recordings = content["recordings"] if content["format"] == FORMAT else {}
+        whole = all(ENTRY <= entry.keys() for entry in recordings.values())
+        return recordings if whole else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
