@@ -4,7 +4,7 @@ at the speed of memory or of the disk.
     python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit]
                                    [--montage referential|bipolar|reduced] [--channels F7-T3,...]
                                    [--notch both|50|60|0] [--seizure-label TEXT]
-                                   [--skip-bad] [--replace]
+                                   [--rename FILE] [--skip-bad] [--replace]
     python data.py synth OUT [--hours H] [--patients N] [--seed S]
     python data.py info OUT [--speed]
 
@@ -30,6 +30,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +42,15 @@ from eeg import splits
 from eeg import store
 from eeg import synth
 from eeg.augmentation import AUGMENTED, Augmenter
-from eeg.disk import CHUNK, copy_folder, disk_bytes, file_state, file_system
+from eeg.annotations import contradictions, no_labels
+from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
 
 READERS = 16                            # threads; a sweep: bench/loader.py --sweep
-SLOW = 0.05                             # share of the time; more of waiting is worth a word
-USUAL = 25.0                            # uV: scalp EEG, referential or bipolar, between seizures
-USUAL_SECONDS = 120.0                   # of EEG after which a recording's own amplitude counts more
+SLOW_SHARE = 0.05                       # of the time; more of waiting for data is worth a word
+TYPICAL_UV = 25.0                       # scalp EEG, referential or bipolar, between seizures
+TYPICAL_SECONDS = 120.0                 # of EEG after which a recording's own amplitude counts more
 
 
 class ReadFailed(DataError):
@@ -76,7 +78,9 @@ class Recording:
     labelled: bool
     events: np.ndarray                  # float64 (N, 2), s
     prepared: str
-    repaired: str = ""
+    notes: str = ""                     # what the import read otherwise than it is written
+    unlabelled: str = ""                # why it has no labels
+    patient_code: str = ""              # hash of what the EDF calls the patient, or ""
     source_fs: float = 0.0
     offset: int = 0                     # of the samples in the file, bytes
     state: tuple = ()                   # size and mtime_ns of the file when the corpus was opened
@@ -87,16 +91,16 @@ class Recording:
     digest: str = ""                    # what header must still prove that the file is the index's
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return self.samples / self.fs
 
     @functools.cached_property
-    def spans(self):
+    def spans(self) -> np.ndarray:
         """Events in samples: int64 (N, 2)."""
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
 
     @functools.cached_property
-    def log_gain(self):
+    def log_gain(self) -> np.ndarray:
         """What brings its baseline to the usual one: float32 (C, BANDS), see baseline.py. Reads
         up to ten minutes of it, once."""
         def microvolts(start, n):
@@ -106,14 +110,14 @@ class Recording:
             return np.zeros((len(self.channels), len(baseline.MIDDLES)), np.float32)
         return baseline.log_gain(own, self.seconds)
 
-    def reference(self, share):
+    def reference(self, share: float) -> tuple[float, np.ndarray]:
         """(uV that the EEG is divided by, log gain (C, BANDS) on its bands) for a detector that
         sees it relative to `share` of the recording's own baseline, and else to its
         amplitude."""
-        norm = self.norm ** (1 - share) * USUAL ** share
+        norm = self.norm ** (1 - share) * TYPICAL_UV ** share
         return norm, np.float32(share) * self.log_gain
 
-    def read_chunks(self, start, n, out):
+    def read_chunks(self, start: int, n: int, out: np.ndarray) -> None:
         """The chunks that hold `n` samples from `start` on, into the first of out int16 (K, C,
         CHUNK); zeros beyond the end. ReadFailed or DataError where the file is not what it was."""
         if start < 0:
@@ -156,14 +160,14 @@ class Recording:
                                 "import it again")
             self.digest = ""            # once is enough: from now on its time would tell
 
-    def read(self, start, n):
+    def read(self, start: int, n: int) -> np.ndarray:
         """int16 (C, n), zeros beyond the end; times scale it is uV."""
         skipped = start % CHUNK
         chunks = np.empty((whole_chunks(skipped + n), len(self.channels), CHUNK), np.int16)
         self.read_chunks(start, n, chunks)
         return chunks.transpose(1, 0, 2).reshape(len(self.channels), -1)[:, skipped:skipped + n]
 
-    def labels(self, start, n):
+    def labels(self, start: int, n: int) -> np.ndarray:
         """uint8 (n,): 1 inside a seizure."""
         out = np.zeros(n, np.uint8)
         for begin, end in (self.spans - start).tolist():
@@ -176,12 +180,15 @@ def whole_chunks(samples):
     return -(-samples // CHUNK)
 
 
-def open_corpus(path):
+def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
     """All recordings below an imported folder, sorted by name, from its index and the sizes of the
-    files. DataError for damaged or foreign files, or recordings that were prepared differently."""
+    files. DataError for damaged or foreign files, or recordings that were prepared differently;
+    TemporaryFault where the import into it has not finished (`whole` False: what there is)."""
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder; python data.py import SRC {path}")
+    if whole:
+        corpora.check_finished(root)
     entries = store.entries(root).items()
     recordings = [_recording(f"{root}/{name}.h5", name, *entry) for name, entry in entries]
     if not recordings:
@@ -195,7 +202,7 @@ def open_corpus(path):
     return recordings
 
 
-def open_corpora(paths, same_person=()):
+def open_corpora(paths, same_person=()) -> list[Recording]:
     """The recordings of one imported folder, or of a list of them.
 
     Of a list, names and patients carry the folder's name, so that sub-01 of one corpus is not
@@ -216,20 +223,24 @@ def open_corpora(paths, same_person=()):
     return recordings
 
 
-def copy_corpus(path, folder, say=print, copied=lambda: None):
-    """Copy an imported folder below `folder`, on a faster disk; returns the copy's path (see disk.copy_folder)."""
-    states = {f"{name}.h5": state for name, (state, _) in store.entries(Path(path).resolve()).items()}
+def copy_corpus(path: str | os.PathLike, folder: str | os.PathLike, say=print,
+                copied=lambda: None) -> str:
+    """Copy an imported folder below `folder`, on a faster disk; returns the copy's path (see
+    disk.copy_folder)."""
+    root = Path(path).resolve()
+    corpora.check_finished(root)
+    states = {f"{name}.h5": state for name, (state, _) in store.entries(root).items()}
     return copy_folder(path, folder, states, say, copied)
 
 
-def resolved(paths):
+def resolved(paths) -> list[Path]:
     """The folders of data.path, absolute."""
     if not isinstance(paths, list):
         paths = [paths]
     return [Path(path).resolve() for path in paths if path]
 
 
-def split_of(recordings, path, c, seed):
+def split_of(recordings: list[Recording], path, c: dict, seed: int) -> tuple:
     """(train, dev) of the recordings in the folder `path`, as a run with the section `data` c
     divided them: one of several folders is divided together with the others."""
     place = Path(path).resolve() if path else None
@@ -283,17 +294,17 @@ def _recording(path, name, state, entry):
     return Recording(path=path, name=name, state=tuple(state), **fields)
 
 
-def reference_amplitude(typical, seconds):
+def reference_amplitude(typical: float, seconds: float) -> float:
     """uV that a recording is divided by: its own typical amplitude, drawn in its logarithm towards
-    USUAL as a prior that weighs as much as USUAL_SECONDS of EEG (shrinkage, James and Stein 1961).
+    TYPICAL_UV as a prior that weighs as much as TYPICAL_SECONDS of EEG (shrinkage, James and Stein 1961).
 
     A clip of 10 s out of a seizure has no background to be measured by: divided by its own
     amplitude it would look as small as a quiet one."""
-    own = seconds / (seconds + USUAL_SECONDS)
-    return float(np.exp(own * np.log(typical) + (1 - own) * np.log(USUAL)))
+    own = seconds / (seconds + TYPICAL_SECONDS)
+    return float(np.exp(own * np.log(typical) + (1 - own) * np.log(TYPICAL_UV)))
 
 
-def fingerprint(recordings):
+def fingerprint(recordings: list[Recording]) -> str:
     """Hash over what must not change within a run: names, lengths, preparation, events, montage."""
     digest = hashlib.sha256()
     for r in sorted(recordings, key=lambda r: r.name):
@@ -310,7 +321,8 @@ class Windows:
     (samples) and kind uint8 (0 background, 1 partly seizure, 2 wholly seizure). A recording shorter
     than a window gives one, padded; a last window covers the tail."""
 
-    def __init__(self, recordings, seconds=60.0, stride=10.0):
+    def __init__(self, recordings: list[Recording], seconds: float = 60.0,
+                 stride: float = 10.0) -> None:
         unlabelled = [r.name for r in recordings if not r.labelled]
         if unlabelled or not recordings:
             what = f"{unlabelled[0]} is not" if unlabelled else "there are none"
@@ -327,7 +339,7 @@ class Windows:
         self.start = np.concatenate(starts)
         kinds = [self._kinds(r, s) for r, s in zip(self.recordings, starts)]
         self.kind = np.concatenate(kinds)
-        self._orders = {}
+        self._orders: dict[tuple, np.ndarray] = {}
 
     def __len__(self):
         return len(self.start)
@@ -440,8 +452,8 @@ class Loader:
     waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read:
     seconds that the readers took, for so many windows."""
 
-    def __init__(self, windows, device="cpu", seed=0, augment=False, buffers=4, readers=READERS,
-                 baseline=0.0):
+    def __init__(self, windows: Windows, device="cpu", seed: int = 0, augment=False,
+                 buffers: int = 4, readers: int = READERS, baseline: float = 0.0) -> None:
         # in this class alone: import workers and commands start in a third of the time
         import torch
         self.device = torch.device(device)
@@ -457,21 +469,18 @@ class Loader:
         self.said = 0.0, 0.0            # waited and lasted at the last share()
         self.scale = np.stack([r.scale for r in windows.recordings])
         self.norm = np.array([r.norm for r in windows.recordings], np.float32)
-        first = windows.recordings[0]
         names = AUGMENTED if augment is True else augment or ()
-        self.augmenter = Augmenter(names, first.channels, first.montage)
-        # samples read of each window
-        self.reach = self.augmenter.reach(windows.length)
-        self._ring = []
+        self.augmenter = Augmenter(names, windows.recordings[0].channels)
+        self._ring: list[Slot] = []
 
-    def batches(self, lists_of_ids, epoch):
+    def batches(self, lists_of_ids, epoch: int) -> Iterator:
         """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each
         list of window ids, in order; None for an empty list. mask is 0 on padding. Closing the
         iterator early ends its threads."""
         lists = [np.asarray(ids, np.int64) for ids in lists_of_ids]
         ring = self._slots(max(map(len, lists), default=0))
         pool = ThreadPoolExecutor(self.readers, "reader")
-        begun = collections.deque()
+        begun: collections.deque = collections.deque()
 
         def begin(number):
             slot = ring[number % len(ring)]
@@ -503,10 +512,10 @@ class Loader:
         if ring and len(ring[0].arrays["eeg"]) >= size:
             return ring
         import torch
-        channels, chunks = self.scale.shape[1], self.windows.chunks(self.reach)
+        channels, chunks = self.scale.shape[1], self.windows.chunks(self.windows.length)
         shapes = {
             "eeg": ((size, chunks, channels, CHUNK), torch.int16),
-            "y": ((size, self.reach), torch.uint8),
+            "y": ((size, self.windows.length), torch.uint8),
             "real": ((size,), torch.int64),
             "scale": ((size, channels), torch.float32),
             "norm": ((size,), torch.float32),
@@ -533,11 +542,11 @@ class Loader:
         if slot.copied is not None:
             slot.copied.synchronize()
         began = time.perf_counter()
-        recording.read_chunks(start, self.reach, host["eeg"][place])
+        recording.read_chunks(start, self.windows.length, host["eeg"][place])
         took = time.perf_counter() - began
         host["start"][place] = start % CHUNK
-        host["real"][place] = min(self.reach, recording.samples - start)
-        host["y"][place] = recording.labels(start, self.reach)
+        host["real"][place] = min(self.windows.length, recording.samples - start)
+        host["y"][place] = recording.labels(start, self.windows.length)
         host["scale"][place] = self.scale[which]
         host["norm"][place] = self.norm[which]
         if self.baseline:
@@ -582,7 +591,7 @@ class Loader:
         draws = {kind: slot.tensors[kind][:count] for kind in self.augmenter.widths}
         t = {key: tensor[:count].to(self.device, non_blocking=True)
              for key, tensor in slot.tensors.items() if key not in draws}
-        channels, length = self.scale.shape[1], self.reach
+        channels, length = self.scale.shape[1], self.windows.length
         x = torch.empty((count, channels, length), device=self.device)
         starts = slot.arrays["start"][:count]
         if length % CHUNK == 0 and not starts.any():
@@ -596,8 +605,7 @@ class Loader:
         if self.baseline:
             x = baseline.equalise(x, t["log_gain"])
         mask = torch.arange(length, device=self.device) < t["real"][:, None]
-        return self.augmenter.apply(
-            x, t["y"].float(), mask.float(), draws, self.windows.length)
+        return self.augmenter.apply(x, mask.float(), draws), t["y"].float(), mask.float()
 
     def _copied(self):
         """A CUDA event after the copies that are under way; None on the CPU, where they are
@@ -610,11 +618,11 @@ class Loader:
         return event
 
 
-def read_ahead(windows, n, depth=32, readers=READERS):
+def read_ahead(windows, n: int, depth: int = 32, readers: int = READERS) -> Iterator:
     """Yield int16 (C, n) of each (recording, start) of `windows` in turn, up to `depth` of them
     read ahead by threads. For inference, where windows come in the order of time."""
     pool = ThreadPoolExecutor(readers, "reader")
-    begun = collections.deque()
+    begun: collections.deque = collections.deque()
     try:
         for recording, start in windows:
             begun.append(pool.submit(recording.read, start, n))
@@ -628,10 +636,10 @@ def read_ahead(windows, n, depth=32, readers=READERS):
 
 # ---- command line ----
 
-def speed(path, seconds=10.0, say=print):
+def speed(path: str | os.PathLike, seconds: float = 10.0, say=print) -> None:
     """Measure how fast windows of 60 s are read from an imported folder in random order: from the
     disk, each once, and again from memory."""
-    recordings = open_corpus(path)
+    recordings = open_corpus(path, whole=False)
     length = 60 * FS
     places = [(r, start) for r in recordings
               for start in range(0, max(1, r.samples - length), length)]
@@ -664,13 +672,17 @@ def _rate(windows, length, seconds):
     return count, count / lasted, (disk_bytes() - before) / used
 
 
-def info(path, say=print):
+def info(path: str | os.PathLike, say=print) -> None:
     """What an imported folder holds."""
-    recordings = open_corpus(path)
+    recordings = open_corpus(path, whole=False)
     labelled = [r for r in recordings if r.labelled]
     people = sorted({person(r.patient) for r in recordings})
     say(f"{path}: {len(recordings)} recordings of {len(people)} patients, {_hours(recordings)}, "
         f"montage {recordings[0].montage}, {FS} Hz, prepared {recordings[0].prepared}")
+    try:
+        corpora.check_finished(Path(path))
+    except TemporaryFault as fault:
+        say(f"  NOT WHOLE: {fault}")
     for release in sorted({r.release for r in recordings if r.release}):
         say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
     for split in sorted({r.split for r in recordings}):
@@ -685,13 +697,17 @@ def info(path, say=print):
     rates = [f"{r.source_fs:g}" for r in recordings]
     counted = [f"{rate} Hz x {rates.count(rate)}" for rate in sorted(set(rates), key=float)]
     say("  source rates: " + ", ".join(counted))
-    say(f"  shorter than 60 s: {sum(r.seconds < 60 for r in recordings)}, without annotations: "
-        f"{len(recordings) - len(labelled)}, repaired: {sum(bool(r.repaired) for r in recordings)}")
+    say(f"  shorter than 60 s: {sum(r.seconds < 60 for r in recordings)}, without labels: "
+        f"{len(recordings) - len(labelled)}, with notes: {sum(bool(r.notes) for r in recordings)}")
     if labelled:
         w = Windows(labelled)
         counts = np.bincount(w.kind, minlength=3)
         say(f"  windows of 60 s every 10 s: {counts[0]} background, {counts[1]} partial, "
             f"{counts[2]} full ({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
+    for line in no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled):
+        say(f"  {line}")
+    for line in contradictions((person(r.patient), r.patient_code) for r in recordings):
+        say(f"  {line}")
     refused = corpora.read_report(path)
     say(f"  refused: {len(refused)}")
     for file, why in refused:
@@ -703,7 +719,14 @@ def _hours(recordings):
 
 
 def _seizures(recordings):
-    return f"{sum(len(r.events) for r in recordings)} seizures"
+    """Of those that have labels; of the others nothing is known."""
+    labelled = [r for r in recordings if r.labelled]
+    if not labelled:
+        return "no labels"
+    count = f"{sum(len(r.events) for r in labelled)} seizures"
+    if len(labelled) < len(recordings):
+        count += f" in the {len(labelled)} recordings with labels"
+    return count
 
 
 def arguments():
@@ -716,7 +739,8 @@ def arguments():
     p.add_argument("--montage", choices=MONTAGES, default="referential",
                    help="19 electrodes, 18 double-banana derivations, or what --channels names")
     p.add_argument("--channels", type=channel_names, default=(), metavar="F7-T3,...",
-                   help="of --montage reduced: electrodes, pairs of them, or labels of the EDF")
+                   help="of --montage reduced: electrodes, pairs of them, or labels of the EDF; "
+                        "| between alternatives, the best first")
     p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",
                    help="mains to take out, Hz")
     p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
@@ -725,6 +749,8 @@ def arguments():
                    help="EDF+ annotation of a seizure; START..END for a pair; may be repeated")
     p.add_argument("--background-label", action="append", default=[], metavar="TEXT",
                    help="EDF+ annotation of a recording that was read and holds no other seizure")
+    p.add_argument("--rename", metavar="FILE",
+                   help="two columns: label in the EDF, electrode; for channels of other names")
     p.add_argument("--replace", action="store_true",
                    help="make recordings of another preparation anew")
     p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
@@ -741,32 +767,45 @@ def arguments():
     return parser.parse_args()
 
 
-def main():
+def main() -> int:
     args = arguments()
     try:
-        if args.command == "synth":
-            synth.synth(args.out, args.hours, args.patients, args.seed)
-        elif args.command == "info":
-            info(args.out)
-            if args.speed:
-                speed(args.out)
-        else:
-            report = corpora.import_corpus(
-                args.src, args.out, layout=args.layout, montage=args.montage, notch=args.notch,
-                blank_unit=args.blank_unit, workers=args.workers, channels=args.channels,
-                seizure_labels=args.seizure_label, background_labels=args.background_label,
-                replace=args.replace)
-            return int(bool(report.refused) and not args.skip_bad)
+        return _run(args)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
+    except TemporaryFault as fault:
+        print(f"data.py: {fault}", file=sys.stderr)
+        return fault.code
     # disk full, a worker out of memory
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and args.command == "info":
+            # nobody reads on, as in `info | head`: nor does the interpreter's last flush complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         line = f"data.py: stopped: {' '.join(str(error).split()) or 'interrupted'}"
         if args.command == "import":
             line += "; the same command goes on from here"
         print(line, file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _run(args):
+    """The exit code of a command."""
+    if args.command == "synth":
+        synth.synth(args.out, args.hours, args.patients, args.seed)
+    elif args.command == "info":
+        info(args.out)
+        if args.speed:
+            speed(args.out)
+        sys.stdout.flush()
+    else:
+        report = corpora.import_corpus(
+            args.src, args.out, layout=args.layout, montage=args.montage, notch=args.notch,
+            blank_unit=args.blank_unit, workers=args.workers, channels=args.channels,
+            seizure_labels=args.seizure_label, background_labels=args.background_label,
+            replace=args.replace, renames=args.rename)
+        return int(bool(report.refused) and not args.skip_bad)
     return 0
 
 

@@ -47,11 +47,12 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from eeg import annotations
 from eeg import baseline
 from eeg import corpora
 import data
 from eeg import edf
-from eeg.disk import Refused, write_json
+from eeg.disk import Refused, TemporaryFault, write_json
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events
 from scoring import metrics
@@ -405,17 +406,22 @@ def overridden(c, source, args):
     return c, source, {f"evaluation.{name}": c[name] for name in given}
 
 
-def open_data(path, state, scratch):
+def open_data(path, state, scratch, labels=corpora.LENIENT):
     """(recordings, [(file, why)] refused) of an imported folder, or of EDF files prepared into
-    `scratch`."""
+    `scratch`: labels that cannot be used are none there, said, and with corpora.NEVER none is
+    opened."""
     path = Path(path)
     refused = []
     if not path.exists():
         raise Refused(f"data {path} does not exist")
     if path.is_file() or not next(path.rglob("*.h5"), None):
-        refused = _import(path, state, scratch)
-        path = scratch
-    recordings = data.open_corpus(path)
+        refused = _import(path, state, scratch, labels)
+        recordings = data.open_corpus(scratch)
+    else:
+        recordings = data.open_corpus(path)
+        unlabelled = [(r.name, r.unlabelled) for r in recordings if not r.labelled]
+        for line in annotations.no_labels(unlabelled):
+            print(line)
     for r in recordings:
         if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):
             raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels, but the "
@@ -431,7 +437,7 @@ def open_data(path, state, scratch):
     return recordings, refused
 
 
-def _import(path, state, scratch):
+def _import(path, state, scratch, labels):
     """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
@@ -442,7 +448,7 @@ def _import(path, state, scratch):
         recipe = edf.Recipe(state["montage"], reduced=tuple(reduced))
     refused = corpora.import_corpus(
         path, scratch, montage=recipe.montage, notch=recipe.notch, blank_unit=recipe.blank_unit,
-        channels=recipe.reduced).refused
+        channels=recipe.reduced, labels=labels).refused
     if not next(scratch.rglob("*.h5"), None):
         reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
         raise Refused(f"no usable recording: {reasons}")
@@ -734,7 +740,8 @@ def score_one(args):
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                recordings, _ = open_data(args.data, state, Path(scratch))
+                # what labels say must not change a prediction, nor keep it from being made
+                recordings, _ = open_data(args.data, state, Path(scratch), corpora.NEVER)
         except (Refused, edf.DataError) as refusal:
             seconds = _declared_seconds(args.data)
             edf.write_events_tsv(args.events, [], seconds)
@@ -765,7 +772,7 @@ def main(argv=None):
             score_one(args)
         else:
             score_folder(args)
-    except data.ReadFailed as failure:                      # a passing fault, not bad data
+    except (data.ReadFailed, TemporaryFault) as failure:    # a passing fault, not bad data
         print(f"evaluate.py: stopped: {failure}", file=sys.stderr)
         return 1
     except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:

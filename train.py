@@ -325,7 +325,7 @@ class Trainer:
         if share >= 0.005:
             line += f", waited {100 * share:.0f} % for data"
         self.say(line, shown=self.bar.disable)
-        if share > data.SLOW and not self.waits:
+        if share > data.SLOW_SHARE and not self.waits:
             self.waits = True
             self.say(self.loader.advice(share))
 

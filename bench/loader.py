@@ -41,7 +41,7 @@ def attributes(name):
     return {
         "scale": np.full(19, 0.1, np.float32), "fs": FS, "channels": list(CHANNELS), "montage": "referential",
         "patient": name, "split": "", "labelled": True, "norm": 20.0, "source": "", "source_state": "[]",
-        "source_fs": 256.0, "layout": "", "format": store.FORMAT, "prepared": "bench", "repaired": ""}
+        "source_fs": 256.0, "layout": "", "format": store.FORMAT, "prepared": "bench", "notes": ""}
 
 
 def corpus(folder, hours):

@@ -1,12 +1,15 @@
 """What a corpus says beside its signals: the seizures of a recording, by an annotation file or by
 the annotations inside an EDF+, and its own version.
 
-Every reader takes (annotation file, header of the EDF) and returns Labels, or None where the file
-says nothing about this recording. What contradicts itself is refused, never guessed.
+Every reader takes (annotation file, header of the EDF, what the user says of texts) and returns
+Labels, or None where the file says nothing about this recording. What contradicts itself is
+refused, never guessed; Unlabelled says why a recording that can be read has no labels.
 """
 import datetime
+import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +19,14 @@ from eeg.edf import DataError, number
 
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
+
+
+class Unlabelled(DataError):
+    """A recording that can be read and has no labels. The message says why."""
+
+
+class NoTable(DataError):
+    """A file beside an EDF that holds no table of annotations."""
 
 
 @dataclass
@@ -97,14 +108,16 @@ def table(text, name, delimiter, columns):
     return found
 
 
-def read_events_tsv(path, header):
-    return parse_events_tsv(read_text(path), path.name)
+def read_events_tsv(path, header, texts=None):
+    return parse_events_tsv(read_text(path), path.name, texts)
 
 
-def parse_events_tsv(text, name="events.tsv"):
+def parse_events_tsv(text, name="events.tsv", texts=None):
     """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance
-    test) are not."""
+    test) are not. A BIDS file of another column, trial_type for one, is a list of texts."""
     labels, tests = Labels(), []
+    if "eventType" not in text.partition("\n")[0] and "trial_type" in text.partition("\n")[0]:
+        return list_labels(text, name, texts)
     rows = table(text, name, "\t", ("onset", "duration", "eventType"))
     if not rows:
         raise DataError(f"{name} has no row: "
@@ -116,6 +129,9 @@ def parse_events_tsv(text, name="events.tsv"):
             raise DataError(f"{name}: unknown eventType {kind!r}")
         onset = float(number(row["onset"], f"{name}: onset of {kind}"))
         duration = float(number(row["duration"], f"{name}: duration of {kind}"))
+        if kind == "impd" and duration <= 0:
+            labels.notes.append(f"impedance test at {onset:g} s of {duration:g} s left out")
+            continue
         if duration <= 0 or onset < 0:
             raise DataError(f"{name}: {kind} from {onset:g} s lasts {duration:g} s")
         if kind == "impd":
@@ -141,46 +157,146 @@ def _note_length(labels, text, name):
     labels.seconds = seconds
 
 
-def read_csv(path, header):
-    return parse_csv(read_text(path), path.name)
+def read_tuh(path, header, texts=None):
+    parse = parse_tse if ".tse" in path.suffix else parse_csv
+    return parse(read_text(path), path.name)
 
 
 def parse_csv(text, name="csv"):
     """TUSZ .csv_bi (one TERM channel) or .csv (a row per derivation): the union of all seizure
     rows."""
-    labels, background = Labels(), []
+    labels = Labels()
     duration = re.search(r"^#\s*duration\s*=\s*(\S+)\s*secs", text, re.M)
     if duration:
         labels.seconds = float(number(duration[1], f"{name}: duration"))
     rows = table(text, name, ",", ("channel", "start_time", "stop_time", "label"))
-    if not rows:
-        raise DataError(f"{name} has no row")
-    for row in rows:
-        start = float(number(row["start_time"], f"{name}: start_time"))
-        stop = float(number(row["stop_time"], f"{name}: stop_time"))
-        if stop <= start or start < 0:
-            raise DataError(f"{name}: {row['label']} from {start:g} s to {stop:g} s")
-        if row["label"] in SEIZURE:
+    _add_tuh_rows(labels, [(row["channel"], row["start_time"], row["stop_time"], row["label"])
+                           for row in rows], name)
+    return labels
+
+
+def parse_tse(text, name="tse"):
+    """TUSZ until v1.5: .tse or .tse_bi, rows of start, stop, label, probability."""
+    lines = [line.split() for line in text.split("\n")
+             if line.strip() and not line.startswith(("#", "version"))]
+    short = [line for line in lines if len(line) < 3]
+    if short:
+        raise DataError(f"{name}: incomplete row {' '.join(short[0])[:60]!r}")
+    labels = Labels()
+    _add_tuh_rows(labels, [("TERM", *line[:3]) for line in lines], name)
+    return labels
+
+
+def _add_tuh_rows(labels, rows, name):
+    """Seizures of (channel, start, stop, label). An empty row, 0.0000 to 0.0000, stands in some
+    files of TUSZ before the good ones: left out."""
+    background = []
+    for channel, begin, end, label in rows:
+        start = float(number(begin, f"{name}: start_time"))
+        stop = float(number(end, f"{name}: stop_time"))
+        if label not in SEIZURE and label != "bckg":
+            raise DataError(f"{name}: unknown label {label!r}")
+        if start == stop and len(rows) > 1:
+            labels.notes.append(f"an empty row of {name} left out: {label} at {start:g} s")
+        elif stop <= start or start < 0:
+            raise DataError(f"{name}: {label} from {start:g} s to {stop:g} s")
+        elif label != "bckg":
             labels.events.append((start, stop))
-        elif row["label"] != "bckg":
-            raise DataError(f"{name}: unknown label {row['label']!r}")
-        elif row["channel"] == "TERM":
+        elif channel == "TERM":
             background.append((start, stop))
+    if len(labels.notes) == len(rows):
+        raise DataError(f"{name} has no row" + " but empty ones" * bool(rows))
 
     for begin, end in background:
         if any(min(stop, end) - max(start, begin) > 0.02 for start, stop in labels.events):
             raise DataError(f"{name}: bckg from {begin:g} s to {end:g} s overlaps a seizure")
+
+
+def read_beside(path, header, texts=None):
+    """An annotation file that lies beside an EDF of no known corpus: told by its name, and a table
+    by its columns."""
+    if path.name.endswith("_events.tsv"):
+        return read_events_tsv(path, header, texts)
+    if path.suffix in (".csv_bi", ".tse", ".tse_bi"):
+        return read_tuh(path, header)
+    text = read_text(path)
+    if path.suffix == ".csv" and "start_time" in text and "stop_time" in text:
+        return parse_csv(text, path.name)
+    return list_labels(text, path.name, texts)
+
+
+# what a column of an exported list is called, without units
+COLUMNS = {
+    "onset": {"onset", "time", "start", "start time", "begin", "onset time"},
+    "end": {"end", "stop", "stop time", "end time", "offset"},
+    "duration": {"duration", "length"},
+    "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
+             "comment", "note", "type"}}
+
+
+def list_labels(text, name, texts=None):
+    """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where
+    it is no such table or its texts say nothing or contradict each other."""
+    try:
+        labels = parse_annotations(parse_list(text, name), texts or Texts())
+    except NoTable:
+        raise
+    except DataError as error:
+        raise Unlabelled(f"{name}: {error}") from None
+    if labels is None:
+        raise Unlabelled(f"no text of {name} says that the recording was read for seizures")
     return labels
 
 
-def read_beside(path, header):
-    """An annotation file that lies beside an EDF of no known corpus: told by its name."""
-    if path.name.endswith("_events.tsv"):
-        return read_events_tsv(path, header)
-    return read_csv(path, header)
+def parse_list(text, name):
+    """[(onset in s, duration in s or None, text)] of a table with a column of onsets and one of
+    texts, delimited by tabs, commas or semicolons."""
+    lines = [line.lstrip("# ") for line in text.split("\n") if line.strip("# ")]
+    for at, line in enumerate(lines[:10]):
+        for delimiter in "\t,;":
+            columns = _columns(line.split(delimiter))
+            if {"onset", "text"} <= columns.keys():
+                rows = [row.split(delimiter) for row in lines[at + 1:]]
+                return [_list_row(row, columns, name) for row in rows]
+    raise NoTable(f"{name} is no table of onsets and texts")
 
 
-def read_seizeit(path, header):
+def _columns(cells):
+    """{kind of column: its place}."""
+    found = {}
+    for place, cell in enumerate(cells):
+        title = " ".join(re.sub(r"[(\[].*|_|\"", " ", cell.lower()).split())
+        for kind, titles in COLUMNS.items():
+            if title in titles:
+                found.setdefault(kind, place)
+    return found
+
+
+def _list_row(row, columns, name):
+    cells = {kind: row[place].strip(' "') if place < len(row) else ""
+             for kind, place in columns.items()}
+    onset = float(number(cells["onset"], f"{name}: onset"))
+    duration = None
+    if cells.get("duration") not in (None, "", "n/a"):
+        duration = float(number(cells["duration"], f"{name}: duration"))
+    elif cells.get("end") not in (None, "", "n/a"):
+        duration = float(number(cells["end"], f"{name}: end")) - onset
+    return onset, duration if duration and duration > 0 else None, cells["text"]
+
+
+def channel_notes(path):
+    """What a BIDS channels.tsv says that the import does not act on, in words."""
+    rows = table(read_text(path), path.name, "\t", ("name",))
+    bad = [row["name"] for row in rows if row.get("status", "").lower() == "bad"]
+    notes = [f"{path.name} calls {', '.join(bad)} bad: taken all the same"] if bad else []
+    units = sorted({row["units"] for row in rows
+                    if row.get("type", "EEG").upper() == "EEG" and row.get("units")})
+    if units:
+        notes.append(f"{path.name} gives units {', '.join(units)}: those of the EDF count")
+    return notes
+
+
+def read_seizeit(path, header, texts=None):
     return parse_seizeit(read_text(path), path.name)
 
 
@@ -212,7 +328,7 @@ def clock(text, what):
     return int(found[1]) * 3600 + int(found[2]) * 60 + int(found[3])
 
 
-def read_summary(path, header):
+def read_summary(path, header, texts=None):
     blocks = parse_summary(read_text(path)).get(header.path.name)
     return summary_labels(blocks, path.name) if blocks else None
 
@@ -282,16 +398,24 @@ def siena_times(entry, what):
     for key in ("registration start", "registration end", "start", "end"):
         if key not in entry:
             raise DataError(f"{what}: no {key} time")
-    begin = clock(entry["registration start"], f"{what}: registration start time")
-    length = (clock(entry["registration end"], f"{what}: registration end time") - begin) % 86400
-    onset = (clock(entry["start"], f"{what}: start time") - begin) % 86400
-    end = (clock(entry["end"], f"{what}: end time") - begin) % 86400
+    begin, last, onset, end = [_siena_clock(entry[key], f"{what}: {key} time") for key in
+                               ("registration start", "registration end", "start", "end")]
+    length, onset, end = [(time - begin) % 86400 for time in (last, onset, end)]
     if not onset < end <= length:
         raise DataError(f"{what}: a seizure from {onset} s to {end} s in a recording of {length} s")
     return begin, float(length), float(onset), float(end)
 
 
-def read_siena(path, header):
+def _bare(text):
+    """A time without text in brackets and without blanks: 1 6.49.25, 15.18.26 (CLINICAL ONSET)."""
+    return re.sub(r"\(.*?\)|\s", "", text)
+
+
+def _siena_clock(text, what):
+    return clock(_bare(text), what)
+
+
+def read_siena(path, header, texts=None):
     """Seizures of one Siena recording, from the wall clock. The list spells some names wrongly (O
     for 0, no number): a lone name left over is taken for the lone recording left over, and
     noted."""
@@ -307,16 +431,42 @@ def read_siena(path, header):
         key = left[0]
         labels.notes.append(f"taken for {key} of {path.name}")
 
-    for entry in listed[key]:
-        begin, length, onset, end = siena_times(entry, f"{path.name}, {entry['file']}")
-        start = clock(header.start, "start time of the EDF")
-        # midnight: taken out by anonymisation
-        if start and start != begin % 86400:
-            raise DataError(f"{path.name} says it begins at {entry['registration start']}, "
-                            f"its header {header.start}")
+    for entry in _whole_entries(listed[key], labels):
+        _correct_start(entry, path.name, header, labels)
+        _, length, onset, end = siena_times(entry, f"{path.name}, {entry['file']}")
         labels.seconds = length
         labels.events.append((onset, end))
     return labels
+
+
+def _whole_entries(entries, labels):
+    """Copies of a file's entries; a block without registration times has those of the others."""
+    times = {}
+    for entry in entries:
+        times = {key: entry[key] for key in entry if key.startswith("registration")} | times
+    for entry in entries:
+        lacking = times.keys() - entry.keys()
+        if lacking:
+            labels.notes.append("a seizure listed without registration times: those of the other")
+        odd = [f"{entry[key]} read as {_bare(entry[key])}"
+               for key in entry if key != "file" and entry[key] != _bare(entry[key])]
+        labels.notes += [note for note in odd if note not in labels.notes]
+    return [times | entry for entry in entries]
+
+
+def _correct_start(entry, name, header, labels):
+    """The EDF's own start counts where its length fits the list's end and only the list's start
+    does not; otherwise the list is of another recording. Midnight is no start: anonymised."""
+    start = clock(header.start, "start time of the EDF")
+    listed = entry.get("registration start", "")
+    if not start or start == _siena_clock(listed, f"{name}: registration start time") % 86400:
+        return
+    last = _siena_clock(entry.get("registration end", ""), f"{name}: registration end time")
+    if abs((last - start) % 86400 - header.seconds) > labels.slack:
+        raise DataError(f"{name} says it begins at {listed}, its header {header.start}")
+    entry["registration start"] = header.start
+    labels.notes.append(f"{name} says it begins at {listed}: {header.start} by its header and "
+                        "its length")
 
 
 def _siena_name(name):
@@ -325,14 +475,24 @@ def _siena_name(name):
 
 # ---- texts inside an EDF+ file ----
 
-_SEIZURE = r"(seizure|seiz|sz|anfall|crise|crisis)( ?#?\d+)?"
-_START = r"(start|begin|beginning|onset|on|beginn)"
-_END = r"(end|stop|offset|off|ende)"
-DEFAULT_TEXTS = {                       # what a text means, whole, in any case; - and _ are blanks
-    "start": re.compile(rf"{_SEIZURE} ?{_START}|{_START}( of)? {_SEIZURE}"),
-    "end": re.compile(rf"{_SEIZURE} ?{_END}|{_END}( of)? {_SEIZURE}"),
+_SEIZURE = r"(seizure|seiz|sz|anfall|crise|crisis|crisi)"
+_ITS = r"(seizure|seiz|sz|anfall|anfalls|anfalles|crise|crisis|crisi)"
+_OF = r" ?((of|des|de|di|the|la) )*"
+_START = r"(starts?|started|begins?|beginning|beginn|anfang|onset|on|d[e\xe9]but|inicio|inizio)"
+_END = r"(ends?|ended|stops?|stopped|offset|off|ende|fin|fine)"
+_NO = r"(no|keine?|pas de|sin|ohne) ((clinical|electrographic|further) )?"
+DEFAULT_TEXTS = {                       # what a text means, whole, without its number, see _numbered
+    "start": re.compile(rf"{_ITS}{_OF}{_START}|{_START}{_OF}{_ITS}"),
+    "end": re.compile(rf"{_ITS}{_OF}{_END}|{_END}{_OF}{_ITS}"),
     "seizure": re.compile(rf"{_SEIZURE}|sz (foc|gen|uo)[a-z0-9 ]*|{'|'.join(sorted(SEIZURE))}"),
-    "background": re.compile(r"bckg|background|no seizures?|seizure free")}
+    "background": re.compile(rf"bckg|background|seizure free|anfallsfrei|"
+                             rf"{_NO}({_SEIZURE}s?|anf[a\xe4]lle?)")}
+# a text that speaks of a seizure; where its meaning is not known, nothing is known
+SPEAKS = re.compile(r"seiz|\bszs?\b|\bsz\d|anf[a\xe4]ll|anfaell|crise|crisis|\bcrisi\b|onset|"
+                    r"(?<!inter)(?<!inter )i[ck]tal|convuls|krampf|aanval")
+ORDINALS = {word: number for number, words in enumerate((
+    "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
+    "fourth vierte vierter", "fifth"), 1) for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -348,26 +508,59 @@ class Texts:
         return [*self.seizure, *(text for pair in self.pairs for text in pair), *self.background]
 
     def meaning(self, text):
-        """("seizure" | "start" | "end" | "background" | "", which pair)."""
+        """("seizure" | "start" | "end" | "background" | "", which pairs it belongs to, its number
+        or None). The built-in pairs are pair -1."""
         said = plain(text)
-        for k, (start, end) in enumerate(self.pairs):
-            if said == start:
-                return "start", k
-            if said == end:
-                return "end", k
+        for place, meaning in enumerate(("start", "end")):
+            pairs = {k for k, pair in enumerate(self.pairs) if pair[place] == said}
+            built_in, number = _built_in(said)
+            if pairs:
+                return meaning, pairs | ({-1} if built_in == meaning else set()), number
         if said in self.seizure:
-            return "seizure", None
+            return "seizure", {-1}, None
         if said in self.background:
-            return "background", None
-        for meaning, form in DEFAULT_TEXTS.items():
-            if form.fullmatch(said):
-                return meaning, None
-        return "", None
+            return "background", set(), None
+        return built_in, {-1}, number
+
+    def unused(self, counts):
+        """{text: how often} of those that mean nothing; what speaks of a seizure comes first."""
+        left = [text for text in counts if not self.meaning(text)[0]]
+        return {text: counts[text] for text in sorted(left, key=lambda t: not speaks(t))}
+
+
+def speaks(text):
+    return SPEAKS.search(plain(text)) is not None
 
 
 def plain(text):
-    """A text as it is compared: small letters, - and _ as blanks."""
-    return " ".join(re.sub(r"[-_]", " ", text.lower()).split())
+    """A text as it is compared: small letters, - and _ as blanks, without the channel that EDF+
+    puts behind @@."""
+    return " ".join(re.sub(r"[-_]", " ", text.partition("@@")[0].lower()).split())
+
+
+def _built_in(said):
+    """(what a plain text means by DEFAULT_TEXTS, its number or None)."""
+    rest, number = _numbered(said)
+    for meaning, form in DEFAULT_TEXTS.items():
+        if form.fullmatch(rest):
+            return meaning, number
+    return "", None
+
+
+def _numbered(said):
+    """A plain text without its number, and the number: "2nd seizure start" is "seizure start", 2.
+    With more than one it is left as it is."""
+    words, numbers = [], []
+    for word in re.sub(r"\b(seizure|seiz|sz|anfall|crise)#?(\d+)\b", r"\1 \2", said).split():
+        word = word.rstrip(":.,;")
+        found = re.fullmatch(r"#?(\d{1,3})(st|nd|rd|th|er|e|eme|\xe8me|\xe8re)?", word)
+        if found or word in ORDINALS:
+            numbers.append(int(found[1]) if found else ORDINALS[word])
+        else:
+            words.append(word)
+    if len(numbers) > 1:
+        return said, None
+    return " ".join(words), numbers[0] if numbers else None
 
 
 def user_texts(seizure=(), background=()):
@@ -390,37 +583,128 @@ def user_texts(seizure=(), background=()):
     return Texts(tuple(single), tuple(pairs), tuple(background))
 
 
+@dataclass
+class Start:
+    """A start that waits for its end."""
+    onset: float
+    text: str
+    pairs: set
+    number: int | None
+
+
 def parse_annotations(found, texts):
     """Labels of what read_annotations gives; None where no text says that the recording was read
     for seizures.
 
     A seizure is a text with a duration, or lies between a start and an end; a seizure's text
-    without a duration counts as a start. DataError for a start without an end and an end without a
-    start."""
+    without a duration counts as a start. DataError for a start without an end, an end without a
+    start, and a text that speaks of a seizure in words that are not known."""
     labels = Labels()
-    begun = {}                          # pair -> (onset, text) of a start that waits for its end
+    begun = []                          # of Start
     labelled = False
-    for onset, duration, text in sorted(found, key=lambda annotation: annotation[0]):
-        meaning, pair = texts.meaning(text)
-        if meaning:
-            labelled = True
+    # EDF+ repeats a text for each channel that it stands at
+    once = dict.fromkeys((onset, duration, text.partition("@@")[0].strip())
+                         for onset, duration, text in found)
+    for onset, duration, text in sorted(once, key=lambda annotation: annotation[0]):
+        meaning, pairs, number = texts.meaning(text)
+        labelled = labelled or bool(meaning)
         if meaning == "seizure" and duration:
             labels.events.append((onset, onset + duration))
         elif meaning in ("seizure", "start"):
-            if pair in begun:
-                raise DataError(_no_end(*begun[pair]))
-            begun[pair] = onset, text
+            start = Start(onset, text, pairs, number)
+            for other in begun:
+                if other.pairs & pairs and (number is None or other.number in (None, number)):
+                    raise DataError(_no_end(other))
+            begun.append(start)
         elif meaning == "end":
-            if pair not in begun:
-                raise DataError(f"{text!r} at {onset:g} s has no start")
-            labels.events.append((begun.pop(pair)[0], onset))
-    for onset, text in begun.values():
-        raise DataError(_no_end(onset, text))
+            start = _ended(begun, onset, text, pairs, number)
+            begun.remove(start)
+            labels.events.append((start.onset, onset))
+        elif not meaning and speaks(text):
+            raise DataError(
+                f"{text[:60]!r} at {onset:g} s speaks of a seizure and is not known: say what it "
+                "means with --seizure-label or --background-label")
+    for start in begun:
+        raise DataError(_no_end(start))
     return labels if labelled else None
 
 
-def _no_end(onset, text):
-    return f"{text!r} at {onset:g} s has no end: neither a duration nor a text that says so"
+def _ended(begun, onset, text, pairs, number):
+    """Which of the open starts an end closes: that of its own pair and number, else the only
+    one."""
+    what = f"{text!r} at {onset:g} s"
+    fitting = [start for start in begun if number is None or start.number in (None, number)]
+    if begun and not fitting:
+        raise DataError(f"{what} does not end {begun[0].text!r} at {begun[0].onset:g} s: "
+                        "their numbers differ")
+    own = [start for start in fitting if start.pairs & pairs] or fitting
+    same = [start for start in own if start.number == number] or own
+    if not same:
+        raise DataError(f"{what} has no start")
+    if len(same) > 1:
+        raise DataError(f"{what} may end {same[0].text!r} at {same[0].onset:g} s or "
+                        f"{same[1].text!r} at {same[1].onset:g} s")
+    return same[0]
+
+
+def _no_end(start):
+    return (f"{start.text!r} at {start.onset:g} s has no end: neither a duration nor a text that "
+            "says so")
+
+
+# ---- what is said of it ----
+
+MAX_NAMED = 3                           # recordings without labels for one reason that are named
+
+
+def no_labels(recordings):
+    """Lines on the recordings without labels, from (name, why); several for one reason share a
+    line."""
+    reasons = {}
+    for name, why in recordings:
+        reasons.setdefault(why or "no annotations", []).append(name)
+    for why, names in reasons.items():
+        if len(names) > MAX_NAMED:
+            who = f"{len(names)} recordings, {names[0]} to {names[-1]}"
+        else:
+            who = ", ".join(names)
+        yield f"NO LABELS, not used for training or scoring: {who} ({why})"
+
+
+# what stands where a patient would be named, and names nobody
+NOBODY = set("x xx xxx xxxx anonym anonymous anonymized anonymised unknown patient subject name id "
+             "none na n/a nn test default male female m f 0 00 000 0000 - ? .".split())
+
+
+def person_code(header):
+    """Hash of the code, or else of name and birthdate, in a header's field of the patient; "" where
+    it names nobody. Short: it tells two patients apart and leads back to none."""
+    words = [word.strip("_").lower() for word in re.split(r"[\0-\x20]+", header.patient) if word]
+    if header.plus and len(words) >= 4:                 # EDF+: code, sex, birthdate, name
+        code, _, born, name = words[:4]
+        words = [code] if code not in NOBODY else [born, name]
+    words = [word for word in words if word and word not in NOBODY]
+    if not words:
+        return ""
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+
+
+def contradictions(recordings):
+    """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
+    one code, or one under several."""
+    pairs = Counter((patient, code) for patient, code in recordings if code)
+    for kind in (0, 1):
+        groups = {}
+        for pair in sorted(pairs):
+            groups.setdefault(pair[1 - kind], []).append(pair[kind])
+        for key, values in groups.items():
+            if len(values) > 1 and not kind:
+                one = ", ".join(f"{other} = {values[0]}" for other in values[1:])
+                yield (f"warning: patients {', '.join(values)} are one person by their EDF headers: "
+                       f"train with data.same_person: [{one}], or give them one folder")
+            elif len(values) > 1:
+                yield (f"warning: patient {key} is {len(values)} persons by the EDF headers: give "
+                       "each a folder, or a name before the first underscore, of its own")
 
 
 # ---- the corpus's own version ----

@@ -4,11 +4,13 @@ conversion to one HDF5 file per recording.
 A corpus layout is a row of LAYOUTS and, where its labels are of a new kind, a reader in
 annotations.py.
 """
-import hashlib
+import dataclasses
+import glob
 import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import stat
 import sys
@@ -25,17 +27,22 @@ import numpy as np
 from tqdm import tqdm
 
 from eeg import annotations
-from eeg.disk import INDEX, REPORT, InUse, hold, write_json
-from eeg.store import FORMAT, entries, read_index, write_recording
-from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe
+from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
+from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel
 from eeg.edf import prepare_edf, read_annotations, read_header
+from eeg.splits import person
+from eeg.store import FORMAT, entries, read_index, write_recording
 
-WORKER = 200_000_000                    # bytes of EDF that make a further process worth its start
-EQUAL = 3                               # files refused for one reason; more share a line
-KEPT = 100                              # texts of a recording's EDF+ annotations
+BYTES_PER_WORKER = 200_000_000          # of EDF that make a further process worth its start
+MAX_LINES_PER_REASON = 3                # of refused files; more share a line
+MAX_KEPT_TEXTS = 100                    # of a recording's EDF+ annotations
+MAX_LISTED_TEXTS = 20                   # in the table
+MAX_DRIFT_SECONDS = 1.0                 # of a clock, beyond which a label file may be off
+# what becomes of labels that cannot be read: the recording is refused, or it is unlabelled, or no
+# label is opened at all
+STRICT, LENIENT, NEVER = "strict", "lenient", "never"
 # recordings that are not read
 FOREIGN = (".edf.gz", ".edf.zip", ".bdf", ".rec", ".vhdr", ".set", ".fif", ".cnt", ".nwb", ".e")
-LISTED = 20                             # texts of EDF+ annotations in the table
 SPLITS = ("train", "dev", "eval")
 
 
@@ -67,14 +74,15 @@ class Layout(NamedTuple):
     name: re.Pattern                    # stem of the EDF; its first group is the patient
     example: str
     find: Callable                      # EDF path -> where its annotation may lie, the best first
-    read: Callable                      # (annotation path, Header) -> Labels, None: not named there
+    read: Callable                      # (its path, Header, Texts) -> Labels, None: not named there
     lower: bool = False                 # patients are written in small letters
     split: bool = False                 # folders train, dev and eval are the corpus's own split
 
 
 LAYOUTS = {
-    "tuh": Layout(re.compile(r"([a-z]{8})_s\d{3}_t\d{3}$"), "aaaaaaaa_s001_t000.edf",
-                  beside(".csv_bi", ".csv"), annotations.read_csv, lower=True, split=True),
+    "tuh": Layout(re.compile(r"([a-z]{8}|\d{8})_s\d{3}_t\d{3}$"), "aaaaaaaa_s001_t000.edf",
+                  beside(".csv_bi", ".csv", ".tse_bi", ".tse"), annotations.read_tuh,
+                  lower=True, split=True),
     "chbmit": Layout(re.compile(r"(chb\d{2})[a-z]?_\d{2}\+?$", re.I), "chb01_03.edf",
                      summary_beside, annotations.read_summary, lower=True),
     "siena": Layout(re.compile(r"(PN\d{2})(-[\d.]*)?$", re.I), "PN00-1.edf",
@@ -84,8 +92,11 @@ LAYOUTS = {
     "seizeit": Layout(re.compile(r"(P_ID\d+)_r\d+$", re.I), "P_ID01_r1.edf",
                       beside("_a1.tsv"), annotations.read_seizeit)}
 # an EDF of no known corpus
-OTHER = Layout(re.compile("(?!)"), "",
-               beside("_events.tsv", ".csv_bi", ".csv"), annotations.read_beside)
+OTHER = Layout(re.compile("(?!)"), "", beside(
+    "_events.tsv", ".csv_bi", ".csv", ".tse_bi", ".tse", "_annotations.csv", "_annotations.tsv",
+    "_annotations.txt", ".tsv", ".txt"), annotations.read_beside)
+# words before the first underscore that name no patient
+GENERIC = set("eeg edf rec recording patient pat pt subject subj sub proband file export".split())
 
 
 @dataclass
@@ -101,9 +112,9 @@ class Source:
 
 def identify(path, root, layout="auto"):
     """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are
-    taken as they come, with the annotation beside them (x_events.tsv, x.csv_bi, x.csv) and the
+    taken as they come, with the annotation beside them (x_events.tsv, x.csv_bi, x.csv, ...) and the
     patient named by the folder in `root` or, directly there, by what stands before the first
-    underscore."""
+    underscore, words like EEG apart."""
     relative = path.relative_to(root)
     if layout == "auto":
         layout = next((name for name, row in LAYOUTS.items() if row.name.match(path.stem)), "")
@@ -112,7 +123,8 @@ def identify(path, root, layout="auto"):
     if named:
         patient = named[1].lower() if row.lower else named[1]
     elif len(relative.parts) == 1:
-        patient = path.stem.split("_")[0]
+        words = path.stem.split("_")
+        patient = next((word for word in words if word and word.lower() not in GENERIC), words[0])
     else:
         patient = relative.parts[0]
 
@@ -134,16 +146,21 @@ class Task:
     recipe: Recipe
     texts: annotations.Texts = annotations.Texts()
     release: str = ""
+    renames: dict = field(default_factory=dict)         # label in the file -> electrode
+    labels: str = STRICT
 
 
 @dataclass
 class Outcome:
     """What became of one source."""
     source: Source
-    kind: str                           # kept, read, repaired or refused
-    reason: str = ""
+    kind: str                           # kept, read or refused
+    reason: str = ""                    # of a refusal
+    notes: str = ""                     # what was read otherwise than it is written
     seconds: float = 0.0                # of EEG, newly imported
     labelled: bool = False
+    unlabelled: str = ""                # why it has no labels
+    patient_code: str = ""              # see annotations.person_code
     texts: dict = field(default_factory=dict)           # of EDF+ annotations -> how often
 
 
@@ -173,7 +190,8 @@ def origin(source, task):
         "patient": source.patient,
         "split": source.split,
         "source_state": json.dumps(stamps(source)),
-        "meanings": meanings}
+        "meanings": meanings,
+        "renames": json.dumps(sorted(task.renames.items())) if task.renames else ""}
 
 
 def finished(target, source, task):
@@ -183,9 +201,12 @@ def finished(target, source, task):
         with h5py.File(target, "r") as f:
             made = dict(f.attrs)
             before = Path(made["source"])
-            if all(made[key] == value for key, value in origin(source, task).items()):
-                texts = json.loads(made["annotations"])
-                return Outcome(source, "kept", made["repaired"], 0.0, bool(made["labelled"]), texts)
+            if all(made.get(key, "") == value for key, value in origin(source, task).items()):
+                return Outcome(
+                    source, "kept", notes=made.get("notes", made.get("repaired", "")),
+                    labelled=bool(made["labelled"]), unlabelled=made.get("unlabelled", ""),
+                    patient_code=made.get("patient_code", ""),
+                    texts=json.loads(made["annotations"]))
     except (OSError, KeyError, ValueError):
         return None
     if before.exists() and not before.samefile(source.path):
@@ -214,8 +235,16 @@ def _convert(source, task, target):
         if not stat.S_ISREG(source.path.stat().st_mode):
             raise DataError("not a regular file")
         header = read_header(source.path)
-        events, texts = find_events(source, header, task.texts)
+        rename(header, task.renames)
+        events, texts, why = find_events(source, header, task)
         signal = prepare_edf(header, task.recipe)
+        if events is not None and source.annotation and abs(header.drift) > MAX_DRIFT_SECONDS:
+            why = (f"the clock of its records is {header.drift:.3g} s off at the end, and which "
+                   f"clock {source.annotation.name} goes by is not known")
+            if task.labels == STRICT and len(events):
+                raise DataError(why)
+            events = None
+        header.notes += _of_channels(source.path)
     except OSError as error:
         what = Path(error.filename).name + ": " if error.filename else ""
         raise DataError(what + (error.strerror or str(error))) from None
@@ -226,6 +255,7 @@ def _convert(source, task, target):
         "channels": list(task.recipe.channels),
         "montage": task.recipe.montage,
         "labelled": events is not None,
+        "unlabelled": one_line(why) if events is None else "",
         "norm": signal.amplitude,
         "source": str(source.path),
         "source_fs": signal.rate,
@@ -233,35 +263,127 @@ def _convert(source, task, target):
         "began": header.began,
         "release": task.release,
         "annotations": json.dumps(texts),
-        "repaired": one_line("; ".join(dict.fromkeys(header.notes)))}
+        "patient_code": annotations.person_code(header),
+        "notes": one_line("; ".join(dict.fromkeys(header.notes)))}
     write_recording(target, signal.eeg, np.empty((0, 2)) if events is None else events, attributes)
-    kind = "repaired" if header.notes else "read"
-    return Outcome(source, kind, attributes["repaired"], header.seconds, events is not None, texts)
+    said = {key: attributes[key] for key in ("notes", "labelled", "unlabelled", "patient_code")}
+    return Outcome(source, "read", seconds=header.seconds, texts=texts, **said)
 
 
-def find_events(source, header, texts):
+def rename(header, renames):
+    """Give signals other labels: {label in the file: electrode or derivation}, in any case. What
+    the file itself calls so gives way."""
+    lower = {label.lower(): name for label, name in renames.items()}
+    labels = header.signals["label"]
+    given = {channel(lower[label.lower()]) for label in labels if label.lower() in lower}
+    for i, label in enumerate(labels):
+        if label.lower() in lower:
+            labels[i] = lower[label.lower()]
+            header.notes.append(f"{label} renamed {labels[i]}")
+        elif channel(label) in given:
+            labels[i] = f"unused {label}"
+
+
+def read_renames(path):
+    """{label in the file: electrode or derivation} of a --rename FILE: two columns, delimited by a
+    tab, a comma or a semicolon, or else by the last blank."""
+    try:
+        lines = annotations.read_text(path).split("\n")
+    except OSError as error:
+        raise DataError(f"--rename {path}: {error.strerror}") from None
+    renames = {}
+    for line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        delimiter = next((mark for mark in "\t,;" if mark in line), None)
+        cells = line.split(delimiter) if delimiter else line.strip().rsplit(None, 1)
+        label, name = ([cell.strip(' "') for cell in cells] + [""])[:2]
+        key = channel(name)
+        if len(cells) != 2 or not label or key is None and (renames or "electrode" not in name.lower()):
+            raise DataError(f"--rename {path}: {line.strip()!r}: two columns are needed, the label "
+                            "in the file and an electrode such as Fp1, or a pair such as Fp1-F7")
+        if key is None:
+            continue                    # titles of the columns
+        name = "-".join(key) if key[1] and channel(key[1]) else key[0]
+        if renames.setdefault(label, name) != name:
+            raise DataError(f"--rename {path}: {label} is named {renames[label]} and {name}")
+    if not renames:
+        raise DataError(f"--rename {path} names no electrode")
+    return renames
+
+
+def find_events(source, header, task):
     """(events float64 (N, 2) in s, or None for an unlabelled recording; {text of its EDF+
-    annotations: how often}). An annotation file counts alone; where there is none, what an EDF+
-    says inside."""
+    annotations: how often}; why it is unlabelled). An annotation file counts alone; where there is
+    none that is a table, what an EDF+ says inside."""
+    if task.labels == NEVER:
+        return None, {}, "labels were not opened"
+    unread = ""
     if source.annotation:
-        labels = LAYOUTS.get(source.layout, OTHER).read(source.annotation, header)
-        if not labels:
-            header.notes.append(f"unlabelled: {source.annotation.name} does not name it")
-            return None, {}
-        events = annotations.finish(labels, header.seconds)
-        header.notes += labels.notes
-        return events, {}
+        try:
+            return _events_beside(source, header, task)
+        except annotations.NoTable as error:
+            unread = f"; {error}"
+        except annotations.Unlabelled as error:
+            return None, {}, str(error)
+        except (DataError, OSError) as error:
+            if task.labels == STRICT:
+                raise
+            return None, {}, f"{source.annotation.name} cannot be used: {error}"
+    events, texts, why = _events_inside(header, task)
+    others = [name for name in _unread_beside(source.path) if name not in unread]
+    if others:
+        unread += f"; not read as labels: {', '.join(others)}"
+    return events, texts, why + unread
 
-    events, found = None, []
+
+def _events_beside(source, header, task):
+    labels = LAYOUTS.get(source.layout, OTHER).read(source.annotation, header, task.texts)
+    if not labels:
+        return None, {}, f"{source.annotation.name} does not name it"
+    events = annotations.finish(labels, header.seconds)
+    header.notes += labels.notes
+    return events, {}, ""
+
+
+def _events_inside(header, task):
+    events, found, why = None, [], "no annotations"
     try:
         found = read_annotations(header)
-        labels = annotations.parse_annotations(found, texts)
+        labels = annotations.parse_annotations(found, task.texts)
+        if found:
+            why = "no EDF+ annotation says that it was read for seizures"
         if labels:
             events = annotations.finish(labels, header.seconds)
             header.notes += labels.notes
     except DataError as damage:
-        header.notes.append(f"unlabelled: its EDF+ annotations: {damage}")
-    return events, dict(Counter(text[:200] for _, _, text in found).most_common(KEPT))
+        why = f"its EDF+ annotations: {damage}"
+    counts = Counter(text.partition("@@")[0].strip()[:200] for _, _, text in found)
+    texts = sorted(counts, key=lambda text: (not annotations.speaks(text), -counts[text]))
+    return events, {text: counts[text] for text in texts[:MAX_KEPT_TEXTS]}, why
+
+
+NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", *FOREIGN)
+
+
+def _unread_beside(path):
+    """Names of files beside an EDF that may hold its labels and are of no kind that is read."""
+    stem = path.stem.removesuffix("_eeg")
+    form = re.compile(r"(_eeg)?(\.\w+|[-_](annot\w*|labels?|marker\w*|events?|seizures?)\.\w+)", re.I)
+    return sorted(other.name for other in path.parent.glob(glob.escape(stem) + "*")
+                  if form.fullmatch(other.name[len(stem):])
+                  and not other.name.lower().endswith(NOT_LABELS))
+
+
+def _of_channels(path):
+    """What the BIDS channels.tsv beside an EDF says, as notes."""
+    table = path.with_name(path.stem.removesuffix("_eeg") + "_channels.tsv")
+    if not table.exists():
+        return []
+    try:
+        return annotations.channel_notes(table)
+    except (DataError, OSError) as error:
+        return [f"{table.name} is not read: {error}"]
 
 
 # ---- import: a corpus ----
@@ -270,74 +392,125 @@ def find_events(source, header, texts):
 class Report:
     """What an import did: names of recordings, with the reason where there is one."""
     read: list = field(default_factory=list)
-    repaired: list = field(default_factory=list)        # (name, what)
+    notes: list = field(default_factory=list)           # (name, what is read otherwise)
     refused: list = field(default_factory=list)         # (file, why)
     kept: int = 0                                       # finished by an earlier import
-    unlabelled: int = 0
+    unlabelled: list = field(default_factory=list)      # (name, why)
     seconds: float = 0.0                                # of EEG imported
     texts: Counter = field(default_factory=Counter)     # of the EDF+ annotations that were read
+    people: list = field(default_factory=list)          # (patient, code by the header)
     hints: list = field(default_factory=list)           # what the user may have meant
 
     def add(self, outcome):
+        name = outcome.source.name
         if outcome.kind == "refused":
             self.refused.append((shown(outcome.source.path), outcome.reason))
             return
-        if outcome.kind == "repaired":
-            self.repaired.append((outcome.source.name, outcome.reason))
-        elif outcome.kind == "read":
-            self.read.append(outcome.source.name)
+        if outcome.kind == "read":
+            self.read.append(name)
         else:
             self.kept += 1
+        if outcome.notes:
+            self.notes.append((name, outcome.notes))
         if not outcome.labelled:
-            self.unlabelled += 1
+            self.unlabelled.append((name, outcome.unlabelled))
         self.seconds += outcome.seconds
         self.texts.update(outcome.texts)
+        self.people.append((person(outcome.source.patient), outcome.patient_code))
 
 
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="",
                   workers=0, say=print, channels=(), seizure_labels=(), background_labels=(),
-                  replace=False, progress=lambda what: None):
+                  replace=False, renames=None, labels=STRICT, progress=lambda what: None):
     """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished.
-    Returns the Report.
+    Returns the Report. Until it has finished, `out` is marked as not whole (check_finished).
 
-    `channels`: of the montage reduced. DataError for bad usage, a missing folder, one that another
-    import is writing, or one that holds recordings of another preparation (`replace` makes them
-    anew); refused files are in the report, not raised."""
+    `channels`: of the montage reduced; `renames`: a file, see read_renames; `labels`: STRICT refuses
+    a recording whose labels cannot be used, LENIENT takes them as none, NEVER opens none. DataError
+    for bad usage, a missing folder, one that another import is writing, or one that holds
+    recordings of another preparation (`replace` makes them anew); refused files are in the report,
+    not raised."""
     recipe = Recipe(montage, str(notch), blank_unit, tuple(channels))
     texts = annotations.user_texts(seizure_labels, background_labels)
     if layout not in ("auto", *LAYOUTS):
         raise DataError(f"layout {layout} is unknown: auto, {', '.join(LAYOUTS)}")
     if workers < 0:
         raise DataError(f"{workers} workers")
-    files, root, closed = find_edf(src)
+    names = read_renames(renames) if renames else {}
+    files, root, closed, foreign = find_edf(src)
     out = Path(out)
+    again = _command(src, out, {
+        "layout": layout, "montage": montage, "notch": notch, "blank-unit": blank_unit,
+        "channels": ",".join(channels), "seizure-label": seizure_labels,
+        "background-label": background_labels, "rename": renames, "replace": replace})
     lock = _lock(out)
     try:
         if not replace:
             refuse_mixture(out, recipe)
+        write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
         for stale in out.rglob("*.h5.*.part"):          # left by a killed import
             stale.unlink()
         report = Report(refused=closed)
         sources = identify_all(files, root, layout, report)
-        labels = [source.annotation for source in sources if source.layout == "tuh"]
+        if labels != STRICT:
+            sources = [_without_lost_labels(source, labels) for source in sources]
+        heads = [source.annotation for source in sources if source.layout == "tuh"]
         # of a single EDF the folder around it may be anything
-        said = annotations.release(root, labels) if root == Path(src) else ""
-        task = Task(out, recipe, texts, said)
+        said = annotations.release(root, heads) if root == Path(src) else ""
+        task = Task(out, recipe, texts, said, names, labels)
         if task.release:
             say(f"{src}: {task.release}")
         _import_all(report, sources, task, workers, say, progress)
-        _write_report(out, files, report)
         entries(out)                                    # writes the index
+        _write_report(out, files, report)
     finally:
         lock.close()
-    report.hints = hints(sources, layout, texts, report)
-    _table(report, texts, say)
+    report.hints = hints(sources, layout, task, report)
+    if foreign:
+        report.hints.append(f"not read: {foreign}: convert or unpack them to .edf")
+    _table(report, task, say)
     return report
+
+
+def _without_lost_labels(source, labels):
+    """A source without labels that are not to be opened, or that are a link to nothing."""
+    if source.annotation and (labels == NEVER or not source.annotation.exists()):
+        return dataclasses.replace(source, annotation=None)
+    return source
+
+
+def _command(src, out, options):
+    """The command line of this import, to be said where it was not finished."""
+    words = ["python", "data.py", "import", str(Path(src).absolute()), str(out.absolute())]
+    usual = {"layout": "auto", "montage": "referential", "notch": "both"}
+    for name, value in options.items():
+        if value in ((), [], "", None, False) or usual.get(name) == value:
+            continue
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            words += [f"--{name}"] if one is True else [f"--{name}", str(one)]
+    return shlex.join(words)
+
+
+def check_finished(out):
+    """TemporaryFault where the import into a folder runs or was stopped: some of its recordings are
+    not there yet."""
+    unfinished = _read_marks(out).get("unfinished")
+    if not unfinished:
+        return
+    owner = holder(out)
+    if owner:
+        raise TemporaryFault(f"{out} is being imported by {owner}: wait until that has finished")
+    raise TemporaryFault(f"{out} is not whole: its import was stopped. Finish it: {unfinished}")
 
 
 def _lock(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for _ in range(5):              # check_finished looks at a lock for a moment
+            try:
+                return hold(out)
+            except InUse:
+                time.sleep(0.1)
         return hold(out)
     except InUse:
         raise DataError(f"{out}: another import is writing here") from None
@@ -346,11 +519,11 @@ def _lock(out):
 
 
 def find_edf(src):
-    """(EDF files below src, root, [(folder, why it cannot be listed)]); links are followed, each
-    folder once."""
+    """(EDF files below src, root, [(folder, why it cannot be listed)], recordings of other kinds in
+    words); links are followed, each folder once."""
     src = Path(src)
     if src.is_file() or src.is_symlink() and not src.is_dir():
-        return [src], src.parent, []
+        return [src], src.parent, [], ""
     if not src.is_dir():
         raise DataError(f"{src}: no such file or folder")
     paths, seen, closed = [], set(), []
@@ -368,18 +541,12 @@ def find_edf(src):
     # ._x.edf is what macOS writes beside x.edf on a foreign disk: no recording
     found = [path for path in paths
              if path.suffix.lower() == ".edf" and not path.name.startswith("._")]
-    if not found and not closed:
-        raise DataError(f"{src}: no EDF file in it{_foreign(paths)}")
-    return sorted(found), src, closed
-
-
-def _foreign(paths):
-    """In words: recordings among the files that are of other kinds."""
     kinds = Counter(kind for path in paths for kind in FOREIGN if path.name.lower().endswith(kind))
-    if not kinds:
-        return ""
-    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return f" ({found}: convert or unpack them to .edf)"
+    foreign = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    if not found and not closed:
+        what = f" ({foreign}: convert or unpack them to .edf)" if foreign else ""
+        raise DataError(f"{src}: no EDF file in it{what}")
+    return sorted(found), src, closed, foreign
 
 
 def identify_all(files, root, layout, report):
@@ -435,7 +602,7 @@ def _import_all(report, sources, task, workers, say, progress):
     size = sum(_size(source.path) for source in sources)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not workers:
-        workers = max(1, min(cores, len(sources), size // WORKER))
+        workers = max(1, min(cores, len(sources), size // BYTES_PER_WORKER))
     began = said = time.monotonic()
     done, terminal = 0, sys.stderr.isatty()
     with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not terminal) as bar:
@@ -492,17 +659,21 @@ def _die_with_parent():
 
 # ---- import: what is said of it ----
 
-def hints(sources, layout, texts, report):
+def hints(sources, layout, task, report):
     """Lines on what the user may have meant otherwise."""
     found = []
     row = LAYOUTS.get(layout)
     if row and not any(row.name.match(source.path.stem) for source in sources):
         found.append(f"no file is named as in {layout} ({row.example}): leave --layout away")
     there = set(map(annotations.plain, report.texts))
-    absent = [text for text in texts.given() if text not in there]
+    absent = [text for text in task.texts.given() if text not in there]
     if absent:
         found.append(f"no EDF+ annotation is {', '.join(map(repr, absent))}; "
                      "an annotation file beside an EDF counts alone")
+    notes = "; ".join(what for _, what in report.notes).lower()
+    never = [label for label in task.renames if f"{label} renamed".lower() not in notes]
+    if never:
+        found.append(f"no imported file has a channel {', '.join(never[:5])} of --rename")
     alone = _labels_alone(sources)
     if alone and report.unlabelled:
         found.append(f"{len(alone)} annotation files belong to no EDF, {alone[0].name} for one: "
@@ -510,7 +681,7 @@ def hints(sources, layout, texts, report):
     return found
 
 
-ANNOTATION = re.compile(r"(.*?)(_events\.tsv|\.csv_bi|_a1\.tsv)$")
+ANNOTATION = re.compile(r"(.*?)(_events\.tsv|\.csv_bi|\.tse|\.tse_bi|_a1\.tsv)$")
 
 
 def _labels_alone(sources):
@@ -526,37 +697,39 @@ def _labels_alone(sources):
     return alone
 
 
-def _table(report, texts, say):
-    for name, what in report.repaired:
-        say(f"repaired {name}: {what}")
+def _table(report, task, say):
+    for name, what in report.notes:
+        say(f"note {name}: {what}")
     if report.refused:
         say(f"{len(report.refused)} refused:")
         for line in grouped(report.refused):
             say(f"  {line}")
-    counts = report.texts.most_common()
-    unused = {text: count for text, count in counts if not texts.meaning(text)[0]}
+    unused = task.texts.unused(dict(report.texts.most_common()))
     if unused:
         say("EDF+ annotations that label nothing:")
-        for text in list(unused)[:LISTED]:
+        for text in list(unused)[:MAX_LISTED_TEXTS]:
             say(f"  {unused[text]} x {text[:60]!r}")
-        if len(unused) > LISTED:
-            say(f"  and {len(unused) - LISTED} other texts")
+        if len(unused) > MAX_LISTED_TEXTS:
+            say(f"  and {len(unused) - MAX_LISTED_TEXTS} other texts")
         say("  one that marks seizures: --seizure-label TEXT, or START..END for a pair; "
             "one that says a recording was read: --background-label TEXT")
-    for hint in report.hints:
-        say(f"hint: {hint}")
-    say(f"{len(report.read)} read, {len(report.repaired)} repaired, {report.kept} already there, "
-        f"{len(report.refused)} refused, {report.unlabelled} without annotations; "
-        f"{report.seconds / 3600:.2f} h of EEG imported")
+    if task.labels != NEVER:
+        for line in annotations.no_labels(report.unlabelled):
+            say(line)
+    for line in (*annotations.contradictions(report.people),
+                 *(f"hint: {hint}" for hint in report.hints)):
+        say(line)
+    say(f"{len(report.read)} read, {report.kept} already there, {len(report.refused)} refused, "
+        f"{len(report.unlabelled)} without labels; {report.seconds / 3600:.2f} h of EEG imported")
 
 
 def grouped(refused):
-    """Lines on refused files; more than EQUAL with one reason share a line."""
+    """Lines on refused files; more than MAX_LINES_PER_REASON for one reason share a line."""
     reasons = {}
     for path, why in refused:
         reasons.setdefault(why, []).append(path)
     for why, paths in reasons.items():
-        if len(paths) > EQUAL:
+        if len(paths) > MAX_LINES_PER_REASON:
             yield f"{len(paths)} files: {why}: {paths[0]}, ..., {paths[-1]}"
         else:
             yield from (f"{path}: {why}" for path in paths)
@@ -572,7 +745,13 @@ def _write_report(out, files, report):
 
 def read_report(out):
     """[[file, reason], ...] of the files that imports into `out` refused."""
+    return _read_marks(out).get("refused", [])
+
+
+def _read_marks(out):
+    """What an import keeps beside its recordings: {"refused": ..., "unfinished": its command}."""
     try:
-        return json.loads(Path(out, REPORT).read_text())["refused"]
-    except (OSError, ValueError, KeyError):
-        return []
+        marks = json.loads(Path(out, REPORT).read_text())
+        return marks if isinstance(marks, dict) else {}
+    except (OSError, ValueError):
+        return {}

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from eeg.annotations import no_labels
 from eeg.disk import CHUNK
 from eeg.edf import DataError
 
@@ -28,7 +29,7 @@ def person(patient):
     return folder + slash + SAME_PERSON.get(own, own)
 
 
-def owner(recording):
+def patient_of(recording):
     return person(recording.patient)
 
 
@@ -41,7 +42,7 @@ def split(recordings, c, seed):
         if folds:
             raise DataError("data.folds needs data.split: patient or recording")
         return _both(*_split_time(usable, c["dev_fraction"]), "recordings of 20 s and more")
-    unit = owner if kind == "patient" else _name
+    unit = patient_of if kind == "patient" else _name
     if folds:
         return _fold(usable, unit, folds, c["fold"], seed)
     if kind == "recording":
@@ -58,7 +59,7 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
     dev, else a draw of `dev_fraction` of the patients, with seizures on both sides where two
     patients have any. Who validates in one corpus does so in all. chb21 is chb01."""
     usable = [r for r in recordings if r.labelled and r.split != "eval"]
-    people = sorted({owner(r) for r in usable})
+    people = sorted({patient_of(r) for r in usable})
     wanted = {person(p) for p in dev_patients}
     if wanted - set(people):
         unknown = ", ".join(sorted(wanted - set(people)))
@@ -68,21 +69,21 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
     kept = []
     for corpus in sorted({r.corpus for r in usable}):
         mine = [r for r in usable if r.corpus == corpus]
-        named = wanted & {owner(r) for r in mine}
+        named = wanted & {patient_of(r) for r in mine}
         if named:
             dev |= named
         elif {"train", "dev"} <= {r.split for r in mine}:
             mine = [r for r in mine if r.split]
             dev |= _own_dev(mine)
         else:
-            dev |= _draw(mine, owner, dev_fraction, seed)
+            dev |= _draw(mine, patient_of, dev_fraction, seed)
         kept += mine
-    return _divide(kept, owner, dev, "patients")
+    return _divide(kept, patient_of, dev, "patients")
 
 
 def _own_dev(recordings):
-    dev = {owner(r) for r in recordings if r.split == "dev"}
-    both = dev & {owner(r) for r in recordings if r.split == "train"}
+    dev = {patient_of(r) for r in recordings if r.split == "dev"}
+    both = dev & {patient_of(r) for r in recordings if r.split == "train"}
     if both:
         raise DataError(f"patients in both train and dev: {', '.join(sorted(both))}")
     return dev
@@ -155,12 +156,12 @@ def _split_time(recordings, fraction):
         if chunks < 2:
             train.append(r)
             continue
-        train.append(part(r, 0, cut * CHUNK))
-        dev.append(part(r, cut * CHUNK, r.samples))
+        train.append(cut_out(r, 0, cut * CHUNK))
+        dev.append(cut_out(r, cut * CHUNK, r.samples))
     return train, dev
 
 
-def part(recording, begin, end):
+def cut_out(recording, begin, end):
     """The samples from `begin`, which begins a chunk, to `end` of a recording, as one of its
     own."""
     fs = recording.fs
@@ -188,24 +189,35 @@ def told(recordings, train, dev, kind):
         if corpus:
             lines.append(f"{corpus}: train {_amount(train, corpus)}; "
                          f"validation {_amount(dev, corpus)}")
-        if out:
-            lines.append(f"{corpus or 'corpus'}: left out: {_reasons(out)}")
-    return lines
+        labelled = [r for r in out if r.labelled]
+        if labelled:
+            lines.append(f"{corpus or 'corpus'}: left out: {_reasons(labelled)}")
+        lines += no_labels((r.name, r.unlabelled) for r in out if not r.labelled)
+    return lines + _same_person(train, dev)
+
+
+def _same_person(train, dev):
+    """Warnings on patients of both sides whom the EDF headers give one code."""
+    codes = {r.patient_code: patient_of(r) for r in train if r.patient_code}
+    pairs = sorted({(codes[r.patient_code], patient_of(r)) for r in dev
+                    if codes.get(r.patient_code, patient_of(r)) != patient_of(r)})
+    return [f"warning: {one}, who trains, and {other}, who validates, are one person by their EDF "
+            f"headers: data.same_person: [{other} = {one}]" for one, other in pairs]
 
 
 def _amount(part, corpus):
     mine = [r for r in part if r.corpus == corpus]
-    people = {owner(r) for r in mine}
+    people = {patient_of(r) for r in mine}
     hours = sum(r.seconds for r in mine) / 3600
     seizures = sum(len(r.events) for r in mine)
     return f"{len(mine)} recordings of {len(people)} patients, {hours:.2f} h, {seizures} seizures"
 
 
 def _patients(recordings, most=20):
-    people = sorted({owner(r) for r in recordings})
+    people = sorted({patient_of(r) for r in recordings})
     shown = []
     for name in people[:most]:
-        seizures = sum(len(r.events) for r in recordings if owner(r) == name)
+        seizures = sum(len(r.events) for r in recordings if patient_of(r) == name)
         shown.append(f"{name} ({seizures} seizures)")
     if len(people) > most:
         shown.append(f"and {len(people) - most} more")
@@ -215,8 +227,6 @@ def _patients(recordings, most=20):
 def _reasons(recordings):
     """Counted: why recordings are in neither part."""
     def why(r):
-        if not r.labelled:
-            return "without annotations"
         if r.split == "eval":
             return "of its eval split"
         return "without a split in a corpus that has its own"

@@ -1,6 +1,6 @@
 """The HDF5 file of a recording, and the index of a folder of them.
 
-    write_recording("data/tusz/a.h5", eeg, events, attributes)      # whole and durable, or not at all
+    write_recording(Path("data/tusz/a.h5"), eeg, events, attributes)    # whole, or not at all
     entries(Path("data/tusz"))      # {name: (state of the file, what stands in it)}, one read
 
 Format 2: `eeg` int16 (C, T) lies in chunks of (C, CHUNK), uncompressed, one after the other behind
@@ -9,7 +9,6 @@ all else, so that a window of training is one read.
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -82,7 +81,7 @@ def _first_chunk(path, eeg):
     return offset
 
 
-ENTRY = set("patient split montage prepared repaired channels fs labelled scale norm source_fs "
+ENTRY = set("patient split montage prepared notes channels fs labelled scale norm source_fs "
             "samples offset events size mtime digest began release".split())
 OLDER = {1: "a window lay in 19 places of a format 1 file, and reading it from a disk or a network "
             "took up to 100 times as long"}
@@ -118,8 +117,10 @@ def _entry(path, file):
     if form != FORMAT:
         why = f" ({OLDER[form]})" if form in OLDER else ""
         raise DataError(f"{path} has format {form}, not {FORMAT}: import it again{why}")
-    entry = {key: str(a[key]) for key in ("patient", "split", "montage", "prepared", "repaired")}
-    entry |= {key: str(a.get(key, "")) for key in ("began", "release")}
+    entry = {key: str(a[key]) for key in ("patient", "split", "montage", "prepared")}
+    optional = ("began", "release", "unlabelled", "patient_code")
+    entry |= {key: str(a.get(key, "")) for key in optional}
+    entry["notes"] = str(a.get("notes", a.get("repaired", "")))
     entry |= {
         "channels": [str(name) for name in a["channels"]],
         "fs": int(a["fs"]),

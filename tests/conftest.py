@@ -246,7 +246,7 @@ def synthetic(tmp_path_factory):
         if empty:
             synth.synth(base / "edf", hours=0.5, patients=4, seed=3)
             report = corpora.import_corpus(base / "edf", base / "h5", say=lambda text: None)
-            assert not report.refused and not report.repaired
+            assert not report.refused and not report.notes
     return base / "edf", base / "h5"
 
 

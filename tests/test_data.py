@@ -255,9 +255,9 @@ def test_batches_are_the_recordings_own_samples(corpus):
 
 
 def test_a_clip_out_of_a_seizure_is_measured_by_a_usual_amplitude_and_an_hour_by_its_own():
-    assert data.reference_amplitude(100, 10) == pytest.approx(data.USUAL, rel=0.15)
+    assert data.reference_amplitude(100, 10) == pytest.approx(data.TYPICAL_UV, rel=0.15)
     assert data.reference_amplitude(100, 3600) == pytest.approx(100, rel=0.05)
-    assert data.reference_amplitude(data.USUAL, 60) == pytest.approx(data.USUAL)
+    assert data.reference_amplitude(data.TYPICAL_UV, 60) == pytest.approx(data.TYPICAL_UV)
 
 
 def test_batches_stay_valid_after_the_ring_went_round(corpus):
@@ -370,7 +370,7 @@ def test_windows_at_every_offset_are_those_of_h5py(tmp_path):
         store.write_recording(path, eeg, held.events[:0], {
             "scale": held.scale, "fs": 256, "channels": list(NAMES), "montage": "referential", "patient": "a",
             "split": "", "labelled": True, "norm": 10.0, "source": "", "source_state": "[]", "source_fs": 256.0,
-            "format": store.FORMAT, "prepared": "x", "repaired": ""})
+            "format": store.FORMAT, "prepared": "x", "notes": ""})
         recording, = data.open_corpus(path.parent)
         with h5py.File(path) as file:
             assert file["eeg"].chunks == (19, 2560) and file["eeg"].shape == (19, samples)

@@ -198,10 +198,10 @@ def test_chb_channels_with_t8_p8_twice(tmp_path):
     eeg = np.random.default_rng(0).normal(0, 300, (len(labels), 20 * 256))
     eeg[-1] = eeg[labels.index("T8-P8")]
     same = prepare(write_edf(tmp_path / "a.edf", labels=labels, eeg=eeg), "bipolar")
-    assert same.repaired == ""
+    assert same.notes == ""
     eeg[-1] += 50
     other = prepare(write_edf(tmp_path / "b.edf", labels=labels, eeg=eeg), "bipolar")
-    assert "stands twice" in other.repaired
+    assert "stands twice" in other.notes
     np.testing.assert_array_equal(same.memory, other.memory)
     assert "--montage bipolar" in refusal(tmp_path / "a.edf")
     assert "F7-T3" in refusal(
@@ -214,7 +214,7 @@ def test_missing_fz_and_pz_are_interpolated_like_mne_does_and_recorded(tmp_path)
     smooth = edf.positions(labels) @ np.random.default_rng(0).normal(0, 400, (3, 20 * 256))
     path = write_edf(tmp_path / "a.edf", labels=labels, eeg=smooth)
     r = prepare(path)
-    assert "Fz is missing, interpolated" in r.repaired and "Pz is missing" in r.repaired
+    assert "Fz is missing, interpolated" in r.notes and "Pz is missing" in r.notes
     smooth = edf.positions(NAMES) @ np.random.default_rng(0).normal(0, 400, (3, 20 * 256))
     full = prepare(write_edf(tmp_path / "b.edf", eeg=smooth))
     for name in ("Fz", "Pz"):  # a field linear over the head comes back
@@ -382,7 +382,7 @@ def test_odd_but_clear_headers_are_read_rightly(tmp_path, kind):
     )
     np.testing.assert_allclose(microvolts(r), microvolts(right), rtol=2e-4, atol=0.02)
     if note is not None:
-        assert note in r.repaired if note else r.repaired == ""
+        assert note in r.notes if note else r.notes == ""
 
 
 def test_blank_unit_can_be_given(tmp_path):
@@ -395,7 +395,7 @@ def test_negative_gain_turns_the_sign(tmp_path):
     eeg = np.random.default_rng(1).normal(0, 300, (19, 20 * 256))
     a = prepare(write_edf(tmp_path / "a.edf", eeg=eeg, pmin="3276.8", pmax="-3276.7"))
     b = prepare(write_edf(tmp_path / "b.edf", eeg=-eeg))
-    assert "negative gain" in a.repaired
+    assert "negative gain" in a.notes
     np.testing.assert_allclose(microvolts(a), microvolts(b), atol=0.2)
 
 
@@ -454,8 +454,8 @@ def test_gaps_are_refused_also_where_the_file_calls_itself_continuous(tmp_path):
         assert "gap of 0.5 s" in refusal(plus(tmp_path / "b.edf", [0, 1.5, 2.5, 3.5], kind))
         assert "gap" in refusal(plus(tmp_path / "c.edf", [0, 1, 1, 2, 3], kind))
     whole = prepare(plus(tmp_path / "d.edf", range(10)))
-    assert "without a gap" in whole.repaired and whole.seconds == 10
-    assert prepare(plus(tmp_path / "e.edf", np.arange(10) + 0.25, "EDF+C")).repaired == ""
+    assert "without a gap" in whole.notes and whole.seconds == 10
+    assert prepare(plus(tmp_path / "e.edf", np.arange(10) + 0.25, "EDF+C")).notes == ""
     (tmp_path / "f.edf").write_bytes(
         (tmp_path / "d.edf").read_bytes().replace(b"+3\x14", b"xx\x14")
     )
@@ -620,7 +620,7 @@ def test_the_hole_that_a_broken_copy_leaves_is_noted(tmp_path):
     whole = write_edf(tmp_path / "a.edf").read_bytes()
     (tmp_path / "b.edf").write_bytes(whole[: 5120 + 15 * 9728] + bytes(5 * 9728))
     assert (
-        "nothing but zeros in 5 records, the first at 15 s" in prepare(tmp_path / "b.edf").repaired
+        "nothing but zeros in 5 records, the first at 15 s" in prepare(tmp_path / "b.edf").notes
     )
 
 
@@ -688,7 +688,7 @@ def test_the_shared_odd_files_are_read_like_the_good_one_or_refused(shared):
     np.testing.assert_allclose(
         microvolts(prepare(folder / "20_missing_Fz_Pz.edf"))[kept], right[kept], atol=0.1
     )
-    assert prepare(folder / "37_bipolar_CHB_names_T8-P8_twice.edf", "bipolar").repaired == ""
+    assert prepare(folder / "37_bipolar_CHB_names_T8-P8_twice.edf", "bipolar").notes == ""
 
 
 def test_ear_and_mastoid_references_are_known_and_cancel_within_a_pair(tmp_path):

@@ -23,7 +23,7 @@ def fake(patient, split="", events=((10, 40),), corpus="", number=0, samples=120
 
 
 def patients(part):
-    return {splits.owner(r) for r in part}
+    return {splits.patient_of(r) for r in part}
 
 
 def test_every_corpus_keeps_its_own_split_and_patients_of_the_others_are_drawn():
@@ -81,7 +81,7 @@ def test_one_patient_is_divided_by_recording_or_time_with_a_warning():
 def test_a_part_of_a_recording_is_its_samples_and_events(corpus):
     whole = corpus[0]
     cut = whole.samples // 2 // 2560 * 2560
-    first, rest = splits.part(whole, 0, cut), splits.part(whole, cut, whole.samples)
+    first, rest = splits.cut_out(whole, 0, cut), splits.cut_out(whole, cut, whole.samples)
     np.testing.assert_array_equal(first.read(0, cut), whole.read(0, cut))
     np.testing.assert_array_equal(rest.read(77, 5000), whole.read(cut + 77, 5000))
     assert not first.read(cut - 10, 100)[:, 10:].any()              # nothing of the other part

@@ -99,7 +99,7 @@ def expect_import(said, info):
     assert "8 recordings" in info and "4 patients" in info
     for who in PEOPLE:
         assert re.search(rf"\b{who}: .* 2 seizures", info), info
-    assert "without annotations: 0" in info
+    assert "without labels: 0" in info
     assert re.search(r"8 x 'eyes closed'", said), said
 
 
