@@ -28,11 +28,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,9 @@ READERS = 16                            # threads; a sweep: bench/loader.py --sw
 SLOW_SHARE = 0.05                       # of the time; more of waiting for data is worth a word
 TYPICAL_UV = 25.0                       # scalp EEG, referential or bipolar, between seizures
 TYPICAL_SECONDS = 120.0                 # of EEG after which a recording's own amplitude counts more
+
+Paths = str | os.PathLike | list        # data.path: a folder, or a list of them
+Say = Callable[[str], object]           # print, or what a log does with a line
 
 
 class ReadFailed(DataError):
@@ -175,8 +179,8 @@ class Recording:
         return out
 
 
-def whole_chunks(samples):
-    """How many chunks hold so many samples."""
+def whole_chunks(samples: Any) -> Any:
+    """How many chunks hold so many samples, a number or an array of them."""
     return -(-samples // CHUNK)
 
 
@@ -202,12 +206,12 @@ def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
     return recordings
 
 
-def open_corpora(paths, same_person=()) -> list[Recording]:
+def open_corpora(paths: Paths, same_person: Sequence[str] = ()) -> list[Recording]:
     """The recordings of one imported folder, or of a list of them.
 
     Of a list, names and patients carry the folder's name, so that sub-01 of one corpus is not
     sub-01 of another. same_person: ["siena/PN00 = own/anna", ...], who is one all the same."""
-    if isinstance(paths, (str, Path)):
+    if not isinstance(paths, (list, tuple)):
         recordings = open_corpus(paths)
     else:
         names = [path.name for path in resolved(paths)]
@@ -223,8 +227,8 @@ def open_corpora(paths, same_person=()) -> list[Recording]:
     return recordings
 
 
-def copy_corpus(path: str | os.PathLike, folder: str | os.PathLike, say=print,
-                copied=lambda: None) -> str:
+def copy_corpus(path: str | os.PathLike, folder: str | os.PathLike, say: Say = print,
+                copied: Callable[[], object] = lambda: None) -> str:
     """Copy an imported folder below `folder`, on a faster disk; returns the copy's path (see
     disk.copy_folder)."""
     root = Path(path).resolve()
@@ -233,14 +237,15 @@ def copy_corpus(path: str | os.PathLike, folder: str | os.PathLike, say=print,
     return copy_folder(path, folder, states, say, copied)
 
 
-def resolved(paths) -> list[Path]:
+def resolved(paths: Paths) -> list[Path]:
     """The folders of data.path, absolute."""
     if not isinstance(paths, list):
         paths = [paths]
     return [Path(path).resolve() for path in paths if path]
 
 
-def split_of(recordings: list[Recording], path, c: dict, seed: int) -> tuple:
+def split_of(recordings: list[Recording], path: str | os.PathLike | None, c: dict,
+             seed: int) -> tuple:
     """(train, dev) of the recordings in the folder `path`, as a run with the section `data` c
     divided them: one of several folders is divided together with the others."""
     place = Path(path).resolve() if path else None
@@ -296,7 +301,8 @@ def _recording(path, name, state, entry):
 
 def reference_amplitude(typical: float, seconds: float) -> float:
     """uV that a recording is divided by: its own typical amplitude, drawn in its logarithm towards
-    TYPICAL_UV as a prior that weighs as much as TYPICAL_SECONDS of EEG (shrinkage, James and Stein 1961).
+    TYPICAL_UV as a prior that weighs as much as TYPICAL_SECONDS of EEG (shrinkage, James and Stein
+    1961).
 
     A clip of 10 s out of a seizure has no background to be measured by: divided by its own
     amplitude it would look as small as a quiet one."""
@@ -344,7 +350,7 @@ class Windows:
     def __len__(self):
         return len(self.start)
 
-    def chunks(self, samples):
+    def chunks(self, samples: int) -> int:
         """The most chunks of a file that so many samples from a window's start touch."""
         return int(whole_chunks(self.start % CHUNK + samples).max())
 
@@ -361,7 +367,8 @@ class Windows:
             inside += np.clip(shared, 0, None)
         return (inside > 0).astype(np.uint8) + (inside == ends - starts)
 
-    def epoch(self, seed, epoch, full=0.3, background=2.5, balance="own"):
+    def epoch(self, seed: int, epoch: int, full: float = 0.3, background: float | None = 2.5,
+              balance: str = "own") -> np.ndarray:
         """Window ids (int64) of one epoch in training order: a pure function of (seed, epoch).
 
         All partial windows, and per partial window `full` wholly seizure and `background` windows
@@ -420,13 +427,13 @@ class Windows:
 
 # ---- loader ----
 
-def factor(scale, norm):
+def factor(scale: Any, norm: Any) -> Any:
     """uV per unit (..., C), typical amplitude in uV (...) -> what int16 (..., C, T) is multiplied
     with to be about 1 in size: (..., C, 1)."""
     return (scale / norm.unsqueeze(-1)).unsqueeze(-1)
 
 
-def normalise(eeg, scale, norm):
+def normalise(eeg: Any, scale: Any, norm: Any) -> Any:
     """int16 tensor (..., C, T) -> float32 (..., C, T), about 1 in size; scale and norm as of
     factor()."""
     return eeg * factor(scale, norm)
@@ -452,8 +459,9 @@ class Loader:
     waited, lasted: seconds that the consumer has waited for batches, of so many; reading, read:
     seconds that the readers took, for so many windows."""
 
-    def __init__(self, windows: Windows, device="cpu", seed: int = 0, augment=False,
-                 buffers: int = 4, readers: int = READERS, baseline: float = 0.0) -> None:
+    def __init__(self, windows: Windows, device: Any = "cpu", seed: int = 0,
+                 augment: bool | Sequence[str] = False, buffers: int = 4,
+                 readers: int = READERS, baseline: float = 0.0) -> None:
         # in this class alone: import workers and commands start in a third of the time
         import torch
         self.device = torch.device(device)
@@ -473,7 +481,7 @@ class Loader:
         self.augmenter = Augmenter(names, windows.recordings[0].channels)
         self._ring: list[Slot] = []
 
-    def batches(self, lists_of_ids, epoch: int) -> Iterator:
+    def batches(self, lists_of_ids: Iterable, epoch: int) -> Iterator:
         """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each
         list of window ids, in order; None for an empty list. mask is 0 on padding. Closing the
         iterator early ends its threads."""
@@ -570,14 +578,14 @@ class Loader:
         self.read += len(fills)
         return now
 
-    def share(self):
+    def share(self) -> float:
         """Share of the time since the last call that the consumer waited for batches."""
         waited = self.waited - self.said[0]
         lasted = self.lasted - self.said[1]
         self.said = self.waited, self.lasted
         return waited / lasted if lasted else 0.0
 
-    def advice(self, share):
+    def advice(self, share: float) -> str:
         """What to do where training waits for data for `share` of the time: one line."""
         folder = os.path.dirname(self.windows.recordings[0].path)
         cost = 1e3 * self.reading / max(1, self.read)
@@ -618,7 +626,8 @@ class Loader:
         return event
 
 
-def read_ahead(windows, n: int, depth: int = 32, readers: int = READERS) -> Iterator:
+def read_ahead(windows: Iterable[tuple[Recording, int]], n: int, depth: int = 32,
+               readers: int = READERS) -> Iterator[np.ndarray]:
     """Yield int16 (C, n) of each (recording, start) of `windows` in turn, up to `depth` of them
     read ahead by threads. For inference, where windows come in the order of time."""
     pool = ThreadPoolExecutor(readers, "reader")
@@ -636,7 +645,7 @@ def read_ahead(windows, n: int, depth: int = 32, readers: int = READERS) -> Iter
 
 # ---- command line ----
 
-def speed(path: str | os.PathLike, seconds: float = 10.0, say=print) -> None:
+def speed(path: str | os.PathLike, seconds: float = 10.0, say: Say = print) -> None:
     """Measure how fast windows of 60 s are read from an imported folder in random order: from the
     disk, each once, and again from memory."""
     recordings = open_corpus(path, whole=False)
@@ -672,7 +681,7 @@ def _rate(windows, length, seconds):
     return count, count / lasted, (disk_bytes() - before) / used
 
 
-def info(path: str | os.PathLike, say=print) -> None:
+def info(path: str | os.PathLike, say: Say = print) -> None:
     """What an imported folder holds."""
     recordings = open_corpus(path, whole=False)
     labelled = [r for r in recordings if r.labelled]
@@ -729,7 +738,7 @@ def _seizures(recordings):
     return count
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="EDF to HDF5, synthetic EDF, what a folder holds.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("import", help="EDF files to one HDF5 file per recording")

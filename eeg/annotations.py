@@ -455,14 +455,17 @@ def _whole_entries(entries, labels):
 
 
 def _correct_start(entry, name, header, labels):
-    """The EDF's own start counts where its length fits the list's end and only the list's start
-    does not; otherwise the list is of another recording. Midnight is no start: anonymised."""
+    """The EDF's own start counts where it fits the list's end and the EDF's length, and the list's
+    start does so less; otherwise the list is of another recording. Midnight is no start:
+    anonymised."""
     start = clock(header.start, "start time of the EDF")
     listed = entry.get("registration start", "")
-    if not start or start == _siena_clock(listed, f"{name}: registration start time") % 86400:
+    begin = _siena_clock(listed, f"{name}: registration start time")
+    if not start or start == begin % 86400:
         return
     last = _siena_clock(entry.get("registration end", ""), f"{name}: registration end time")
-    if abs((last - start) % 86400 - header.seconds) > labels.slack:
+    by_edf, by_list = [abs((last - time) % 86400 - header.seconds) for time in (start, begin)]
+    if by_edf > labels.slack or by_edf >= by_list:
         raise DataError(f"{name} says it begins at {listed}, its header {header.start}")
     entry["registration start"] = header.start
     labels.notes.append(f"{name} says it begins at {listed}: {header.start} by its header and "
@@ -481,7 +484,7 @@ _OF = r" ?((of|des|de|di|the|la) )*"
 _START = r"(starts?|started|begins?|beginning|beginn|anfang|onset|on|d[e\xe9]but|inicio|inizio)"
 _END = r"(ends?|ended|stops?|stopped|offset|off|ende|fin|fine)"
 _NO = r"(no|keine?|pas de|sin|ohne) ((clinical|electrographic|further) )?"
-DEFAULT_TEXTS = {                       # what a text means, whole, without its number, see _numbered
+DEFAULT_TEXTS = {                       # what a text means, whole, without its number (_numbered)
     "start": re.compile(rf"{_ITS}{_OF}{_START}|{_START}{_OF}{_ITS}"),
     "end": re.compile(rf"{_ITS}{_OF}{_END}|{_END}{_OF}{_ITS}"),
     "seizure": re.compile(rf"{_SEIZURE}|sz (foc|gen|uo)[a-z0-9 ]*|{'|'.join(sorted(SEIZURE))}"),
@@ -700,8 +703,8 @@ def contradictions(recordings):
         for key, values in groups.items():
             if len(values) > 1 and not kind:
                 one = ", ".join(f"{other} = {values[0]}" for other in values[1:])
-                yield (f"warning: patients {', '.join(values)} are one person by their EDF headers: "
-                       f"train with data.same_person: [{one}], or give them one folder")
+                yield (f"warning: patients {', '.join(values)} are one person by their EDF "
+                       f"headers: train with data.same_person: [{one}], or give them one folder")
             elif len(values) > 1:
                 yield (f"warning: patient {key} is {len(values)} persons by the EDF headers: give "
                        "each a folder, or a name before the first underscore, of its own")

@@ -44,7 +44,7 @@ AUGMENTATIONS = {
     "mirror": Augmentation(4, draw_order, reorder, "left for right, one window in two"),
     "gain": Augmentation(3, draw_gain, multiply, "factor of 0.8 to 1.2 or so"),
 }
-AUGMENTED = ("mirror", "gain")          # by default; another one waits for a gain in bench/augment.py
+AUGMENTED = ("mirror", "gain")          # by default; another waits for a gain in bench/augment.py
 
 
 class Augmenter:

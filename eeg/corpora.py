@@ -299,7 +299,8 @@ def read_renames(path):
         cells = line.split(delimiter) if delimiter else line.strip().rsplit(None, 1)
         label, name = ([cell.strip(' "') for cell in cells] + [""])[:2]
         key = channel(name)
-        if len(cells) != 2 or not label or key is None and (renames or "electrode" not in name.lower()):
+        titles = not renames and "electrode" in name.lower()
+        if len(cells) != 2 or not label or key is None and not titles:
             raise DataError(f"--rename {path}: {line.strip()!r}: two columns are needed, the label "
                             "in the file and an electrode such as Fp1, or a pair such as Fp1-F7")
         if key is None:
@@ -369,7 +370,8 @@ NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", *FOREIGN)
 def _unread_beside(path):
     """Names of files beside an EDF that may hold its labels and are of no kind that is read."""
     stem = path.stem.removesuffix("_eeg")
-    form = re.compile(r"(_eeg)?(\.\w+|[-_](annot\w*|labels?|marker\w*|events?|seizures?)\.\w+)", re.I)
+    kinds = r"[-_](annot\w*|labels?|marker\w*|events?|seizures?)"
+    form = re.compile(rf"(_eeg)?({kinds})?\.\w+", re.I)
     return sorted(other.name for other in path.parent.glob(glob.escape(stem) + "*")
                   if form.fullmatch(other.name[len(stem):])
                   and not other.name.lower().endswith(NOT_LABELS))
@@ -425,9 +427,9 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished.
     Returns the Report. Until it has finished, `out` is marked as not whole (check_finished).
 
-    `channels`: of the montage reduced; `renames`: a file, see read_renames; `labels`: STRICT refuses
-    a recording whose labels cannot be used, LENIENT takes them as none, NEVER opens none. DataError
-    for bad usage, a missing folder, one that another import is writing, or one that holds
+    `channels`: of the montage reduced; `renames`: a file, see read_renames; `labels`: STRICT
+    refuses a recording whose labels cannot be used, LENIENT takes them as none, NEVER opens any.
+    DataError for bad usage, a missing folder, one that another import is writing, or one that holds
     recordings of another preparation (`replace` makes them anew); refused files are in the report,
     not raised."""
     recipe = Recipe(montage, str(notch), blank_unit, tuple(channels))
@@ -448,8 +450,9 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         if not replace:
             refuse_mixture(out, recipe)
         write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
-        for stale in out.rglob("*.h5.*.part"):          # left by a killed import
-            stale.unlink()
+        for form in ("*.h5.*.part", ".*.json.*.part"):  # left by a killed import
+            for stale in out.rglob(form):
+                stale.unlink()
         report = Report(refused=closed)
         sources = identify_all(files, root, layout, report)
         if labels != STRICT:

@@ -1,5 +1,5 @@
-"""The folder under everything: who holds it, what reaches it durably or not at all, what its errors mean, and a copy of it on a
-faster disk.
+"""The folder under everything: who holds it, what reaches it durably or not at all, what its errors
+mean, and a copy of it on a faster disk.
 
     with hold("data/tusz"):                                 # InUse where another process does
         write_json("data/tusz/index.json", {"format": 2})   # durable, all or nothing
@@ -20,11 +20,11 @@ from pathlib import Path
 from eeg.edf import FS, DataError
 
 INDEX, REPORT = "index.json", "import.json"     # beside the recordings of an imported folder
-CHUNK = 10 * FS                         # samples of a chunk of a recording: windows begin every 10 s
+CHUNK = 10 * FS                         # samples of a recording's chunk: windows begin every 10 s
 COPIERS = 16                            # files copied at once
 # what an OSError says of the path itself, until somebody mends it; every other one may pass
-LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.EROFS,
-           errno.ENAMETOOLONG, errno.EEXIST}
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
+           errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST}
 
 
 class Stop(Exception):
@@ -91,9 +91,10 @@ os.register_at_fork(after_in_child=Hold.leave_to_parent)
 
 
 def hold(folder):
-    """Hold `folder` for this process; returns a Hold. Raises InUse where another process does, OSError where the folder cannot
-    be locked."""
-    fd = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    """Hold `folder` for this process; returns a Hold. Raises InUse where another process does,
+    OSError where the folder cannot be locked."""
+    how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(Path(folder, ".lock"), how, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)
@@ -126,8 +127,8 @@ def holder(folder):
 
 
 def replace_durably(temp, target):
-    """`temp`, whole and closed, becomes `target` of the same folder, and survives a power cut once this returns (Pillai et al.,
-    OSDI'14). Raises OSError."""
+    """`temp`, whole and closed, becomes `target` of the same folder, and survives a power cut once
+    this returns (Pillai et al., OSDI'14). Raises OSError."""
     fd = os.open(temp, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -146,7 +147,8 @@ def replace_durably(temp, target):
 
 
 def write_json(path, value, indent=None):
-    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN, which JSON has not."""
+    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN,
+    which JSON has not."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -179,7 +181,6 @@ def read_json_lines(path, say=print):
 
 # ---- where recordings lie ----
 
-
 def file_system(path):
     """Type of the file system that holds `path`, as the kernel names it."""
     place = os.path.realpath(path)
@@ -200,9 +201,9 @@ def file_state(status):
 
 
 def copy_folder(path, folder, states, say=print, copied=lambda: None):
-    """Copy the recordings `states`, {name in `path`: file_state}, with their index below `folder`, on a faster disk; returns the
-    copy's path. What an earlier call has copied stays; DataError without room, or where other recordings lie in the way.
-    copied() is called after each file."""
+    """Copy the recordings `states`, {name in `path`: file_state}, with their index below `folder`,
+    on a faster disk; returns the copy's path. What an earlier call has copied stays; DataError
+    without room, or where other recordings lie in the way. copied() is called after each file."""
     source = Path(path).resolve()
     target = Path(folder).resolve() / source.name
     if target == source:
@@ -216,7 +217,8 @@ def copy_folder(path, folder, states, say=print, copied=lambda: None):
         strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in states]
         if strange:
             raise DataError(f"{strange[0]} is not in {path}: give data.copy_to a folder of its own")
-        missing = {name: state[0] for name, state in states.items() if not _is_copied(target / name, state)}
+        missing = {name: state[0] for name, state in states.items()
+                   if not _is_copied(target / name, state)}
         room = shutil.disk_usage(target).free
         needed = sum(missing.values())
         if needed > 0.98 * room:

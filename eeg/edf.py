@@ -25,6 +25,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -731,7 +732,7 @@ ANGLES = {
     "F8": (92, 36), "T4": (92, 0), "T6": (92, -36)}
 
 
-def positions(names) -> np.ndarray:
+def positions(names: Iterable[str]) -> np.ndarray:
     """Ideal 10-20 places on the unit sphere, x to the right, y to the nose: (N, 3)."""
     tilt, turn = np.radians([ANGLES[name] for name in names]).T
     x = np.sin(tilt) * np.cos(turn)
@@ -916,8 +917,8 @@ def _typical(header, amplitudes, names):
 
 # ---- events beside it ----
 
-def write_events_tsv(path: str | os.PathLike, events, seconds: float, confidence=None,
-                     start: str = "n/a") -> None:
+def write_events_tsv(path: str | os.PathLike, events: Iterable, seconds: float,
+                     confidence: Sequence[float] | None = None, start: str = "n/a") -> None:
     """SzCORE events file of a recording of `seconds`: one `sz` row per (onset, end) in s, or one
     `bckg` row over all where there is none. `start`: of the recording, YYYY-MM-DD hh:mm:ss."""
     lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]

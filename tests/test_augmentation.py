@@ -12,7 +12,7 @@ import train
 from eeg.augmentation import AUGMENTATIONS, Augmenter
 from eeg.disk import Refused
 from conftest import NAMES, imported, write_edf
-from helpers import assert_same_run, loaded, rest, spawn, wait_for
+from helpers import assert_same_run, loaded, spawn, wait_for
 from scipy import signal
 from test_data import fake, plan, sha
 

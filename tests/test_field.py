@@ -1,0 +1,535 @@
+"""Recordings as hospitals export them: what public reports and public files do, each kind with its right value. Real files."""
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import evaluate
+import forked
+import model
+import train
+from conftest import CSV, NAMES, ROOT, command, imported, mark, microvolts, plus, prepare, said, tsv, write_edf
+from eeg import annotations, corpora, disk, edf, splits
+from eeg.disk import TemporaryFault
+from helpers import loaded, rest
+from test_corpora import held_import
+from test_data import fake
+
+# ---- the shared inputs ----
+
+# the electrodes of a folder are those of 00_good, in these montages
+LIKE_GOOD = {
+    "05_chb12_27_cs2": ("referential", "bipolar"), "06_chb12_28_01": ("referential", "bipolar"),
+    "07_chb_mne_T8-P8-0": ("bipolar",), "08_cadwell_Cz": ("bipolar",),
+    "09_label_0_EEG_X_G2": ("referential",), "09_label_2_X_AA": ("referential",),
+    "09_label_3_EEG_X_Vref": ("referential",), "09_label_6_X_Ave": ("referential",),
+    "09_label_8__X_": ("referential",), "15_psg_derivations_beside": ("referential",)}
+
+
+@pytest.mark.parametrize("name", LIKE_GOOD)
+def test_a_spelling_of_the_field_gives_the_voltages_of_the_good_file(shared, name):
+    for montage in LIKE_GOOD[name]:
+        right = microvolts(prepare(shared / "eeg/field/00_good/p1_night.edf", montage))
+        found = microvolts(prepare(shared / "eeg/field" / name / "p1_night.edf", montage))
+        np.testing.assert_allclose(found, right, atol=0.3)
+
+
+def test_an_electrode_as_common_reference_is_at_zero(shared):
+    r = prepare(shared / "eeg/field/08_cadwell_Cz/p1_night.edf")
+    assert "Cz is the reference of all: 0" in r.notes and not r.memory[NAMES.index("Cz")].any()
+    good = microvolts(prepare(shared / "eeg/field/00_good/p1_night.edf"))
+    np.testing.assert_allclose(microvolts(r), good - good[NAMES.index("Cz")], atol=0.3)
+
+
+@pytest.mark.parametrize("name, events", [
+    ("01_mne_channel_link", [[10, 18], [25, 29]]),
+    ("02_second_seizure_in_words", [[3, 6], [15, 20]]),
+    ("03_background_note", None),
+    ("11_bids_trial_type", None),
+    ("25_tusz_zero_row", [[5, 9]])])
+def test_labels_of_the_field_are_right_or_there_are_none_and_that_is_said(shared, tmp_path, name, events):
+    report, text = said(shared / "eeg/field" / name, tmp_path / "out")
+    r, = data.open_corpus(tmp_path / "out")
+    assert not report.refused
+    if events is None:
+        assert not r.labelled and f"NO LABELS, not used for training or scoring: {r.name} (" in text
+    else:
+        assert r.labelled and r.events.tolist() == events
+    assert ("an empty row" in text) == (name[:2] == "25")
+
+
+def test_a_slow_clock_is_no_gap_and_a_constant_reference_is_flat(shared):
+    drifting = prepare(shared / "eeg/field/10_drift_96ppm/p1_night.edf")
+    assert drifting.seconds == 120 and "the clock of its records is +0.0114 s off" in drifting.notes
+    constant = prepare(shared / "eeg/field/14_reference_channel_constant/p1_night.edf")
+    assert "Cz is constant" in constant.notes and not constant.memory[NAMES.index("Cz")].any()
+
+
+# (list, recording): start by the EDF, its length in s, seizures or None: refused, or not labelled
+SIENA = {
+    "PN12/PN12-1.2": ("15.51.31", 11036, [[1312, 1375], [9570, 9638]]),
+    "PN10/PN10-7.8.9": ("16.49.25", 13595, [[2748, 2796], [5459, 5477], [12923, 12936]]),
+    "PN10/PN10-4.5.6": ("12.11.21", 12519, [[2309, 2314], [6544, 6563], [11225, 11282]]),
+    "PN14/PN14-3": ("19.17.45", 41995, [[6740, 6781]]),
+    "PN10/PN10-1": ("05.40.05", 8395, [[7545, 7614]]),
+    "PN06/PN06-2": ("21.11.29", 12620, [[8860, 8929]]),
+    "PN11/PN11-1": ("11.31.25", 8678, [[7554, 7609]]),
+    "PN01/PN01-1": ("19.00.44", 48537, [[10218, 10272], [46353, 46427]]),
+    "PN10/PN10-2": ("09.29.24", 8136, None),            # "11.41.04 opure 11.40.43": which of them?
+    "PN10/PN10-3": ("13.33.18", 8202, None),            # two onsets
+    "PN05/PN05-2": ("06.47.02", 9225, None),            # a minute off, and the length does not explain it
+    "PN05/PN05-4": ("06.46.02", 9225, None)}            # not in the list
+
+
+@pytest.mark.parametrize("name", SIENA)
+def test_the_oddities_of_sienas_lists_are_read_where_they_are_not_ambiguous(shared, name):
+    start, seconds, events = SIENA[name]
+    path = shared / "eeg/field/24_siena_lists" / f"{name}.edf"
+    header = types.SimpleNamespace(path=path, start=start, seconds=float(seconds))
+    listed = next(path.parent.glob("Seizures-list*.txt"))
+    try:
+        labels = annotations.read_siena(listed, header)
+        found = None if labels is None else annotations.finish(labels, header.seconds).tolist()
+    except edf.DataError as refusal:
+        assert listed.name in str(refusal)
+        found = None
+    assert found == events
+    if name in ("PN12/PN12-1.2", "PN10/PN10-7.8.9", "PN10/PN10-4.5.6", "PN14/PN14-3"):
+        assert labels.notes
+
+
+def test_the_public_layouts_import_as_before(shared, tmp_path):
+    """As many as ever of the 2 s recordings whose labels fit them; the rest is refused for its length."""
+    counts = {}
+    for name, montage in (("tuh", "referential"), ("siena", "referential"), ("seizeit", "referential"), ("chbmit", "bipolar")):
+        report = imported(shared / "eeg/layouts" / name, tmp_path / name, montage=montage)
+        counts[name] = len(report.read), len(report.refused)
+        assert all("not the same" in why or "beyond" in why or "channels" in why or "a seizure from" in why or "no end" in why
+                   for _, why in report.refused), report.refused
+    assert {name: sum(pair) for name, pair in counts.items()} == {"tuh": 217, "siena": 7, "seizeit": 24, "chbmit": 59}
+
+
+# ---- spellings ----
+
+SPELLINGS = """{}|EEG {}|EEG {}-REF|EEG {}-LE|EEG {}-Ref|EEG {}-G2|EEG {}-G1|EEG {}-AA|EEG {}-Vref|EEG {}-CPz|EEG {}-FCz|EEG {}-Ave
+EEG {}-Avg|EEG {}-Av|EEG {}-AVERAGE|EEG {}-A1|EEG {}-M2|EEG {}-A1A2|EEG {}-A1+A2|EEG {}-Org|EEG {} - Ref|EEG {} Ref|EEG  {}
+POL {}|POL {}-Ref|POL {}-G2|{}-AA|{}-Ave|{}-CS2|{}-A1A2|{}-(A1+A2)|({}-A1+A2)/2|{}-Ref|{}_REF|{}_Ref.|EEG.{}|EEG_{}|EEG-{}|EEG:{}
+EEG{}|EEG{}-REF|[{}]|({})|EEG[{}]|EEG({})|{}.|{}..|{}(REF)|{}[A1]|{}/A2|{}:M1|{}-LER|{}-CLE|{}-x|{}-0|{}A2|{}M1|{}REF|1 {}
+EEG1 {}-REF|CH_{}|{} (uV)|EEG {}-Nz""".replace("\n", "|").split("|")
+
+
+def test_63_spellings_of_public_clinical_code_are_read(tmp_path):
+    assert len(set(SPELLINGS)) == 63
+    right = prepare(write_edf(tmp_path / "good.edf", 5)).memory
+    wrong = []
+    for spelling in SPELLINGS:
+        path = write_edf(tmp_path / "a.edf", 5, labels=[spelling.format(name)[:16] for name in NAMES])
+        try:
+            if not np.array_equal(prepare(path).memory, right):
+                wrong.append(spelling)
+        except edf.DataError:
+            wrong.append(spelling)
+    assert len(SPELLINGS) - len(wrong) >= 58 and wrong == []
+
+
+@pytest.mark.parametrize("both", ["{0}({1})", "{1}({0})", "{0}/{1}", "{1}-{0}", "{0} ({1})-REF", "EEG {1}({0})"])
+def test_old_and_new_names_of_one_electrode_may_stand_together(tmp_path, both):
+    new = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
+    plain = "{0}-REF" if "REF" in both else "{0}"
+    labels = [(both if name in new else plain).format(name, new.get(name)) for name in NAMES]
+    right = prepare(write_edf(tmp_path / "good.edf", 5)).memory
+    assert np.array_equal(prepare(write_edf(tmp_path / "a.edf", 5, labels=labels)).memory, right)
+
+
+@pytest.mark.parametrize("label", ["C3'", "EEG C3P-REF", "O2 Sat", "Fp1h-Ref", "A1", "X1-C3", "EMG C3", "29"])
+def test_what_only_looks_like_an_electrode_beside_the_others_is_not_taken(tmp_path, label):
+    eeg = np.random.default_rng(0).normal(0, 300, (20, 5 * 256))
+    good = prepare(write_edf(tmp_path / "good.edf", 5, eeg=eeg[:19]))
+    r = prepare(write_edf(tmp_path / "a.edf", 5, labels=[*NAMES, label], eeg=eeg))
+    assert np.array_equal(r.memory, good.memory)
+
+
+def test_a_suffix_that_only_a_few_share_is_no_reference(tmp_path):
+    labels = ["EEG %s-%s" % (name, "K7" if name < "F" else "Q9") for name in NAMES]
+    with pytest.raises(edf.DataError, match="channels missing|different references"):
+        prepare(write_edf(tmp_path / "a.edf", 5, labels=labels))
+
+
+@pytest.mark.parametrize("names", [[f"A{i}" for i in range(1, 33)] + [f"B{i}" for i in range(1, 33)],
+                                   [f"{bank}{i}" for bank in "ABCD" for i in range(1, 33)]])
+def test_places_of_a_cap_are_no_electrodes_and_the_hint_does_not_name_them(tmp_path, names):
+    path = write_edf(tmp_path / "src" / "a.edf", 5, labels=names)
+    for montage in ("referential", "bipolar"):
+        with pytest.raises(edf.DataError, match="places of a cap") as refusal:
+            prepare(path, montage)
+        assert "--channels" not in str(refusal.value) and "--rename" in str(refusal.value)
+    table = tmp_path / "names.txt"
+    table.write_text("label\telectrode\n" + "".join(f"{names[i + 3]}\t{name}\n" for i, name in enumerate(NAMES)))
+    report, text = said(tmp_path / "src", tmp_path / "out", renames=table)
+    assert report.read == ["a"] and "A4 renamed Fp1" in text
+    eeg = np.random.default_rng(1).normal(0, 300, (len(names), 5 * 256))
+    right = prepare(write_edf(tmp_path / "good.edf", 5, eeg=eeg[3:22]))
+    np.testing.assert_array_equal(data.open_corpus(tmp_path / "out")[0].read(0, 1280), right.memory)
+
+
+def test_channels_of_other_names_are_read_by_a_table_and_a_changed_table_makes_them_anew(tmp_path):
+    labels = [f"ch{i} left" for i in range(19)]
+    write_edf(tmp_path / "src" / "a.edf", 5, labels=labels)
+    assert "--rename FILE, two columns: label in the file, electrode" in said(tmp_path / "src", tmp_path / "out")[1]
+    table = tmp_path / "names.csv"
+    for delimiter in ("\t", ",", ";", " "):
+        table.write_text("".join(f"{label.upper()}{delimiter}{name}\n" for label, name in zip(labels, NAMES)) + f"gone{delimiter}Cz\n")
+        done = command("import", tmp_path / "src", tmp_path / "out", "--rename", table)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "hint: no imported file has a channel gone of --rename" in done.stdout
+    assert "1 already there" in done.stdout
+    table.write_text(table.read_text().replace("Fp1", "T8X").replace("F3\n", "F4\n").replace("T8X", "T7"))
+    assert command("import", tmp_path / "src", tmp_path / "out", "--rename", table).returncode == 1
+    for content, why in (("a\tb\n", "'a\\\\tb'"), ("", "empty"), ("a\tFp1\na\tFp2\n", "named Fp1 and Fp2"), ("one\n", "two columns"),
+                         ("# nothing\n", "no electrode")):
+        table.write_text(content)
+        with pytest.raises(edf.DataError, match=why):
+            imported(tmp_path / "src", tmp_path / "out", renames=table)
+    with pytest.raises(edf.DataError, match="No such file"):
+        imported(tmp_path / "src", tmp_path / "out", renames=tmp_path / "nothing")
+
+
+def test_advice_on_montages_is_never_a_circle(tmp_path):
+    """What a refusal names as the cure works."""
+    bipolar = list(edf.BIPOLAR)
+    for labels in (bipolar, bipolar[:17], bipolar[:9], [f"{name}-Cz" for name in NAMES if name != "Cz"]):
+        path = write_edf(tmp_path / "a.edf", 5, labels=labels)
+        for montage, other in (("referential", "bipolar"), ("bipolar", "referential")):
+            try:
+                prepare(path, montage)
+            except edf.DataError as refusal:
+                if f"--montage {other}" in str(refusal):
+                    prepare(path, other)
+                if "--montage reduced --channels " in str(refusal):
+                    names = str(refusal).split("--channels ")[1].split(";")[0]
+                    prepare(path, "reduced", reduced=edf.channel_names(names))
+
+
+def test_wearable_channels_may_have_alternatives(tmp_path):
+    names = edf.channel_names("BTEleft SD|BTEright SD,CROSStop SD|BTEright SD")
+    for kinds in (("BTEleft SD", "CROSStop SD"), ("BTEleft SD", "BTEright SD"), ("BTEright SD", "CROSStop SD")):
+        write_edf(tmp_path / "src" / f"{kinds[0]} {kinds[1]}.edf", 30, labels=[*kinds, "ECG SD"])
+    write_edf(tmp_path / "src" / "one.edf", 30, labels=["BTEright SD", "ECG SD"])
+    report, text = said(tmp_path / "src", tmp_path / "out", montage="reduced", channels=names)
+    assert len(report.read) == 3 and len(report.refused) == 1
+    assert "BTEright SD would be two channels" in report.refused[0][1]
+    assert text.count("BTEright SD in the place of ") == 2
+    recordings = data.open_corpus(tmp_path / "out")
+    assert {r.channels for r in recordings} == {("BTEleft SD|BTEright SD", "CROSStop SD|BTEright SD")}
+    assert data.Loader(data.Windows([fake("a")])).batches([[0]], 1)
+
+
+def test_an_impedance_test_without_length_does_not_refuse_a_recording():
+    labels = annotations.parse_events_tsv(tsv((5, 0, "impd"), (9, -3, "impd"), (10, 5, "sz")))
+    assert labels.events == [(10, 15)] and len(labels.notes) == 2
+
+
+# ---- headers ----
+
+def test_a_digital_maximum_of_32768_is_read_as_it_is_written(tmp_path):
+    right = microvolts(prepare(write_edf(tmp_path / "a.edf", 5)))
+    r = prepare(write_edf(tmp_path / "b.edf", 5, dmin="-32767", dmax="32768", pmin="-3276.7", pmax="3276.8"))
+    assert "digital maximum 32768" in r.notes
+    np.testing.assert_allclose(microvolts(r), right, atol=0.02)
+
+
+def test_an_empty_annotation_signal_of_a_continuous_file_is_read(tmp_path):
+    path = plus(tmp_path / "a.edf", range(5), "EDF+C")
+    raw = bytearray(path.read_bytes())
+    for record in range(5):
+        end = 256 * 21 + (record + 1) * (19 * 512 + 64)
+        raw[end - 64:end] = bytes(64)
+    path.write_bytes(raw)
+    r = prepare(path)
+    assert r.seconds == 5 and "its annotation signal is empty" in r.notes
+    assert edf.read_annotations(edf.read_header(path)) == []
+    path.write_bytes(bytes(raw).replace(b"EDF+C", b"EDF+D"))
+    with pytest.raises(edf.DataError, match="no onset"):
+        prepare(path)
+
+
+def drifting(path, records, late, annotations=()):
+    return plus(path, [round(i * (1 + late), 4) for i in range(records)], "EDF+C", annotations)
+
+
+def test_drift_moves_labels_inside_to_their_samples_and_refuses_labels_of_an_unknown_clock(tmp_path):
+    """9 ms a record, 2.7 s in all: a seizure at 200.79 s by the file's clock is at sample 199 s."""
+    src = tmp_path / "src"
+    drifting(src / "inside_1.edf", 300, 0.009, {199: mark(200.791, "sz", 10)})
+    drifting(src / "beside_1.edf", 300, 0.009)
+    (src / "beside_1_events.tsv").write_text(tsv((200, 10, "sz")))
+    drifting(src / "none_1.edf", 300, 0.009)
+    drifting(src / "little_1.edf", 100, 0.009)
+    (src / "little_1_events.tsv").write_text(tsv((20, 10, "sz")))
+    report, text = said(src, tmp_path / "out")
+    assert [why for _, why in report.refused] == [
+        "the clock of its records is 2.69 s off at the end, and which clock beside_1_events.tsv goes by is not known"]
+    recordings = {r.name: r for r in data.open_corpus(tmp_path / "out")}
+    assert abs(recordings["inside_1"].events[0, 0] - 199) < 0.01
+    assert recordings["little_1"].labelled and not recordings["none_1"].labelled
+
+
+# ---- labels ----
+
+def parse(*found, seizure=(), background=()):
+    """Events of (onset, duration, text), None for unlabelled, or the reason."""
+    try:
+        labels = annotations.parse_annotations(list(found), annotations.user_texts(seizure, background))
+    except edf.DataError as why:
+        return str(why)
+    return None if labels is None else labels.events
+
+
+@pytest.mark.parametrize("start, end", [
+    ("Anfallsbeginn", "Anfallsende"), ("Anfallsanfang", "Ende des Anfalls"), ("sz on", "sz off"), ("SZ-ON", "SZ_OFF"), ("Sz onset:", "Sz offset."),
+    ("1st seizure start", "1st seizure end"), ("first seizure start", "seizure 1 end"), ("Anfall 2 Beginn", "zweiter Anfall Ende"),
+    ("sz1 on", "sz1 off"), ("Seizure #3 start", "Seizure end"), ("début de crise", "fin de la crise"), ("inicio de crisis", "fin de crisis"),
+    ("Seizure start@@F7", "Seizure end@@F7"), ("seizure started", "seizure ended")])
+def test_pairs_of_a_seizure_in_common_words(start, end):
+    assert parse((3, None, start), (9, None, end)) == [(3, 9)]
+
+
+def test_numbers_of_a_pair_are_compared():
+    assert "their numbers differ" in parse((1, None, "Sz 1 onset"), (5, None, "Sz 2 offset"))
+    assert "their numbers differ" in parse((1, None, "first seizure start"), (5, None, "2nd seizure end"))
+    assert parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz 1 offset"), (9, None, "Sz 2 offset")) == [(1, 5), (3, 9)]
+    assert "may end" in parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz offset"))
+
+
+def test_an_end_closes_whichever_start_is_open_built_in_or_given():
+    focal = "Anfall Beginn (fokal li temporal)"
+    pair = [f"{focal}..Anfall Ende"]
+    both = ((1, None, "Anfall Beginn"), (5, None, "Anfall Ende"), (11, None, focal), (15, None, "Anfall Ende"))
+    assert parse(*both, seizure=pair) == [(1, 5), (11, 15)]
+    assert parse(*both[:2], seizure=pair) == [(1, 5)]
+    two = ["fokal..Anfall Ende", "generalisiert..Anfall Ende"]
+    assert parse((1, None, "fokal"), (5, None, "Anfall Ende"), (8, None, "generalisiert"), (9, None, "Anfall Ende"), seizure=two) == [(1, 5), (8, 9)]
+    assert parse((1, None, "sz start"), (5, None, "red off"), seizure=["red on..red off"]) == [(1, 5)]
+    assert "has no start" in parse((5, None, "red off"), seizure=["red on..red off"])
+
+
+@pytest.mark.parametrize("text", ["Focal seizure L temporal", "SZ?", "Anfall unklar", "crise partielle complexe", "crisis focal",
+                                  "ictal rhythm right", "Electrographic onset", "EEG onset", "postictal slowing", "GTCS / convulsion", "Anf\xe4lle"])
+def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
+    """Also beside others that are known; said, with what to do, and the user gets it out."""
+    beside = (1, 2, "Seizure"), (5, None, "background")
+    why = parse(*beside, (9, 3, text))
+    assert repr(text) in why and "--seizure-label or --background-label" in why
+    assert parse(*beside, (9, 3, text), background=[text]) == [(1, 3)]
+    assert parse(*beside, (9, 3, text), seizure=[text]) == [(1, 3), (9, 12)]
+
+
+@pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no clinical seizures"])
+def test_other_texts_beside_a_seizure_leave_its_labels(text):
+    assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
+
+
+def test_texts_that_speak_of_a_seizure_come_first_in_the_list(tmp_path):
+    notes = {i: mark(i, f"note {i // 2}") for i in range(100)}
+    plus(tmp_path / "src" / "P03_EEG.edf", range(100), "EDF+C", notes | {50: mark(50, "Ictal rhythm L", 5)})
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    lines = text.splitlines()
+    assert lines[lines.index("EDF+ annotations that label nothing:") + 1] == "  1 x 'Ictal rhythm L'"
+    again = said(tmp_path / "src", tmp_path / "out")[1]
+    told = []
+    data.info(tmp_path / "out", told.append)
+    for said_of in (text, again, "\n".join(told)):
+        assert "NO LABELS, not used for training or scoring: P03_EEG (its EDF+ annotations: 'Ictal rhythm L'" in said_of
+        assert "0 seizures" not in said_of and "repaired" not in said_of
+    assert any("P03: 0.03 h, no labels" in line for line in told)
+
+
+def test_training_names_the_recordings_without_labels():
+    unlabelled = fake("c", labelled=False)
+    unlabelled.unlabelled, unlabelled.path = "no annotations", "c.h5"
+    lines = splits.told([fake("a"), fake("b"), unlabelled], [fake("a")], [fake("b")], "patient")
+    assert "NO LABELS, not used for training or scoring: c (no annotations)" in lines
+
+
+@pytest.mark.parametrize("name, content, events", [
+    ("a.tse_bi", "version = tse_v1.0.0\n\n0.0000 5.0000 bckg 1.0000\n5.0000 9.0000 seiz 1.0000\n9.0000 20.0000 bckg 1.0000\n", [[5, 9]]),
+    ("a.tse", "version = tse_v1.0.0\n\n0.0 5.0 bckg 1.0\n5.0 9.0 cpsz 0.9\n", [[5, 9]]),
+    ("a.csv", "Onset,Duration,Annotation\n+5.000000,4.0,Seizure\n1,,eyes open\n", [[5, 9]]),
+    ("a_annotations.csv", "onset,duration,description\n5,4,sz\n", [[5, 9]]),
+    ("a.txt", "# MNE-Annotations\n# onset, duration, description\n5.0, 4.0, Seizure\n", [[5, 9]]),
+    ("a.tsv", "Time [s]\tEvent\n5\tSeizure start\n9\tSeizure end\n", [[5, 9]]),
+    ("a_events.tsv", "onset\tduration\ttrial_type\n5\t4\tseizure\n12\tn/a\teyes_open\n", [[5, 9]]),
+    ("a.txt", "Dear colleague,\nwe saw a seizure.\n", "a.txt is no table of onsets and texts"),
+    ("a.csv", "x,y\n1,2\n", "a.csv is no table"),
+    ("a.csv", "Time,Event\n22:15:03,Seizure\n", "a.csv: onset is '22:15:03', not a number"),
+    ("a.lbl_bi", "version = lbl_v1.0.0\n", "not read as labels: a.lbl_bi"),
+    ("a_annotations.xml", "<xml/>", "not read as labels: a_annotations.xml")])
+def test_label_files_and_exported_lists_beside_an_edf_are_read_or_named(tmp_path, name, content, events):
+    write_edf(tmp_path / "src" / "a.edf", 20)
+    (tmp_path / "src" / name).write_text(content)
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert not report.refused, report.refused
+    r, = data.open_corpus(tmp_path / "out")
+    if isinstance(events, str):
+        assert not r.labelled and events in text
+    else:
+        assert r.labelled and r.events.tolist() == events
+
+
+def test_what_a_bids_channels_file_says_and_the_import_does_not_act_on_is_noted(tmp_path):
+    write_edf(tmp_path / "src" / "sub-01_eeg.edf", 5)
+    (tmp_path / "src" / "sub-01_channels.tsv").write_text("name\ttype\tunits\tstatus\nFp1\tEEG\tmV\tbad\nF3\tEEG\tmV\tgood\n")
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    assert "sub-01_channels.tsv calls Fp1 bad: taken all the same" in text
+    assert "sub-01_channels.tsv gives units mV: those of the EDF count" in text
+
+
+def test_an_empty_row_is_dropped_and_alone_is_no_label():
+    rows = CSV.format("30") + "TERM,0.0000,0.0000,seiz,1\n"
+    with pytest.raises(edf.DataError, match="no row"):
+        annotations.parse_csv(rows + rows.splitlines()[-1] + "\n")
+    assert annotations.parse_csv(rows + "TERM,5,9,seiz,1\n").events == [(5, 9)]
+
+
+# ---- labels never change a prediction ----
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of an untrained small model that finds something in noise."""
+    torch.manual_seed(0)
+    config = {"model": model.SMALL, "experiment": {"seed": 0}, "data": {"path": ""},
+              "evaluation": {**evaluate.DEFAULTS, "window_seconds": 20.0}}
+    state = {"model": model.V3(19, **model.SMALL).state_dict(), "config": config, "montage": "referential",
+             "channels": list(NAMES), "optimizer": {}, "scores": {"threshold": 0.02}}
+    path = tmp_path_factory.mktemp("weights") / "best.pt"
+    checkpoint.atomic_save(state, path)
+    return path
+
+
+def test_labels_beside_or_inside_an_edf_do_not_change_the_events_that_are_written(weights, tmp_path, capsys):
+    folder = tmp_path / "x"
+    edf_file = plus(folder / "a.edf", range(60), "EDF+C", {2: mark(2, "seizure end")})
+    written = []
+    for labels in (None, tsv((5, 9, "sz")), tsv((5, 9, "sz", 1, "n/a", "n/a", "900.00")), "broken", "dead link"):
+        beside = folder / "a_events.tsv"
+        beside.unlink(missing_ok=True)
+        if labels == "dead link":
+            beside.symlink_to(tmp_path / "nothing")
+        elif labels:
+            beside.write_text(labels)
+        arguments = ["--checkpoint", str(weights), "--data", str(edf_file)]
+        assert evaluate.main([*arguments, "--events", str(tmp_path / "o.tsv")]) == 0
+        written.append((tmp_path / "o.tsv").read_text())
+        assert "background" not in capsys.readouterr().err
+        assert evaluate.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+        written.append((tmp_path / "out" / "a_events.tsv").read_text())
+        text = capsys.readouterr().out
+        assert ("NO LABELS" in text) == (labels != tsv((5, 9, "sz")))
+    assert len(set(written)) == 1 and "\tsz\t" in written[0]
+
+
+# ---- patients ----
+
+def test_header_codes_that_contradict_the_names_are_said_with_what_to_do_and_never_printed(tmp_path):
+    src = tmp_path / "src"
+    for name, patient in (("anna_1", "SECRET7 F 01-JAN-1980 Meier"), ("berta_1", "SECRET7 F 01-JAN-1980 Meier"),
+                          ("carl_1", "SECRET8 M X X"), ("carl_2", "SECRET9 M X X"), ("dora_1", "X X X X"), ("emil_1", "X X X X")):
+        plus(src / f"{name}.edf", range(5), "EDF+C", patient=patient)
+    for _ in range(2):                                  # of a second import too
+        text = said(src, tmp_path / "out")[1]
+        assert ("warning: patients anna, berta are one person by their EDF headers: train with "
+                "data.same_person: [berta = anna]") in text
+        assert "warning: patient carl is 2 persons by the EDF headers" in text and "dora" not in text.split("warning", 1)[1]
+    told = []
+    data.info(tmp_path / "out", told.append)
+    everything = text + "\n".join(told) + (tmp_path / "out" / disk.INDEX).read_text()
+    assert "one person by their EDF headers" in "\n".join(told) and "SECRET" not in everything and "Meier" not in everything
+    assert b"SECRET" not in b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.h5"))
+    recordings = data.open_corpora(tmp_path / "out", ["berta = anna"])
+    assert {r.patient for r in recordings if r.name in ("anna_1", "berta_1")} == {"anna"}
+    one, two = fake("anna"), fake("berta")
+    one.patient_code = two.patient_code = "0f0f0f0f"
+    assert any("anna, who trains, and berta, who validates" in line for line in splits.told([one, two], [one], [two], "patient"))
+
+
+def test_files_named_eeg_and_a_patient_are_of_several(tmp_path):
+    for name in ("EEG_P01_a", "EEG_P02_a", "P03_EEG", "anna_1", "EEG"):
+        write_edf(tmp_path / f"{name}.edf", 5)
+    found = {corpora.identify(path, tmp_path).patient for path in tmp_path.iterdir()}
+    assert found == {"P01", "P02", "P03", "anna", "EEG"}
+
+
+# ---- an import that has not finished ----
+
+def test_training_on_a_corpus_still_being_imported_is_a_passing_fault(tmp_path):
+    """Exit 1 while the import runs and after it was killed, with the command that finishes it; then as ever."""
+    for name in "abcd":
+        write_edf(tmp_path / "src" / f"{name}_1.edf", 60)
+        (tmp_path / "src" / f"{name}_1_events.tsv").write_text(tsv((20, 20, "sz")))
+    process = held_import(tmp_path, 3, 1, tmp_path / "gate")
+    config = loaded(tmp_path / "out", tmp_path / "results", training__epochs=1)
+
+    def start():
+        return forked.run([sys.executable, ROOT / "train.py", "--config", tmp_path / "results" / "config.yaml"],
+                          capture_output=True, text=True)
+    running = start()
+    assert running.returncode == 1 and "is being imported by process" in running.stderr + running.stdout
+    os.killpg(process.pid, 9)
+    rest(process)
+    stopped = start()
+    assert stopped.returncode == 1 and "Finish it: python data.py import" in stopped.stderr + stopped.stdout
+    with pytest.raises(TemporaryFault, match="Finish it"):
+        data.copy_corpus(tmp_path / "out", tmp_path / "fast")
+    told = command("info", tmp_path / "out")
+    assert told.returncode == 0 and "NOT WHOLE" in told.stdout and "2 recordings" in told.stdout
+    again = (stopped.stderr + stopped.stdout).split("Finish it: ")[1].splitlines()[0].split()[3:]
+    assert command("import", *again).returncode == 0
+    assert len(data.open_corpora(config["data"]["path"])) == 4 and "NOT WHOLE" not in command("info", tmp_path / "out").stdout
+
+
+def test_evaluating_a_corpus_whose_import_was_stopped_is_exit_1(weights, tmp_path, capsys):
+    write_edf(tmp_path / "src" / "a.edf", 60)
+    imported(tmp_path / "src", tmp_path / "out")
+    disk.write_json(tmp_path / "out" / disk.REPORT, {"refused": [], "unfinished": "python data.py import src out"})
+    assert evaluate.main(["--checkpoint", str(weights), "--data", str(tmp_path / "out"), "--out", str(tmp_path / "e")]) == 1
+    assert "Finish it: python data.py import src out" in capsys.readouterr().err
+    imported(tmp_path / "src", tmp_path / "out")
+    disk.write_json(tmp_path / "out" / disk.REPORT, {"refused": []})                    # of an earlier version
+    assert len(data.open_corpus(tmp_path / "out")) == 1
+
+
+# ---- what an import leaves out ----
+
+def test_recordings_of_other_kinds_beside_edf_files_are_said(tmp_path):
+    write_edf(tmp_path / "src" / "a.edf", 5)
+    for name in ("b.bdf", "c.BDF", "d.vhdr"):
+        (tmp_path / "src" / name).write_bytes(b"x")
+    assert "hint: not read: 2 .bdf, 1 .vhdr: convert or unpack them to .edf" in said(tmp_path / "src", tmp_path / "out")[1]
+
+
+def test_info_ends_in_silence_where_nobody_reads_on(tmp_path):
+    for i in range(3):
+        write_edf(tmp_path / "src" / f"{'x' * 90}{i}.edf", 5)
+    imported(tmp_path / "src", tmp_path / "out")
+    line = f"'{sys.executable}' -u '{ROOT / 'data.py'}' info '{tmp_path / 'out'}' | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_edf_py_works_alone(tmp_path):
+    shutil.copy(ROOT / "eeg" / "edf.py", tmp_path)
+    write_edf(tmp_path / "x.edf", 5)
+    code = ("import edf; h = edf.read_header('x.edf'); s = edf.prepare_edf(h, edf.Recipe('referential'));"
+            "print(s.eeg.shape, edf.read_annotations(h))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "(19, 1280) []\n", done.stderr
+
+
+assert train                                            # imported before anything is forked
