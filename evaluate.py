@@ -13,15 +13,16 @@ three functions:
 Event and sample scores follow SzCORE (Dan et al., Epilepsia 2024) through the package timescoring:
 events closer than 90 s are one, longer than 5 min are cut, a detection may come 30 s early and 60 s
 late, counts are summed per patient and the scores averaged over patients. Sensitivity at a
-false-alarm rate uses the plain any-overlap rule, pooled over the set. AUROC, average precision and
-calibration error take one sample per second, its middle one: labels are no finer, and whole sets
+false-alarm rate is by event too, pooled over the set. AUROC, average precision and calibration error take one sample per second, its middle one: labels are no finer, and whole sets
 stay small enough to rank exactly. The loss is binary cross-entropy over every sample, without class
 weights.
 
 What cannot be computed is NaN in Python, null in scores.json (with the reason), and never counts as
 best in training: without a labelled recording, everything; without a seizure, all but loss,
 calibration_error and false_alarms_per_24h; without background, auroc and average_precision; with a
-probability that is not finite, everything. A patient with neither seizures nor detections has no
+probability that is not finite, everything. Clips around seizures hold little background: where even
+a detector that is always on has few false alarms, event scores and sensitivity at their rates say
+nothing, and are not computed (scoring/metrics.py gives the bounds). A patient with neither seizures nor detections has no
 F1, and one without detections no precision: left out of those means, as SzCORE does. A set with
 seizures and nothing detected has precision 0.
 """
@@ -59,7 +60,9 @@ from scoring import metrics
 import model
 from scoring import report
 from eeg import splits
-from scoring.metrics import METRICS, check_metric       # also for training, which knows only this file
+# also for training, which knows only this file
+from scoring.metrics import METRICS, check_metric, deciding
+from scoring.report import validation_line
 
 FS = edf.FS
 DAY = (0, 86400)                        # seconds, or how often in them
@@ -236,8 +239,8 @@ def _events(probability, threshold, c):
 def score(recording, probability, config):
     """The record of one recording: plain values and small tensors, about 18 kB per hour and 1 kB.
 
-    Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, samples, loss
-    (sum over them), thresholds (K,), counted (N names), counts (K, N) at each threshold, and
+    Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, what
+    metrics.ground() gives, definitions, samples, loss (sum over them), thresholds (K,), counted (N names), counts (K, N) at each threshold, and
     probability float32 and label uint8 of the middle sample of every second."""
     c = settings(config)
     record = {
@@ -266,6 +269,8 @@ def score(recording, probability, config):
     middle = slice(FS // 2, None, FS)
     return record | {
         "seizures": len(truth),
+        **metrics.ground(truth, recording.seconds),
+        "definitions": metrics.DEFINITIONS,
         "samples": int(recording.samples),
         "loss": metrics.cross_entropy(probability, label),
         "thresholds": torch.from_numpy(thresholds),
@@ -283,7 +288,8 @@ def _thresholds(c):
 # ---- metrics of a set ----
 
 def summarise(scores, config):
-    """Every metric of METRICS as a float, and the threshold that event and sample scores use.
+    """Every metric of METRICS as a float, the threshold that event and sample scores use, and their
+    ground: recordings, hours, background_hours, seizures, patients, always_on_f1.
 
     scores: records of score(), in any order. With config["tune"] the threshold is the one with the
     best event F1 among those that keep to config["max_false_alarms_per_24h"] on these very
@@ -297,16 +303,18 @@ def summarise(scores, config):
                          "score the recordings anew")
     result = dict.fromkeys(METRICS, math.nan)
     result["threshold"] = float(c["threshold"])
+    result |= metrics.grounds(records)
     if not records or not all(s["finite"] for s in records):
         return result
     label = np.concatenate([s["label"].numpy() for s in records]) > 0
     probability = np.concatenate([s["probability"].numpy() for s in records])
     result["loss"] = sum(s["loss"] for s in records) / sum(s["samples"] for s in records)
-    result["auroc"], result["average_precision"] = metrics.ranking(probability, label)
-    result["calibration_error"] = metrics.calibration_error(probability, label)
+    for name, (_, formula, _) in metrics.RANKED.items():
+        result[name] = formula(probability, label)
     curves = metrics.over_patients(metrics.by_patient(records))
     index = int(np.searchsorted(thresholds, c["threshold"]))
-    if c["tune"] and any(s["seizures"] for s in records):
+    why = metrics.undefined(records)
+    if c["tune"] and "event_f1" not in why:
         cap = c["max_false_alarms_per_24h"]
         index = metrics.best(curves["event_f1"], curves["false_alarms_per_24h"], cap)
         result["threshold"] = float(thresholds[index])
@@ -316,7 +324,13 @@ def summarise(scores, config):
         for name in ("event_precision", "sample_precision"):
             if math.isnan(result[name]):                    # seizures, and nothing detected
                 result[name] = 0.0
-    return result | dict.fromkeys(metrics.undefined(records), math.nan)
+    return result | dict.fromkeys(why, math.nan)
+
+
+def reusable(records, before, now):
+    """Whether records that score() made under the settings `before` count under `now`."""
+    return rules(before) == rules(now) and all(
+        s.get("definitions") == metrics.DEFINITIONS for s in records if s["labelled"])
 
 
 def over_cap(summary, config):
@@ -373,6 +387,8 @@ def stored_settings(state):
         return c, "evaluation.threshold of the config, since the checkpoint holds no tuned one"
     if not config.get("tune", DEFAULTS["tune"]):
         return c, "evaluation.threshold of the config"
+    if math.isnan(state["scores"].get("event_f1", 0)):
+        return c, "evaluation.threshold of the config, since validation had no event F1 to tune by"
     source = "tuned on the dev set in training"
     if "max_false_alarms_per_24h" not in config:            # tuned before there was a cap
         return c, source
@@ -586,6 +602,7 @@ def tell(records, detections, c):
     """What scores.json says about the records: metrics at the top level, null with the reason where
     not computable; intervals and the trade-off over patients; each recording and each patient."""
     labelled = [s for s in records if s["labelled"]]
+    ground = metrics.grounds(labelled)
     whole = scores(records, c)
     intervals, trade_off = {}, []
     if whole["event_f1"] is not None:
@@ -600,10 +617,13 @@ def tell(records, detections, c):
         "intervals": intervals,
         "recordings": len(records),
         "hours": sum(s["seconds"] for s in records) / 3600,
-        "labelled_recordings": len(labelled),
-        "labelled_hours": sum(s["seconds"] for s in labelled) / 3600,
         "patients": len({s["patient"] for s in records}),
-        "seizures": sum(s["seizures"] for s in labelled),
+        "labelled_recordings": ground["recordings"],
+        "labelled_hours": ground["hours"],
+        "labelled_patients": ground["patients"],
+        "background_hours": ground["background_hours"],
+        "seizures": ground["seizures"],
+        "always_on_f1": None if math.isnan(ground["always_on_f1"]) else ground["always_on_f1"],
         "trade_off": trade_off,
         "per_patient": _rows_of_patients(records, detections, c),
         "per_recording": [_row([s], [n], c, recording=s["recording"])
@@ -689,7 +709,7 @@ def prepare(args):
             "name": "timescoring",
             "version": importlib.metadata.version("timescoring"),
             "rules": "SzCORE by event and sample, mean over patients; "
-                     "any overlap for sensitivity_at",
+                     "sensitivity_at by event, pooled",
         },
     }
 

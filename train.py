@@ -422,7 +422,8 @@ class Trainer:
             state = self.pack()
             if self.group.main:
                 self.home.save_epoch(state, value, tie, began)
-        self.say(f"validation of epoch {self.epoch}: {listed(summary)}")
+        line = evaluate.validation_line(summary, name)
+        self.say(f"validation of epoch {self.epoch}: {line}")
         missed = evaluate.over_cap(summary, self.config["evaluation"])
         if missed:
             self.say(f"validation of epoch {self.epoch}: {missed}")
@@ -531,7 +532,8 @@ class Trainer:
         if self.batch:                  # else the state ends an epoch, and the next one begins
             self.windows_done = state["sampler"]["windows"]
             self.scores = dict(state["validation"])
-        if self.scores and state["config"]["evaluation"] != self.config["evaluation"]:
+        if self.scores and not evaluate.reusable(
+                self.scores.values(), state["config"]["evaluation"], self.config["evaluation"]):
             self.say(f"resume: evaluation settings changed: the {len(self.scores)} recordings "
                      f"validated so far are scored anew")
             self.scores = {}
@@ -591,15 +593,6 @@ class Trainer:
         if self.group.main:
             line += f", last save: {self.home.last_save}"
         return line
-
-
-def listed(summary):
-    """All metrics in one line."""
-    shown = []
-    for name in evaluate.METRICS:
-        value = summary[name]
-        shown.append(f"{name} -" if math.isnan(value) else f"{name} {value:.4g}")
-    return ", ".join(shown)
 
 
 def duration(seconds):

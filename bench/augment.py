@@ -132,8 +132,8 @@ def auroc(net, c, recordings):
     patients = [[np.concatenate(part) for part in zip(*rows)] for rows in seconds.values()]
     every = [np.concatenate(part) for part in zip(*patients)]
     both = [(p, label) for p, label in patients if 0 < label.sum() < len(label)]
-    mean = np.mean([metrics.ranking(p, label)[0] for p, label in both])
-    return metrics.ranking(*every)[0], mean
+    mean = np.mean([metrics.auroc(p, label) for p, label in both])
+    return metrics.auroc(*every), mean
 
 
 def cell(values):

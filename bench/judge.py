@@ -128,7 +128,7 @@ def auroc(recordings, tracks):
     middle = slice(FS // 2, None, FS)
     probability = np.concatenate([tracks[r.name][middle] for r in recordings])
     label = np.concatenate([r.labels(0, r.samples)[middle] for r in recordings]) > 0
-    return metrics.ranking(probability, label)[0]
+    return metrics.auroc(probability, label)
 
 
 def counted(recordings, tracks, threshold):

@@ -252,7 +252,7 @@ def average_precision(recordings, track):
     middle = slice(FS // 2, None, FS)
     probability = np.concatenate([track(r)[middle] for r in recordings])
     label = np.concatenate([r.labels(0, r.samples)[middle] for r in recordings])
-    return metrics.ranking(probability, label > 0)[1]
+    return metrics.average_precision(probability, label > 0)
 
 
 def hours_of(recordings):

@@ -94,9 +94,13 @@ class Split:
             self.train, self.dev = splits.split(recordings, c, self.seed)
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             first = self.order(1)
-            evaluate.check_metric(config["training"]["best_metric"], self.dev)
+            name, why = evaluate.deciding(config["training"]["best_metric"], self.dev)
         except (edf.DataError, ValueError) as error:
             raise Refused(f"{c['path']}: {error}") from None
+        # written into the run's configuration: best.pt is compared by it from now on
+        config["training"]["best_metric"] = name
+        if why:
+            say(f"warning: {why}")
         self.fingerprint = data.fingerprint(self.train + self.dev)
         self.channels, self.montage = self.train[0].channels, self.train[0].montage
         self.prepared = self.train[0].prepared

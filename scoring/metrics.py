@@ -1,20 +1,22 @@
 """Metrics of a seizure detector from the counts of its recordings. METRICS lists them.
 
 Events are scored by timescoring under SzCORE's rules; evaluate.py says which, and what is left
-undefined. A new counted metric is a row of COUNTED, and a row of count() where it counts something
-new.
+undefined. A new metric is a formula and its row: of counts in COUNTED (and a row of count() where
+it counts something new), of probabilities in RANKED.
 """
-import difflib
 import math
 
 import numpy as np
 from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring, SampleScoring
 
+from eeg.settings import nearest
+from eeg.splits import person
 
-DEFINITIONS = 1                         # raised where a metric's value changes: see evaluate.rules
+DEFINITIONS = 2                         # raised where a metric's value changes: see evaluate.rules
 DAY = 86400                             # seconds
 TINY = 1e-12                            # scores that differ by less are equal
+TOLERANCE = EventScoring.Parameters()   # SzCORE's, in seconds
 
 
 # ---- counted metrics: formulas over counts of events or samples, arrays over the thresholds ----
@@ -58,33 +60,101 @@ COUNTED = {
     "sample_sensitivity": ("max", _sensitivity, "sample"),
     "sample_precision": ("max", _precision, "sample"),
 }
+
+
+# ---- metrics of probabilities: of the middle sample of every second, with its label ----
+
+def auroc(probability, label):
+    """The Mann-Whitney statistic, ties half."""
+    from scipy.stats import rankdata    # here: training starts a second earlier without it
+    positive = int(label.sum())
+    negative = len(label) - positive
+    if not positive or not negative:
+        return math.nan
+    rank = float(rankdata(probability)[label].sum())
+    lowest = positive * (positive + 1) / 2                  # where all positives come last
+    return (rank - lowest) / positive / negative
+
+
+def average_precision(probability, label):
+    """The sum of precision over the steps of recall."""
+    positive = int(label.sum())
+    if not positive or positive == len(label):
+        return math.nan
+    order = np.argsort(-probability, kind="stable")
+    changes = np.flatnonzero(np.diff(probability[order]))
+    last = np.append(changes, len(order) - 1)           # ties count at once, with the last of them
+    hits = np.cumsum(label[order])[last]
+    precision = hits / (last + 1)
+    gained = np.diff(hits, prepend=0)
+    return float((gained * precision).sum() / positive)
+
+
+def calibration_error(probability, label, bins=10):
+    """Expected error over equal bins (Guo et al., ICML 2017)."""
+    if not len(label):
+        return math.nan
+    which = (probability * bins).astype(int)
+    which = np.minimum(which, bins - 1)
+    expected = np.bincount(which, probability.astype(np.float64), bins)
+    observed = np.bincount(which, label.astype(np.float64), bins)
+    error = np.abs(expected - observed)
+    return float(error.sum() / len(label))
+
+
+# name -> what is better, formula, whether it needs a seizure and background
+RANKED = {
+    "auroc": ("max", auroc, True),
+    "average_precision": ("max", average_precision, True),
+    "calibration_error": ("min", calibration_error, False),
+}
+
+# ---- every metric ----
+
 FALSE_ALARMS = (10, 5, 2.5, 1)          # per 24 h, at which the share of seizures found is given
+AT_RATE = {f"sensitivity_at_{rate:g}fa": rate for rate in FALSE_ALARMS}
 METRICS = {                             # name -> what is better
     "loss": "min",
-    "auroc": "max",
-    "average_precision": "max",
-    "calibration_error": "min",   # expected error over 10 equal bins (Guo et al., ICML 2017)
+    **{name: better for name, (better, _, _) in RANKED.items()},
     **{name: better for name, (better, _, _) in COUNTED.items()},
-    **{f"sensitivity_at_{limit:g}fa": "max" for limit in FALSE_ALARMS},
+    **dict.fromkeys(AT_RATE, "max"),
 }
-ALWAYS = ("loss", "calibration_error", "false_alarms_per_24h")      # computable without a seizure
-RANKING = ("auroc", "average_precision")                            # need background too
+BY_EVENT = [name for name, (_, _, kind) in COUNTED.items() if kind == "event"]
+# computable without a seizure, and those that need background beside it
+ALWAYS = ["loss", "false_alarms_per_24h"] + [name for name, row in RANKED.items() if not row[2]]
+RANKING = [name for name, row in RANKED.items() if row[2]]
+FALLBACK = "average_precision"          # decides where there is too little background for the other
 
 
-def check_metric(name, recordings=None):
-    """Raise ValueError unless `name` is in METRICS and, where recordings are given, computable
-    on them."""
+def check_metric(name, recordings=None, part="these recordings"):
+    """Raise ValueError unless `name` is in METRICS and, where recordings are given, computable on
+    them; `part` names them."""
     if name not in METRICS:
-        near = difflib.get_close_matches(str(name).lower(), METRICS, 1, 0.0)
-        raise ValueError(f"unknown metric {name!r}; the nearest is {near[0]}")
-    if recordings is None:
-        return
-    labelled = [r for r in recordings if r.labelled]
-    seizure = sum(_inside(r) for r in labelled)
-    total = sum(r.seconds for r in labelled)
-    why = _undefined(bool(labelled), seizure > 0, seizure < total)
+        raise ValueError(f"unknown metric {name!r}; the nearest is {nearest(name, METRICS)}")
+    why = _undefined_on(recordings) if recordings is not None else {}
     if name in why:
-        raise ValueError(f"{name} cannot be computed on these recordings: {why[name]}")
+        raise ValueError(f"{name} cannot be computed on {part}: {why[name]}")
+
+
+def deciding(name, recordings, part="validation (dev)"):
+    """(the metric that decides best.pt, why it is another one than `name`, or ""). Too little
+    background leaves FALLBACK, which needs none beyond the tolerance of a seizure: otherwise no
+    epoch would ever be the best. Raises ValueError where that cannot be computed either."""
+    why = _undefined_on(recordings).get(name)
+    if not why:
+        return name, ""
+    check_metric(FALLBACK, recordings, part)
+    return FALLBACK, (f"{name} cannot be computed on {part}: {why}; "
+                      f"{FALLBACK} decides best.pt instead of training.best_metric")
+
+
+def _undefined_on(recordings):
+    """undefined() of recordings that are not scored yet."""
+    labelled = [r for r in recordings if r.labelled]
+    grounds = [{"patient": person(r.patient), "seconds": r.seconds, **ground(r.events, r.seconds)}
+               for r in labelled]
+    inside = sum(_inside(r) for r in labelled)
+    return _undefined(grounds, inside < sum(r.seconds for r in labelled))
 
 
 def _inside(recording):
@@ -99,7 +169,6 @@ def count(truth, found, seconds):
     """{name: int}: counts of events found against the truth, both (N, 2) in seconds. A new count
     is one more row here, and a formula of it one more in COUNTED."""
     by_event, by_sample = _scorers(truth, found, seconds)
-    overlap = touching(truth, found)
     counts = {
         "event_tp": by_event.tp,
         "event_fp": by_event.fp,
@@ -107,10 +176,22 @@ def count(truth, found, seconds):
         "sample_tp": by_sample.tp,
         "sample_fp": by_sample.fp,
         "sample_true": by_sample.refTrue,
-        "found": overlap.any(1).sum(),          # seizures that any detection touches
-        "alarms": (~overlap.any(0)).sum(),      # detections that touch none
     }
     return {name: int(value) for name, value in counts.items()}
+
+
+def ground(truth, seconds):
+    """What scores of a recording rest on: seizures as the scorer counts them; seconds of
+    background, further than SzCORE's tolerance from every one of them; and the false alarms of a
+    detector that is always on there, which is cut every 5 minutes."""
+    always = count(truth, np.array([[0.0, seconds]]), seconds)
+    near = reached = 0.0
+    for begin, end in truth:
+        begin = max(reached, begin - TOLERANCE.toleranceStart)
+        reached = max(reached, min(seconds, end + TOLERANCE.toleranceEnd))
+        near += max(0.0, reached - begin)
+    return {"reference": always["event_true"], "background": float(seconds - near),
+            "always_on": always["event_fp"]}
 
 
 def touching(truth, found):
@@ -154,24 +235,70 @@ def undefined(scores):
     records = [s for s in scores if s["labelled"]]
     if any(not s["finite"] for s in records):
         return dict.fromkeys(METRICS, "the model gave a probability that is not finite")
-    background = any(not s["label"].all() for s in records)
-    return _undefined(bool(records), any_reference(records), background)
+    return _undefined(records, any(not s["label"].all() for s in records))
 
 
-def _undefined(labelled, seizure, background):
-    if not labelled:
+def _undefined(grounds, background):
+    """{metric: reason}, from ground() with patient and seconds of each labelled recording, and
+    whether any moment lies outside seizures.
+
+    A detector that looks at nothing and is always on finds every seizure. Scores by event say
+    something only where it has more false alarms than the largest of FALSE_ALARMS. Sensitivity at a
+    rate takes hours enough for one false alarm, and where being always on costs ten times the rate:
+    what is found by chance stays below a tenth."""
+    if not grounds:
         return dict.fromkeys(METRICS, "no recording is labelled")
     why = {}
     if not background:
         why |= dict.fromkeys(RANKING, "there is no background")
-    if not seizure:
-        why |= {name: "there is no seizure" for name in METRICS if name not in ALWAYS}
+    if not any_reference(grounds):
+        return why | {name: "there is no seizure in it" for name in METRICS if name not in ALWAYS}
+    hours = sum(g["background"] for g in grounds) / 3600
+    on = _always_on(grounds)
+    for name, rate in AT_RATE.items():
+        if hours < 24 / rate:
+            why[name] = f"{hours:.1f} h of background, {24 / rate:g} h needed"
+        elif on < 10 * rate:
+            why[name] = f"a detector that is always on has {on:.0f} false alarms in 24 h"
+    if on <= max(FALSE_ALARMS):
+        why |= dict.fromkeys(BY_EVENT, f"{hours:.1f} h of background, and a detector that is "
+                                       f"always on has {on:.0f} false alarms in 24 h")
     return why
+
+
+def _always_on(grounds):
+    """False alarms per 24 h of a detector that is always on, mean over patients."""
+    return float(np.mean([g["always_on"] * DAY / g["seconds"] for g in _patients(grounds)]))
+
+
+def _patients(grounds):
+    """ground() and seconds of each patient, summed over his recordings."""
+    sums = {}
+    for g in grounds:
+        total = sums.setdefault(g["patient"], dict.fromkeys(("seconds", "reference", "always_on"), 0))
+        for name in total:
+            total[name] += g[name]
+    return list(sums.values())
 
 
 def any_reference(records):
     """Whether the scorer sees a seizure: one below a tenth of a second may vanish at its 10 Hz."""
-    return any(summed([s])["event_true"].any() for s in records)
+    return any(s["reference"] for s in records)
+
+
+def grounds(records):
+    """What the scores of these records rest on, as plain numbers: and the event F1 that a detector
+    which is always on has there, mean over patients, NaN without a seizure."""
+    f1 = [2 * g["reference"] / (2 * g["reference"] + g["always_on"])
+          for g in _patients(records) if g["reference"]]
+    return {
+        "recordings": len(records),
+        "hours": sum(s["seconds"] for s in records) / 3600,
+        "background_hours": sum(s["background"] for s in records) / 3600,
+        "seizures": sum(s["seizures"] for s in records),
+        "patients": len({s["patient"] for s in records}),
+        "always_on_f1": float(np.mean(f1)) if f1 else math.nan,
+    }
 
 
 def summed(records):
@@ -223,45 +350,9 @@ def best(f1, alarms, cap):
 
 
 def at_false_alarms(records):
-    """Any-overlap sensitivity of the best threshold within each false-alarm rate; 0 if none is."""
+    """{metric: sensitivity by event of the best threshold within each false-alarm rate, 0 if none
+    is}; SzCORE's counts, pooled over the set."""
     n = summed(records)
-    seizures = sum(s["seizures"] for s in records)
-    rate = n["alarms"] / (n["seconds"] / DAY)
-    share = n["found"] / max(1, seizures)
-    best = {}
-    for limit in FALSE_ALARMS:
-        within = share[rate <= limit]
-        best[f"sensitivity_at_{limit:g}fa"] = float(within.max(initial=0))
-    return best
-
-
-def ranking(probability, label):
-    """AUROC (the Mann-Whitney statistic, ties half) and average precision (the sum over steps of
-    recall)."""
-    from scipy.stats import rankdata    # here: training starts a second earlier without it
-    positive = int(label.sum())
-    negative = len(label) - positive
-    if not positive or not negative:
-        return math.nan, math.nan
-    ranks = rankdata(probability)
-    rank = float(ranks[label].sum())
-    lowest = positive * (positive + 1) / 2                  # where all positives come last
-    auroc = (rank - lowest) / positive / negative
-    order = np.argsort(-probability, kind="stable")
-    changes = np.flatnonzero(np.diff(probability[order]))
-    last = np.append(changes, len(order) - 1)           # ties count at once, with the last of them
-    hits = np.cumsum(label[order])[last]
-    precision = hits / (last + 1)
-    gained = np.diff(hits, prepend=0)
-    return auroc, float((gained * precision).sum() / positive)
-
-
-def calibration_error(probability, label, bins=10):
-    if not len(label):
-        return math.nan
-    which = (probability * bins).astype(int)
-    which = np.minimum(which, bins - 1)
-    expected = np.bincount(which, probability.astype(np.float64), bins)
-    observed = np.bincount(which, label.astype(np.float64), bins)
-    error = np.abs(expected - observed)
-    return float(error.sum() / len(label))
+    alarms = n["event_fp"] / (n["seconds"] / DAY)
+    found = n["event_tp"] / np.maximum(1, n["event_true"])
+    return {name: float(found[alarms <= rate].max(initial=0)) for name, rate in AT_RATE.items()}

@@ -6,6 +6,8 @@
 Patients differ far more than the recordings of one, so that intervals are drawn over patients: the
 percentile bootstrap (Efron & Tibshirani 1993), the same draw for every metric and threshold.
 """
+import math
+
 import numpy as np
 
 DRAWS = 2000                            # resamples of the patients
@@ -78,6 +80,24 @@ def some(rows, threshold):
 
 # ---- lines ----
 
+def validation_line(summary, name):
+    """The numbers of a validation that matter, with their ground: loss, `name` (which decides
+    best.pt), AUROC and false alarms."""
+    parts = [f"{key} {_shown(summary[key])}" for key in dict.fromkeys(("loss", name, "auroc"))]
+    parts.append(f"{_shown(summary['false_alarms_per_24h'])} false alarms in 24 h")
+    return f"{', '.join(parts)}; {ground_line(summary)}"
+
+
+def _shown(value):
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def ground_line(summary):
+    """The ground of a summary: what its scores rest on."""
+    return (f"on {summary['hours']:.1f} h ({summary['background_hours']:.1f} h of background), "
+            f"{summary['seizures']} seizures, mean over {summary['patients']} patients")
+
+
 def show(result, names, out):
     """Print what scores.json holds, shortly; names: the metrics in their order."""
     detections = sum(row["detections"] for row in result["per_recording"])
@@ -102,6 +122,9 @@ def show(result, names, out):
 
 
 def _show_metrics(result, names):
+    print(f"scores on {_ground(result)}; by event and by sample: mean over patients")
+    if result["always_on_f1"] is not None:
+        print(f"  a detector that is always on has event_f1 {result['always_on_f1']:.4f} here")
     for name in names:
         value = result[name]
         interval = result["intervals"].get(name)
@@ -113,8 +136,14 @@ def _show_metrics(result, names):
             print(f"  {name:<22} {value:.4f}")
 
 
+def _ground(result):
+    return (f"{result['labelled_hours']:.2f} h ({result['background_hours']:.2f} h of background), "
+            f"{result['seizures']} seizures, {result['labelled_patients']} patients")
+
+
 def _show_trade_off(result):
-    print(f"sensitivity against false alarms; * the threshold in use; [{LEVEL} % over patients]")
+    print(f"sensitivity against false alarms on {_ground(result)}; * the threshold in use; "
+          f"[{LEVEL} % over patients]")
     print("    threshold  false alarms/24 h        sensitivity          event F1")
     for row in some(result["trade_off"], result["threshold"]):
         mark = "*" if row["threshold"] == result["threshold"] else " "

@@ -73,8 +73,9 @@ def test_every_metric_is_computed_under_its_own_name():
     summary = summary_of([(Track("a", 600, [(100, 160)]), [(110, 150)])])
     for name, direction in METRICS.items():
         evaluate.check_metric(name)
-        assert math.isfinite(summary[name]) and direction in ("min", "max")
-    assert set(summary) == set(METRICS) | {"threshold"}
+        short = name.startswith("sensitivity_at")               # of hours of background
+        assert math.isnan(summary[name]) == short and direction in ("min", "max")
+    assert set(summary) == set(METRICS) | {"threshold", *metrics.grounds([])}
 
 
 def test_a_metric_that_the_dev_set_cannot_give_is_refused_by_name():
@@ -83,6 +84,8 @@ def test_a_metric_that_the_dev_set_cannot_give_is_refused_by_name():
     evaluate.check_metric("loss", [Track("a", 60)])
     with pytest.raises(ValueError, match="auroc.*no background"):
         evaluate.check_metric("auroc", [Track("a", 60, [(0, 60)])])
+    with pytest.raises(ValueError, match=r"loss cannot be computed on validation \(dev\): no recording is labelled"):
+        evaluate.check_metric("loss", [Track("a", 60, labelled=False)], "validation (dev)")
 
 
 @pytest.mark.parametrize("config, text", [
@@ -323,7 +326,7 @@ def test_ranking_scores_equal_their_definitions_with_and_without_ties(decimals):
     rng = np.random.default_rng(decimals)
     y = rng.random(400) < 0.2
     p = np.clip(rng.normal(0.4 + 0.2 * y, 0.2), 0, 1).round(decimals).astype(np.float32)
-    auroc, precision = metrics.ranking(p, y)
+    auroc, precision = metrics.auroc(p, y), metrics.average_precision(p, y)
     assert auroc == pytest.approx(pairwise_auroc(p, y), abs=1e-12)
     assert precision == pytest.approx(stepwise_average_precision(p, y), abs=1e-12)
 
@@ -334,7 +337,7 @@ def test_one_sample_per_second_agrees_with_all_256_to_a_thousandth():
     tracks_p = [noisy(t, rng) for t in tracks]
     summary = evaluate.summarise([evaluate.score(t, p, {}) for t, p in zip(tracks, tracks_p)], {})
     p, y = np.concatenate(tracks_p), np.concatenate([t.labels(0, t.samples) for t in tracks]) > 0
-    auroc, precision = metrics.ranking(p, y)
+    auroc, precision = metrics.auroc(p, y), metrics.average_precision(p, y)
     assert 0.6 < auroc < 0.999
     assert summary["auroc"] == pytest.approx(auroc, abs=1e-3)
     assert summary["average_precision"] == pytest.approx(precision, abs=1e-3)
@@ -387,11 +390,120 @@ def test_event_scores_are_summed_over_a_patient_and_averaged_over_patients():
 def test_sensitivity_at_a_false_alarm_rate_is_the_best_that_keeps_to_it():
     track = Track("a", 6 * 3600, [(1000, 1060), (5000, 5060), (9000, 9060)])
     p = probability_of(track, [(1000, 1060)], 0.99)
-    for begin, height in ((5000, 0.8), (9000, 0.4), (12000, 0.8), (14000, 0.4), (16000, 0.4)):
+    for begin, height in ((5000, 0.8), (9000, 0.4), (12000, 0.4), (14000, 0.4), (16000, 0.4)):
         p = np.maximum(p, probability_of(track, [(begin, begin + 60)], height))
+    p = np.maximum(p, probability_of(track, [(18000, 18060)], 0.8))
     summary = evaluate.summarise([evaluate.score(track, p, FIXED)], FIXED)
-    got = [summary[f"sensitivity_at_{x}fa"] for x in ("10", "5", "2.5", "1")]
-    assert got == pytest.approx([2 / 3, 2 / 3, 1 / 3, 1 / 3])
+    assert [summary[f"sensitivity_at_{x}fa"] for x in ("10", "5")] == pytest.approx([2 / 3, 2 / 3])
+    why = metrics.undefined([evaluate.score(track, p, FIXED)])
+    assert why == {"sensitivity_at_2.5fa": "5.9 h of background, 9.6 h needed",
+                   "sensitivity_at_1fa": "5.9 h of background, 24 h needed"}
+    assert all(math.isnan(summary[name]) for name in why)
+
+
+def test_sensitivity_at_a_rate_follows_szcore():
+    track = Track("a", 3 * 3600, [(1000, 1060), (5000, 5060)])
+    # 25 s early; and over all of the second seizure, for 25 minutes: cut, the rest are false alarms
+    rate = 24 / 3
+    early = probability_of(track, [(970, 975)])
+    assert summary_of([(track, [(970, 975)])])["sensitivity_at_10fa"] == 0.5
+    whole = np.maximum(early, probability_of(track, [(4500, 6000)], 0.5))
+    counts = metrics.count(track.events, np.array([[970.0, 975.0], [4500.0, 6000.0]]), track.seconds)
+    assert counts["event_tp"] == 2 and counts["event_fp"] * rate > 10
+    c = {"tune": False, "threshold": 0.4}
+    assert evaluate.summarise([evaluate.score(track, whole, c)], c)["sensitivity_at_10fa"] == 0.5
+
+
+def test_background_is_what_lies_beyond_the_tolerance_of_every_seizure():
+    ground = metrics.ground(np.array([[10.0, 20.0], [100, 130], [150, 160], [990, 995]]), 1000.0)
+    # 0 to 80, 70 to 220 and 960 to 1000 lie within it; of the pieces 0, 300, 600 and 900 two touch none
+    assert ground == {"reference": 2, "background": 740.0, "always_on": 2}
+    assert metrics.ground(np.zeros((0, 2)), 1000.0) == {"reference": 0, "background": 1000.0, "always_on": 4}
+
+
+# ---- no skill, no score ----
+
+def silent(track, rng):
+    return np.zeros(track.samples, np.float32)
+
+
+def constant(track, rng):
+    return np.full(track.samples, 0.5, np.float32)
+
+
+def always_on(track, rng):
+    return np.ones(track.samples, np.float32)
+
+
+def random_noise(track, rng):
+    return noisy(Track("x", track.seconds), rng, 0.0)
+
+
+def sets():
+    """{name: recordings} as people have them: clips around seizures, alone and beside others; hours."""
+    where = {60: (20, 40), 300: (120, 180), 600: (300, 360)}
+    clips = {f"clips of {s} s": [Track(f"{s} {i}", s, [where[s]], f"p{i % 4}") for i in range(24)] for s in where}
+    pairs = [Track(f"pair {i}", 60, [where[60]] * (i % 2), f"p{i % 4}") for i in range(48)]
+    hours = [Track(f"hour {i}", 3600, [(600 + 40 * i, 660 + 40 * i), (2400, 2460)][i % 2:], f"p{i % 3}") for i in range(6)]
+    return clips | {"clips of 60 s beside as many without": pairs, "hours": hours}
+
+
+SETS = sets()
+BLIND = (silent, constant, always_on, random_noise)
+
+
+@pytest.mark.parametrize("tune", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("detector", BLIND)
+@pytest.mark.parametrize("name", SETS)
+def test_no_metric_is_above_chance_for_a_detector_that_looks_at_nothing(name, detector, tune):
+    tracks, rng = SETS[name], np.random.default_rng(3)
+    c = {"tune": tune, "threshold": 0.5}
+    summary = evaluate.summarise([evaluate.score(t, detector(t, rng), c) for t in tracks], c)
+    seizure = sum((t.events[:, 1] - t.events[:, 0]).sum() for t in tracks) / sum(t.seconds for t in tracks)
+    entropy = -seizure * math.log(seizure) - (1 - seizure) * math.log(1 - seizure)
+    slack = 1.25 if detector is random_noise else 1.0
+    # a detector that is always on finds everything: sensitivity counts beside precision alone
+    chance = {"auroc": 0.5 * slack, "average_precision": seizure * slack, "loss": entropy, "calibration_error": 0,
+              "event_f1": summary["always_on_f1"] * slack, "event_sensitivity": 1, "false_alarms_per_24h": 0,
+              "event_precision": summary["always_on_f1"] * slack, "sample_sensitivity": 1,
+              "sample_precision": seizure * slack, "sample_f1": 2 * seizure / (1 + seizure) * slack}
+    chance |= dict.fromkeys(metrics.AT_RATE, 0.1)
+    assert set(chance) == set(METRICS)
+    for metric, better in METRICS.items():
+        value = summary[metric]
+        above = value > chance[metric] + 1e-6 if better == "max" else value < chance[metric] - 1e-6
+        assert not above, f"{metric} {value} on {name}, chance {chance[metric]}"
+    assert math.isfinite(summary["sensitivity_at_10fa"]) == (name == "hours")
+    assert math.isnan(summary["sensitivity_at_1fa"])
+
+
+@pytest.mark.parametrize("detector", (silent, constant, always_on))
+def test_sensitivity_at_every_rate_is_nothing_for_them_on_a_day_and_more(detector):
+    tracks = [Track(f"day {i}", 5000, [(600, 660)] * (i % 2), f"p{i % 3}") for i in range(20)]
+    records = [evaluate.score(t, detector(t, None), {}) for t in tracks]
+    summary = evaluate.summarise(records, {})
+    assert [summary[name] for name in metrics.AT_RATE] == [0, 0, 0, 0] and summary["background_hours"] > 24
+    assert metrics.undefined(records) == {}
+
+
+def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
+    clips = SETS["clips of 60 s"]
+    for name in ("sensitivity_at_10fa", "sensitivity_at_1fa", "event_f1"):
+        metric, why = evaluate.deciding(name, clips)
+        assert metric == "average_precision"
+        assert why.startswith(f"{name} cannot be computed on validation (dev): 0.0 h of background")
+    assert evaluate.deciding("event_f1", SETS["hours"]) == ("event_f1", "")
+    assert evaluate.deciding("sensitivity_at_10fa", SETS["hours"]) == ("sensitivity_at_10fa", "")
+    metric, why = evaluate.deciding("sensitivity_at_1fa", SETS["hours"])
+    assert metric == "average_precision" and "5.6 h of background, 24 h needed" in why
+    with pytest.raises(ValueError, match=r"validation \(dev\): there is no seizure in it"):
+        evaluate.deciding("sensitivity_at_10fa", [Track("a", 9000)])
+
+
+def test_the_start_and_the_scores_agree_on_what_cannot_be_computed():
+    for tracks in SETS.values():
+        records = [evaluate.score(t, silent(t, None), {}) for t in tracks]
+        assert metrics.undefined(records) == metrics._undefined_on(tracks)
 
 
 # ---- sets that lack something ----
@@ -405,10 +517,11 @@ def test_a_set_without_a_seizure_gives_false_alarms_loss_and_calibration_only():
         assert summary["false_alarms_per_24h"] == 24 * len(detections) and summary["threshold"] == 0.5
 
 
-def test_a_set_without_background_gives_all_but_the_ranking_scores():
+def test_a_set_without_background_gives_no_ranking_and_no_score_by_event():
     summary = summary_of([(Track("a", 120, [(0, 120)]), [(0, 120)])])
-    assert {m for m in METRICS if math.isnan(summary[m])} == {"auroc", "average_precision"}
-    assert summary["event_f1"] == summary["sample_f1"] == 1
+    ranking, by_event = {"auroc", "average_precision"}, {*metrics.BY_EVENT, *metrics.AT_RATE}
+    assert {m for m in METRICS if math.isnan(summary[m])} == ranking | by_event
+    assert summary["sample_f1"] == 1
 
 
 def test_a_patient_without_detections_counts_with_f1_zero_and_no_precision():
@@ -418,7 +531,7 @@ def test_a_patient_without_detections_counts_with_f1_zero_and_no_precision():
     summary = summary_of([good, silent, healthy])
     assert summary["event_f1"] == summary["event_sensitivity"] == 0.5 and summary["event_precision"] == 1
     only_silent = summary_of([silent, healthy])
-    assert all(math.isfinite(only_silent[m]) for m in METRICS)
+    assert all(math.isfinite(only_silent[m]) for m in METRICS if m not in metrics.AT_RATE)
     assert only_silent["event_f1"] == only_silent["event_precision"] == only_silent["sample_precision"] == 0
 
 
