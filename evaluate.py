@@ -20,9 +20,10 @@ weights.
 What cannot be computed is NaN in Python, null in scores.json (with the reason), and never counts as
 best in training: without a labelled recording, everything; without a seizure, all but loss,
 calibration_error and false_alarms_per_24h; without background, auroc and average_precision; with a
-probability that is not finite, everything. Clips around seizures hold little background: where even
-a detector that is always on has few false alarms, event scores and sensitivity at their rates say
-nothing, and are not computed (scoring/metrics.py gives the bounds). A patient with neither seizures nor detections has no
+probability that is not finite, everything; where there is too little background for one false alarm
+(24 h at 1 in 24 h), or where even a detector that is always on has few, as on clips around seizures,
+sensitivity at that rate. What such a detector gets as event F1 stands beside the scores.
+A patient with neither seizures nor detections has no
 F1, and one without detections no precision: left out of those means, as SzCORE does. A set with
 seizures and nothing detected has precision 0.
 """

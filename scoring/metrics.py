@@ -131,30 +131,34 @@ def check_metric(name, recordings=None, part="these recordings"):
     them; `part` names them."""
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; the nearest is {nearest(name, METRICS)}")
-    why = _undefined_on(recordings) if recordings is not None else {}
+    why = _undefined_on(recordings)[1] if recordings is not None else {}
     if name in why:
         raise ValueError(f"{name} cannot be computed on {part}: {why[name]}")
 
 
 def deciding(name, recordings, part="validation (dev)"):
-    """(the metric that decides best.pt, why it is another one than `name`, or ""). Too little
-    background leaves FALLBACK, which needs none beyond the tolerance of a seizure: otherwise no
-    epoch would ever be the best. Raises ValueError where that cannot be computed either."""
-    why = _undefined_on(recordings).get(name)
-    if not why:
-        return name, ""
-    check_metric(FALLBACK, recordings, part)
-    return FALLBACK, (f"{name} cannot be computed on {part}: {why}; "
-                      f"{FALLBACK} decides best.pt instead of training.best_metric")
+    """(the metric that decides best.pt, a warning or ""). Too little background leaves FALLBACK
+    instead of `name`, since no epoch would ever be the best otherwise; of an event score it is said
+    how little it tells. Raises ValueError where FALLBACK cannot be computed either."""
+    grounds, why = _undefined_on(recordings)
+    if name in why:
+        check_metric(FALLBACK, recordings, part)
+        return FALLBACK, (f"{name} cannot be computed on {part}: {why[name]}; "
+                          f"{FALLBACK} decides best.pt instead of training.best_metric")
+    if name in BY_EVENT and name not in ALWAYS and _always_on(grounds) <= max(FALSE_ALARMS):
+        return name, (f"{part} has {_background(grounds):.1f} h of background: a detector that is "
+                      f"always on has event_f1 {always_on_f1(grounds):.2f} there; "
+                      f"training.best_metric {FALLBACK} would tell more")
+    return name, ""
 
 
 def _undefined_on(recordings):
-    """undefined() of recordings that are not scored yet."""
+    """(what they rest on, undefined()) of recordings that are not scored yet."""
     labelled = [r for r in recordings if r.labelled]
     grounds = [{"patient": person(r.patient), "seconds": r.seconds, **ground(r.events, r.seconds)}
                for r in labelled]
     inside = sum(_inside(r) for r in labelled)
-    return _undefined(grounds, inside < sum(r.seconds for r in labelled))
+    return grounds, _undefined(grounds, inside < sum(r.seconds for r in labelled))
 
 
 def _inside(recording):
@@ -242,10 +246,9 @@ def _undefined(grounds, background):
     """{metric: reason}, from ground() with patient and seconds of each labelled recording, and
     whether any moment lies outside seizures.
 
-    A detector that looks at nothing and is always on finds every seizure. Scores by event say
-    something only where it has more false alarms than the largest of FALSE_ALARMS. Sensitivity at a
-    rate takes hours enough for one false alarm, and where being always on costs ten times the rate:
-    what is found by chance stays below a tenth."""
+    A detector that is always on finds every seizure without looking. Sensitivity at a rate says
+    something where there are hours enough for one false alarm, and where being always on costs ten
+    times the rate: what is found by chance stays below a tenth."""
     if not grounds:
         return dict.fromkeys(METRICS, "no recording is labelled")
     why = {}
@@ -253,22 +256,32 @@ def _undefined(grounds, background):
         why |= dict.fromkeys(RANKING, "there is no background")
     if not any_reference(grounds):
         return why | {name: "there is no seizure in it" for name in METRICS if name not in ALWAYS}
-    hours = sum(g["background"] for g in grounds) / 3600
+    hours = _background(grounds)
     on = _always_on(grounds)
     for name, rate in AT_RATE.items():
         if hours < 24 / rate:
             why[name] = f"{hours:.1f} h of background, {24 / rate:g} h needed"
         elif on < 10 * rate:
             why[name] = f"a detector that is always on has {on:.0f} false alarms in 24 h"
-    if on <= max(FALSE_ALARMS):
-        why |= dict.fromkeys(BY_EVENT, f"{hours:.1f} h of background, and a detector that is "
-                                       f"always on has {on:.0f} false alarms in 24 h")
     return why
 
 
 def _always_on(grounds):
     """False alarms per 24 h of a detector that is always on, mean over patients."""
     return float(np.mean([g["always_on"] * DAY / g["seconds"] for g in _patients(grounds)]))
+
+
+def always_on_f1(grounds):
+    """Event F1 of a detector that is always on, mean over patients: what looking at nothing gives.
+    NaN without a seizure."""
+    f1 = [2 * g["reference"] / (2 * g["reference"] + g["always_on"])
+          for g in _patients(grounds) if g["reference"]]
+    return float(np.mean(f1)) if f1 else math.nan
+
+
+def _background(grounds):
+    """Hours further than the tolerance from every seizure."""
+    return sum(g["background"] for g in grounds) / 3600
 
 
 def _patients(grounds):
@@ -287,17 +300,14 @@ def any_reference(records):
 
 
 def grounds(records):
-    """What the scores of these records rest on, as plain numbers: and the event F1 that a detector
-    which is always on has there, mean over patients, NaN without a seizure."""
-    f1 = [2 * g["reference"] / (2 * g["reference"] + g["always_on"])
-          for g in _patients(records) if g["reference"]]
+    """What the scores of these records rest on, as plain numbers."""
     return {
         "recordings": len(records),
         "hours": sum(s["seconds"] for s in records) / 3600,
-        "background_hours": sum(s["background"] for s in records) / 3600,
+        "background_hours": _background(records),
         "seizures": sum(s["seizures"] for s in records),
         "patients": len({s["patient"] for s in records}),
-        "always_on_f1": float(np.mean(f1)) if f1 else math.nan,
+        "always_on_f1": always_on_f1(records),
     }
 
 

@@ -841,7 +841,7 @@ def test_the_log_file_holds_every_printed_line_over_resumes_with_date_and_time(c
     lines = [re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)", line).groups() for line in log_lines(tmp_path)]
     assert [line for _, line in lines] == out.splitlines()
     assert [stamp for stamp, _ in lines] == sorted(stamp for stamp, _ in lines)
-    assert re.search(r"^validation of epoch 1: loss [\d.]+, event_f1 [\d.]+, auroc [\d.]+, [\d.]+ false alarms in 24 h; on "
+    assert re.search(r"^validation of epoch 1: loss [\d.]+, auroc [\d.]+, [\d.]+ false alarms in 24 h; on "
                      r"[\d.]+ h \([\d.]+ h of background\), \d+ seizures, mean over \d patients$", out, re.M)
     assert "of the epoch, " in out and "of the run" in out and "a balanced draw from" in out
 
