@@ -351,6 +351,8 @@ def load_model(path, device):
     """(detector on device, checkpoint dict) from any checkpoint of train.py, stripped or not."""
     try:
         state = checkpoint.load(path)
+    except FileNotFoundError:
+        raise Refused(f"checkpoint {path}: {_missing(Path(path))}") from None
     except OSError as error:
         raise Refused(f"checkpoint {path}: {error.strerror}") from None
     missing = [key for key in ("model", "config", "montage", "channels") if key not in state]
@@ -363,6 +365,15 @@ def load_model(path, device):
         why = " ".join(str(error).split())[:200]
         raise Refused(f"checkpoint {path} does not fit model.py: {why}") from None
     return net.to(device), state
+
+
+def _missing(path):
+    """Why a checkpoint that is not there may be missing, and what to give instead."""
+    newest = checkpoint.find_resume(path.parent, lambda line: None) if path.parent.is_dir() else None
+    if newest is None:
+        return "No such file or directory"
+    why = "no validation has finished yet" if path.name == "best.pt" else "No such file or directory"
+    return f"{why}; the newest weights are {newest}"
 
 
 def stored(state, section):
@@ -516,9 +527,9 @@ def write_events(path, found, probability, recording):
     edf.write_events_tsv(path, found / FS, recording.seconds, confidence, start)
 
 
-def evaluate(net, recordings, c, device, precision="fp32", out=None, plot=False, save=False):
-    """Score recordings; where `out` is given write there their events, with `plot` pictures and
-    with `save` probability tracks. Returns the records and the detections in each."""
+def evaluate(net, recordings, c, device, precision="fp32", out=None, plot="", save=False):
+    """Score recordings; where `out` is given write there their events, pictures as `plot` ("png" or
+    "pdf") and with `save` probability tracks. Returns the records and the detections in each."""
     records = []
     detections = []
     calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
@@ -538,19 +549,16 @@ def evaluate(net, recordings, c, device, precision="fp32", out=None, plot=False,
 
 
 def write(recording, probability, found, c, out, plot, save):
-    """The files of one recording. What an earlier evaluation drew or saved of it, and this one does
-    not, goes: it would show another threshold or model than the scores beside it."""
+    """The files of one recording. A picture or a track that an earlier evaluation made of it stays
+    until this one makes its own."""
     write_events(output(out, recording, EVENTS), found, probability, recording)
-    picture = output(out, recording, ".png")
-    track = output(out, recording, "_probability.npy")
-    picture.unlink(missing_ok=True)
-    track.unlink(missing_ok=True)
     if plot:
         with interrupts_later():
             from scoring import pictures             # here: matplotlib takes a second to import
-            pictures.draw(recording, probability, found, c["threshold"], picture)
+            pictures.draw(recording, probability, found, c["threshold"],
+                          output(out, recording, f".{plot}"))
     if save:
-        np.save(track, probability)
+        np.save(output(out, recording, "_probability.npy"), probability)
 
 
 @contextlib.contextmanager
@@ -668,14 +676,17 @@ def parse(argv):
     add("--set", action="append", default=[], metavar="evaluation.key=value",
         help="instead of what training stored, such as evaluation.overlap_seconds=15")
     add("--precision", choices=PRECISIONS, help="default: that of the training")
-    add("--plot", action="store_true", help="a PNG per recording, and the trade-off")
+    add("--plot", action="store_const", const="png", default="",
+        help="a PNG per recording, and the trade-off")
+    add("--pdf", action="store_const", const="pdf", dest="plot",
+        help="the same as PDF, to print: each page of EEG on a page of its own")
     add("--save-probabilities", action="store_true",
         help="NAME_probability.npy per recording: float32 (samples,) at 256 Hz")
     add("--split", choices=("train", "dev", "eval"), help="only these recordings; default all")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     if args.events and (args.out or args.plot or args.save_probabilities or args.split):
-        parser.error("--events writes one file: leave --out, --plot, --save-probabilities and "
+        parser.error("--events writes one file: leave --out, --plot, --pdf, --save-probabilities and "
                      "--split away")
     return args
 
@@ -743,8 +754,11 @@ def score_folder(args):
     if args.plot and result["trade_off"]:
         with interrupts_later():
             from scoring import pictures             # here: matplotlib takes a second to import
-            pictures.trade_off(result["trade_off"], c["threshold"], out / "trade_off.svg")
+            pictures.trade_off(result["trade_off"], c["threshold"], out / f"trade_off.{args.plot}")
     report.show(result, list(METRICS), out)
+    if args.plot:
+        print(f"pictures: {output(out, recordings[0], '.' + args.plot)}"
+              + (f" and {len(recordings) - 1} more" if len(recordings) > 1 else ""))
     if warning:
         print(f"warning: {warning}")
 

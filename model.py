@@ -42,15 +42,15 @@ Papers: Mamba-2 (Dao & Gu, ICML 2024), TCN (Bai et al., 2018), Laplacian encodin
 Bresson, 2021), SSGC (Zhu & Koniusz, ICLR 2021), prior of the last bias (Lin et al., ICCV 2017).
 """
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 WHOLE = (1, math.inf)
 SHARE = (0, 1)
-KEYS = {                    # name: default, meaning, limits
+KEYS: dict[str, tuple] = {   # name: default, meaning, limits
     "size": ("full", "what the keys below are by default", ("full", "small")),
     "hop": (64, "samples per stream step: 4 steps a second", WHOLE),
     "graph_steps": (4, "stream steps per graph: one graph a second", WHOLE),
@@ -96,7 +96,7 @@ SECONDS = 2                 # of EEG that it looks at
 BLOCK = 150_000             # numbers that a CPU works on at a time, to keep them in its cache
 
 
-def settings(given):
+def settings(given: dict[str, Any]) -> dict[str, Any]:
     """DEFAULTS, or those of the named size in `given`, overridden by `given`; checked. The size
     itself is left out: two ways to write one model are equal. Raises ValueError."""
     unknown = sorted(set(given) - set(KEYS))
@@ -120,7 +120,7 @@ def settings(given):
     return c
 
 
-def older(saved):
+def older(saved: dict[str, Any]) -> dict[str, Any]:
     """{setting: what it was} of those that the whole settings of a saved model lack; {} for
     settings that are not whole: those of a configuration."""
     if not DEFAULTS.keys() - OLDER.keys() - {"size"} <= saved.keys():
@@ -128,23 +128,34 @@ def older(saved):
     return {name: value for name, value in OLDER.items() if name not in saved}
 
 
-def build(channels, settings):
+def build(channels: int, settings: dict[str, Any]) -> nn.Module:
     """The detector for `channels` electrodes or derivations; another model is put in its place here
     alone."""
     return V3(channels, **settings)
 
 
-def norm(x):
+def size_of(weights: dict[str, Tensor], channels: int) -> str:
+    """The name in SIZES whose model has weights of these shapes, "" where none has."""
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    for size in SIZES:
+        with torch.device("meta"):              # shapes without memory or random numbers
+            other = build(channels, {"size": size}).state_dict()
+        if {name: tuple(value.shape) for name, value in other.items()} == shapes:
+            return size
+    return ""
+
+
+def norm(x: Tensor) -> Tensor:
     """Layer normalisation without gain and bias, over the last axis, as fp32."""
     return F.layer_norm(x.float(), x.shape[-1:])
 
 
-def weight(*shape, fan_in, gain=1.0):
+def weight(*shape: int, fan_in: int, gain: float = 1.0) -> nn.Parameter:
     """A matrix (or a stack of them) with standard deviation gain / sqrt(fan_in)."""
     return nn.Parameter(torch.randn(*shape) * (gain / math.sqrt(fan_in)))
 
 
-def vector(*shape, value=0.0):
+def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
     """A stack of vectors kept flat: optimizers know by ndim what not to decay."""
     return nn.Parameter(torch.full((math.prod(shape),), float(value)))
 
@@ -227,7 +238,8 @@ def by_row(v):
     return v.permute(1, 0, 3, 4, 2).contiguous()
 
 
-def ssd(x, dt, a, b, c, reverse=False, chunk=None):
+def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, reverse: bool = False,
+        chunk: int | None = None) -> Tensor:
     """Mamba-2's scan S_t = exp(a_t) S_t-1 + dt_t x_t b_t', y_t = S_t c_t, as matrix products over
     chunks.
 
@@ -839,7 +851,7 @@ class V3(nn.Module):
     (B, T) logits. T >= 1; what is missing to a whole graph is filled with zeros and cut off
     again."""
 
-    def __init__(self, channels=19, **config):
+    def __init__(self, channels: int = 19, **config: Any) -> None:
         super().__init__()
         c = settings(config)
         if channels < 2:
@@ -865,7 +877,7 @@ class V3(nn.Module):
             node, c["graph_layers"], c["graph_steps"], c["eigenvectors"], drop)
         self.head = Head(channels, node, tcn, stem, c["head_width"], fine, c["prior"])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[1] != self.channels:
             raise ValueError(
                 f"model: input is {tuple(x.shape)}, expected (batch, {self.channels}, samples)")

@@ -165,6 +165,10 @@ def read_init(config, split, net):
                       f"({split.channels[0]} ...)")
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
+    size = model.size_of(weights, len(split.channels)) if found != expected else ""
+    if size:
+        raise Refused(f"training.init {path}: the weights are of model.size {size}, "
+                      f"the model of this configuration is not")
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise Refused(f"training.init {path}: {name} is {found.get(name, 'absent')} in it and "

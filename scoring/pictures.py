@@ -18,6 +18,7 @@ import yaml
 
 os.environ["MPLBACKEND"] = "agg"        # one that a notebook left there may not exist here
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -61,7 +62,7 @@ BAND = (1, 70)                          # Hz, for display alone
 MARGIN = 2                              # seconds of it before and after, for its transients
 LEAD = 4                                # seconds shown before an event begins and after it ends
 LONGEST = 60                            # characters of a name: its end says more than its folders
-PAGES = 3                               # of one event: the first two and the last
+PAGES = 3                               # of one event at most
 
 INCH = 25.4                             # mm
 WIDTH = 15                              # inches of the whole picture
@@ -75,27 +76,41 @@ CLOSE = 0.1                             # inches between the EEG and its probabi
 # ---- a recording ----
 
 def draw(recording, probability, events, threshold, path, most=4):
-    """PNG of one recording: the whole probability track, then up to `most` places as pages of EEG
-    above their probability: missed seizures first, then false alarms, then seizures that were
-    found; the peak of the probability where there is nothing. events: (N, 2) in samples."""
+    """PNG or PDF of one recording: the whole probability track, then up to `most` places as pages
+    of EEG above their probability: missed seizures first, then false alarms, then seizures that
+    were found; the peak of the probability where there is nothing. One gain for all pages. events:
+    (N, 2) in samples. A PDF has the overview and each page of EEG on a page of its own."""
     truth = np.asarray(recording.events).reshape(-1, 2)
     found = np.asarray(events).reshape(-1, 2) / FS
     places = _places(recording, probability, truth, found)
     pages = []
     for place in places[:most]:
-        pages += _pages(place, recording.seconds)
-    sheet = Sheet(recording, probability, truth, found, threshold, len(pages))
-    sheet.overview(_title(recording, places, most), pages)
-    for caption, begin in pages:
-        sheet.page(caption, begin)
-    _save(sheet.figure, path)
+        pages += _pages(place, recording.seconds, found)
+    scale = _sensitivity([_displayed(recording, begin, min(begin + PAGE, recording.seconds))[0]
+                          for _, begin in pages])
+    title = _title(recording, places, most)
+    several = [pages[i:i + 1] for i in range(len(pages))] if Path(path).suffix == ".pdf" else [pages]
+    figures = []
+    for number, shown in enumerate(several):
+        sheet = Sheet(recording, probability, truth, found, threshold, len(shown), scale)
+        sheet.overview(title, pages if number == 0 else shown)
+        for caption, begin in shown:
+            sheet.page(caption, begin)
+        figures.append(sheet.figure)
+    _save(figures, path)
 
 
-def _save(figure, path):
-    """Write a PNG of 256 colours, a third of the size. An octree keeps a colour that only one thin
-    line has, where a median cut drops it."""
+def _save(figures, path):
+    """Write a PDF with a page a figure, or the one figure as a PNG of 256 colours, a third of the
+    size. An octree keeps a colour that only one thin line has, where a median cut drops it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pdf":
+        with PdfPages(path) as pdf:
+            for figure in figures:
+                pdf.savefig(figure)
+        return
+    figure, = figures
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -124,19 +139,28 @@ def _named(kind, events):
     return [(kind, begin, end) for begin, end in events.tolist()]
 
 
-def _pages(place, seconds):
-    """[(caption, first second)] of one place: pages that follow each other, and of a long event its
-    beginning and its end."""
+def _pages(place, seconds, found=np.zeros((0, 2))):
+    """[(caption, first second)] of one place: pages that follow each other. Of a long event they
+    are its beginning, the page on which its first detection begins, and its end; the caption says
+    which are left out."""
     kind, begin, end = place
     last = max(0.0, min(end + LEAD, seconds) - PAGE)        # the page on which the event ends
     first = max(0.0, min(begin - LEAD, last))
     starts = np.arange(first, last, PAGE).tolist() or [first]
     if starts[-1] + PAGE < min(end, seconds):
         starts.append(last)
-    pages = [(f"{kind}, {max(0.0, end - begin):.1f} s, page {number} of {len(starts)}", start)
-             for number, start in enumerate(starts, 1)]
-    if len(pages) > PAGES:
-        return [*pages[:PAGES - 1], pages[-1]]
+    chosen = list(range(len(starts)))
+    if len(starts) > PAGES:
+        within = [onset for onset, _ in found if begin <= onset < end]
+        detected = [i for i, start in enumerate(starts) if within and start <= within[0] < start + PAGE]
+        chosen = sorted({0, (detected or [1])[0] or 1, len(starts) - 1})
+    pages = []
+    for i in chosen:
+        caption = f"{kind}, {max(0.0, end - begin):.1f} s, page {i + 1} of {len(starts)}"
+        missing = i - chosen[chosen.index(i) - 1] - 1 if i else 0
+        if missing:
+            caption += f" (before it {missing} left out)"
+        pages.append((caption, starts[i]))
     return pages
 
 
@@ -174,8 +198,9 @@ def _began(recording):
 class Sheet:
     """One picture, filled from its top in inches, so that a second is 30 mm wide everywhere."""
 
-    def __init__(self, recording, probability, truth, found, threshold, pages):
+    def __init__(self, recording, probability, truth, found, threshold, pages, scale):
         self.recording = recording
+        self.scale = scale              # uV per mm, of all its pages
         self.probability = probability
         self.truth = truth
         self.found = found
@@ -210,8 +235,10 @@ class Sheet:
     def overview(self, title, pages):
         axis = self.axis(STRIP, TITLE)
         self.track(axis, 0, self.recording.seconds)
+        label = "shown below"
         for _, begin in pages:
-            axis.plot((begin, begin + PAGE), (0, 0), color=INK, lw=6, **BLUNT)
+            axis.plot((begin, begin + PAGE), (0, 0), color=INK, lw=6, **BLUNT, label=label)
+            label = None                # once in the legend
         axis.set_xlim(0, self.recording.seconds)
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.1), frameon=False, fontsize=9)
         where = "time of day" if self.began else "time since the start"
@@ -261,7 +288,7 @@ class Sheet:
 
     def traces(self, axis, begin, end):
         eeg, names = _displayed(self.recording, begin, end)
-        scale = _sensitivity(eeg)
+        scale = self.scale
         below = _below(names)
         seconds = begin + np.arange(eeg.shape[1]) / FS
         self.mark(axis)
@@ -349,9 +376,9 @@ def _displayed(recording, begin, end):
     return filtered[:, first - skipped:last - skipped], names
 
 
-def _sensitivity(eeg):
-    """The finest of SENSITIVITIES at which most of most traces keeps to its own room."""
-    swing = np.median(np.percentile(np.abs(eeg), 98, axis=1))
+def _sensitivity(pages):
+    """The finest of SENSITIVITIES at which most of most traces of the pages keeps to its room."""
+    swing = np.median([np.percentile(np.abs(eeg), 98, axis=1) for eeg in pages])
     fitting = [s for s in SENSITIVITIES if s * SPACING >= 1.5 * swing]
     return fitting[0] if fitting else SENSITIVITIES[-1]
 
@@ -359,13 +386,13 @@ def _sensitivity(eeg):
 # ---- a scored set ----
 
 def trade_off(rows, threshold, path):
-    """SVG of sensitivity and event F1 against false alarms per 24 h. rows: report.trade_off's."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    """Picture of sensitivity and event F1 against false alarms per 24 h. rows: report.trade_off's."""
+    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
     found, f1 = figure.subplots(1, 2, sharex=True)
     _against_alarms(found, rows, threshold, "event_sensitivity", "event sensitivity", TRUE)
     _against_alarms(f1, rows, threshold, "event_f1", "event F1", FOUND)
     found.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    _save([figure], path)
 
 
 def _against_alarms(axis, rows, threshold, name, label, colour):
@@ -409,23 +436,24 @@ def curves(run_directory):
     checks = [r for r in rows if r["kind"] == "validation"]
     metric = _best_metric(directory / "config.yaml")
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
-    heights = (3, 1.4, 3)
-    loss, rate, best = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+    heights = (2.4, 1.2, 2, 3)
+    loss, rate, entropy, best = figure.subplots(4, 1, sharex=True, height_ratios=heights)
     name = directory.resolve().name
     figure.suptitle(name, x=0.01, ha="left", fontsize=13, color=INK)
-    _curve(loss, train, "loss", INK, "training loss")
-    validation = loss.twinx() if train else loss
-    _curve(validation, checks, "loss", TRUE, "validation: cross-entropy", "o-")
+    _curve(loss, train, "loss", INK, "training: focal loss")
     _curve(rate, train, "lr", INK, "learning rate")
+    _curve(entropy, checks, "loss", TRUE, "validation:\ncross-entropy", "o-")
     _curve(best, checks, metric, FOUND, f"{metric} (dev)", "o-")
+    if metrics.METRICS.get(metric) == "max":
+        best.set_ylim(-0.02, 1.02)      # a share: every run on the same axis
     _stars(best, checks, metric)
     _saves(best, files)
-    for axis in (loss, rate, best):
+    for axis in (loss, rate, entropy, best):
         _resumes(axis, files)
     best.set_xlabel("step", color=INK)
     best.legend(frameon=False, fontsize=9)
     path = directory / "curves.png"
-    _save(figure, path)
+    _save([figure], path)
     return path
 
 

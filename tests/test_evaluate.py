@@ -909,7 +909,7 @@ def test_one_patient_has_scores_without_intervals(corpus, tmp_path, capsys):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["patients"] == 1 and scores["intervals"] == {} and scores["event_f1"] is not None
     assert "no intervals: they need two patients" in capsys.readouterr().out
-    assert (tmp_path / "out" / "trade_off.svg").is_file()
+    assert (tmp_path / "out" / "trade_off.png").is_file()
 
 
 def test_events_of_other_recordings_are_never_left_beside_new_scores(corpus, tmp_path):
@@ -925,7 +925,7 @@ def test_events_of_other_recordings_are_never_left_beside_new_scores(corpus, tmp
     assert code == 2 and "a_events.tsv" in lines[-1] and f"--out {out}_b" in lines[-1]
     assert (out / "scores.json").read_bytes() == before and not (out / "b_events.tsv").exists()
     assert here("--checkpoint", good, "--data", tmp_path / "a.edf", "--out", out)[0] == 0
-    assert not (out / "a.png").exists()                     # it showed the earlier evaluation
+    assert (out / "a.png").is_file()                        # a run without --plot deletes no picture
 
 
 def test_the_annotations_of_a_corpus_are_never_written_over(corpus, tmp_path):
@@ -978,6 +978,18 @@ def test_a_checkpoint_that_lacks_scores_or_settings_is_scored_with_the_defaults(
     c, source = evaluate.stored_settings(state)
     assert c["threshold"] == ((state["scores"] or {}).get("threshold") or 0.86)
     assert ("tuned" in source) and c["tune"] is False
+
+
+def test_a_best_that_is_missing_names_the_newest_weights(tmp_path, corpus):
+    state = checkpoint.load(corpus / "best.pt") | {"epoch": 1, "batch": 3, "global_step": 3, "save_counter": 1}
+    newest = tmp_path / "checkpoints" / "mid_epoch_001_000003.pt"
+    newest.parent.mkdir()
+    checkpoint.atomic_save(state, newest)
+    code, lines = here("--checkpoint", newest.with_name("best.pt"), "--data", corpus / "imported")
+    assert code == 2 and len(lines) == 1
+    assert f"best.pt: no validation has finished yet; the newest weights are {newest}" in lines[0]
+    code, lines = here("--checkpoint", tmp_path / "best.pt", "--data", corpus / "imported")
+    assert code == 2 and lines == [f"evaluate.py: checkpoint {tmp_path / 'best.pt'}: No such file or directory"]
 
 
 @pytest.mark.parametrize("section, text", [("evaluation", "no keys"), ("model", "does not fit")])

@@ -273,6 +273,15 @@ def test_wrong_input_and_settings_are_refused_in_one_line():
         assert "\n" not in str(refusal.value)
 
 
+def test_weights_tell_the_size_of_their_model():
+    for size in v3.SIZES:
+        with torch.device("meta"):
+            weights = v3.build(19, {"size": size}).state_dict()
+        assert v3.size_of(weights, 19) == size
+        assert v3.size_of(weights, 18) == ""
+    assert v3.size_of(tiny().state_dict(), 19) == "" and v3.size_of({}, 19) == ""
+
+
 def awkward():
     normal = torch.randn(2, 19, 2048)
     flat, spike, same = normal.clone(), normal.clone(), normal[:, :1].expand(2, 19, 2048)

@@ -26,8 +26,9 @@ def sheet_of(track, detections, most=4):
     truth = track.events
     found = evaluate.postprocess(p, 0.5, {}) / FS
     places = pictures._places(track, p, truth, found)
-    pages = [page for place in places[:most] for page in pictures._pages(place, track.seconds)]
-    sheet = pictures.Sheet(track, p, truth, found, 0.5, len(pages))
+    pages = [page for place in places[:most] for page in pictures._pages(place, track.seconds, found)]
+    scale = pictures._sensitivity([pictures._displayed(track, b, min(b + 10, track.seconds))[0] for _, b in pages])
+    sheet = pictures.Sheet(track, p, truth, found, 0.5, len(pages), scale)
     sheet.overview(pictures._title(track, places, most), pages)
     for caption, begin in pages:
         sheet.page(caption, begin)
@@ -174,10 +175,38 @@ def test_the_trade_off_is_drawn_with_and_without_intervals(tmp_path):
             for threshold, alarms in ((0.2, 40.0), (0.8, 0.0))]
     rows.append({"threshold": 0.9, "false_alarms_per_24h": [0.0, 0.0, 0.0],
                  "event_f1": [None, None, None], "event_sensitivity": [0.0, 0.0, 0.0]})
-    pictures.trade_off(rows, 0.8, tmp_path / "trade_off.svg")
-    text = (tmp_path / "trade_off.svg").read_text()
-    for label in ("false alarms per 24 h", "threshold in use, 0.80", "event sensitivity", "event F1"):
-        assert f"<!-- {label} -->" in text
+    pictures.trade_off(rows, 0.8, tmp_path / "trade_off.png")
+    assert all(has_colour(tmp_path / "trade_off.png", colour) for colour in (pictures.TRUE, pictures.FOUND, pictures.INK))
+    pictures.trade_off(rows, 0.8, tmp_path / "trade_off.pdf")
+    assert (tmp_path / "trade_off.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_page_of_the_first_detection_is_drawn_and_pages_left_out_are_said():
+    found = np.array([[155.0, 160.0], [180.0, 185.0]])
+    pages = pictures._pages(("found seizure", 100.0, 200.0), 600.0, found)
+    assert len(pages) == 3 and pages[1][1] <= 155 < pages[1][1] + 10
+    assert "page 6 of 11 (before it 4 left out)" in pages[1][0] and "(before it 4 left out)" in pages[2][0]
+    assert "left out" not in pages[0][0]
+
+
+def test_all_pages_of_a_recording_have_one_gain_and_the_overview_names_its_bars():
+    track = banana("a", 400, [(30, 36), (350, 356)])
+    track.eeg[:, :200 * FS] //= 20                          # a quiet half, a loud half
+    sheet = sheet_of(track, [(31, 40), (200, 206)])
+    gains = {text.get_text().split("\n")[0] for axis in sheet.figure.axes for text in axis.texts}
+    assert len(gains) == 1 and "V/mm" in gains.pop()
+    legend = [text.get_text() for text in sheet.figure.axes[0].get_legend().get_texts()]
+    assert legend.count("shown below") == 1
+
+
+def test_a_pdf_has_a_page_for_each_page_of_eeg(tmp_path):
+    track = banana("a", 300, [(30, 50), (200, 206)])
+    p = probability_of(track, [(35, 55)])
+    pictures.draw(track, p, evaluate.postprocess(p, 0.5, {}), 0.5, tmp_path / "a.pdf")
+    text = (tmp_path / "a.pdf").read_bytes()
+    places = pictures._places(track, p, track.events, np.array([[35.0, 55.0]]))
+    pages = [page for place in places for page in pictures._pages(place, 300.0, np.array([[35.0, 55.0]]))]
+    assert text.count(b"/Type /Page\n") + text.count(b"/Type /Page ") == len(pages) > 2
 
 
 # ---- curves ----
