@@ -74,7 +74,7 @@ def draw_text(text, path):
     figure = Figure(figsize=(width, 0.2 * len(lines) + 0.4), dpi=100, facecolor="#1b1f24")
     figure.text(0.2 / width, 0.5, text, family="monospace", fontsize=11, color="#e6e6e6",
                 va="center", linespacing=1.3)
-    pictures._save(figure, path)
+    pictures._save([figure], path)
 
 
 def seizure(work, path):
@@ -99,10 +99,11 @@ def seizure(work, path):
     places = pictures._places(r, track, truth, seconds)
     hit = next(place for place in places if place[0] == "found seizure")
     pages = pictures._pages(hit, r.seconds)[:1]
-    sheet = pictures.Sheet(r, track, truth, seconds, c["threshold"], 1)
+    scale = pictures._sensitivity([pictures._displayed(r, begin, begin + 10)[0] for _, begin in pages])
+    sheet = pictures.Sheet(r, track, truth, seconds, c["threshold"], 1, scale)
     sheet.overview(pictures._title(r, places, 1), pages)
     sheet.page(*pages[0])
-    pictures._save(sheet.figure, path)
+    pictures._save([sheet.figure], path)
     with Image.open(path) as page:
         page.convert("RGB").quantize(24).save(path, optimize=True)
 
