@@ -1591,7 +1591,8 @@ class Checkpointer:
         self.say = tolerant(say)
         self.run = uuid.uuid4().hex[:12]
         self.start = uuid.uuid4().hex[:8]   # of this process: its saves are a line of their own
-        self.starts = []                    # [start, its save that was left, asked for], oldest first
+        # [start, its save that was left, whether that was asked for], oldest first
+        self.starts = []
         self.counter = 0                    # of the newest save
         self.position = (1, 0)              # epoch in progress, batches trained in it
         self.global_step = 0                # batches that `batches` has yielded, in all
@@ -1767,15 +1768,15 @@ class Checkpointer:
             yield number, batch
 
     def pack(self, parts) -> dict:
-        """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each of
-        `parts`, {name: object}, the random states and the place."""
+        """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each
+        of `parts`, {name: object}, the random states and the place."""
         epoch, batch = self._in_progress or self.position
         states = {name: part.state_dict() for name, part in parts.items()}
         return {**states, "random": random_states(), "epoch": epoch, "batch": batch,
                 "global_step": self.global_step}
 
     def unpack(self, parts, state):
-        """Put what `pack` took back into `parts`; a `state` of None, a fresh start, changes nothing.
+        """Put what `pack` took back into `parts`; a `state` of None, a fresh start, does nothing.
         """
         if state:
             for name, part in parts.items():
@@ -1783,8 +1784,8 @@ class Checkpointer:
             restore_random_states(state["random"])
 
     def boundary(self, parts):
-        """After a step: save `parts` when it is time; once a signal came, save and leave the process
-        with its exit code."""
+        """After a step: save `parts` when it is time; once a signal came, save and leave the
+        process with its exit code."""
         if self.due() or self.stopping():
             self.save_mid(self.pack(parts))
         if self.stopping():
@@ -1832,9 +1833,10 @@ class Checkpointer:
         with self._turn:
             here = (int(state["epoch"]), int(state["batch"]))
             if here < self.position or self._in_progress not in (None, here):
-                raise ValueError(f"a snapshot of epoch {here[0]}, batch {here[1]} comes after epoch "
-                                 f"{self.position[0]}, batch {self.position[1]}: count epochs and "
-                                 f"batches from saver.position, or by saver.batches()")
+                before = self._in_progress or self.position
+                raise ValueError(f"a snapshot of epoch {here[0]}, batch {here[1]} comes after "
+                                 f"epoch {before[0]}, batch {before[1]}: count epochs and batches from "
+                                 f"saver.position, or by saver.batches()")
             self.wait()
             if not self._finish_epoch(last or bool(self.stopping())):
                 self._due_at = time.monotonic() + 60
@@ -1844,7 +1846,8 @@ class Checkpointer:
             self._save(state, "mid_epoch", names, None, since)
             return True
 
-    def save_epoch(self, state, metric=None, name="metric", tie=None, rules=None, since=None) -> bool:
+    def save_epoch(self, state, metric=None, name="metric", tie=None, rules=None,
+                   since=None) -> bool:
         """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly,
         best.pt. True if best.
 
@@ -1987,8 +1990,8 @@ class Checkpointer:
         """Raise Moved where another run may be in this one's place."""
         try:
             if not self.is_own_directory():
-                raise Moved(errno.ESTALE, f"{self.directory} is not the folder that this run holds: "
-                                          f"it was moved away, or a disk was mounted over it")
+                raise Moved(errno.ESTALE, f"{self.directory} is not the folder that this run "
+                                          f"holds: it was moved away, or a disk mounted over it")
             if not os.path.lexists(self._lock.path):
                 self._lock = lock(self.directory, self.say)
         except FileNotFoundError:           # gone: the save says so
@@ -2095,8 +2098,9 @@ class Checkpointer:
                 if self._failed:
                     self._retry()
                 if isinstance(self._failed, OSError):       # the loop knows of other weights
-                    raise SaveFailed(self._failed.errno, f"the newest save, {self._names[0]}, could "
-                                                         f"not be written: {self._failed.strerror}")
+                    raise SaveFailed(self._failed.errno,
+                                     f"the newest save, {self._names[0]}, could not be written: "
+                                     f"{self._failed.strerror}")
             finally:
                 self._end()
 
@@ -2113,9 +2117,10 @@ class Checkpointer:
 
 def _epoch_order(loader, seed, epoch):
     """The batches of item numbers of one epoch, by the loader's own samplers."""
-    if isinstance(loader.dataset, torch.utils.data.IterableDataset) or loader.batch_sampler is None:
-        raise TypeError("batches() needs a DataLoader of batches over a dataset with numbered items: "
-                        "an iterable dataset cannot skip what was trained")
+    iterable = isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    if iterable or loader.batch_sampler is None:
+        raise TypeError("batches() needs a DataLoader of batches over a dataset with numbered "
+                        "items: an iterable dataset cannot skip what was trained")
     for sampler in (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
         if hasattr(sampler, "set_epoch"):   # a DistributedSampler has a seed of its own
             sampler.set_epoch(epoch)
@@ -2187,7 +2192,7 @@ def better(value, best, mode="max") -> bool:
 
 
 def abandoned_name(best) -> Path:
-    """Where the best.pt of a line that was left is kept: the Candidate `best` under another name."""
+    """Another name for the Candidate `best`, best.pt of a line that was left."""
     run, _, counter = best.save
     return best.path.with_name(f"abandoned_best_{run or 'run'}_{counter}.pt")
 

@@ -104,7 +104,7 @@ def in_use_text(directory):
 
 
 def old_run(directory):
-    """Whether --fresh has moved this run aside: its folder is NAME.NUMBER, and NAME is there too."""
+    """Whether --fresh has moved this run aside: its folder is NAME.NUMBER, beside NAME."""
     run = Path(directory).absolute().parent
     return run.suffix[1:].isdigit() and run.with_suffix("").is_dir()
 

@@ -47,11 +47,11 @@ def abandoned(facts, line) -> bool:
 
 
 def sync(source, target, line, records=(), links=True, say=print):
-    """Copy to the checkpoints folder `target` what it lacks of `source`: for each kind of COPIED the
-    newest files that `line` has made, best.pt first and the newest state last, and before the
-    states the files `records`, {path: path of its copy}. Each copy is verified before it takes its
-    name. A file of `target` that is newer, by its save, stays. Raises OSError; CorruptCheckpoint
-    where a file of `source` is damaged, with the rest copied."""
+    """Copy to the checkpoints folder `target` what it lacks of `source`: of each kind in COPIED the
+    newest files that `line` has made, best.pt first and the newest state last. The files `records`,
+    {path: path of its copy}, go before the states. Each copy is verified before it takes its name;
+    a file of `target` that is newer, by its save, stays. Raises OSError; CorruptCheckpoint where a
+    file of `source` is damaged, with the rest copied."""
     there = {c.path.name: c for c in candidates(target)}
     here = [c for c in candidates(source) if c.facts and not c.damage and in_line(c.facts, line)]
     wanted = []
@@ -214,7 +214,7 @@ class Mirrored(Checkpointer):
             self._expect_own(there, here.facts["run"], home)
             line = self._longer(here.facts, newest.facts if newest else here.facts)
         if line is None:
-            self._keep_apart("it holds another line of this run, which went on from an earlier save")
+            self._keep_apart("it holds another line of this run, from an earlier save on")
             return
         back = {copy: record for record, copy in self.records.items()}
         newer = newest and (here is None or newest.order > here.order)
@@ -394,8 +394,8 @@ class Mirrored(Checkpointer):
                 sync(self.place, self.directory, self.line, (), self.links, self.say)
             self.away = False
         except (OSError, OtherRun, checkpoint.CorruptCheckpoint) as error:
-            self.say(f"mirror: {self.place}: {checkpoint.reason_of(error)}: what it alone has could "
-                     f"not be brought home, it is tried again at the next save")
+            self.say(f"mirror: {self.place}: {checkpoint.reason_of(error)}: what it alone has "
+                     f"could not be brought home, it is tried again at the next save")
 
     def _metric_of_best(self):
         return None if self.away else super()._metric_of_best()
@@ -420,7 +420,7 @@ class Mirrored(Checkpointer):
         return f"; the newest second copy is {minutes:.0f} min old ({why})"
 
     def _end(self):
-        """Wait for the copy of the newest state, END_SECONDS at most, before the home is given up."""
+        """Wait for the copy of the newest state, END_SECONDS at most; then give the home up."""
         self._writer.shutdown()
         try:
             if self.thread.ident is not None:
@@ -433,7 +433,8 @@ class Mirrored(Checkpointer):
             self.ending = True
             self.changed.notify_all()
             if self.busy or self.waiting_since:
-                self.say(f"mirror: waiting at most {END_SECONDS:.0f} s for the copy in {self.place}")
+                self.say(f"mirror: waiting at most {END_SECONDS:.0f} s for the copy in "
+                         f"{self.place}")
         self.thread.join(END_SECONDS)
         if self.busy or self.waiting_since:
             self.say(f"mirror: {self.place} lacks the newest state{self._remark()}")

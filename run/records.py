@@ -141,7 +141,8 @@ class RunDirectory:
         if isinstance(error, OSError):
             return fault(error, self.directory)
         if isinstance(error, MemoryError):
-            return TemporaryFault(f"{self.directory}: out of memory: nothing was touched: try again")
+            return TemporaryFault(f"{self.directory}: out of memory; nothing was touched: try "
+                                  f"again")
         return error
 
     def _restarted(self):
@@ -243,8 +244,8 @@ class RunDirectory:
             facts = checkpoint.peek(self.checkpoints / "best.pt")
             metric = facts["metric"] or {}
             if metric.get("rules", self.rules) != self.rules:
-                self.say("resume: evaluation settings changed: best.pt was measured by other rules, "
-                         "so the best starts anew")
+                self.say("resume: evaluation settings changed: best.pt was measured by other "
+                         "rules, so the best starts anew")
             elif metric.get("name") == stopping["metric"]:
                 best = {"value": metric["value"], "tie": metric.get("tie"), "epoch": facts["epoch"]}
         if best["value"] is None:
@@ -441,7 +442,7 @@ class MetricsFile:
 
     def _follow_file(self):
         """Another program may have put a new file in the place of this one, as an editor does, or
-        emptied it. The rows go to what lies there, which is completed with those of this process."""
+        emptied it. The rows go to what lies there, completed with those of this process."""
         there = self.path.stat() if self.path.exists() else None
         mine = os.fstat(self.file)
         replaced = there is None or not os.path.samestat(there, mine)
