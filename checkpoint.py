@@ -1916,10 +1916,10 @@ class Checkpointer:
             self.say(f"checkpoints: best.pt cannot be read now ({reason_of(error)})")
             return None
 
-    def _finish_epoch(self, patiently=False):
+    def _finish_epoch(self, waits=False):
         """Write again an epoch's end whose save failed; False where it failed once more."""
         if self._failed and KINDS["last"].name in self._names:
-            if patiently:
+            if waits:
                 self.settle()
             else:
                 self._retry()

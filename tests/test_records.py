@@ -1,0 +1,162 @@
+"""run/records.py: a run's folder and its rows, on real files that other programs touch."""
+import json
+import os
+import subprocess
+
+import pytest
+
+import checkpoint
+import train
+from conftest import ROOT
+from eeg.disk import Refused, TemporaryFault
+from helpers import EPOCH_STEPS, last, loaded, rows
+from run.records import MetricsFile, move_aside, refused_lock
+from test_mirror import flip
+from test_train import cut_at
+
+
+@pytest.fixture(scope="session")
+def corpus(small_corpus):
+    return small_corpus
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def metrics(folder, said, own=lambda: True):
+    return MetricsFile(folder, 0, True, own, said.append)
+
+
+def replaced(path):
+    subprocess.run(["sed", "-i", "s/train/train/", str(path)], check=True)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def deleted(path):
+    path.unlink()
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size - 9)
+
+
+@pytest.mark.parametrize("touch", [replaced, emptied, deleted, cut])
+def test_rows_go_on_and_stay_whole_though_another_program_touches_the_file(tmp_path, touch):
+    said = []
+    file = metrics(tmp_path, said)
+    for step in range(1, 9):
+        file.write(kind="train", step=step, loss=1.0)
+        if step == 4:
+            touch(tmp_path / "metrics.jsonl")
+    file.close()
+    assert steps(tmp_path / "metrics.jsonl") == list(range(1, 9))
+    assert any("by another program" in line for line in said)
+
+
+def test_rows_that_somebody_appends_stay(tmp_path):
+    file = metrics(tmp_path, [])
+    file.write(kind="train", step=1, loss=1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as other:
+        other.write('{"kind": "note", "step": 1}\n')
+    file.write(kind="train", step=2, loss=1.0)
+    file.close()
+    assert steps(tmp_path / "metrics.jsonl") == [1, 1, 2]
+
+
+def test_rows_follow_a_folder_that_was_moved_away_and_leave_the_new_one_alone(tmp_path):
+    folder, moved = tmp_path / "p", tmp_path / "p_old"
+    folder.mkdir()
+    file = metrics(folder, [], own=folder.exists)
+    file.write(kind="train", step=1, loss=1.0)
+    file.own = lambda: False
+    folder.rename(moved)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 77}\n')
+    file.write(kind="train", step=2, loss=1.0)
+    file.event("save", folder / "checkpoints/last.pt")
+    file.close()
+    assert steps(moved / "metrics.jsonl") == [1, 2] and steps(folder / "metrics.jsonl") == [77]
+    assert not (folder / "saves.jsonl").exists()
+
+
+def test_a_run_and_its_second_copy_are_moved_aside_both_or_neither(tmp_path):
+    home, second = tmp_path / "results/v3", tmp_path / "nas/v3"
+    for folder in (home, second):
+        (folder / "checkpoints").mkdir(parents=True)
+    held = checkpoint.lock(second / "checkpoints")
+    with pytest.raises(checkpoint.InUse):
+        move_aside(home, print, second)
+    held.close()
+    assert home.is_dir() and second.is_dir()
+    (tmp_path / "nas/v3.1").mkdir()
+    move_aside(home, print, second)
+    assert (tmp_path / "results/v3.2").is_dir() and (tmp_path / "nas/v3.2").is_dir()
+    assert not home.exists() and not second.exists()
+
+
+def test_a_run_that_is_a_mount_point_cannot_be_moved_aside_and_that_is_a_refusal(tmp_path, small_disk):
+    second = tmp_path / "nas/disk"
+    for folder in (small_disk, second):
+        (folder / "checkpoints").mkdir(parents=True)
+    with pytest.raises(Refused, match="cannot be moved aside"):
+        move_aside(small_disk, print, second)
+    assert second.is_dir() and (small_disk / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("holder, kind", [((os.getpid(), "another-host"), TemporaryFault), (None, TemporaryFault),
+                                          ((999_999, os.uname().nodename), TemporaryFault),
+                                          ((os.getppid(), os.uname().nodename), Refused)])
+def test_a_lock_of_a_dead_or_distant_process_may_pass_and_one_of_a_living_one_is_refused(tmp_path, holder, kind):
+    assert type(refused_lock(checkpoint.InUse(tmp_path, holder))) is kind
+
+
+def test_a_file_in_the_way_of_a_folder_is_refused(corpus, tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/checkpoints").write_text("in the way")
+    with pytest.raises(train.Refused, match="File exists|Not a directory"):
+        train.run(loaded(corpus, tmp_path))
+
+
+def test_where_every_file_of_both_places_is_damaged_the_run_begins_anew_and_both_are_kept(corpus, tmp_path):
+    config = loaded(corpus, tmp_path, training__epochs=1, training__mirror=str(tmp_path / "nas"))
+    assert train.run(config) == 0
+    for path in [*(tmp_path / "t/checkpoints").glob("*.pt"), *(tmp_path / "nas/t/checkpoints").glob("*.pt")]:
+        if not path.is_symlink() and path.stat().st_nlink >= 1 and path.name in ("last.pt",):
+            flip(path)
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1, training__mirror=str(tmp_path / "nas")), "true") == 0
+    assert (tmp_path / "t.1").is_dir() and (tmp_path / "nas/t.1").is_dir()
+    assert last(tmp_path)["global_step"] == EPOCH_STEPS
+
+
+class Killed(Exception):
+    pass
+
+
+def test_going_back_to_a_file_interrupted_before_its_records_are_cut_loses_no_row(corpus, tmp_path, monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=3, training__checkpoint_keep=0)
+    assert train.run(config) == 0
+    before = rows(tmp_path)
+    path = tmp_path / "t/checkpoints/checkpoint_epoch_001.pt"
+
+    def killed(*arguments):
+        raise Killed
+    monkeypatch.setattr(checkpoint.Checkpointer, "save_mid", killed)     # the first save of the new line
+    with pytest.raises(Killed):
+        train.run(loaded(corpus, tmp_path, training__epochs=3, training__checkpoint_keep=0), str(path))
+    monkeypatch.undo()
+    assert rows(tmp_path) == before and not (tmp_path / "t/metrics.abandoned.jsonl").exists()
+    with cut_at(EPOCH_STEPS + 2):
+        train.run(loaded(corpus, tmp_path, training__epochs=3, training__checkpoint_keep=0), str(path))
+    assert checkpoint.peek(tmp_path / "t/checkpoints/best.pt")["epoch"] == 1
+    assert train.run(loaded(corpus, tmp_path, training__epochs=3, training__checkpoint_keep=0), "true") == 0
+    assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in before]
+
+
+def test_the_copied_file_says_nothing_of_eeg(tmp_path):
+    text = (ROOT / "checkpoint.py").read_text().lower()
+    for word in ("eeg", "montage", "bgb", "modal", "seizure", "patient", "epilep"):
+        assert word not in text, word
