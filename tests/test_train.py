@@ -930,7 +930,7 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     config = loaded(corpus, tmp_path)
     (tmp_path / "t/checkpoints").mkdir(parents=True)
     held = checkpoint.lock(tmp_path / "t/checkpoints")
-    with pytest.raises(train.Refused, match="in use by process"):
+    with pytest.raises(train.Refused, match="in use by this process"):
         train.run(config)
     held.close()
 
