@@ -56,6 +56,7 @@ comment, next to the progress as JSON, so that a choice among files reads a few 
 each.
 """
 import argparse
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -63,7 +64,6 @@ import fcntl
 import hashlib
 import importlib
 import io
-import itertools
 import json
 import math
 import multiprocessing.util
@@ -81,11 +81,13 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from numbers import Integral
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,6 +108,8 @@ _own_temps = set()              # names of the temp files that this process writ
 class CorruptCheckpoint(Exception):
     """The file is damaged, or is no checkpoint that can be loaded without running code. The message
     names file and damage."""
+
+    foreign = False         # True: nothing is damaged, another program wrote what no resume can use
 
     foreign = False             # a sound file of another program
 
@@ -143,343 +147,258 @@ class IncompleteState(TypeError, KeyError):
 
 # ---- the file: a stored zip laid out by hand; a snapshot is one memcpy, no byte unaccounted ----
 
-_STORAGE = {
-    torch.float32: torch.FloatStorage,
-    torch.float64: torch.DoubleStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-    torch.complex64: torch.ComplexFloatStorage,
-    torch.complex128: torch.ComplexDoubleStorage}
-
-# dtypes without a storage class of their own: their records are plain bytes
-_UNTYPED = ("uint16", "uint32", "uint64", "complex32", "float8_e5m2", "float8_e4m3fn",
-            "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
-            "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2")
-_DTYPES = {*_STORAGE, *(getattr(torch, name) for name in _UNTYPED if hasattr(torch, name))}
-
-_PLAIN = {type(None), bool, int, float, complex, str, bytes,
-          torch.dtype, torch.device, torch.Size}
-
-# what `weights_only` reads back at most: (how it is measured, the most, in words)
-_LIMITS = {
-    int: (int.bit_length, 2039, "an int of more than 2039 bits"),
-    str: (len, 1 << 28, "a string of more than 268 million characters"),
-    bytes: (lambda raw: len(raw) or math.inf, 1 << 28, "empty, or more than 268 million, bytes"),
-    torch.dtype: (lambda dtype: dtype not in _DTYPES, False, "a dtype")}
+# dtype: the class that torch.save names its storages by; those of other dtypes are plain bytes
+_STORAGES = {dtype: getattr(torch, name)
+             for dtype, name in torch.storage._dtype_to_storage_type_map().items()
+             if not name.startswith("Q")}
+_DTYPES = {*_STORAGES, *torch.storage._new_dtypes()}
+# what weights_only is known to read: a state that names anything else is read on trial
+_READABLE = {id(known) for known in (
+    OrderedDict, Counter, set, complex, bytearray, codecs.encode, torch.Size, torch.device,
+    torch._utils._rebuild_parameter, torch._utils._rebuild_tensor_v2,
+    torch._utils._rebuild_tensor_v3, *_STORAGES.values(), *_DTYPES)}
 
 
-class _Record:
-    """The bytes of one tensor in the file, or of several whose memory overlaps."""
+class _View(NamedTuple):
+    """Where in its storage a tensor lies: from the first byte shown to the end of the last."""
+    memory: int             # the storage's identity
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple
+    strides: tuple
 
-    def __init__(self, number, dtype, device):
-        self.number = number
-        self.dtype = dtype                  # None: views of several dtypes share the bytes
-        self.device = device
-        self.nbytes = 0
-
-    def identity(self):
-        """torch.save's name of a storage: what its unpickler is to read, from where, how much."""
-        if self.dtype in _STORAGE:
-            size = self.nbytes // self.dtype.itemsize
-            return "storage", _STORAGE[self.dtype], str(self.number), "cpu", size
-        return "storage", torch.UntypedStorage, str(self.number), "cpu", self.nbytes
-
-
-class _Slot:
-    """Stands for one tensor in the frozen state: from which byte of which record, seen how."""
-
-    __slots__ = ("tensor", "device", "place", "end", "numel", "span", "record", "offset",
-                 "dtype", "shape", "strides", "grad", "parameter", "bits")
-
-    def __init__(self, tensor):
-        self.tensor = tensor                # until its memory is copied
-        self.device = tensor.device
-        self.place = tensor.data_ptr()
-        self.dtype = tensor.dtype
-        self.shape = tuple(tensor.shape)
-        self.strides = tensor.stride()
-        self.numel = tensor.numel()
-        self.grad = tensor.requires_grad
-        self.parameter = type(tensor) is torch.nn.Parameter
-        self.bits = None                    # conjugated or negated as it is read
-        if tensor.is_conj() or tensor.is_neg():
-            self.bits = torch._utils.get_tensor_metadata(tensor)
-        # elements of memory from the first one shown to the last
-        self.span = self.numel
-        if self.numel and not tensor.is_contiguous():
-            self.span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides))
-        self.end = self.place + self.span * self.dtype.itemsize
-
-    @property
-    def view(self):
-        return self.place, self.dtype, self.shape, self.strides, str(self.bits)
-
-    def reduce(self):
-        """As torch.save pickles a Parameter or a tensor."""
-        if self.parameter:
-            data = _Data(self)
-            return torch._utils._rebuild_parameter, (data, self.grad, OrderedDict())
-        return self.rebuilt(self.grad)
-
-    def rebuilt(self, grad):
-        start = self.offset // self.dtype.itemsize
-        facts = (_Bytes(self.record), start, self.shape, self.strides, grad, OrderedDict())
-        bits = (self.bits,) if self.bits else ()
-        if self.record.dtype in _STORAGE:
-            return torch._utils._rebuild_tensor_v2, facts + bits
-        return torch._utils._rebuild_tensor_v3, facts + (self.dtype,) + bits
+    @classmethod
+    def of(cls, tensor):
+        shape, strides, size = tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize
+        count = 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, strides))
+        begin = tensor.storage_offset() * size
+        memory = tensor.untyped_storage()._cdata
+        return cls(memory, begin, begin + count * size, tensor.dtype, shape, strides)
 
 
-class _Data:
-    """The tensor under a Parameter."""
+class _Storage:
+    """A stretch of memory that becomes one storage of the file."""
 
-    def __init__(self, slot):
-        self.slot = slot
+    def __init__(self, memory, begin, end):
+        self.memory, self.begin, self.nbytes = memory, begin, end - begin
+        self.number = None                  # in the order in which the pickle names them
+        self.dtype = torch.uint8
 
-    def reduce(self):
-        return self.slot.rebuilt(False)
+    def name(self):
+        """torch.save's name of it: what a load makes, of which bytes, of how many elements."""
+        size = self.nbytes // self.dtype.itemsize
+        return "storage", _STORAGES[self.dtype], str(self.number), "cpu", size
 
-
-class _Bytes:
-    """A record where it is mentioned in the pickle."""
-
-    def __init__(self, record):
-        self.record = record
+    def values(self):
+        """Its memory as a flat tensor."""
+        size = self.dtype.itemsize
+        flat = torch.empty(0, dtype=self.dtype, device=self.memory.device)
+        return flat.set_(self.memory, self.begin // size, (self.nbytes // size,), (1,))
 
 
 class _Pickler(pickle.Pickler):
-    """torch.save's pickle format (persistent ids name the storages), slots in place of tensors."""
+    """Pickles as torch.save does. Tensors lose hooks and attributes that were set on them.
 
-    dispatch_table = {_Slot: _Slot.reduce, _Data: _Data.reduce}
+    views      {_View: (storage, first element, strides)}: where the file holds it
+    storages   in the order in which the pickle names them
+    numpy      {id of a NumPy value: what is saved instead of it}
 
-    def persistent_id(self, obj):
-        if type(obj) is _Bytes:
-            return obj.record.identity()
-        return None
+    Raises an error for most of what a load would refuse; the rest is marked as doubtful."""
 
+    def __init__(self, state, views=()):
+        self.file = io.BytesIO()
+        super().__init__(self.file, protocol=2)
+        self.views = dict(views)
+        self.memories = {}                  # identity: the whole storage
+        self.storages = []
+        self.numpy = {}
+        self.tuples = set()
+        self.doubtful = False
+        self.dump(state)
 
-class _Frozen:
-    """A copy of the state's containers (`tree`) with a slot for every tensor, and what to copy.
-
-    records   in the order in which the state names them
-    copies    [(tensor, record, offset, dtype, shape)]: these elements go there, contiguous
-
-    Tensors keep strides, requires_grad, being a Parameter, and ties: those whose memory overlaps
-    share a record, and what is one object stays one. A view with gaps that overlaps no other keeps
-    only the elements it shows. NumPy scalars become Python numbers, NumPy arrays tensors; hooks
-    and attributes set on a tensor are not kept. Raises TypeError, naming the key, for anything
-    that `weights_only=True` would refuse: a file that cannot be loaded must never be written."""
-
-    def __init__(self, state):
-        self.slots = []
-        self.memo = {}                      # id of a container or tensor -> its copy or slot
-        if type(state) not in (dict, OrderedDict):
-            raise TypeError(f"a state must be a dict, not {type(state).__qualname__}")
-        try:
-            self.tree = self._inside("state", state)
-        except RecursionError:
-            raise TypeError("['state'] is nested too deep") from None
-        self.records, self.copies = _grouped(self.slots)
-
-    def _inside(self, key, value):
-        try:
-            return self._walk(value)
-        except (TypeError, ValueError) as error:
-            # the path to the culprit grows on the way out, at no cost before
-            raise TypeError(f"[{key!r}]{error}") from None
-
-    def _walk(self, value):
+    def persistent_id(self, value):
         kind = type(value)
-        if kind in _PLAIN:
-            return _bounded(kind, value)
-        if id(value) not in self.memo:
-            self.memo[id(value)] = self._copy(kind, value)
-        return self.memo[id(value)]
+        if kind is int and value.bit_length() > 2039:
+            raise TypeError("an int of more than 2039 bits")
+        if kind is tuple:                   # weights_only does not read one that holds itself
+            again = id(value) in self.tuples
+            self.doubtful |= again and any(isinstance(part, (list, dict)) for part in value)
+            self.tuples.add(id(value))
+        return value.name() if kind is _Storage else None
 
-    def _copy(self, kind, value):
+    def reducer_override(self, value):
+        kind = type(value)
         if isinstance(value, torch.Tensor):
-            return self._slot(kind, value)
-        if kind is dict or kind is OrderedDict:
-            return self._dict(kind, value)
-        if kind in (list, tuple, set):
-            if _all_plain(value):
-                return kind(value)
-            if kind is not list:
-                return kind(self._inside(i, item) for i, item in enumerate(value))
-            copy = self.memo[id(value)] = []                                # it may hold itself
-            copy.extend(self._inside(i, item) for i, item in enumerate(value))
-            return copy
+            return self._reduced(kind, value)
         if kind.__module__ == "numpy" and hasattr(value, "ndim"):
-            return self._numpy(value)
-        raise TypeError(f" is a {kind.__module__}.{kind.__qualname__}: weights_only loading would "
-                        f"refuse it; store plain numbers, strings, lists, dicts or tensors")
+            self.numpy[id(value)] = _without_numpy(value)
+            return set, ()                  # it is pickled again, without NumPy
+        if kind is torch.dtype and re.fullmatch(r"torch\.u?int[1-7]", str(value)):
+            raise TypeError("a dtype smaller than a byte, of which no tensor can be loaded")
+        self.doubtful |= id(kind) not in _READABLE and id(value) not in _READABLE
+        return NotImplemented
 
-    def _dict(self, kind, value):
-        copy = self.memo[id(value)] = kind()
-        for key, item in value.items():
-            if type(key) not in _PLAIN or type(key) in _LIMITS:
-                key = self._inside(key, key)
-            copy[key] = self._inside(key, item)
-        if kind is OrderedDict:
-            vars(copy).update(self._walk(vars(value)))      # a state_dict's _metadata: versions
-        return copy
+    def _reduced(self, kind, tensor):
+        if kind is torch.nn.Parameter:
+            facts = tensor.data, tensor.requires_grad, OrderedDict()
+            return torch._utils._rebuild_parameter, facts
+        _refuse_tensor(kind, tensor)
+        storage, first, strides = self._place(tensor)
+        if storage.number is None:
+            storage.number = len(self.storages)
+            self.storages.append(storage)
+            size = tensor.dtype.itemsize
+            if tensor.dtype in _STORAGES and not (storage.begin % size or storage.nbytes % size):
+                storage.dtype = tensor.dtype
+        facts = storage, first, tuple(tensor.shape), strides, tensor.requires_grad, OrderedDict()
+        bits = torch._utils.get_tensor_metadata(tensor)         # whether conjugated, negated
+        bits = (bits,) if bits else ()
+        if storage.dtype == tensor.dtype:
+            return torch._utils._rebuild_tensor_v2, facts + bits
+        return torch._utils._rebuild_tensor_v3, facts + (tensor.dtype,) + bits
 
-    def _numpy(self, value):
-        if value.ndim:
-            # a copy of its own: negative strides and read-only memory are nothing for torch
-            return self._slot(torch.Tensor, torch.as_tensor(value.copy(), device="cpu"))
-        number = value.item()
-        if type(number) not in _PLAIN or value.dtype.kind in "mM":          # times become ints
-            raise TypeError(f" is a NumPy {value.dtype}, which no Python number holds")
-        return _bounded(type(number), number)
-
-    def _slot(self, kind, value):
-        if kind not in (torch.Tensor, torch.nn.Parameter):
-            advice = "store .as_subclass(torch.Tensor)"
-            if hasattr(value, "full_tensor"):
-                # its parts lie in several processes: only the caller knows when all are here
-                advice = "store .full_tensor(), called in every process at once"
-            raise TypeError(f" is a tensor of type {kind.__module__}.{kind.__qualname__}: {advice}")
-        plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
-        if not plain or value.is_meta:
-            raise TypeError(f": only dense tensors can be saved, not {value.layout} "
-                            f"on {value.device}")
-        if value.dtype not in _DTYPES:
-            raise TypeError(f" is a tensor of {value.dtype}, which weights_only does not read back")
-        try:
-            slot = _Slot(value)
-        except RuntimeError as error:       # a tensor inside vmap or grad
-            raise TypeError(f" has no memory of its own: {error}") from None
-        if slot.span and not slot.place:
-            raise TypeError(" has no memory: its storage was freed")
-        self.slots.append(slot)
-        return slot
+    def _place(self, tensor):
+        view, memory = _View.of(tensor), tensor.untyped_storage()
+        if view not in self.views:
+            whole = self.memories.setdefault(view.memory, _Storage(memory, 0, memory.nbytes()))
+            if view.end > max(view.begin, whole.nbytes):
+                raise TypeError("a tensor whose storage was freed")
+            self.views[view] = whole, tensor.storage_offset(), view.strides
+        return self.views[view]
 
 
-def _bounded(kind, value):
-    if kind in _LIMITS:
-        measure, most, words = _LIMITS[kind]
-        if measure(value) > most:
-            raise TypeError(f" is {words}, which weights_only loading does not read back")
-    return value
+def _refuse_tensor(kind, tensor):
+    if kind is not torch.Tensor:
+        advice = ".as_subclass(torch.Tensor)"
+        if hasattr(tensor, "full_tensor"):
+            # its parts lie in several processes: only the caller knows when all are here
+            advice = ".full_tensor(), called in every process at once"
+        raise TypeError(f"a tensor of another class: store {advice}")
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    if not plain or tensor.is_meta or tensor.dtype not in _DTYPES:
+        raise TypeError(f"only dense tensors can be saved, not {tensor.layout} of {tensor.dtype} "
+                        f"on {tensor.device}")
 
 
-def _all_plain(items):
-    """Whether all are plain values of one type: millions of numbers are judged in one pass."""
-    kinds = set(map(type, items))
-    if len(kinds) != 1 or not kinds <= _PLAIN:
-        return False
-    kind, = kinds
-    if kind not in _LIMITS:
-        return True
-    measure, most, _ = _LIMITS[kind]
-    return max(map(measure, items)) <= most
+def _without_numpy(value):
+    """A tensor for a NumPy array, Python's number for a NumPy number."""
+    if value.ndim:
+        # a copy of its own: negative strides and read-only memory are nothing for torch
+        return torch.as_tensor(value.copy(), device="cpu")
+    number = value.item()
+    if type(number).__module__ != "builtins" or value.dtype.kind in "mM":   # times become ints
+        raise TypeError(f"a NumPy {value.dtype}, which no Python number holds")
+    return number
 
 
-def _grouped(slots):
-    """Give every slot its record, offset and strides; returns (records, copies) as in _Frozen."""
-    # the same state gives the same bytes wherever it lies: records are numbered as it names them
-    number = {slot: i for i, slot in enumerate(slots)}
-    groups = [sorted(group, key=number.get) for group in _overlapping(slots)]
-    groups.sort(key=lambda group: number[group[0]])
-    records, copies = [], []
+def _narrowed(memories, views):
+    """The `views` whose storages hold more than tensors show, each with the storage to keep.
+
+    Tensors that overlap or touch stay together; one that lies alone loses its gaps."""
+    groups, narrow, end = [], {}, 0
+    for view in sorted(views, key=itemgetter(0, 1)):
+        if not groups or groups[-1][0].memory != view.memory or view.begin > end:
+            groups.append([])
+            end = view.end
+        groups[-1].append(view)
+        end = max(end, view.end)
     for group in groups:
-        first = group[0]
-        alike = len(group) == 1 or len({slot.view for slot in group}) == 1
-        dtypes = {slot.dtype for slot in group}
-        record = _Record(len(records), first.dtype if len(dtypes) == 1 else None, first.device)
-        records.append(record)
-        if alike and (first.span > first.numel or first.tensor.is_contiguous()):
-            copies += _alone(group, record)
-        else:
-            copies += _together(group, record)
-    return records, copies
+        first, memory = group[0], memories[group[0].memory].memory
+        begin, end = first.begin, max(view.end for view in group)
+        begin -= begin % max(view.dtype.itemsize for view in group)         # elements are counted
+        if len(group) == 1 and end - begin > math.prod(first.shape) * first.dtype.itemsize:
+            narrow[first] = _closed_up(first, memory)
+        elif (begin, end) != (0, memory.nbytes()):
+            kept = _Storage(memory, begin, end)
+            for view in group:
+                narrow[view] = kept, (view.begin - begin) // view.dtype.itemsize, view.strides
+    return narrow
 
 
-def _overlapping(slots):
-    """Lists of slots whose stretches of memory overlap, most of them of one."""
-    def place(slot):
-        return slot.device.type, slot.device.index or 0, slot.place
-    group, end, where = None, 0, None
-    for slot in sorted(slots, key=place):
-        if slot.span and slot.place < end and slot.device == where:
-            group.append(slot)
-            end = max(end, slot.end)
-            continue
-        if group:
-            yield group
-        group, end, where = [slot], slot.end, slot.device
-    if group:
-        yield group
+def _closed_up(view, memory):
+    """A contiguous copy of what `view` shows."""
+    shown = torch.empty(0, dtype=view.dtype, device=memory.device)
+    shown.set_(memory, view.begin // view.dtype.itemsize, view.shape, view.strides)
+    shown = shown.clone(memory_format=torch.contiguous_format)
+    memory = shown.untyped_storage()
+    return _Storage(memory, 0, memory.nbytes()), 0, shown.stride()
 
 
-def _alone(group, record):
-    """The elements shown, one after the other; a view with gaps has other strides from here on."""
-    first = group[0]
-    record.nbytes = first.numel * first.dtype.itemsize
-    for slot in group:
-        slot.record, slot.offset = record, 0
-        if slot.span > slot.numel:
-            sizes = reversed(slot.shape[1:])
-            slot.strides = tuple(itertools.accumulate(sizes, int.__mul__, initial=1))[::-1]
-    return [(_raw(first), record, 0, first.dtype, first.shape)]
+class _Reader(torch._weights_only_unpickler.Unpickler):
+    """torch's reader of a pickle, on storages without memory: it refuses what a load would."""
+
+    def persistent_load(self, name):
+        _, kind, _, _, size = name
+        memory = torch.UntypedStorage(size * kind.dtype.itemsize, device="meta")
+        return torch.storage.TypedStorage(wrap_storage=memory, dtype=kind.dtype, _internal=True)
 
 
-def _together(group, record):
-    """The whole stretch of memory that the views of a group lie in, as it is."""
-    start = min(slot.place for slot in group)
-    if record.dtype is None:
-        start -= start % 16                 # offsets count in elements of each dtype
-    copies, covered = [], start
-    for slot in sorted(group, key=lambda slot: (slot.place, -slot.end)):
-        slot.record, slot.offset = record, slot.place - start
-        if slot.offset % slot.dtype.itemsize:
-            raise TypeError(f"['state'] holds overlapping tensors of {slot.dtype} that do not "
-                            f"begin at the same multiple of its size: store a clone of one")
-        if slot.end > covered:
-            flat = _raw(slot).as_strided((slot.span,), (1,))
-            copies.append((flat, record, slot.offset, slot.dtype, (slot.span,)))
-            covered = slot.end
-    record.nbytes = covered - start
-    return copies
+def _pickled(state):
+    """(the pickler that has pickled `state`, the state without NumPy), or an error for what a load
+    would refuse."""
+    pickler = _Pickler(state)
+    if pickler.numpy:
+        kept = {at: value for at, (_, value) in pickler.memo.copy().items()
+                if isinstance(value, torch.Tensor)}
+        state = deepcopy(state, kept | pickler.numpy)
+        pickler = _Pickler(state)
+    narrow = _narrowed(pickler.memories, pickler.views)
+    if narrow:
+        pickler = _Pickler(state, narrow)
+    if pickler.doubtful:
+        _Reader(io.BytesIO(pickler.file.getvalue()), encoding="utf-8").load()
+    return pickler, state
 
 
-def _raw(slot):
-    """The tensor as its memory holds it, neither conjugated nor negated on the way out."""
-    tensor = slot.tensor
-    if slot.bits is None:
-        return tensor
-    if tensor.is_conj():
-        tensor = tensor.conj()
-    return torch._neg_view(tensor) if tensor.is_neg() else tensor
+def _frozen(state):
+    """As _pickled, or a TypeError that names the key of what a load would refuse."""
+    if type(state) not in (dict, OrderedDict):
+        raise TypeError(f"a state must be a dict, not {type(state).__qualname__}")
+    try:
+        return _pickled(state)
+    except RecursionError:
+        raise TypeError("the state is nested too deep") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise TypeError("state" + _blamed(state, error, ())) from None
+
+
+def _blamed(value, error, inside):
+    """The path to the smallest part of `value` that cannot be saved by itself, and why."""
+    parts = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, (list, tuple, set)):
+        parts = enumerate(value)
+    for key, part in parts:
+        try:
+            if id(part) not in inside:
+                _pickled(part)
+        except Exception as deeper:
+            return f"[{key!r}]{_blamed(part, deeper, (*inside, id(value)))}"
+    reason = str(error).split("\n")[0].split(". ")[0]
+    return (f" is a {type(value).__module__}.{type(value).__qualname__} that no load would return "
+            f"({reason}): store plain numbers, strings, lists, dicts or tensors")
 
 
 def _local(name, size, crc, offset):
-    """Local zip header for a stored record at `offset`, padded: its data begin at a multiple of
+    """Local zip header for a stored entry at `offset`, padded: its data begin at a multiple of
     64."""
     big = b""
     if size >= 0xFFFFFFFF:
         big = struct.pack("<HHQQ", 1, 16, size, size)
     pad = -(offset + 30 + len(name) + len(big) + 4) % 64
     extra = big + struct.pack("<HH", 0x4246, pad) + b"Z" * pad              # 'FB', torch's own tag
-    version = 45 if big else 20
     small = min(size, 0xFFFFFFFF)
-    fixed = struct.pack("<4s5H3L2H", b"PK\3\4", version, 0x800, 0, 0, 0x21, crc, small, small,
-                        len(name), len(extra))
-    return fixed + name + extra
+    return struct.pack("<4s5H3L2H", b"PK\3\4", 45 if big else 20, 0x800, 0, 0, 0x21, crc, small,
+                       small, len(name), len(extra)) + name + extra
 
 
-def _directory(records, offset):
+def _directory(entries, offset):
     """Central directory and end records, from `offset` on, of [(name, size, crc, header
     offset)]."""
     out = io.BytesIO()
-    for name, size, crc, at in records:
+    for name, size, crc, at in entries:
         big, version, small, short = b"", 20, size, at
         if max(size, at) >= 0xFFFFFFFF:
             big = struct.pack("<HH3Q", 1, 24, size, size, at)
@@ -487,7 +406,7 @@ def _directory(records, offset):
         out.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", version, version, 0x800, 0, 0, 0x21, crc,
                               small, small, len(name), len(big), 0, 0, 0, 0, short))
         out.write(name + big)
-    size, count = out.tell(), len(records)
+    size, count = out.tell(), len(entries)
     if offset + size >= 0xFFFFFFFF or count >= 0xFFFF:
         fields = (44, 45, 45, 0, 0, count, count, size, offset)
         out.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", *fields))
@@ -508,54 +427,50 @@ class _Image:
     def __init__(self, say=print):
         self.say = say
         self.said = set()
-        self.fills = 0
-        self.tail = None                    # what `file` put behind the tensors
         self.buffer = None
         self.staging = None
-        self.layout = None                  # of what the buffer is laid out for
+        self.layout = None                  # [(bytes, dtype, device)] of the storages
         self.copied = None                  # the event that ends the copy from the GPU
         self.sound = set()                  # names of weights that were finite once
         self.masks = set()                  # names of tensors that held infinities from the start
 
     def fill(self, state):
         """Copy the state's values of this moment. TypeError for what could not be loaded again."""
-        self.fills += 1
         # a save that failed before it waited for its copy must not have the next one overtake it
         self._await_copy()
         # what is allocated here is used outside of the caller's inference_mode too
         with torch.inference_mode(False), torch.no_grad():
-            frozen = _Frozen(state)
-            self.tree = frozen.tree
-            self.records = frozen.records
-            sizes = [(record.nbytes, record.device) for record in self.records]
-            copies = [(record.number, offset, dtype, shape)
-                      for _, record, offset, dtype, shape in frozen.copies]
-            if self.layout != (sizes, copies):
-                self._place(sizes, copies)
-            on_gpu, on_cpu = [], []
-            for tensor, *_ in frozen.copies:
-                (on_gpu if tensor.is_cuda else on_cpu).append(tensor)
+            pickler, state = _frozen(state)
+            self.pickled, self.facts = pickler.file.getvalue(), _facts(state)
+            self.placed = {view: (storage.number, first, strides)
+                           for view, (storage, first, strides) in pickler.views.items()}
+            self.named = {entry: [(name, _View.of(value), type(value) is torch.nn.Parameter)
+                                  for name, value in values.items()
+                                  if isinstance(value, torch.Tensor)]
+                          for entry, values in state.items() if isinstance(values, dict)}
+            layout = [(s.nbytes, s.dtype, s.memory.device) for s in pickler.storages]
+            if layout != self.layout:
+                self._place(layout)
+            values = [pickler.storages[number].values() for number in self.order]
+            on_gpu, on_cpu = values[:len(self.clones)], values[len(self.clones):]
             if on_gpu:
                 self._fill_from_gpu(on_gpu)
             if on_cpu:
                 torch._foreach_copy_(self.views, on_cpu)
-        for slot in frozen.slots:
-            slot.tensor = None              # the caller's memory is the caller's again
         return self
 
-    def _place(self, sizes, copies):
-        """Offsets for every record, CUDA tensors first: they arrive as one block."""
+    def _place(self, layout):
+        """Offsets for every storage, CUDA ones first: they arrive as one block."""
         self.layout = None                  # until all of it is there: memory may run out below
-        gpu = [record.number for record in self.records if record.device.type == "cuda"]
-        rest = [record.number for record in self.records if record.device.type != "cuda"]
-        self.order = gpu + rest
+        gpu = [number for number, (*_, device) in enumerate(layout) if device.type == "cuda"]
+        self.order = gpu + [number for number in range(len(layout)) if number not in set(gpu)]
         self.at, end, self.gpu_end = {}, 0, 0
-        for number in self.order:
-            nbytes = self.records[number].nbytes
-            header = len(_local(_data_name(number), nbytes, 0, end))
-            self.at[number] = end, end + header
-            end += header + nbytes
-            if number in gpu[-1:]:
+        for place, number in enumerate(self.order):
+            header, nbytes = end, layout[number][0]
+            begin = header + len(_local(_data_name(number), nbytes, 0, header))
+            end = begin + nbytes
+            self.at[number] = header, begin, end
+            if place < len(gpu):
                 self.gpu_end = end
         self.end = end
         # free before taking more
@@ -564,15 +479,9 @@ class _Image:
             self.buffer = None
             room = self._room(end + end // 16 + PAGE)
             self.buffer = room[-room.data_ptr() % PAGE:]
-        for record in self.records:
-            if record.dtype is None:        # it may begin with bytes that no tensor shows
-                at = self.at[record.number][1]
-                self.buffer[at:at + record.nbytes].zero_()
-        on_gpu = set(gpu)
-        self.views = self._views(self.buffer, [c for c in copies if c[0] not in on_gpu])
-        if gpu:
-            self._stage(self.records[gpu[0]].device, [c for c in copies if c[0] in on_gpu])
-        self.layout = sizes, copies
+        self.views = self._views(self.buffer, layout, self.order[len(gpu):])
+        self.clones = self._stage(layout, gpu) if gpu else []
+        self.layout = layout
 
     def _room(self, size):
         """Memory on the CPU, page-locked where a GPU is to write into it."""
@@ -584,36 +493,29 @@ class _Image:
                                f"copies from the GPU take longer")
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 
-    def _stage(self, device, copies):
+    def _stage(self, layout, gpu):
         """Room on the GPU for the clone; without it training waits for the copy to the CPU."""
+        device = layout[gpu[0]][2]
         self.side = torch.cuda.Stream(device)
         try:
             self.staging = torch.empty(self.gpu_end, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
-            room = f"{self.gpu_end / 1e6:.0f} MB"
-            self._say_once(f"no {room} free on the GPU for a clone of the state: "
-                           f"training waits for its copy to the CPU instead")
-        target = self.buffer if self.staging is None else self.staging
-        self.clones = self._views(target, copies)
+            self._say_once(f"no {self.gpu_end / 1e6:.0f} MB free on the GPU for a clone of the "
+                           f"state: training waits for its copy to the CPU instead")
+        return self._views(self.buffer if self.staging is None else self.staging, layout, gpu)
 
     def _say_once(self, line):
         if line not in self.said:
             self.said.add(line)
             self.say(f"checkpoints: {line}")
 
-    def _views(self, buffer, copies):
-        """The places of `copies`, [(record number, offset, dtype, shape)], in `buffer`."""
-        views = []
-        for number, offset, dtype, shape in copies:
-            at = self.at[number][1] + offset
-            size = math.prod(shape) * dtype.itemsize
-            views.append(buffer[at:at + size].view(dtype).view(shape))
-        return views
+    def _views(self, buffer, layout, numbers):
+        """The places of storages in `buffer`."""
+        return [buffer[slice(*self.at[n][1:])].view(layout[n][1]) for n in numbers]
 
-    def _fill_from_gpu(self, tensors):
-        device = self.side.device
-        with torch.cuda.device(device):
-            torch._foreach_copy_(self.clones, tensors)
+    def _fill_from_gpu(self, values):
+        with torch.cuda.device(self.side.device):
+            torch._foreach_copy_(self.clones, values)
             if self.staging is None:
                 torch.cuda.current_stream().synchronize()
                 return
@@ -631,30 +533,30 @@ class _Image:
             self.copied = None
 
     def weights(self, entry):
-        """{record number: [(name, slot)]} of the tensors in the state's dict `entry`."""
+        """{storage number: [(name, view, whether a Parameter)]} of tensors in the state's dict
+        `entry`."""
         found = {}
-        tensors = self.tree.get(entry)
-        if isinstance(tensors, dict):
-            for name, slot in tensors.items():
-                if isinstance(slot, _Slot):
-                    found.setdefault(slot.record.number, []).append((name, slot))
+        for weight in self.named.get(entry, ()):
+            found.setdefault(self.placed[weight[1]][0], []).append(weight)
         return found
 
     def refuse_nonfinite(self, weights):
-        """Raise NotFinite where one of `weights`, [(name, slot)], holds a NaN or an infinity.
+        """Raise NotFinite where one of `weights` holds a NaN or an infinity.
 
         A tensor that held infinities, and no NaN, when it was first seen is a mask, not a
         weight."""
         self._await_copy()
-        for name, slot in weights:
-            if name in self.masks or not slot.numel:
+        for name, view, parameter in weights:
+            if name in self.masks or 0 in view.shape:
                 continue
-            at = self.at[slot.record.number][1]
-            record = self.buffer[at:at + slot.record.nbytes]
-            values = record[slot.offset:].view(slot.dtype).as_strided(slot.shape, slot.strides)
+            number, first, strides = self.placed[view]
+            _, begin, end = self.at[number]
+            begin += first * view.dtype.itemsize
+            end -= (end - begin) % view.dtype.itemsize
+            values = self.buffer[begin:end].view(view.dtype).as_strided(view.shape, strides)
             if _finite(values):
                 self.sound.add(name)
-            elif name in self.sound or slot.parameter or _widened(values).isnan().any():
+            elif name in self.sound or parameter or _widened(values).isnan().any():
                 raise NotFinite(f"weights are not finite ({name}): not written over good files")
             else:
                 self.masks.add(name)
@@ -663,26 +565,23 @@ class _Image:
     def file(self, finite=""):
         """Yield the file from front to back as buffers, all but the last two whole pages.
 
-        Runs in the writer. Pickle, headers and checksums come around the tensors here; the
-        checksums keep ahead of the disk. Raises NotFinite where a tensor of the state's entry
-        `finite` holds a NaN or an infinity."""
+        Runs in the writer. Headers and checksums come around the tensors here; the checksums keep
+        ahead of the disk. Raises NotFinite where a tensor of the state's entry `finite` holds a NaN
+        or an infinity."""
         self._await_copy()
-        whole = self._memory()
-        ends = [self.at[number][1] + self.records[number].nbytes for number in self.order]
-        data = [whole[self.at[number][1]:end] for number, end in zip(self.order, ends)]
-        weights = self.weights(finite)
+        whole, weights = self._memory(), self.weights(finite)
 
-        def checksum(number, values):
+        def checksum(number):
             self.refuse_nonfinite(weights.get(number, ()))
-            return zlib.crc32(values)
+            _, begin, end = self.at[number]
+            return zlib.crc32(whole[begin:end])
 
         entries, digest, done = [], hashlib.sha256(), 0
-        for number, values, end, crc in zip(self.order, data, ends,
-                                            _ahead(checksum, self.order, data)):
-            header, start = self.at[number]
-            entries.append((_data_name(number), len(values), crc, header))
-            whole[header:start] = _local(*entries[-1])
-            digest.update(whole[header:start])
+        for number, crc in zip(self.order, _ahead(checksum, self.order)):
+            header, begin, end = self.at[number]
+            entries.append((_data_name(number), end - begin, crc, header))
+            whole[header:begin] = _local(*entries[-1])
+            digest.update(whole[header:begin])
             ready = end // PAGE * PAGE
             # small pieces at first: the disk begins at once
             if ready - done >= min(CHUNK, max(CHUNK // 8, done)):
@@ -690,8 +589,7 @@ class _Image:
                 done = ready
         yield whole[done:self.end // PAGE * PAGE]
         yield whole[self.end // PAGE * PAGE:]
-        self.tail = self._tail(entries, digest)
-        yield self.tail
+        yield self._tail(entries, digest)
 
     def _memory(self):
         memory = (ctypes.c_char * self.end).from_address(self.buffer.data_ptr())
@@ -700,19 +598,15 @@ class _Image:
 
     def _tail(self, entries, digest):
         """What follows the tensors: the pickle, the zip directory and our comment."""
-        pickled = io.BytesIO()
-        _Pickler(pickled, protocol=2).dump(self.tree)
-        plain = {b"data.pkl": pickled.getvalue(),
-                 b"byteorder": sys.byteorder.encode(),
-                 b"version": b"3\n"}
         tail = io.BytesIO()
-        for name, values in plain.items():
+        for name, values in ((b"data.pkl", self.pickled), (b"byteorder", sys.byteorder.encode()),
+                             (b"version", b"3\n")):
             at = self.end + tail.tell()
             entries.append((b"archive/" + name, len(values), zlib.crc32(values), at))
             tail.write(_local(*entries[-1]) + values)
         tail.write(_directory(entries, self.end + tail.tell()))
-        note = json.dumps(_facts(self.tree)).encode()
-        # the zip end record ends with the length of the comment, which this is
+        note = json.dumps(self.facts).encode()
+        # the zip end record closes with the length of the comment
         tail.write(struct.pack("<H", len(MAGIC) + 64 + 10 + len(note)))
         digest.update(tail.getvalue() + note)
         tail.write(MAGIC + digest.hexdigest().encode() + b" %08x " % zlib.crc32(note) + note)
@@ -742,32 +636,27 @@ def _facts(state):
     """What a choice among files asks of a state: the zip comment holds it, where it is sound.
 
     Progress that is no int is None, so that no resume takes it for 0."""
-    facts = {}
-    for key in PROGRESS:
-        if key in state:
-            facts[key] = state[key] if type(state[key]) is int else None
-    ours = state["holdfast"] if "holdfast" in state else None
+    facts = {key: state[key] if type(state[key]) is int else None
+             for key in PROGRESS if key in state}
+    ours = state.get("holdfast")
     if not isinstance(ours, dict):
         ours = state                        # a note, or a file that another writer made
-    for key in ("kind", "run", "start"):
-        if key in ours and _is_name(ours[key]):
-            facts[key] = ours[key]
-    starts = ours["starts"] if "starts" in ours else None
+    facts |= {key: ours[key] for key in ("kind", "run", "start") if _is_name(ours.get(key))}
+    starts, metric = ours.get("starts"), ours.get("metric")
     if type(starts) is list and all(map(_is_start, starts)):
         facts["starts"] = starts
-    metric = ours["metric"] if "metric" in ours else None
     if type(metric) is dict and _is_name(metric.get("name")):
         value = metric.get("value")
         if type(value) is float or type(value) is int and abs(value) < 2**53:
             facts["metric"] = {"name": metric["name"], "value": value}
             if type(metric.get("tie")) is float:
                 facts["metric"]["tie"] = metric["tie"]
-            if "rules" in metric and _is_name(metric["rules"]):
+            if _is_name(metric.get("rules")):
                 facts["metric"]["rules"] = metric["rules"]
     return facts
 
 
-def facts_of(state) -> dict:
+def facts_of(state: dict) -> dict[str, Any]:
     """What `peek` returns, but for `bytes`, of a state that was loaded."""
     facts = _facts(state)
     progress = {key: facts.get(key) or 0 for key in PROGRESS}
@@ -795,13 +684,13 @@ def _is_name(value):
     return type(value) is str and len(value) <= 100 and value.isprintable()
 
 
-def _ahead(function, *items):
-    """map(function, *items), computed in a thread while the results before are used."""
+def _ahead(function, items):
+    """map(function, items), computed in a thread while the results before are used."""
     with ThreadPoolExecutor(1, "checkpoint checksums") as pool:
         try:
-            results = pool.map(function, *items)
-        except RuntimeError:                # the interpreter is about to exit and starts no thread
-            results = map(function, *items)
+            results = pool.map(function, items)
+        except RuntimeError:                # no thread to be had, or at exit
+            results = map(function, items)
         yield from results
 
 
@@ -993,16 +882,17 @@ def _unlink(path):
             print(f"checkpoint: could not remove {path}: {error.strerror}", file=sys.stderr)
 
 
-# ---- reading ----
+# ---- reading: zipfile checks the CRC-32 of every entry, our SHA-256 all that lies between ----
 
-def load(path, map_location="cpu"):
+def load(path: str | os.PathLike, map_location: Any = "cpu") -> dict:
     """The dict in `path`, every byte checked before it is returned.
 
-    Raises CorruptCheckpoint for any damage, OSError when it cannot be read."""
+    Raises CorruptCheckpoint for bytes that were read and are wrong, OSError where they cannot be
+    read now, MemoryError where there is no room for them."""
     return _checked(path, map_location)
 
 
-def verify(path):
+def verify(path: str | os.PathLike) -> int:
     """Load all of `path` and let go of it: refuses (CorruptCheckpoint) what `load` would refuse.
 
     Returns its size in bytes."""
@@ -1021,29 +911,38 @@ def _open(path):
 
 @contextlib.contextmanager
 def _damage(path):
-    """What reading `path` raises, as CorruptCheckpoint; OSError where the disk failed."""
+    """What reading `path` raises: OSError and MemoryError for what passes, all else as damage."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except OSError as error:
-        # damage made us seek to nowhere
-        if error.errno != errno.EINVAL:
-            raise
-        raise CorruptCheckpoint(f"{path}: misplaced records") from None
-    except CorruptCheckpoint as damage:
-        raise CorruptCheckpoint(f"{path}: {damage}") from None
-    except pickle.UnpicklingError as refusal:
-        code = re.search(r"GLOBAL (\S+)", str(refusal))
-        what = f"it would run {code[1]}" if code else str(refusal).strip().split("\n")[0]
-        raise CorruptCheckpoint(f"{path}: weights_only loading refuses it: {what}") from None
-    except Exception as damage:
-        # a damaged zip makes torch raise EOFError, RuntimeError, KeyError, struct.error ...
-        what = f"{type(damage).__name__}: {damage}".split("\n")[0]
-        raise CorruptCheckpoint(f"{path}: unreadable: {what}") from damage
+    except Exception as error:
+        cause = error
+        while cause:                        # zipfile and torch put errors of their own on top
+            # damage alone leads a read to nowhere (EINVAL)
+            if isinstance(cause, MemoryError) or \
+                    isinstance(cause, OSError) and cause.errno != errno.EINVAL:
+                raise cause from None
+            # torch has no class for this
+            if isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(cause):
+                raise MemoryError(str(cause).split("\n")[0]) from None
+            cause = cause.__cause__ or cause.__context__
+        damage = CorruptCheckpoint(f"{path}: {_described(error)}")
+        damage.foreign = getattr(error, "foreign", False)
+        raise damage from None
+
+
+def _described(error):
+    first = str(error).strip().split("\n")[0]
+    if isinstance(error, CorruptCheckpoint):
+        return first
+    if isinstance(error, pickle.UnpicklingError):
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        return f"weights_only loading refuses it: {f'it would run {code[1]}' if code else first}"
+    return f"unreadable: {type(error).__name__}: {first}"
 
 
 def _checked(path, map_location):
+    if isinstance(map_location, (str, torch.device)):
+        torch.empty(0, device=map_location)             # a GPU that is absent damages no file
     with _open(path) as file:
         before = os.fstat(file.fileno())
         with _damage(path):
@@ -1055,111 +954,83 @@ def _checked(path, map_location):
 
 
 def _read_state(file, map_location):
-    tensors, note = _check_structure(file)
-    # damaged numbers harm nobody until this block is left
-    with ThreadPoolExecutor(4) as pool:
-        checks = [pool.submit(_check_tensor, file.fileno(), *record) for record in tensors]
+    comment = _check(file)
+    try:
         file.seek(0)
         state = torch.load(file, map_location=map_location, weights_only=True, mmap=False)
-        for check in checks:
-            check.result()
-    if not isinstance(state, dict):
-        raise CorruptCheckpoint(f"holds a {type(state).__name__}, not a checkpoint dict")
+        if not isinstance(state, dict):
+            raise CorruptCheckpoint(f"holds a {type(state).__name__}, not a checkpoint dict")
+    except Exception as error:
+        error.foreign = not comment         # every byte is as it was written, by another program
+        raise
     # a choice among files believes the note: it may not say other than the state
-    if note is not None and json.dumps(_facts(note)) != json.dumps(_facts(state)):
+    if comment and json.dumps(_facts(_note(comment))) != json.dumps(_facts(state)):
         raise CorruptCheckpoint("its progress record differs from its state")
     return state
 
 
-def _check_structure(file):
-    """(tensor records still to be checked, our note or None); every other byte is the one written.
-
-    A record is (name, where its data begin, bytes, CRC-32). Of any other .pt every zip record is
-    checked here. Raises CorruptCheckpoint."""
-    size, tensors, comment = _layout(file)
+def _check(file):
+    """Our comment (b"" in another program's .pt), once every byte is the one that was written."""
+    size, comment = os.fstat(file.fileno()).st_size, _comment(file)
+    with zipfile.ZipFile(file) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        for entry in entries:
+            # attributes make some readers skip an entry
+            if entry.external_attr or entry.compress_type or entry.is_dir() \
+                    or not 0 <= entry.header_offset < size:
+                raise CorruptCheckpoint(f"entry {entry.filename} has damaged attributes")
+        bad = archive.testzip()
+        if bad or len(archive.NameToInfo) != len(entries):
+            raise CorruptCheckpoint(f"entry {bad} does not match its CRC-32" if bad
+                                    else "two entries have one name")
     if not comment:
-        return [], None
+        return comment
     digest, at = hashlib.sha256(), 0
-    for _, begin, length, _ in tensors:
-        digest.update(_read(file, at, begin - at))
-        at = begin + length
-    digest.update(_read(file, at, size - len(comment) - at))
-    _check_digest(digest, comment)
-    return tensors, _note(comment)
-
-
-def _layout(file):
-    """(bytes of the file, its tensor records in the order of the file, our comment).
-
-    Of any other .pt (no records, b"") every zip record is checked here."""
-    size = os.fstat(file.fileno()).st_size
-    if not size:
-        raise CorruptCheckpoint("empty file")
-    end, comment = _end_record(file, size)
-    tensors = []
-    if not comment:
-        _check_foreign(file)
-        return size, tensors, comment
-    for name, length, crc, offset in _records(file, end, size):
-        if name.startswith(b"archive/data/"):
-            sizes = struct.unpack("<2H", _read(file, offset + 26, 4))
-            tensors.append((name.decode(), offset + 30 + sum(sizes), length, crc))
-    return size, tensors, comment
-
-
-def _check_digest(digest, comment):
-    digest.update(_note_bytes(comment))
+    for entry in entries:
+        if entry.filename.startswith("archive/data/"):
+            file.seek(entry.header_offset + 26)
+            data = entry.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
+            _digest(digest, file, at, data)
+            at = data + entry.file_size
+    _digest(digest, file, at, size - len(comment))
+    digest.update(comment[len(MAGIC) + 74:])
     if digest.hexdigest().encode() != comment[len(MAGIC):len(MAGIC) + 64]:
         raise CorruptCheckpoint("headers, structure or plain values do not match their SHA-256")
+    return comment
 
 
-def _check_tensor(fd, name, at, length, crc):
-    found, buffer = 0, memoryview(bytearray(min(length, 1 << 20)))
-    for start in range(at, at + length, 1 << 20):
-        piece = buffer[:at + length - start]
-        if os.preadv(fd, [piece], start) != len(piece):
-            raise CorruptCheckpoint("truncated")
-        found = zlib.crc32(piece, found)
-    if found != crc:
-        raise CorruptCheckpoint(f"tensor record {name} does not match its CRC-32")
+def _digest(digest, file, begin, end):
+    if begin > end:
+        raise CorruptCheckpoint("overlapping or misplaced entries")
+    file.seek(begin)
+    for at in range(begin, end, 1 << 20):
+        digest.update(file.read(min(end - at, 1 << 20)))
 
 
-def _read(file, at, length):
-    if length < 0:
-        raise CorruptCheckpoint("overlapping or misplaced records")
-    # before Python reserves memory for a damaged length
-    if at + length > os.fstat(file.fileno()).st_size:
-        raise CorruptCheckpoint("truncated")
-    file.seek(at)
-    data = file.read(length)
-    if len(data) != length:
-        raise CorruptCheckpoint("truncated")
-    return data
-
-
-def _end_record(file, size):
-    """((where the zip end record begins, its count, length and offset), our comment or b"")."""
-    tail = _read(file, max(0, size - 66000), min(size, 66000))
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or len(tail) - at < 22:
-        raise CorruptCheckpoint("truncated: the zip end record is missing")
-    fields, comment = struct.unpack("<4s4H2LH", tail[at:at + 22]), tail[at + 22:]
-    if fields[-1] != len(comment) or (comment and not comment.startswith(MAGIC)):
+def _comment(file):
+    """Our zip comment, b"" where there is none. Its progress has a CRC-32 of its own, and is
+    believed before the file is read."""
+    size = os.fstat(file.fileno()).st_size
+    for length in (1 << 10, 66_000):        # a long one is rare
+        file.seek(max(0, size - length))
+        _, found, record = file.read().rpartition(b"PK\5\6")
+        if found:
+            break
+    if not found or len(record) < 18:
+        raise CorruptCheckpoint("truncated: no zip end record" if size else "empty file")
+    comment = record[18:]
+    if record[16:18] != struct.pack("<H", len(comment)) or comment[:len(MAGIC)] not in (b"", MAGIC):
         raise CorruptCheckpoint("the zip end record is damaged")
-    return (size - len(tail) + at, *fields[4:7]), comment
-
-
-def _note_bytes(comment):
-    """The JSON of our comment, by its own CRC-32: it is believed before the file is read."""
-    note = comment[len(MAGIC) + 74:]
-    if comment[len(MAGIC) + 64:len(MAGIC) + 74] != b" %08x " % zlib.crc32(note):
+    sums, note = comment[len(MAGIC) + 64:len(MAGIC) + 74], comment[len(MAGIC) + 74:]
+    if comment and sums != b" %08x " % zlib.crc32(note):
         raise CorruptCheckpoint("its progress record is damaged")
-    return note
+    return comment
 
 
 def _note(comment):
+    """The progress in our comment."""
     try:
-        note = json.loads(_note_bytes(comment))
+        note = json.loads(comment[len(MAGIC) + 74:])
     except (ValueError, RecursionError):
         note = None
     if not isinstance(note, dict):
@@ -1167,59 +1038,17 @@ def _note(comment):
     return note
 
 
-def _records(file, end, size):
-    """[(name, size, crc, header offset)] of the central directory, in file order."""
-    end_at, count, length, offset = end
-    if offset == 0xFFFFFFFF or count == 0xFFFF:
-        count, length, offset = struct.unpack("<3Q", _read(file, end_at - 20 - 24, 24))
-    data, out, at = _read(file, offset, length), [], 0
-    for _ in range(count):
-        fields = struct.unpack_from("<4s6H3L5H2L", data, at)
-        signature, method, header = fields[0], fields[4], fields[16]
-        crc, packed, stored, names, extras, comments = fields[7:13]
-        name = data[at + 46:at + 46 + names]
-        if extras:
-            packed, stored, header = struct.unpack_from("<3Q", data, at + 46 + names + 4)
-        if signature != b"PK\1\2" or method or packed != stored:
-            raise CorruptCheckpoint("the zip directory is damaged")
-        if header + 30 + stored > size:
-            raise CorruptCheckpoint("truncated")
-        out.append((name, stored, crc, header))
-        at += 46 + names + extras + comments
-    if len({name for name, *_ in out}) != len(out):
-        raise CorruptCheckpoint("two records have one name")
-    return sorted(out, key=lambda record: record[3])
-
-
-def _check_foreign(file):
-    """A .pt of plain torch.save has only zip CRCs.
-
-    Attribute bits that make a reader skip a record are refused too."""
-    file.seek(0)
-    with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            if info.external_attr or info.compress_type or info.is_dir():
-                raise CorruptCheckpoint(f"record {info.filename} has damaged attributes")
-        bad = archive.testzip()
-        if bad:
-            raise CorruptCheckpoint(f"record {bad} does not match its CRC-32")
-
-
-def peek(path):
+def peek(path: str | os.PathLike) -> dict[str, Any]:
     """Progress of a checkpoint without reading it, as a dict.
 
     Its keys: epoch, batch, global_step, save_counter (ints), kind, run (or None), metric (a dict
-    with name and value, or None), position (epoch in progress and batches trained in it, or None
-    where no resume can go on from it), bytes. A few hundred bytes are read of a file written here;
-    any other .pt is loaded. Raises CorruptCheckpoint or OSError."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            comment = _end_record(file, size)[1] if size else b""
-            note = _note(comment) if comment else None
-        except CorruptCheckpoint as damage:
-            raise CorruptCheckpoint(f"{path}: {damage}") from None
-    state = _checked(path, "meta") if note is None else note
+    with name and value, or None), start and starts (of the run, or empty), position (epoch in
+    progress and batches trained in it, or None where no resume can go on from it), bytes. A few
+    hundred bytes are read of a file written here; any other .pt is loaded. Raises as `load`."""
+    with _open(path) as file, _damage(path):
+        size, comment = os.fstat(file.fileno()).st_size, _comment(file)
+        state = _note(comment) if comment else None
+    state = _checked(path, "meta") if state is None else state
     for key, value in _facts(state).items():
         if key in PROGRESS and (value is None or not 0 <= value < 2**63):
             raise CorruptCheckpoint(f"{path}: its {key} is {value!r}, not a count")

@@ -9,6 +9,7 @@ memory (copy floor), a raw write + fsync + rename of the same bytes, direct or t
 the bench once they say that they are done, or "until durable" would never come. Peers that are not installed are left out.
 """
 import argparse
+import contextlib
 import ctypes
 import gc
 import logging
@@ -85,9 +86,10 @@ class TorchSave:
 
     def sync(self):
         for path in [p for p in self.place.rglob("*")] + [self.place]:
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+            with contextlib.suppress(FileNotFoundError):            # a temp that became a checkpoint since it was listed
+                fd = os.open(path, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
 
     def end_of_epoch(self, state):
         for name in ("checkpoint_epoch_001.pt", "last.pt", "best.pt"):

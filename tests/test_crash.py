@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -304,7 +305,8 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
     Trap.place = tmp_path / "it_ran"
     torch.save({"epoch": 1, "trap": Trap()}, tmp_path / "last.pt")
     image = checkpoint._Image().fill({"epoch": 1})
-    image.tree["trap"] = Trap()             # with every checksum right: the bytes are those that were written
+    # with every checksum right: the bytes are those that were written
+    image.pickled = pickle.dumps({"epoch": 1, "trap": Trap()}, protocol=2)
     checkpoint.atomic_write(tmp_path / "checkpoint_epoch_001.pt", image.file())
     for path in tmp_path.glob("*.pt"):
         for read in (checkpoint.load, checkpoint.verify):

@@ -1,4 +1,5 @@
 """The file as an adversary would have it: crafted content, odd neighbours, temps of other hosts, what a kernel refuses."""
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -7,6 +8,8 @@ import math
 import os
 import pickle
 import random
+import resource
+import threading
 import time
 import traceback
 import zipfile
@@ -32,23 +35,12 @@ def crafted(path, state, note=None, records=None, pickled=None):
             if records:
                 entries[:] = records(entries)
             return super()._tail(entries, digest)
-    facts, dump = checkpoint._facts, checkpoint._Pickler
     image = Crafted().fill(state)
-
-    class Dump:
-        def __init__(self, file, protocol):
-            self.file = file
-
-        def dump(self, tree):
-            self.file.write(pickled)
-    try:
-        if note is not None:
-            checkpoint._facts = lambda state: note
-        if pickled is not None:
-            checkpoint._Pickler = Dump
-        checkpoint.atomic_write(Path(path), image.file())
-    finally:
-        checkpoint._facts, checkpoint._Pickler = facts, dump
+    if note is not None:
+        image.facts = note
+    if pickled is not None:
+        image.pickled = pickled
+    checkpoint.atomic_write(Path(path), image.file())
 
 
 def refused(path, *readers):
@@ -405,3 +397,131 @@ def test_files_written_before_strides_and_notes_were_bounded_still_load(tmp_path
     odd = {**state_, "metric": "accuracy 0.5"}              # anything went into the note then
     crafted(tmp_path / "last.pt", odd, note=odd)
     assert checkpoint.load(tmp_path / "last.pt")["metric"] == "accuracy 0.5" and checkpoint.peek(tmp_path / "last.pt")["metric"] is None
+
+
+# ---- what passes is no damage ----
+
+class Failing:
+    """A file whose read number `which` fails."""
+
+    def __init__(self, file, which, error):
+        self.file, self.left, self.error = file, which, error
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+    def _counted(self, method, *arguments):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return method(*arguments)
+
+    def read(self, *arguments):
+        return self._counted(self.file.read, *arguments)
+
+    def readinto(self, *arguments):
+        return self._counted(self.file.readinto, *arguments)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError("no room")], ids=repr)
+@pytest.mark.parametrize("writer", ["ours", "torch"])
+def test_a_read_that_fails_anywhere_is_a_fault_that_passes_and_never_damage(tmp_path, monkeypatch, writer, fault):
+    path, real = tmp_path / "last.pt", checkpoint._open
+    checkpoint.atomic_save(state(1), path) if writer == "ours" else torch.save(state(1), path)
+    for read in (checkpoint.load, checkpoint.verify, checkpoint.peek):
+        for which in range(1, 1000):
+            failing = []
+
+            def open_(path):
+                failing.append(Failing(real(path), which, fault))
+                return failing[-1]
+            monkeypatch.setattr(checkpoint, "_open", open_)
+            try:
+                read(path)
+                assert failing[-1].left > 0
+                break
+            except (OSError, MemoryError) as error:
+                assert error is fault or isinstance(fault, MemoryError)
+        assert which > (1 if writer == "ours" and read is checkpoint.peek else 10)
+    monkeypatch.setattr(checkpoint, "_open", real)
+    assert sound(checkpoint.load(path)) == 1
+
+
+def test_neither_memory_nor_threads_nor_descriptors_that_run_out_are_damage(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.atomic_save({"w": torch.zeros(10_000_000), "epoch": 1, "batch": 1}, path)
+    checkpoint.load(path)
+
+    def child():
+        size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+        for room in range(0, 48 << 20, 4 << 20):
+            resource.setrlimit(resource.RLIMIT_AS, (1024 * size + room, resource.RLIM_INFINITY))
+            for read in (checkpoint.load, checkpoint.verify):
+                with contextlib.suppress(MemoryError):
+                    read(path)
+                    ended.append(room)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+
+        def no_thread(self):
+            raise RuntimeError("can't start new thread")
+        threading.Thread.start = no_thread
+        assert checkpoint.verify(path) and checkpoint.find_resume(tmp_path, quiet) == path
+        checkpoint.atomic_save(checkpoint.load(path), path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        with pytest.raises(OSError) as error:
+            checkpoint.load(path)
+        assert error.value.errno == errno.EMFILE
+    ended = []
+    assert crash.run_child(child) == "done"
+
+
+def test_a_device_that_is_not_here_is_no_damage_to_the_file(tmp_path):
+    checkpoint.atomic_save(state(1), tmp_path / "last.pt")
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises((RuntimeError, AssertionError)):
+            checkpoint.load(tmp_path / "last.pt", map_location=device)
+    assert checkpoint.load(tmp_path / "last.pt", map_location=lambda storage, location: storage)["epoch"] == 1
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("it ran",)
+
+
+def test_what_another_program_wrote_whole_is_foreign_and_what_is_damaged_is_not(tmp_path, capfd):
+    torch.save({"epoch": 1, "model": Code()}, tmp_path / "code.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"weights": torch.ones(500)}, tmp_path / "weights.pt")
+    for name in ("code.pt", "list.pt"):
+        with pytest.raises(checkpoint.CorruptCheckpoint) as refusal:
+            checkpoint.load(tmp_path / name)
+        assert refusal.value.foreign, name
+    assert checkpoint.peek(tmp_path / "weights.pt")["position"] is None and checkpoint.verify(tmp_path / "weights.pt")
+    checkpoint.atomic_save({"weights": torch.ones(500)}, tmp_path / "ours.pt")
+    for name in ("weights.pt", "ours.pt"):                  # where values lie
+        blob = bytearray((tmp_path / name).read_bytes())
+        blob[len(blob) // 2] ^= 1
+        (tmp_path / name).write_bytes(blob)
+        with pytest.raises(checkpoint.CorruptCheckpoint) as refusal:
+            checkpoint.load(tmp_path / name)
+        assert not refusal.value.foreign, name
+    assert "it ran" not in capfd.readouterr().out
+
+
+def test_a_peek_reads_a_small_part_of_a_file_written_here(tmp_path, monkeypatch):
+    checkpoint.atomic_save({**state(1), "many": list(torch.arange(3000.0).unbind())}, tmp_path / "last.pt")
+    taken, real = [], checkpoint._open
+
+    class Counted(Failing):
+        def read(self, *arguments):
+            data = self.file.read(*arguments)
+            taken.append(len(data))
+            return data
+    monkeypatch.setattr(checkpoint, "_open", lambda path: Counted(real(path), 0, None))
+    assert checkpoint.peek(tmp_path / "last.pt")["epoch"] == 1 and sum(taken) <= 1024 < (tmp_path / "last.pt").stat().st_size

@@ -5,7 +5,7 @@ import random
 import struct
 import threading
 import warnings
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -302,10 +302,28 @@ def freed():
     return tensor
 
 
+def short():
+    tensor = torch.randn(10)
+    tensor.untyped_storage().resize_(20)
+    return tensor
+
+
 def nested():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # the layout is a prototype
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # torch will drop it
+        return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+
+
+def compressed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # the layout is a prototype
+        return torch.eye(3).to_sparse_csr()
 
 
 def deep():
@@ -313,6 +331,22 @@ def deep():
     for _ in range(5000):
         value = [value]
     return value
+
+
+def held_by_itself():
+    value = ([], 1)
+    value[0].append(value)
+    return value
+
+
+def in_vmap():
+    kept = []
+    torch.vmap(lambda row: kept.append(row) or row)(torch.ones(2, 3))
+    return kept[0]
+
+
+class Whole(int):
+    """A number of another class."""
 
 
 Pair = namedtuple("Pair", "a b")
@@ -323,7 +357,9 @@ REFUSED = {"huge int": 1 << 2048, "negative huge int": -(1 << 3000), "ints, one 
            "nested": nested(), "long double": np.longdouble(1.5),
            "date": np.datetime64("2020-01-01"), "time": np.datetime64(7, "ns"), "objects": np.array([None, "x"]), "ufunc": np.add, "namedtuple": Pair(1, 2),
            "defaultdict": defaultdict(list), "frozenset": frozenset({1}), "range": range(3), "lambda": lambda: 0, "class": dict,
-           "lazy": torch.nn.UninitializedParameter(), "generator": torch.Generator(), "module": torch.nn.Linear(1, 1)}
+           "lazy": torch.nn.UninitializedParameter(), "ellipsis": ..., "memory format": torch.channels_last, "int class": Whole(3), "tuple in itself": held_by_itself(), "vmap": in_vmap(),
+           "uint4 tensor": torch.empty(3, dtype=torch.uint4), "csr": compressed(), "storage of less": short(), "empty bytes as key": {b"": 1},
+           "quantized": quantized(), "generator": torch.Generator(), "module": torch.nn.Linear(1, 1)}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -388,13 +424,151 @@ def test_a_state_goes_by_what_it_held_at_the_call_though_another_thread_saves_to
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_list_of_millions_of_numbers_is_copied_in_one_pass():
-    calls = []
+def test_a_list_of_millions_of_numbers_is_pickled_once_and_read_by_nobody(monkeypatch):
+    made = []
 
-    class Counting(checkpoint._Frozen):
-        def _inside(self, key, value):
-            calls.append(key)
-            return super()._inside(key, value)
+    class Counting(checkpoint._Pickler):
+        def __init__(self, *arguments):
+            made.append(self)
+            super().__init__(*arguments)
+    monkeypatch.setattr(checkpoint, "_Pickler", Counting)
+    monkeypatch.setattr(checkpoint, "_Reader", None)
     numbers = list(range(2_000_000))
-    copy = Counting({"numbers": numbers, "mixed": [1, 2.0]}).tree["numbers"]
-    assert copy == numbers and copy is not numbers and len(calls) == 7
+    image = checkpoint._Image().fill({"numbers": numbers, "mixed": [1, 2.0], "weight": torch.ones(3), "betas": [(0.9, 0.99)] * 2})
+    assert len(made) == 1 and len(image.pickled) > 2_000_000
+
+
+# ---- all that torch.load(weights_only=True) reads ----
+
+def trained(optimizer, steps=3, **settings):
+    """An optimizer of this class after some steps, so that its state is full."""
+    torch.manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    made = optimizer([weight], lr=0.01, **settings)
+    for _ in range(steps):
+        def closure():
+            made.zero_grad()
+            loss = weight.square().sum()
+            loss.backward()
+            if optimizer is torch.optim.SparseAdam:
+                weight.grad = weight.grad.to_sparse()
+            return loss
+        made.step(closure)
+    return made
+
+
+OPTIMIZERS = sorted((kind for kind in vars(torch.optim).values()
+                     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer),
+                    key=lambda kind: kind.__name__)
+scheduler = torch.optim.lr_scheduler
+SCHEDULERS = {
+    "LambdaLR": {"lr_lambda": lambda epoch: 0.9 ** epoch}, "MultiplicativeLR": {"lr_lambda": lambda epoch: 0.9}, "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [1, 2, 2, 5]}, "ConstantLR": {}, "LinearLR": {}, "ExponentialLR": {"gamma": 0.9}, "PolynomialLR": {},
+    "CosineAnnealingLR": {"T_max": 9}, "CosineAnnealingWarmRestarts": {"T_0": 2}, "CyclicLR": {"base_lr": 0.001, "max_lr": 0.1},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 20}, "ReduceLROnPlateau": {}, "ChainedScheduler": {}, "SequentialLR": {}}
+
+
+def as_torch_reads_it(state):
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    memory.seek(0)
+    return torch.load(memory, weights_only=True)
+
+
+def test_the_state_of_every_optimizer_of_torch_is_saved_and_loads_as_it_was(tmp_path):
+    assert len(OPTIMIZERS) > 12
+    for kind in OPTIMIZERS:
+        for settings in ({}, {"amsgrad": True}, {"momentum": 0.9}, {"fused": True}):
+            try:
+                optimizer = trained(kind, **settings)
+            except (TypeError, RuntimeError, ValueError):
+                assert settings                         # a setting that this one does not know
+                continue
+            state = {"optimizer": optimizer.state_dict(), "epoch": 1}
+            checkpoint.atomic_save(state, tmp_path / "x.pt")
+            got = checkpoint.load(tmp_path / "x.pt")
+            Pairs(state, got)
+            Pairs(as_torch_reads_it(state), got)
+            trained(kind, 1, **settings).load_state_dict(got["optimizer"])
+
+
+def test_the_state_of_every_scheduler_of_torch_is_saved_and_loads_as_it_was(tmp_path):
+    classes = {name for name, kind in vars(scheduler).items() if isinstance(kind, type) and not name.startswith("_")
+               and issubclass(kind, scheduler.LRScheduler) and kind is not scheduler.LRScheduler}
+    assert classes == set(SCHEDULERS)
+    for name, settings in SCHEDULERS.items():
+        optimizer = trained(torch.optim.SGD, momentum=0.9)
+        if name in ("ChainedScheduler", "SequentialLR"):
+            parts = [scheduler.LinearLR(optimizer), scheduler.MultiStepLR(optimizer, [3, 3])]
+            made = scheduler.ChainedScheduler(parts) if name == "ChainedScheduler" else scheduler.SequentialLR(optimizer, parts, [2])
+        else:
+            made = getattr(scheduler, name)(optimizer, **settings)
+        for _ in range(4):
+            optimizer.step()
+            made.step(*([0.5] if name == "ReduceLROnPlateau" else []))
+        state = {"scheduler": made.state_dict(), "scaler": torch.amp.GradScaler("cpu").state_dict()}
+        checkpoint.atomic_save(state, tmp_path / "x.pt")
+        Pairs(state, checkpoint.load(tmp_path / "x.pt"))
+        Pairs(as_torch_reads_it(state), checkpoint.load(tmp_path / "x.pt"))
+        made.load_state_dict(checkpoint.load(tmp_path / "x.pt")["scheduler"])
+
+
+def noted(**attributes):
+    made = OrderedDict(a=torch.ones(2))
+    vars(made).update(attributes)
+    return made
+
+
+READ = {"counter": Counter([3, 3, 5]), "counter in a list": [Counter("abca")], "ordered": noted(_metadata=OrderedDict(a={"version": 2})), "set": {1, "x"},
+        "bytearray": bytearray(b"raw"), "empty bytearray": bytearray(), "dtype": torch.bfloat16, "float8": torch.float8_e5m2, "quantized dtype": torch.qint8,
+        "layout": torch.strided, "scheme": torch.per_tensor_affine, "device": torch.device("cuda:3"), "size": torch.Size([2, 0]), "complex": 2 - 3j,
+        "class": OrderedDict, "tensor class": torch.Tensor, "long": 1 << 2038, "negative": -(1 << 2038), "bytes": bytes(range(256)), "tuple twice": [((1, [2]),)] * 2,
+        "keys": {(1, "a"): 1, 2.5: 2, None: 3, True: 4, b"k": 5, torch.float32: 6}}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_weights_only_reads_is_accepted(tmp_path, name):
+    state = {"a": [READ[name], {"b": READ[name]}]}
+    checkpoint.atomic_save(state, tmp_path / "x.pt")
+    got, theirs = checkpoint.load(tmp_path / "x.pt")["a"], as_torch_reads_it(state)["a"]
+    for mine in (got[0], got[1]["b"]):
+        assert type(mine) is type(theirs[0]) and repr(mine) == repr(theirs[0]) and getattr(mine, "__dict__", None) == getattr(theirs[0], "__dict__", None)
+    assert got[0] is got[1]["b"] or not isinstance(READ[name], (list, dict))
+
+
+class Allowed:
+    def __init__(self, value):
+        self.value = value
+
+
+def test_a_class_that_the_user_allows_torch_to_load_is_accepted_and_refused_otherwise(tmp_path):
+    state = {"mine": Allowed([1, torch.ones(2)])}
+    with pytest.raises(TypeError, match=r"\['mine'\].*Allowed"):
+        checkpoint.atomic_save(state, tmp_path / "x.pt")
+    with torch.serialization.safe_globals([Allowed]):
+        checkpoint.atomic_save(state, tmp_path / "x.pt")
+        assert checkpoint.load(tmp_path / "x.pt")["mine"].value[0] == 1
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="refuses it"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_attributes_and_hooks_of_tensors_are_left_out_and_refuse_nothing(tmp_path):
+    tensor, parameter = torch.ones(2, requires_grad=True), torch.nn.Parameter(torch.ones(3))
+    tensor.note = parameter.note = lambda: 0
+    tensor.register_hook(lambda grad: grad)
+    checkpoint.atomic_save({"t": tensor, "p": parameter}, tmp_path / "x.pt")
+    got = checkpoint.load(tmp_path / "x.pt")
+    assert got["t"].requires_grad and type(got["p"]) is torch.nn.Parameter and not hasattr(got["p"], "note")
+
+
+def test_numpy_and_slices_and_ties_in_one_state_come_back_together(tmp_path):
+    whole, array = torch.arange(10_000.0), np.arange(4)
+    shared = [whole[5:10], np.float32(0.5)]
+    state = {"a": shared, "b": shared, "c": whole[7:12], "d": whole[9_000:9_010:3], "arrays": [array, array], np.int64(3): np.int64(4),
+             "p": torch.nn.Parameter(whole[2:9])}
+    checkpoint.atomic_save(state, tmp_path / "x.pt")
+    got = checkpoint.load(tmp_path / "x.pt")
+    assert got["a"] is got["b"] and got["arrays"][0] is got["arrays"][1] and type(got["a"][1]) is float and got[3] == 4
+    got["a"][0][2] = -1.0
+    assert got["c"][0] == got["p"][5] == -1.0 and got["d"].tolist() == [9000.0, 9003.0, 9006.0, 9009.0]
+    assert (tmp_path / "x.pt").stat().st_size < 4000 and state["a"][1].dtype == np.float32
