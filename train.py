@@ -20,8 +20,6 @@ import argparse
 import contextlib
 import math
 import os
-import shlex
-import signal
 import sys
 import time
 
@@ -38,8 +36,10 @@ import model
 from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
 from run.config import add, describe, load as load_config
-from run.machine import Group, autocast, device_name, place, prepare_torch
 from run.listing import list_run
+from run.machine import Group, autocast, data_parallel, is_out_of_memory, machine_facts
+from run.machine import prepare_torch, rank_and_size
+from run.messages import command_again, tell_next, tell_stopped, time_left, true_or_false
 from run.prepare import Split, as_saved, build_model, expect_data, open_recordings, start_from
 from run.records import Log, RunDirectory, has_run, run_directory, tolerated
 from run.records import holds_checkpoints, move_aside       # noqa: F401 - for those who import train
@@ -115,6 +115,8 @@ class Trainer:
         self.stopping = self._no_best()
         self.scores = {}                # validation in progress: recording -> its counts
         self.summary = {}               # all metrics of the last finished validation
+        self.idle = 0                   # starts in a row before this one without progress
+        self.began_at = self._progress()
 
         self.batches = split.batches    # of this epoch
         self.compiled = False           # in this process
@@ -133,13 +135,10 @@ class Trainer:
             # one graph for one shape: pieces of a batch that are smaller are filled up to it
             self.net = torch.compile(model, fullgraph=True, dynamic=False)
         if self.group.size > 1:
-            # the random states are those of a single process once it is built
-            rng = checkpoint.random_states()
-            torch.manual_seed(self.config["experiment"]["seed"])
-            self.net = self._data_parallel()
-            checkpoint.restore_random_states(rng)
+            window = len(self.split.channels), self.split.windows.length
+            self.net = data_parallel(self.net, self.group, (self.piece, *window), self.config)
         self.optimizer = make_optimizer(model, s, fused=True)
-        total = s["epochs"] * self.split.batches
+        total = self.total = s["epochs"] * self.split.batches
         warmup = int(s["warmup_ratio"] * total)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, total, warmup))
@@ -151,26 +150,12 @@ class Trainer:
         self.waits = False              # whether the advice on slow reading was given
         self.ahead = iter(())           # windows of the recordings that are validated
 
-    def _data_parallel(self):
-        """The model over all processes, after one idle backward pass: DDP orders its buckets anew
-        after its first, and the sums of three or more processes round by that order. So a resumed
-        run has the whole run's order from its first step."""
-        device = self.group.device
-        devices = [device] if device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(self.net, devices, broadcast_buffers=False)
-        shape = self.piece, len(self.split.channels), self.split.windows.length
-        x = torch.randn(*shape, device=device)
-        with autocast(self.settings["precision"], device):
-            logits = net(x)
-        logits.float().sum().backward()
-        net.zero_grad()
-        return net
-
     def fit(self):
         """Train to the end. True where a signal or the time limit came before it."""
         if self.finished():
             self.say("this run is finished: raise training.epochs or training.patience to go on")
             return False
+        self.say(self.split.described(self.epoch))
         try:
             while not self.finished():
                 self.train_epoch()
@@ -200,16 +185,15 @@ class Trainer:
         feed = self.loader.batches(wanted, self.epoch)
         self.bar = self.progress(self.batches, f"epoch {self.epoch}", "batch", self.batch)
         self.net.train()
-        with contextlib.closing(feed), self.bar, self.watch.during("between two steps"):
+        with contextlib.closing(feed), self.bar:
             for batch, pieces in plan:
                 began = time.monotonic()
-                with self.watch.during("in a step"):
-                    loss, norm = self.train_step(batch, pieces, feed)
+                loss, norm = self.train_step(batch, pieces, feed)
                 if self.settings["compile"] and not self.compiled:
                     self.compiled = True
                     self.say(f"compiled: the first step took {time.monotonic() - began:.0f} s")
                 self.after_step(batch, loss, norm, time.monotonic() - began)
-                self.watch.did("step")
+                self.watch.progressed("step")
 
     def plan(self):
         """The batches still to train in this epoch: each with this process's pieces of it, as
@@ -235,8 +219,7 @@ class Trainer:
         total = float(self.split.samples[batch].sum())
         loss = 0.0
         # all of the batch first: what cannot be read is known before the step begins
-        with self.watch.during("waiting for data"):
-            windows = [next(feed) for _ in pieces]
+        windows = [next(feed) for _ in pieces]
         self.optimizer.zero_grad(set_to_none=True)
         for number, (_, weight) in enumerate(pieces, 1):
             x, y, mask = windows.pop(0)
@@ -319,7 +302,7 @@ class Trainer:
         self.bar.set_postfix(loss=f"{loss:.4f}")
         line = (f"epoch {self.epoch}/{self.settings['epochs']} batch {self.batch}/{self.batches} "
                 f"step {self.step} loss {loss:.4f} lr {rate:.2e} norm {norm:.3f} "
-                f"{seconds:.2f} s/step, {self.left()}")
+                f"{seconds:.2f} s/step, {time_left(self)}")
         if self.skipped:
             line += f", {self.skipped} steps skipped"
         if share >= 0.005:
@@ -328,20 +311,6 @@ class Trainer:
         if share > data.SLOW_SHARE and not self.waits:
             self.waits = True
             self.say(self.loader.advice(share))
-
-    def left(self):
-        """Time left of this epoch and of the run, by the mean pace of this epoch in this process
-        and the last validation."""
-        began, batch = self.epoch_began
-        pace = (time.monotonic() - began) / max(1, self.batch - batch)
-        validation = self.validation_seconds
-        epoch = (self.batches - self.batch) * pace + validation
-        later = self.settings["epochs"] - self.epoch
-        run = epoch + later * (self.split.batches * pace + validation)
-        line = f"left: {duration(epoch)} of the epoch, {duration(run)} of the run"
-        if not validation:
-            line += ", validations not counted yet"
-        return line
 
     def progress(self, total, title, unit, done=0):
         """A bar on the main process's terminal; where there is none, lines are printed instead."""
@@ -357,18 +326,17 @@ class Trainer:
         if self.group.main:
             self.home.saver.check()
         began, before = time.monotonic(), len(self.scores)
-        with self.watch.during("in validation"):
-            self.validate_recordings()
-            if not before:
-                self.validation_seconds = time.monotonic() - began
-            return evaluate.summarise(list(self.scores.values()), self.config["evaluation"])
+        self.validate_recordings()
+        if not before:
+            self.validation_seconds = time.monotonic() - began
+        return evaluate.summarise(list(self.scores.values()), self.config["evaluation"])
 
     def validate_recordings(self):
         size, dev = self.group.size, self.split.dev
         todo = [r for r in dev if r.name not in self.scores]
         self.ahead = evaluate.read_ahead(todo[self.group.rank::size], self.config["evaluation"])
         bar = self.progress(len(dev), "validation", "recording", len(self.scores))
-        said = time.monotonic()
+        plain = console.Timer(30)
         with bar, contextlib.closing(self.ahead):
             for first in range(0, len(todo), size):
                 began = time.monotonic()
@@ -379,12 +347,11 @@ class Trainer:
                 for recording, score in zip(turn, self.group.gather(mine)):
                     self.scores[recording.name] = score
                 bar.update(len(turn))
-                if bar.disable and time.monotonic() - said > 30:
-                    said = time.monotonic()
+                if bar.disable and plain.due():
                     self.say(f"validation: {len(self.scores)} of {len(dev)} recordings")
                 if size > 1:            # poll cannot stop one process alone
                     self.slowest = max(self.slowest, time.monotonic() - began)
-                self.watch.did("validated recording")
+                self.watch.progressed("validated recording")
                 self.boundary()
 
     def score(self, recording):
@@ -396,7 +363,7 @@ class Trainer:
     def poll(self):
         """Inside a recording: alone, stop at once (the recording is done anew); among others, at
         the next boundary."""
-        self.watch.did("validated window")
+        self.watch.progressed("validated window")
         if self.group.size == 1 and (self.signals.number or self.late()):
             self.save_mid(last=True)
             raise Stopped
@@ -418,10 +385,9 @@ class Trainer:
             self.home.metrics.write(kind="validation", epoch=self.epoch, step=self.step,
                                    best=improved, time=time.time(), **summary)
         began = time.monotonic()
-        with self.watch.during("in a save"):
-            state = self.pack()
-            if self.group.main:
-                self.home.save_epoch(state, value, tie, began)
+        state = self.pack()
+        if self.group.main:
+            self.home.save_epoch(state, value, tie, began)
         line = evaluate.validation_line(summary, name)
         self.say(f"validation of epoch {self.epoch}: {line}")
         missed = evaluate.over_cap(summary, self.config["evaluation"])
@@ -488,10 +454,9 @@ class Trainer:
         if self.saved_at == here:       # never twice for one state
             return
         began = time.monotonic()
-        with self.watch.during("in a save"):
-            state = self.pack()
-            if self.group.main:
-                self.home.save_mid(state, began, last)
+        state = self.pack()
+        if self.group.main:
+            self.home.save_mid(state, began, last)
         self.saved_at = here
 
     def pack(self):
@@ -510,20 +475,16 @@ class Trainer:
             "running": dict(self.running), "skipped": self.skipped, "nonfinite": self.nonfinite,
             "stopping": dict(self.stopping),
             "validation": dict(self.scores), "scores": dict(self.summary),
-            "config": self.config, "data": split.fingerprint, "machine": self.machine(),
+            "idle": self.starts_without_progress(),
+            "config": self.config, "data": split.fingerprint,
+            "machine": machine_facts(self.group, self.settings),
             "montage": split.montage, "channels": list(split.channels),
             "prepared": split.prepared}
-
-    def machine(self):
-        return {"device": device_name(self.group.device), "processes": self.group.size,
-                "torch": str(torch.__version__), "threads": torch.get_num_threads(),
-                "precision": self.settings["precision"], "compile": self.settings["compile"]}
 
     def unpack(self, state, position):
         """Continue exactly where `state` was taken, at `position`: (epoch, batches trained in it).
         Says what may differ from then on."""
         self.model.load_state_dict(state["model"])
-        self._unpack_optimizer(state)
         self.epoch, self.batch = position
         self.step = state["global_step"]
         self.running = dict(state["running"])
@@ -532,6 +493,7 @@ class Trainer:
         if self.batch:                  # else the state ends an epoch, and the next one begins
             self.windows_done = state["sampler"]["windows"]
             self.scores = dict(state["validation"])
+        self._unpack_optimizer(state)
         if self.scores and not evaluate.reusable(
                 self.scores.values(), state["config"]["evaluation"], self.config["evaluation"]):
             self.say(f"resume: evaluation settings changed: the {len(self.scores)} recordings "
@@ -541,7 +503,8 @@ class Trainer:
             self.say(f"resume: best_metric was {self.stopping['metric']}: "
                      f"best starts anew with {self.settings['best_metric']}")
             self.stopping = self._no_best()
-        for key, now in self.machine().items():
+        self.idle, self.began_at = state.get("idle", 0), self._progress()
+        for key, now in machine_facts(self.group, self.settings).items():
             was = state["machine"].get(key)
             if was != now:
                 self.say(f"resume: {key} {was} -> {now}: same data order and state; "
@@ -560,6 +523,7 @@ class Trainer:
         groups = [group | {"fused": True} for group in saved["param_groups"]]
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
+        self._fit_schedule(state["config"]["training"]["batch_size"])
         # settings that changed since then count from here on, not those of the checkpoint
         rate, groups = self.settings["learning_rate"], self.optimizer.param_groups
         before = groups[0]["lr"]
@@ -579,6 +543,19 @@ class Trainer:
         else:
             self.say("resume: the checkpoint has no gradient scale: starting from the default")
 
+    def _fit_schedule(self, batch_size):
+        """The schedule counts steps: where the checkpoint's batches were of another size, it goes
+        on at the share of the run that is done, and ends with the run."""
+        now = self.settings["batch_size"]
+        windows = len(self.split.order(self.epoch)) - self.windows_done
+        left = math.ceil(windows / now)
+        left += (self.settings["epochs"] - self.epoch) * self.split.batches
+        done = max(0, self.total - left)
+        if batch_size != now or self.scheduler.last_epoch > done:
+            self.scheduler.last_epoch = done
+            self.say(f"resume: batches are of {now} windows now: the learning rate goes on at step "
+                     f"{done} of {self.total} of its schedule")
+
     def enter(self, state, position):
         """Stand where the run goes on, and note on the disk that it does."""
         self.watch.facts = self.stands
@@ -586,6 +563,13 @@ class Trainer:
             self.unpack(state, position)
         if self.group.main:
             self.home.begin()
+
+    def _progress(self):
+        return self.step, len(self.scores)
+
+    def starts_without_progress(self):
+        """How many starts in a row, this one too, have come no further than where they began."""
+        return 0 if self._progress() != self.began_at else self.idle + 1
 
     def stands(self):
         """Where the run stands, for those who find it standing still."""
@@ -595,36 +579,28 @@ class Trainer:
         return line
 
 
-def duration(seconds):
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 # ---- one run, from the command line to the exit code ----
 
 def run(config, resume="false", fresh=False, on_saved=None, signals=None,
         again="the same with --resume"):
-    """Train `config` to its end or to the next interruption; returns the exit code. Raises Refused or
-    TemporaryFault.
+    """Train `config` to its end or to the next interruption; returns the exit code. Raises Refused
+    or TemporaryFault.
 
     resume: "true", "false" or a checkpoint's path. on_saved(path) runs in the writer thread after
     each durable save. signals: a Signals of the caller's, who then sees what came. They are watched
     from the moment that something is at stake; before it, SIGINT raises at once.
     again: the command that goes on, for the last line."""
+    resume = true_or_false(resume)
     began, limit = time.monotonic(), config["training"]["time_limit_hours"]
     deadline = began + 3600 * limit if limit else math.inf
     expect_data(config)
-    rank, size = place()
+    rank, size = rank_and_size()
     directory, say = run_directory(config), Log(rank == 0)
     who = f"process {rank} of {size}," if size > 1 else ""
     watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who, size)
     with watch, Group(config["training"]["device"], watch) as group:
         prepare_torch(config, group)
-        with watch.during("opening or making the recordings"):
-            recordings = group.from_main(lambda: open_recordings(config, watch, say))
+        recordings = group.from_main(lambda: open_recordings(config, watch, say))
         split = Split(config, recordings, say)
         net = build_model(config, split, group, say)
         going_on = resume != "false" and has_run(config)
@@ -647,7 +623,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
 
 
 def take_home(group, *arguments):
-    """The RunDirectory that the main process takes (None in the others), and what it found, in all."""
+    """The RunDirectory that the main process takes (None in the others), and what it found."""
     homes = []
 
     def enter():
@@ -655,8 +631,7 @@ def take_home(group, *arguments):
         homes.append(home)
         return home.state, home.position
 
-    with group.watch.during("opening the run directory"):
-        found = group.from_main(enter)
+    found = group.from_main(enter)
     return (homes[0] if homes else None), found
 
 
@@ -665,14 +640,14 @@ def fit_and_tell(trainer, again):
     home, say = trainer.home, trainer.say
     try:
         stopped = trainer.fit()
-        with trainer.watch.during("in a save"):
-            # a save that failed is tried again: "saved" must be true. And no process leaves before
-            # it is: torchrun ends the others once one has left
-            trainer.group.from_main(home.saver.settle if home else None)
+        # a save that failed is tried again: "saved" must be true. And no process leaves before
+        # it is: torchrun ends the others once one has left
+        trainer.group.from_main(home.saver.settle if home else None)
         if stopped:
-            return tell_stopped(trainer.signals.number, again, say)
+            return tell_stopped(trainer, again)
         if home:
             list_run(home.checkpoints, say)
+            tell_next(home, trainer.config, say)
         return 0
     except Diverged:
         good = None
@@ -694,34 +669,11 @@ def fit_and_tell(trainer, again):
     return 1
 
 
-def is_out_of_memory(error):
-    """On a GPU it has a class of its own; on a CPU torch only says so."""
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "DefaultCPUAllocator" in str(error))
-
-
-def tell_stopped(number, again, say):
-    if not number:
-        say(f"time limit reached, saved; to go on: {again}")
-        return 75
-    say(f"stopped by {signal.Signals(number).name}, saved; to go on: {again}")
-    return 128 + number
-
-
-def command_again(args):
-    """The command that continues this run."""
-    words = ["train.py", "--config", args.config, "--resume"]
-    for text in args.set:
-        words += ["--set", text]
-    start = "torchrun ... " if place()[1] > 1 else "python "
-    return start + shlex.join(words)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, epilog=describe(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--resume", nargs="?", const="true", default="false",
+    parser.add_argument("--resume", nargs="?", const="true", default="false", type=true_or_false,
                         metavar="true|false|CHECKPOINT")
     parser.add_argument("--fresh", action="store_true",
                         help="move an existing run aside and start over")
@@ -754,7 +706,7 @@ def attempt(args):
 
 if __name__ == "__main__":
     code = main()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         # all is closed: without the teardown of gloo's threads, which has aborted a finished job
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,9 +14,24 @@ import checkpoint
 from eeg.disk import Refused, Stop, TemporaryFault
 
 
-def place():
-    """(rank, number of processes) of this process in a torchrun job, or alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# what torchrun tells each of its processes; deploy/slurm.sh sets the same
+JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank_and_size():
+    """(rank, number of processes) of this process in a torchrun job, or alone. Raises Refused for
+    what another job has left in the environment."""
+    rank, size = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if (rank, size) == ("0", "1"):
+        return 0, 1
+    given = [f"{name}={os.environ[name]}" for name in JOB if os.environ.get(name)]
+    missing = [name for name in JOB if not os.environ.get(name)]
+    if missing or not (rank.isdigit() and size.isdigit() and int(rank) < int(size)):
+        line = f"{' '.join(given)} in the environment, left over from another job"
+        if missing:
+            line += f": torchrun would set {', '.join(missing)} too"
+        raise Refused(f"{line}; for one process: unset RANK WORLD_SIZE")
+    return int(rank), int(size)
 
 
 class Group:
@@ -30,12 +45,13 @@ class Group:
             silent = torch.version.cuda and (list(Path("/dev").glob("nvidia[0-9]*"))
                                              or Path("/dev/dxg").exists())
             raise TemporaryFault(line) if silent else Refused(line)
-        self.rank, self.size = place()
+        self.rank, self.size = rank_and_size()
         self.main = self.rank == 0
         self.watch = watch
         self.device = torch.device("cpu")
         if device != "cpu" and torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local = int(os.environ["LOCAL_RANK"]) if self.size > 1 else 0
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if self.size > 1:
             self._meet()
@@ -55,23 +71,20 @@ class Group:
         if self.size == 1:
             return [float(v) for v in values]
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.watch.during("in a collective"):
-            dist.all_reduce(total)
-            return total.tolist()
+        dist.all_reduce(total)
+        return total.tolist()
 
     def add(self, tensor):
         """`tensor` becomes its sum over the processes, in place; nobody waits for it on a GPU."""
         if self.size > 1:
-            with self.watch.during("in a collective"):
-                dist.all_reduce(tensor)
+            dist.all_reduce(tensor)
 
     def gather(self, value):
         """[the value of each process], in every process."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        with self.watch.during("in a collective"):
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
         return values
 
     def from_main(self, make):
@@ -80,7 +93,7 @@ class Group:
             return make()
         if not self.main:
             box = [None, None]
-            with self.watch.excused(), self.watch.during("waiting for the main process"):
+            with self.watch.waiting_for_others():
                 dist.broadcast_object_list(box)
         else:
             try:
@@ -152,3 +165,34 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "cpu"
+
+
+def data_parallel(net, group, shape, config):
+    """`net` over all processes, after one idle backward pass of a batch of `shape` (B, C, T): DDP
+    orders its buckets anew after its first, and the sums of three or more processes round by that
+    order. So a resumed run has the whole run's order from its first step. Random states stay as
+    they were."""
+    rng = checkpoint.random_states()
+    torch.manual_seed(config["experiment"]["seed"])
+    devices = [group.device] if group.device.type == "cuda" else None
+    net = torch.nn.parallel.DistributedDataParallel(net, devices, broadcast_buffers=False)
+    x = torch.randn(*shape, device=group.device)
+    with autocast(config["training"]["precision"], group.device):
+        logits = net(x)
+    logits.float().sum().backward()
+    net.zero_grad()
+    checkpoint.restore_random_states(rng)
+    return net
+
+
+def machine_facts(group, settings):
+    """What decides how sums round: another value of one of them, and a resume is not bit-exact."""
+    return {"device": device_name(group.device), "processes": group.size,
+            "torch": str(torch.__version__), "threads": torch.get_num_threads(),
+            "precision": settings["precision"], "compile": settings["compile"]}
+
+
+def is_out_of_memory(error):
+    """On a GPU it has a class of its own; on a CPU torch only says so."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(error))

@@ -18,7 +18,7 @@ import evaluate
 import model
 from eeg import splits
 from eeg import synth
-from run.machine import device_name
+from run.machine import device_name, rank_and_size
 
 
 def expect_data(config):
@@ -33,7 +33,8 @@ def expect_data(config):
         if not Path(path).is_dir() and not c["synth_hours"]:
             raise Refused(f"data.path {path} does not exist: "
                           f"python data.py import CORPUS_FOLDER {path}")
-    if c["copy_to"] and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+    several = rank_and_size()[1] > 1
+    if c["copy_to"] and several and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
                       "on each, and name the copy as data.path")
 
@@ -53,7 +54,7 @@ def open_recordings(config, watch, say):
             make_recordings(config, Path(path), watch, say)
         if c["copy_to"]:
             copies = [data.copy_corpus(folder, c["copy_to"], say,
-                                       lambda: watch.did("copied recording"))
+                                       lambda: watch.progressed("copied recording"))
                       for folder in folders(config)]
             path = copies if isinstance(path, list) else copies[0]
         return data.open_corpora(path, c["same_person"])
@@ -74,11 +75,11 @@ def make_recordings(config, path, watch, say):
         if not source.is_dir():
             shutil.rmtree(temp, ignore_errors=True)
             synth.synth(temp, hours=c["synth_hours"], patients=c["synth_patients"],
-                        seed=config["experiment"]["seed"], progress=watch.did)
+                        seed=config["experiment"]["seed"], progress=watch.progressed)
             os.replace(temp, source)
         say(f"data: {c['synth_hours']} h of synthetic recordings in {source}, "
             f"importing them to {path}")
-        corpora.import_corpus(source, f"{path}.part", progress=watch.did)
+        corpora.import_corpus(source, f"{path}.part", progress=watch.progressed)
         os.replace(f"{path}.part", path)
     finally:
         held.close()
@@ -118,16 +119,14 @@ class Split:
                 f"{seizures} seizures")
         for line in splits.told(recordings, self.train, self.dev, c["split"]):
             say(line)
-        say(f"epoch: {self._told(len(first))} in {self.batches} batches")
         self.warn(config["training"]["batch_size"], len(first), say)
 
-    def _told(self, drawn):
-        total = len(self.windows)
-        if not self.c["balanced"]:
-            return f"all {total} windows"
-        return (f"{drawn} windows, a balanced draw from {total}: for each with a seizure's onset "
-                f"or end {self.c['full_per_partial']:g} inside one and "
-                f"{self.c['background_per_partial']:g} without; where a kind is rare it repeats,")
+    def described(self, epoch):
+        """What `epoch` trains on, in one line."""
+        order = self.order(epoch)
+        outside, partial, inside = np.bincount(self.windows.kind[order], minlength=3)
+        return (f"epoch {epoch}: {len(order)} windows ({partial} with a seizure's start or end, "
+                f"{inside} inside a seizure, {outside} without), {self.batches} batches")
 
     def warn(self, batch_size, windows, say):
         longest = max(r.seconds for r in self.train)

@@ -290,7 +290,7 @@ class RunDirectory:
     def secure_records(self, directory):
         """In the writer thread, before a checkpoint goes to `directory`: at home, or in the second
         copy alone. Each try of a save that fails again and again is progress too."""
-        self.watch.did("save")
+        self.watch.progressed("save")
         if directory == self.checkpoints:
             self.metrics.sync()
         else:
@@ -298,7 +298,7 @@ class RunDirectory:
 
     def saved(self, path):
         """In the writer thread, once a checkpoint is durable."""
-        self.watch.did("save")
+        self.watch.progressed("save")
         self.last_save = f"{path.name} at {time.strftime('%H:%M:%S')}"
         self.metrics.event("save", path, seconds=self.saver.blocked)
         if self.hook:

@@ -2,9 +2,8 @@
 
     with Watchdog(30.0, "results/v3/hang.txt", print) as watch:
         for batch in loader:
-            with watch.during("in a step"):     # what the stacks will be explained with
-                step(batch)
-            watch.did("step")                   # progress: the clock starts anew
+            step(batch)
+            watch.progressed("step")            # the clock starts anew
 
 When nothing has been done for the limit, the stack of every thread is printed and written to the
 file, and the process ends with exit code 70; a save in progress is a temp file, so a resume goes
@@ -19,9 +18,9 @@ import time
 
 REPORT = b"standstill:"                 # how the report of a process begins
 EXIT_CODE = 70                          # EX_SOFTWARE of sysexits.h
-PATIENCE = 10                           # times the slowest thing done so far
-HELD_UP = 20.0                          # seconds that a dead disk or terminal may hold up the end
-OTHERS = 60.0                           # seconds in which the other processes of the job may write
+SLOWEST_TIMES = 10                      # the slowest thing done so far: the limit is never below
+REPORT_SECONDS = 20.0                   # that a dead disk or terminal may hold up the end
+OTHERS_SECONDS = 60.0                   # in which the other processes of the job may write
 
 
 class Watchdog:
@@ -44,7 +43,7 @@ class Watchdog:
         self.older = 0                  # bytes that an earlier standstill left in the file
         if count > 1:
             self.older = len(self._written())
-        self.what, self.last = "starting", "nothing yet"
+        self.last = "nothing yet"
         self.facts = lambda: "not in the loop yet"      # where the run stands, from its owner
         self.still = 0.0                # seconds since the last progress
         self.slowest = 0.0
@@ -60,32 +59,23 @@ class Watchdog:
         self.closed.set()
 
     @contextlib.contextmanager
-    def during(self, what):
-        """Within it the process is `what`: "waiting for data"."""
-        before, self.what = self.what, what
-        try:
-            yield
-        finally:
-            self.what = before
-
-    @contextlib.contextmanager
-    def excused(self):
+    def waiting_for_others(self):
         """Within it this process waits for another one, which watches itself."""
         self.waits = True
         try:
             yield
         finally:
             self.waits = False
-            self.did("wait")
+            self.progressed("wait")
 
-    def did(self, what):
+    def progressed(self, what):
         """Something ended: the clock starts anew."""
         self.slowest = max(self.slowest, self.still)
         self.still = 0.0
         self.last = what
 
     def allowed(self):
-        return max(self.limit, PATIENCE * self.slowest)
+        return max(self.limit, SLOWEST_TIMES * self.slowest)
 
     def _watch(self):
         tick = min(1.0, self.limit / 10)
@@ -103,12 +93,12 @@ class Watchdog:
     def _end(self):
         text = self._report()
         # each in a thread of its own: what stands still may be the disk of the file and the log
-        within(HELD_UP, self._keep, text)
+        finished_within(REPORT_SECONDS, self._keep, text)
         words = f"{text}standstill: written to {self.path}; --resume goes on"
-        if not within(HELD_UP, self._tell, words):
-            within(HELD_UP, os.write, 2, f"{words}\n".encode())
+        if not finished_within(REPORT_SECONDS, self._tell, words):
+            finished_within(REPORT_SECONDS, os.write, 2, f"{words}\n".encode())
         if self.count > 1:
-            within(OTHERS, self._wait_for_others)
+            finished_within(OTHERS_SECONDS, self._wait_for_others)
         os._exit(EXIT_CODE)
 
     def _wait_for_others(self):
@@ -126,8 +116,7 @@ class Watchdog:
     def _report(self):
         who = f"{self.name} process id {os.getpid()} on {socket.gethostname()}".strip()
         line = (f"{REPORT.decode()} {who}: nothing has ended for {self.still / 60:.1f} min "
-                f"(allowed: {self.allowed() / 60:.1f}); it was {self.what}; "
-                f"last done: {self.last}; {self.facts()}")
+                f"(allowed: {self.allowed() / 60:.1f}); last done: {self.last}; {self.facts()}")
         return f"{line}\n{stacks()}"
 
     def _keep(self, text):
@@ -138,7 +127,7 @@ class Watchdog:
         self.say(text, every=True)
 
 
-def within(seconds, work, *arguments):
+def finished_within(seconds, work, *arguments):
     """Whether work(*arguments) ended within so long; it is not waited for any longer."""
     thread = threading.Thread(target=work, args=arguments, daemon=True)
     thread.start()

@@ -212,7 +212,69 @@ def test_the_last_line_of_a_stopped_run_is_the_command_that_continues_it(corpus,
     process.send_signal(signal.SIGINT)
     out = rest(process)
     config_path = tmp_path / "config.yaml"
-    assert f"to go on: python train.py --config {config_path} --resume --set training.epochs=9" in out
+    again = f"python train.py --config {config_path} --resume --set training.epochs=9"
+    assert re.search(rf"SIGINT, saved \(mid_epoch_\S+.pt at \S+\); to go on: BGB_MID_EPOCH_MINUTES=0 {again}\n$", out), out
+    named = re.search("no epoch has been validated yet, so there is no best.pt; the newest weights: (.*)", out)[1]
+    assert tmp_path / named == checkpoint.find_resume(tmp_path / "t/checkpoints", lambda line: None)
+
+
+def test_a_time_limit_gives_weights_that_evaluate_before_the_first_validation(corpus, tmp_path, capsys):
+    import evaluate
+    assert train.run(loaded(corpus, tmp_path, training__time_limit_hours=1e-6)) == 75
+    named = re.search("the newest weights: (.*)", capsys.readouterr().out)[1]
+    assert evaluate.main(["--checkpoint", named, "--data", str(corpus), "--split", "dev", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/scores.json").exists()
+
+
+def test_three_starts_in_a_row_that_end_where_they_began_are_stuck_and_a_longer_limit_goes_on(
+        corpus, reference, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "late", lambda self: self.batch == EPOCH_STEPS)      # inside the first recording
+    config, codes = loaded(corpus, tmp_path), []
+    for _ in range(5):
+        codes.append(train.run(config, "true"))
+    assert codes == [75, 75, 75, 2, 2]                      # the first one has trained an epoch
+    out = capsys.readouterr().out
+    assert out.count("stuck: 3 starts in a row ended where they began") == 1 and "raise training.time_limit_hours" in out
+    monkeypatch.undo()
+    monkeypatch.setattr(train.Trainer, "draw", lambda self: None)
+    assert train.run(config, "true") == 0
+    assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.parametrize("size", [8, 2])
+def test_batches_of_another_size_leave_the_learning_rate_at_its_share_of_the_run(corpus, tmp_path, capsys, size):
+    with cut_at(16):                                        # of 18 steps and 6 recordings
+        assert train.run(loaded(corpus, tmp_path, training__epochs=3)) == 143
+    before = last(tmp_path, checkpoint.find_resume(tmp_path / "t/checkpoints").name)
+    assert train.run(loaded(corpus, tmp_path, training__epochs=3, training__batch_size=size), "true") == 0
+    state, train_rows = last(tmp_path), [row for row in rows(tmp_path) if row["kind"] == "train"]
+    steps = state["global_step"] - before["global_step"]
+    total = 3 * math.ceil(before["sampler"]["windows"] / before["batch"] * EPOCH_STEPS / size)
+    assert state["scheduler"]["last_epoch"] == pytest.approx(total, abs=3)
+    rates = [row["lr"] for row in train_rows][-steps - 1:]
+    assert rates == sorted(rates, reverse=True) and all(rates[:-1]) and rates[-1] == 0
+    assert rates[0] / 1e-3 == pytest.approx(train.lr_factor(before["global_step"], 18, 0), abs=0.02)
+    assert rates[1] / 1e-3 == pytest.approx(rates[0] / 1e-3, abs=0.25)
+    assert f"batches are of {size} windows now: the learning rate goes on at step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", [{"WORLD_SIZE": "8"}, {"RANK": "3"}, {"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_what_another_job_left_in_the_environment_is_refused_in_one_line(corpus, tmp_path, capsys, monkeypatch, left):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["--config", str(loaded_path(corpus, tmp_path)), "--resume"]) == 2
+    error = capsys.readouterr().err
+    name, value = list(left.items())[-1]
+    assert f"{name}={value} in the environment, left over" in error and "MASTER_ADDR" in error and error.count("\n") == 1
+    assert not (tmp_path / "t").exists()
+
+
+def test_resume_takes_its_word_in_any_case(corpus, tmp_path, capsys):
+    path = str(loaded_path(corpus, tmp_path, training__epochs=1))
+    assert train.main(["--config", path, "--resume", "False"]) == 0
+    assert train.main(["--config", path, "--resume", "FALSE"]) == 2
+    assert train.main(["--config", path, "--resume", "True"]) == 0
+    assert "this run is finished" in capsys.readouterr().out
 
 
 def test_ctrl_c_while_the_imports_run_is_one_line(tmp_path):
@@ -244,7 +306,7 @@ def test_a_step_that_hangs_in_c_ends_the_run_with_70_and_says_where_it_stood_and
     out = rest(process)
     assert process.returncode == 70, out
     for text in (out, (tmp_path / "t/hang.txt").read_text(), (tmp_path / "t/log.txt").read_text()):
-        assert "it was in a step; last done: " in text and f"epoch 1, batch 3 of {EPOCH_STEPS}, step 3, last save: mid_epoch_001_00000" in text
+        assert "last done: " in text and f"epoch 1, batch 3 of {EPOCH_STEPS}, step 3, last save: mid_epoch_001_00000" in text
         assert "(most recent call first)" in text and "in stuck" in text
     assert train.run(loaded(corpus, tmp_path), "true") == 0
     assert_same_run(tmp_path, reference)
@@ -783,6 +845,13 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_begun(co
     assert not (tmp_path / "t").exists()
 
 
+def test_weights_of_another_size_are_refused_with_its_name(corpus, tmp_path):
+    path = tmp_path / "weights.pt"
+    checkpoint.atomic_save({"model": model.build(19, model.settings({"size": "small"})).state_dict()}, path)
+    with pytest.raises(train.Refused, match="the weights are of model.size small"):
+        train.run(loaded(corpus, tmp_path, training__init=str(path)) | {"model": model.settings(SMALL | {"node_state": 4})})
+
+
 def test_weights_of_other_channels_are_refused_with_both(corpus, tmp_path):
     path = tmp_path / "weights.pt"
     checkpoint.atomic_save({"model": model.build(18, SMALL).state_dict(), "channels": ["F7-T3"] * 18}, path)
@@ -843,7 +912,10 @@ def test_the_log_file_holds_every_printed_line_over_resumes_with_date_and_time(c
     assert [stamp for stamp, _ in lines] == sorted(stamp for stamp, _ in lines)
     assert re.search(r"^validation of epoch 1: loss [\d.]+, auroc [\d.]+, [\d.]+ false alarms in 24 h; on "
                      r"[\d.]+ h \([\d.]+ h of background\), \d+ seizures, mean over \d patients$", out, re.M)
-    assert "of the epoch, " in out and "of the run" in out and "a balanced draw from" in out
+    assert re.search(r"^epoch 1: \d+ windows \(\d+ with a seizure's start or end, \d+ inside a seizure, \d+ without\), 6 batches$", out, re.M)
+    assert "of the epoch, " in out and "of the run" in out and "steps skipped" not in out and "waited 0 %" not in out
+    assert re.search("^picture: .*t/curves.png\nnext: python evaluate.py --checkpoint .*t/checkpoints/best.pt --data .* --split dev --plot$",
+                     out, re.M)
 
 
 def test_curves_are_drawn_after_each_validation(corpus, curves, tmp_path, capsys):

@@ -21,27 +21,28 @@ say = lambda line, every=False: print(line, flush=True)
 STUCK = START + """
 with Watchdog(minutes, path, say) as watch:
     watch.facts = lambda: "step 7"
-    watch.did("step")
-    with watch.during("waiting for data"):
+    watch.progressed("step")
+    def waiting_in_c():
         ctypes.CDLL(None).sleep(600)
+    waiting_in_c()
 """
 BUSY = START + """
 with Watchdog(minutes, path, say) as watch:
     for step in range(int(sys.argv[4])):
         print("step", step, flush=True)
         time.sleep(0.05)
-        watch.did("step")
+        watch.progressed("step")
 """
 SLOW = START + """
 with Watchdog(minutes, path, say) as watch:
     for seconds in (1.0, 4.0):                  # far from the limit of 3 and from ten times the first
         time.sleep(seconds)
-        watch.did("step")
+        watch.progressed("step")
 """
 UNWRITABLE = START + """
 import os, threading
 from run import watch as module
-module.HELD_UP = 1.0
+module.REPORT_SECONDS = 1.0
 lock = threading.Lock()
 def held(line, every=False):
     with lock:
@@ -50,12 +51,11 @@ with Watchdog(minutes, path, held) as watch:
     os.mkfifo(path)                             # nobody reads it: its opening never ends
     if sys.argv[4] == "log":
         lock.acquire()
-    with watch.during("in a save"):
-        ctypes.CDLL(None).sleep(600)
+    ctypes.CDLL(None).sleep(600)
 """
-EXCUSED = START + """
+OTHERS = START + """
 with Watchdog(minutes, path, say) as watch:
-    with watch.excused():
+    with watch.waiting_for_others():
         time.sleep(3)
 """
 
@@ -71,7 +71,7 @@ print("ready", flush=True)
 with Watchdog(minutes, path, say, f"process {rank} of 2,", 2) as watch:
     if rank:                                        # the one that hangs is patient: a step of it was slow
         time.sleep(1)
-        watch.did("step")
+        watch.progressed("step")
     ctypes.CDLL(None).sleep(600)
 """
 
@@ -81,14 +81,14 @@ def test_a_main_thread_stuck_in_c_ends_with_70_and_every_stack_in_the_log_and_th
     out = rest(process)
     assert process.returncode == 70, out
     for text in (out, (tmp_path / "hang.txt").read_text()):
-        assert "it was waiting for data; last done: step; step 7" in text
-        assert text.count("(most recent call first)") >= 2 and f"process id {process.pid}" in text
+        assert "last done: step; step 7" in text
+        assert "waiting_in_c" in text and text.count("(most recent call first)") >= 2 and f"process id {process.pid}" in text
 
 
 def test_a_report_that_cannot_be_written_does_not_keep_the_process_alive(tmp_path):
     process = start(STUCK, tmp_path, 1.0, tmp_path / "gone" / "hang.txt")
     out = rest(process)
-    assert process.returncode == 70 and "it was waiting for data" in out
+    assert process.returncode == 70 and "last done: step; step 7" in out
 
 
 @pytest.mark.parametrize("what", ["file", "file and log"])
@@ -96,7 +96,7 @@ def test_a_disk_that_does_not_answer_holds_up_neither_the_stacks_nor_the_end(tmp
     process = start(UNWRITABLE, tmp_path, 1.0, tmp_path / "hang.txt", what.split()[-1])
     out = rest(process)
     assert process.returncode == 70, out
-    assert out.count("it was in a save") == 1 and "(most recent call first)" in out
+    assert out.count("nothing has ended for") == 1 and "(most recent call first)" in out
 
 
 def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
@@ -116,7 +116,7 @@ def test_the_limit_grows_to_ten_times_the_slowest_step(tmp_path):
     assert process.returncode == 0, out
 
 
-@pytest.mark.parametrize("code", [STUCK, EXCUSED], ids=["off", "another process is waited for"])
+@pytest.mark.parametrize("code", [STUCK, OTHERS], ids=["off", "another process is waited for"])
 def test_nothing_ends_a_process_that_is_not_watched(tmp_path, code):
     limit = 0.0 if code is STUCK else 1.0
     process = start(code.replace("sleep(600)", "sleep(1)"), tmp_path, limit, tmp_path / "hang.txt")
