@@ -645,9 +645,9 @@ def read_ahead(windows: Iterable[tuple[Recording, int]], n: int, depth: int = 32
 
 # ---- command line ----
 
-def speed(path: str | os.PathLike, seconds: float = 10.0, say: Say = print) -> None:
+def speed(path: str | os.PathLike, seconds: float = 10.0, say: Say = print) -> float:
     """Measure how fast windows of 60 s are read from an imported folder in random order: from the
-    disk, each once, and again from memory."""
+    disk, each once, and again from memory. Returns windows/s from the disk."""
     recordings = open_corpus(path, whole=False)
     length = 60 * FS
     places = [(r, start) for r in recordings
@@ -657,13 +657,14 @@ def speed(path: str | os.PathLike, seconds: float = 10.0, say: Say = print) -> N
         with open(r.path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     say(f"{path} on {file_system(path)}, {READERS} readers, windows of 60 s in random order")
-    count, rate, ratio = _rate(places, length, 0.6 * seconds)
+    count, cold, ratio = _rate(places, length, 0.6 * seconds)
     from_disk = "this disk's reads are not counted"
     if ratio:
         from_disk = f"{ratio:.2f} bytes from the disk per byte used"
-    say(f"  cold: {rate:,.0f} windows/s ({count} windows), {from_disk}")
+    say(f"  cold: {cold:,.0f} windows/s ({count} windows), {from_disk}")
     count, rate, _ = _rate(itertools.cycle(places[:min(count, 1000)]), length, 0.3 * seconds)
     say(f"  warm: {rate:,.0f} windows/s")
+    return cold
 
 
 def _rate(windows, length, seconds):

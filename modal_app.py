@@ -1,61 +1,116 @@
 """The same training on Modal, where the machine may vanish at any second.
 
-    modal run modal_app.py --action smoke --fresh true      five minutes, "ready" or what is not
-    modal run --detach modal_app.py --action train --config configs/modal/train.yaml --resume true
-    modal run modal_app.py --action ls                      runs on the results Volume, their cost
+    modal run modal_app.py --action smoke --fresh           "ready", or what is not
+    modal run --detach modal_app.py --action train --config configs/modal/train.yaml --resume
+    modal run modal_app.py --action ls                      runs, their state, cost and how to stop
     modal run --detach modal_app.py --action evaluate --config configs/modal/train.yaml --split eval
+    modal run --detach modal_app.py --action import --source s3://bucket/folder
 
---detach lets a run outlive this terminal; --resume and --fresh mean what they mean to train.py. A
-preempted or killed container starts again with the same arguments and resumes. Before the
-platform's
-limit of 24 h a run saves and moves to a fresh container by itself. What an attempt must know of the
-earlier ones stands in the run directory:
-
-    launch.json          the launch that owns the run
-    attempts/NNN.json    one container each: where it began, when it last saved, how it left
-    done.json            written last
+--detach lets a run outlive this terminal; --resume, --fresh and --set mean what they mean to
+train.py. A preempted or killed container starts again with the same arguments and resumes. Before
+the platform's limit of 24 h a run saves and moves to a fresh container by itself. What an attempt
+must know of the earlier ones stands in the run directory: run/attempts.py.
 """
+import argparse
 import contextlib
 import copy
-import json
-import math
 import os
-import re
 import signal
-import statistics
 import sys
 import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Literal
+from urllib.parse import urlsplit
 
 import modal
 
-GPU = "A100-80GB"                       # a list, ["A100-80GB", "H100"], finds room sooner
+from eeg.disk import Refused, Stop, TemporaryFault
+from run.attempts import DATA, DOLLARS_AS_OF, MIRROR, RESULTS, TIME_IS_UP
+from run.attempts import attempts, bill, billed, card_and_count, get, hourly, hours_of_attempt
+from run.attempts import money, of_launch, progress, put, run_directory, spent, why_over
+
+GPU = "A100-80GB"                       # "A100-80GB,H100": what is free first; "A100-80GB:8": eight
 CPU, MEMORY = 8, 32                     # cores, GiB
 EVALUATE_GPU = "L4"                     # scoring is bound by reading, not by the card
-TIMEOUT, SMOKE_TIMEOUT = 24, 1          # hours per attempt; 24 is the platform's longest
+TIMEOUT, SMOKE_TIMEOUT = 24, 0.25       # hours per attempt; 24 is the platform's longest
 MARGIN = 0.25                           # hours before it at which the run saves and hands over
 RETRIES = 10                            # the platform's most: 11 attempts of 24 h, then a hand
-RESULTS, DATA, MIRROR = "/results", "/data", "/mirror"      # where the Volumes are mounted
+RETRY_DELAY = 60.0                      # seconds before each; the platform's longest
+SOURCE = "/source"                      # where the bucket of --source is mounted
 GRACE = 35                              # s in which a preempted container may still commit
-STUCK = 3                               # attempts without progress end a run
-SHORT = 15                              # minutes: an earlier death without a word does not count,
-SHORT_DEATHS = 10                       # unless this many come one after another
-COMMIT_FAILURES = 5                     # in a row; what is not committed dies with its container
-DOLLARS = {                             # an hour, of modal.com/pricing; a fixed region multiplies
-    "B200": 6.25, "H200": 4.54, "H100": 3.95, "A100-80GB": 2.50, "A100-40GB": 2.10, "A100": 2.10,
-    "L40S": 1.95, "A10": 1.10, "L4": 0.80, "T4": 0.59, "core": 0.047, "GiB": 0.008}
-DOLLARS_AS_OF = "October 2026"
-DRIVER = {"13": 580, "12": 525}         # oldest NVIDIA driver for a torch of that CUDA version
+SETTLE = 10                             # s in which another launch's claim would become visible
+PATIENCE = 300                          # s for which a Volume that refuses is asked again
+GPU_TRIES = 10                          # times that a container asks its GPU, 2 s apart
+COMMIT_EVERY = 60                       # s between the commits of an import
 
 HERE = Path(__file__).parent
 LEFT = {                                # by train.py's exit codes
-    0: "finished", 75: "handed over", 138: "cancelled",
+    0: "finished", 2: "refused", 75: "handed over", 138: "cancelled",
     129: "preempted", 130: "preempted", 143: "preempted"}
 EXIT = {"finished": 0, "refused": 2, "time limit": 75}      # others: 1
 
+
+# ---- the command line ----
+
+def options(words):
+    """What `modal run modal_app.py` is asked for. Exits with 2 for words that are none."""
+    parser = argparse.ArgumentParser(prog="modal run modal_app.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--action", required=True, choices=["train", "evaluate", "smoke", "ls", "import"])
+    add("--config", default="", metavar="FILE", help="of configs/modal by default")
+    add("--resume", nargs="?", const="true", default="false", metavar="true|false|CHECKPOINT",
+        help="a CHECKPOINT is a path on the Volume: /results/NAME/checkpoints/FILE")
+    add("--fresh", nargs="?", const="true", default="false", choices=["true", "false"],
+        help="move an existing run aside and start over")
+    add("--set", action="append", default=[], metavar="section.key=value",
+        help="one key over the file's value; may be repeated")
+    add("--gpu", default="", metavar="GPU", help=f"as Modal writes it: {GPU}, H100, A100-80GB:8")
+    add("--split", default="all", choices=["all", "train", "dev", "eval"],
+        help="of --action evaluate")
+    add("--source", default="", metavar="FROM", help="of --action import: s3://..., gs://..., "
+        f"https://... with SHA256SUMS.txt, or a folder in {DATA} that holds raw EDF")
+    add("--secret", default="", metavar="NAME", help="Modal secret with the keys of that bucket")
+    add("--layout", default="auto", metavar="LAYOUT", help="as data.py import takes it")
+    add("--montage", default="referential", metavar="MONTAGE", help="as data.py import takes it")
+    return parser.parse_args(words)
+
+
+def command_line():
+    """(what is asked for, whether the launch is detached), where `modal run` imports this file on
+    the launching side; (None, False) elsewhere.
+
+    It is read here, before Modal builds anything: the functions below depend on it, and Modal's own
+    options know neither a bare --resume beside --resume FILE nor a list."""
+    names = [word.partition("::")[0].rpartition("/")[2] for word in sys.argv]
+    if not modal.is_local() or Path(__file__).name not in names[1:] or "run" not in names:
+        return None, False
+    here = names.index(Path(__file__).name, 1)
+    return options(sys.argv[here + 1:]), bool({"-d", "--detach"} & set(sys.argv[:here]))
+
+
+ASKED, DETACHED = command_line()
+
+
+def gpu_of(default):
+    """The GPU of --gpu, or the default: a string as Modal takes it, or a list of them."""
+    text = ASKED.gpu if ASKED and ASKED.gpu else default
+    several = [word.strip() for word in text.split(",")]
+    try:
+        for word in several:
+            card_and_count(word)
+    except ValueError as error:
+        refuse(error)
+    return several[0] if len(several) == 1 else several
+
+
+def refuse(reason):
+    print(f"modal_app.py: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- the app ----
 
 def requirements():
     """Packages of the image, read on the launching side: a container has no such file."""
@@ -66,6 +121,22 @@ def requirements():
     return [line.split("#")[0].strip() for line in lines if not line.startswith(outside)]
 
 
+def bucket():
+    """The Volumes' companion for an import: {SOURCE: the bucket of --source}, or {}.
+
+    A container has to define what its launch did, and learns it from its environment."""
+    url = urlsplit(os.environ.get("HOLDFAST_SOURCE", ASKED.source if ASKED else ""))
+    if url.scheme not in ("s3", "gs"):
+        return {}
+    secret = os.environ.get("HOLDFAST_SECRET", ASKED.secret if ASKED else "")
+    folder = url.path.strip("/")
+    return {SOURCE: modal.CloudBucketMount(
+        url.netloc, read_only=True,
+        bucket_endpoint_url="https://storage.googleapis.com" if url.scheme == "gs" else None,
+        key_prefix=f"{folder}/" if folder else None,
+        secret=modal.Secret.from_name(secret) if secret else None)}
+
+
 # PyPI's torch 2.13 is built for CUDA 13, which needs driver 580 or newer: `smoke` checks both.
 # gcc is for training.compile.
 image = (modal.Image.debian_slim(python_version="3.11")
@@ -73,8 +144,10 @@ image = (modal.Image.debian_slim(python_version="3.11")
          .uv_pip_install(*requirements())
          # the data is read-only: HDF5 must not try to lock it
          .env({"PYTHONUNBUFFERED": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}))
-for folder in ("", "run", "scoring", "eeg"):
-    for script in sorted(set((HERE / folder).glob("*.py")) - {Path(__file__)}):     # this file comes by itself
+if ASKED and ASKED.source:
+    image = image.env({"HOLDFAST_SOURCE": ASKED.source, "HOLDFAST_SECRET": ASKED.secret})
+for room in ("", "run", "scoring", "eeg"):
+    for script in sorted(set((HERE / room).glob("*.py")) - {Path(__file__)}):
         image = image.add_local_file(script, f"/root/{script.relative_to(HERE)}")
 
 # Version 1 for what must last: Modal says of version 2 that it cannot rule out lost data yet.
@@ -84,44 +157,88 @@ results = modal.Volume.from_name("holdfast-results", create_if_missing=True, ver
 mirror = modal.Volume.from_name("holdfast-mirror", create_if_missing=True, version=2)
 recordings = modal.Volume.from_name("holdfast-data", create_if_missing=True)
 app = modal.App("holdfast", image=image)
-machine = {"cpu": CPU, "memory": MEMORY * 1024, "single_use_containers": True,
-           "retries": modal.Retries(max_retries=RETRIES, initial_delay=0.0),
+TRAIN_GPU, SCORE_GPU = gpu_of(GPU), gpu_of(EVALUATE_GPU)
+retried = {"single_use_containers": True,
+           "retries": modal.Retries(max_retries=RETRIES, initial_delay=RETRY_DELAY,
+                                    backoff_coefficient=1.0)}
+machine = {"cpu": CPU, "memory": MEMORY * 1024, **retried,
            "volumes": {RESULTS: results, MIRROR: mirror,
                        DATA: recordings.with_mount_options(read_only=True)}}
 
 
-@app.function(gpu=GPU, timeout=TIMEOUT * 3600, **machine)
-def train(config, launch, resume="false", fresh="false"):
-    return attempt(config, launch, resume, fresh, TIMEOUT, GPU)
+@app.function(gpu=TRAIN_GPU, timeout=TIMEOUT * 3600, **machine)
+def train(config, launch, resume="false", fresh="false", gpu=GPU):
+    return attempt(config, launch, resume, fresh, TIMEOUT - MARGIN, gpu)
 
 
-@app.function(gpu=GPU, timeout=SMOKE_TIMEOUT * 3600, **machine)
-def smoke(config, launch, resume="false", fresh="false", planned=None):
-    """The acceptance test, on the card of `train`: what it measures holds there."""
-    missing = acceptance(config, planned or config)
-    verdict = attempt(config, launch, resume, fresh, SMOKE_TIMEOUT, GPU)
-    if missing and verdict["status"] == "finished":
-        return result("not ready", "; ".join(missing))
-    return result("finished", "ready") if verdict["status"] == "finished" else verdict
+@app.function(gpu=TRAIN_GPU, timeout=int(SMOKE_TIMEOUT * 3600), **machine | {"retries": 0})
+def smoke(config, launch, resume="false", fresh="false", planned=None, gpu=GPU):
+    """The acceptance test, on the card of `train`: what it measures holds there. Nothing is tried
+    again: whatever fails is what is not ready."""
+    faults = []
+    try:
+        faults += acceptance(config, planned or config, gpu)
+        verdict = attempt(config, launch, resume, fresh, 0.8 * SMOKE_TIMEOUT, gpu)
+    except Exception as error:
+        verdict = result("finished")
+        faults.append(f"training on synthetic recordings: {error}")
+    if verdict["status"] != "finished":
+        faults.append(f"{verdict['status']}: {verdict['why']}")
+    if faults:
+        return result("refused" if verdict["status"] == "refused" else "not ready",
+                      "; ".join(faults))
+    return result("finished", "ready")
 
 
-@app.function(gpu=EVALUATE_GPU, timeout=TIMEOUT * 3600, **machine)
+@app.function(gpu=SCORE_GPU, timeout=TIMEOUT * 3600, **machine)
 def evaluate(config, split="all"):
     import evaluate as scorer
+    from run.prepare import folders
     reload()
     device = gpu_or_raise(config)
     run = run_directory(config)
-    out, options = f"{run}/evaluation", []
-    if split != "all":
-        out, options = f"{run}/evaluation_{split}", ["--split", split]
-    code = scorer.main(["--checkpoint", f"{run}/checkpoints/best.pt",
-                        "--data", places(config)[0], "--out", out, "--device", device, *options])
-    if code == 1:
-        raise RuntimeError("evaluate.py was stopped: its last lines say by what")
-    if code:
-        return result("refused", "evaluate.py said why")
-    if not modal.is_local():
-        results.commit()            # before the answer: scores that nobody can fetch are no result
+    out = Path(run, "evaluation" if split == "all" else f"evaluation_{split}")
+    chosen = [] if split == "all" else ["--split", split]
+    for folder in folders(config):
+        place = out / Path(folder).name if len(folders(config)) > 1 else out
+        code = scorer.main(["--checkpoint", f"{run}/checkpoints/best.pt", "--data", folder,
+                            "--out", str(place), "--device", device, *chosen])
+        if code == 1:
+            raise RuntimeError("evaluate.py was stopped: its last lines say by what")
+        if code:
+            return result("refused", "evaluate.py said why")
+    # before the answer: scores that nobody can fetch are no result
+    persist("commit of the scores", lambda: commit(results))
+    return result("finished", str(out))
+
+
+@app.function(cpu=CPU, memory=MEMORY * 1024, timeout=TIMEOUT * 3600,
+              volumes={DATA: recordings, **bucket()}, **retried)
+def import_corpus(source, out, layout="auto", montage="referential"):
+    """`data.py import` from `source` to `out` on the data Volume, committed every minute: what was
+    imported stays, and a container that takes over goes on from there."""
+    from run.fetch import import_from
+    reload(recordings)
+    last = [time.monotonic()]
+
+    def save(what):
+        if time.monotonic() - last[0] >= COMMIT_EVERY:
+            last[0] = time.monotonic()
+            with tolerated("commit"):
+                commit(recordings)
+                print(f"committed after {what}", flush=True)
+
+    try:
+        refused = import_from(source, out, f"{DATA}/raw/{Path(out).name}", save,
+                              layout=layout, montage=montage, workers=CPU)
+    except TemporaryFault as error:
+        raise RuntimeError(f"a fault that may pass: {error}") from None
+    except Stop as stop:                                # not KeyboardInterrupt: that is no result
+        return result("refused", str(stop))
+    persist("commit of the recordings", lambda: commit(recordings))
+    if refused:
+        return result("incomplete", f"{refused} files were refused, see above; the others are in "
+                                    f"{out}")
     return result("finished", out)
 
 
@@ -131,35 +248,48 @@ def ls():
     import checkpoint
     reload()
     code = checkpoint.main(["ls", RESULTS])
-    from run.listing import find_runs
-    for checkpoints in find_runs(RESULTS):
-        print(bill(checkpoints.parent))
+    for folder in sorted(Path(RESULTS).glob("*/attempts")):
+        print(bill(folder.parent))
+        print(f"    {standing(folder.parent)}")
     return result("refused" if code else "finished")
+
+
+def standing(run):
+    """Call, app and state of a run, its dollars, and the command that stops it."""
+    owner, last = get(run / "launch.json"), attempts(run)[-1:]
+    state = call_state(owner.get("call"))
+    if state == "ended" and last:       # the last that worked: a claim alone left nothing here
+        owner, left = last[0], last[0]["left"] or "died without a word"
+        state = left if left == "finished" else f"ended ({left})"
+    line = (f"call {owner.get('call')}, app {owner.get('app', '?')}: {state}, "
+            f"{money(spent(run))}")
+    return f"{line}; stop: modal app stop {owner.get('app')}" if state == "working" else line
 
 
 # ---- one attempt: what one container does for one call ----
 
-def attempt(config, launch, resume, fresh, timeout, gpu):
-    """Train, and leave in the way that makes Modal do the right thing next.
+def attempt(config, launch, resume, fresh, longest, gpu):
+    """Train for at most `longest` hours, and leave in the way that makes Modal do the right thing
+    next.
 
     Returns {"status", "why"}: finished, refused, stuck and the run's time limit are results, and
     nothing is tried again. KeyboardInterrupt: the call is scheduled anew and no retry used.
     InputCancellation: the call is over anyway. RuntimeError costs one retry: the hand-over, and
-    every fault that another container may not have.
+    every fault that another container may not have. Nothing else is raised.
 
     Only the first attempt of a launch may refuse: what was right then is not wrong later, so that
     a later refusal is a fault that passes (a Volume not mounted, a file that could not be read)."""
-    import train as trainer
-    reload()                                            # before anything on the Volume is opened
-    run = run_directory(config)
-    wait_for_predecessor(run)
-    begun = any(a["launch"] == launch for a in attempts(run))
+    run, begun = run_directory(config), False
     try:
+        reload()                                        # before anything on the Volume is opened
+        wait_for_predecessor(run)
+        begun = bool(of_launch(run, launch))
         verdict = decided(run, config, launch, resume)
         if verdict is None:
-            verdict = work(trainer, run, config, launch, resume, fresh, timeout, gpu)
-    except trainer.Stop as stop:
-        if begun or isinstance(stop, trainer.TemporaryFault):
+            claim(run, launch)
+            verdict = work(run, config, launch, resume, fresh, longest, gpu)
+    except Stop as stop:
+        if begun or isinstance(stop, TemporaryFault):
             raise RuntimeError(f"a fault that may pass: {stop}") from None
         verdict = result("refused", str(stop))
     except RuntimeError:
@@ -170,27 +300,31 @@ def attempt(config, launch, resume, fresh, timeout, gpu):
     return verdict
 
 
-def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
+def work(run, config, launch, resume, fresh, longest, gpu):
     """Train in this container, with the attempt's record on the Volume from start to end."""
+    import train as trainer
     # done.json knows the run by what was asked for
     asked, config = config, copy.deepcopy(config)
-    config["training"]["device"] = gpu_or_raise(config)
-    resume = take(trainer, run, launch, resume, fresh)
-    last = limit_attempt(config, run, launch, timeout)
+    config["training"]["device"] = gpu_or_raise(config, gpu)
+    resume = take(trainer, config, run, launch, resume, fresh)
+    limit, last = hours_of_attempt(run, launch, config["training"]["time_limit_hours"], longest)
+    config["training"]["time_limit_hours"] = limit
     signals = trainer.Signals()
     record = new_record(config, run, launch, gpu)
-    publish = Publisher(run, len(attempts(run)) + 1, record, signals)
+    publish = Publisher(run, len(attempts(run)) + 1, record, signals, config)
     publish("the start")
     print(f"attempt {publish.number} in {record['task']}: from step {record['progress'][0]}")
     way = "failed"
     try:
-        code = trainer.run(config, resume, on_saved=publish.saved, signals=signals)
+        code = trained(trainer, config, gpu, resume, publish, signals)
         way = LEFT.get(code, "failed")
         if way == "handed over" and last:
             way = "time limit"
     except KeyboardInterrupt:
         way = "preempted"
-    except trainer.Refused:
+    except modal.exception.InputCancellation:
+        way = "cancelled"
+    except Refused:
         way = "refused"
         raise
     finally:                                            # a container that just dies has not "left"
@@ -198,43 +332,94 @@ def work(trainer, run, config, launch, resume, fresh, timeout, gpu):
             record["left"] = way
             if way == "finished":
                 put(run / "done.json", {"launch": launch, "config": asked})
-            publish("the end")
+            publish.end(way)
     return leave(way)
 
 
-def take(trainer, run, launch, resume, fresh):
-    """How train.py is to begin in the run directory: "true" or "false"."""
-    if get(run / "launch.json").get("launch") == launch:
-        return "true"                   # resume=false is part of the input and comes again
-    if fresh == "true":
-        trainer.move_aside(run, print)
-    elif resume == "false" and trainer.holds_checkpoints(run / "checkpoints"):
-        raise trainer.Refused(
-            f"{run} holds checkpoints: --resume true goes on, --fresh true starts over")
+def trained(trainer, config, gpu, resume, publish, signals):
+    """The exit code of train.py, on one card or on all that were asked for."""
+    count = card_and_count(billed(gpu))[1]
+    if count == 1:
+        return trainer.run(config, resume, on_saved=publish.saved, signals=signals)
+    from run.elastic import train_on
+    return train_on(count, config, resume, publish.saved, signals)
+
+
+def claim(run, launch):
+    """Make this launch the owner of the run. Raises Refused where another one's call works there.
+
+    A Volume knows no lock. Of two launches that begin at once both write their claim, wait until
+    the other's would be visible, and look again: the last one stands, and whoever was slower than
+    that meets the record of an attempt."""
+    owner = get(run / "launch.json")
+    if owner.get("launch") == launch:
+        return
+    expect_alone(run, launch)
+    put(run / "launch.json", claimed(launch))
+    persist("commit of the claim", lambda: commit(results))
+    time.sleep(SETTLE)
+    reload()
+    expect_alone(run, launch)
+
+
+def claimed(launch):
+    return {"launch": launch, "call": modal.current_function_call_id(), "app": app.app_id}
+
+
+def expect_alone(run, launch):
+    """Refuse while the call of another launch may still write here. What cannot be told is refused
+    too: two writers are worse."""
+    for record in [get(run / "launch.json"), *attempts(run)[-1:]]:
+        call = record.get("call")
+        if not call or record["launch"] == launch or call == modal.current_function_call_id():
+            continue
+        state = call_state(call)
+        if state == "working":
+            raise Refused(f"call {call} works in {run}: stop its app first "
+                                  f"(modal app stop {record.get('app', 'APP')})")
+        if state != "ended":
+            raise Refused(
+                f"whether call {call} still works in {run} {state}: look with `modal app list`; "
+                f"when it is stopped, `modal volume rm holdfast-results /{run.name}/launch.json`")
+
+
+def take(trainer, config, run, launch, resume, fresh):
+    """How train.py is to begin in the run directory: what its --resume takes.
+
+    The arguments are part of the input and come again with every attempt: a fresh start happens
+    once, and a file is gone back to until this launch has saved."""
+    before = of_launch(run, launch)
+    if any(a.get("saved") for a in before) or before and resume in ("true", "false"):
+        return "true"
+    if resume == fresh == "false":
+        expect_free(trainer, config, run)
+    elif fresh == "true":
+        trainer.check(config, print)
+        second = config["training"].get("mirror")
+        trainer.move_aside(run, print, Path(second, run.name) if second else None)
+        if second:
+            # first: an old second copy beside a new run would be resumed
+            persist("commit of the mirror", lambda: commit(mirror))
     return resume
 
 
+def expect_free(trainer, config, run):
+    """Refuse to start over checkpoints that are there, in either place."""
+    second = config["training"].get("mirror")
+    for place in [run, Path(second, run.name)] if second else [run]:
+        if trainer.holds_checkpoints(place / "checkpoints"):
+            raise Refused(f"{place} holds checkpoints: "
+                          "--resume true goes on, --fresh true starts over")
+
+
 def new_record(config, run, launch, gpu):
-    """What the Volume keeps of one attempt; `left` and `seen` follow."""
-    return {
-        "launch": launch, "call": modal.current_function_call_id(), "left": "",
+    """What the Volume keeps of one attempt; `left`, `saved` and `seen` follow."""
+    paid = billed(gpu, card())
+    return claimed(launch) | {
+        "left": "", "saved": "", "gpu": paid or "unknown",
         "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
         "progress": progress(run), "epochs": config["training"]["epochs"],
-        "dollars": hourly(card() or gpu)}
-
-
-def limit_attempt(config, run, launch, timeout):
-    """Set this attempt's time limit: what is left of the run's, at most the platform's less MARGIN.
-    Whether the run itself is over when it is reached."""
-    whole = config["training"]["time_limit_hours"]
-    left = timeout - MARGIN
-    over = False
-    if whole:
-        spent = sum(hours(a) for a in attempts(run) if a["launch"] == launch)
-        over = whole - spent <= left
-        left = min(left, max(whole - spent, 1e-6))
-    config["training"]["time_limit_hours"] = left
-    return over
+        "dollars": hourly(paid, CPU, MEMORY) if paid else None}
 
 
 def leave(way):
@@ -243,13 +428,14 @@ def leave(way):
         raise KeyboardInterrupt
     if way == "cancelled":
         raise modal.exception.InputCancellation
+    if way == "refused":
+        raise Refused("train.py said why")
     if way == "handed over":
         raise RuntimeError("time limit of this attempt reached, saved: the next one goes on")
     if way == "failed":
         raise RuntimeError("training stopped: its last lines say why")
     if way == "time limit":
-        return result(way, "training.time_limit_hours reached, saved: "
-                           "--resume true goes on for as long again")
+        return result(way, TIME_IS_UP)
     return result(way)
 
 
@@ -275,12 +461,25 @@ def card():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def gpu_or_raise(config):
-    """The device to train on; without a GPU that answers, another container is tried."""
+def gpu_or_raise(config, gpu=""):
+    """The device to train on; without the GPUs that were asked for another container is tried.
+
+    A card may refuse the first calls: it is asked several times before a container is given up."""
     if config["training"]["device"] == "cpu":
         return "cpu"                                    # asked for in so many words
-    if not card():
+    wanted = card_and_count(billed(gpu))[1] if gpu else 1
+    for _ in range(GPU_TRIES):
+        with contextlib.suppress(RuntimeError):
+            if card():
+                break
+        time.sleep(2)
+    else:
         raise RuntimeError("no GPU answers in this container: nvidia-smi and torch see none")
+    if wanted > 1:
+        import torch
+        found = torch.cuda.device_count()
+        if found < wanted:
+            raise RuntimeError(f"{found} GPUs answer in this container, {wanted} are paid")
     return "cuda"
 
 
@@ -288,72 +487,107 @@ def result(status, why=""):
     return {"status": status, "why": why}
 
 
-# ---- what the attempts leave on the Volume ----
-
-def run_directory(config):
-    return Path(config["experiment"]["results"], config["experiment"]["name"])
-
-
-def put(path, value):
-    """Write JSON so that a reader, or a commit in the middle, meets the old file or the new one."""
-    from eeg.disk import write_json
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, value)
+def acceptance(config, planned, gpu):
+    """Faults of this machine and of the run `planned`, measured and printed line by line."""
+    import train as trainer
+    from run.acceptance import checks, report
+    device, count = gpu_or_raise(config, gpu), card_and_count(billed(gpu))[1]
+    paid = billed(gpu, card())
+    dollars = hourly(paid, CPU, MEMORY) if paid else None
+    found = checks(planned, device, count, dollars, Path(RESULTS), lambda: commit(results), trainer)
+    return report(found, lambda line: print(f"smoke: {line}", flush=True))
 
 
-def get(path):
-    return json.loads(path.read_text()) if path.exists() else {}
+# ---- the Volumes ----
 
-
-def attempts(run):
-    return [get(path) for path in sorted((run / "attempts").glob("*.json"))]
-
-
-def hours(record):
-    """Of one attempt, from its start to the last sign of it."""
-    return (record["seen"] - record["began"]) / 3600
-
-
-def reload():
+def reload(volume=None):
     """See what other containers committed. Modal refuses while this one has a file open there."""
     if not modal.is_local():
-        results.reload()
+        persist("reload of the Volume", (volume or results).reload)
+
+
+def commit(volume):
+    """Publish what this container wrote. Raises what Modal raises."""
+    if modal.is_local():
+        return
+    try:
+        volume.commit()
+    except Exception as error:
+        # version 1 commits, reloads, and says that it could not: metrics.jsonl is open
+        if "open files" not in str(error):
+            raise
+
+
+def persist(what, do):
+    """do(), asked again for PATIENCE seconds. Raises RuntimeError where that is not enough."""
+    deadline, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return do()
+        except Exception as error:
+            print(f"{what} failed: {type(error).__name__}: {error}", flush=True)
+            if time.monotonic() + pause > deadline:
+                raise RuntimeError(f"{what} failed for {PATIENCE} s: {error}") from None
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
+
+
+@contextlib.contextmanager
+def tolerated(what):
+    """A failure is said and survived: the next save tries again."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what} failed: {type(error).__name__}: {error}", flush=True)
 
 
 class Publisher:
-    """Commits the Volume with the record of this attempt: at start and end, after each save."""
+    """Commits the Volumes with the record of this attempt: at start and end, after each save. A
+    commit that fails ends nothing."""
 
-    def __init__(self, run, number, record, signals):
+    def __init__(self, run, number, record, signals, config):
         self.run, self.number, self.record, self.signals = run, number, record, signals
-        self.failures = 0
+        self.mirrored = bool(config["training"].get("mirror"))
+        self.failures, self.good = 0, time.time()
 
     def saved(self, path):
         """train.py's on_saved hook."""
+        self.record["saved"] = path.name
         self(path.name)
         print(bill(self.run))
 
-    def __call__(self, what):
-        began = self.record["seen"] = time.time()
-        owner = {"launch": self.record["launch"], "call": self.record["call"]}
-        put(self.run / "launch.json", owner)
+    def write(self):
+        self.record["seen"] = time.time()
+        put(self.run / "launch.json", {key: self.record[key] for key in ("launch", "call", "app")})
         put(self.run / "attempts" / f"{self.number:03d}.json", self.record)
+
+    def __call__(self, what):
+        self.write()
         # on the way out the exit commit comes by itself, and the grace is short
-        if self.signals.number or self.record["left"] == "preempted":
+        if self.signals.number:
             return
+        began = time.time()
         try:
-            if not modal.is_local():
-                results.commit()
+            commit(results)
         except Exception as error:
-            # version 1 commits, reloads, and says that it could not: metrics.jsonl is open
-            if "open files" not in str(error):
-                self.failures += 1
-                print(f"commit of {what} failed ({self.failures} in a row): {error}; "
-                      "the next tries again")
-                if self.failures >= COMMIT_FAILURES:
-                    raise
-                return
-        self.failures = 0
-        print(f"committed {what} in {time.time() - began:.1f} s")
+            self.failures += 1
+            print(f"commit of {what} failed ({self.failures} in a row): {error}; the last good one "
+                  f"is {time.time() - self.good:.0f} s old; the next save tries again")
+        else:
+            self.failures, self.good = 0, time.time()
+            print(f"committed {what} in {self.good - began:.1f} s")
+        if self.mirrored:
+            with tolerated(f"commit of the mirror after {what}"):
+                commit(mirror)
+
+    def end(self, way):
+        """The last word of this attempt. Raises RuntimeError where a result cannot be published."""
+        if way in ("preempted", "cancelled"):           # the exit commit comes by itself
+            self.write()
+            return
+        self("the end")
+        if self.failures and way == "finished":
+            persist("commit of the end", lambda: commit(results))
 
 
 def wait_for_predecessor(run):
@@ -371,327 +605,64 @@ def wait_for_predecessor(run):
 
 def decided(run, config, launch, resume):
     """A result where nothing is to do or there is no sense in trying, else None."""
-    done, before, owner = get(run / "done.json"), attempts(run), get(run / "launch.json")
+    done = get(run / "done.json")
     if done and (done["launch"] == launch or resume == "true" and done["config"] == config):
         return result("finished", "it was already: raise training.epochs to go on")
-    if owner and owner["launch"] != launch and still_running(owner["call"], run):
-        return result("refused", f"call {owner['call']} works in {run}: stop its app first")
-    mine = [a for a in before if a["launch"] == launch]
-    spent, limit = sum(map(hours, mine)), config["training"]["time_limit_hours"]
-    if limit and spent >= limit:
-        return leave("time limit")
-    return stuck(before, launch, progress(run))
+    over = why_over(run, launch, config["training"]["time_limit_hours"])
+    return result(*over) if over else None
 
 
-def stuck(before, launch, reached):
-    """A result where STUCK attempts of this launch in a row came no further than `reached`, else
-    None.
-
-    A preemption is no attempt's fault. Nor is a death without a word within SHORT minutes, before
-    the first snapshot: the machine went; but SHORT_DEATHS of them one after another are something
-    that kills."""
-    # when an attempt died without a word, only its successor's start tells
-    ends = [a["began"] for a in before[1:]] + [time.time()]
-    vain = short = 0
-    for record, end in zip(before, ends):
-        if record["launch"] != launch or record["left"] == "preempted":
-            continue
-        if record["progress"] != reached:
-            vain = short = 0
-        elif record["left"] or end - record["began"] > 60 * SHORT:
-            vain += 1
-        else:
-            short += 1
-    if vain >= STUCK:
-        return result("stuck", f"no progress in {vain} attempts: their logs say why; "
-                               "a new launch may try")
-    if short >= SHORT_DEATHS:
-        return result("stuck", f"{short} containers died without a word, "
-                               f"each within {SHORT} minutes")
-    return None
+# What FunctionCall.get raises where no answer came: whether the call goes on is not known. All
+# else is the end of the call: what `attempt` raises, and the platform's own failures.
+NO_ANSWER = (
+    OSError, modal.exception.ConnectionError, modal.exception.AuthError,
+    modal.exception.ClientClosed, modal.exception.PermissionDeniedError,
+    modal.exception.ServiceError, modal.exception.InternalError,
+    modal.exception.ResourceExhaustedError, modal.exception.UnimplementedError)
 
 
-# What FunctionCall.get raises of a call that has ended: ours (`attempt` raises nothing else), and
-# the platform's.
-ENDED = (
-    RuntimeError, modal.exception.RemoteError, modal.exception.FunctionTimeoutError,
-    modal.exception.OutputExpiredError, modal.exception.NotFoundError,
-    modal.exception.InputCancellation)
-
-
-def still_running(call, run):
-    """Whether another launch's call may still write. What cannot be told is refused: two writers
-    are worse."""
-    import train as trainer
-    if call == modal.current_function_call_id():
-        return False
+def call_state(call):
+    """"working", "ended", or why that cannot be told."""
+    if not call:
+        return "ended"
     try:
         modal.FunctionCall.from_id(call).get(timeout=0)
-    except ENDED as error:
-        print(f"the launch before, call {call}, ended with {type(error).__name__}")
     except TimeoutError:
-        return True
-    except Exception as error:
-        raise trainer.Refused(
-            f"whether call {call} still works in {run} cannot be told "
-            f"({type(error).__name__}: {error}): look with `modal app list`; when it is stopped, "
-            f"`modal volume rm holdfast-results /{run.name}/launch.json`") from None
-    return False
-
-
-def progress(run):
-    """[step, epoch ended, recordings validated since] of the furthest checkpoint that loads."""
-    import checkpoint
-    for candidate in checkpoint.candidates(run / "checkpoints"):
-        # the resume will name the damaged ones
-        with contextlib.suppress(checkpoint.CorruptCheckpoint, OSError):
-            state = checkpoint.load(candidate.path)
-            validated = len(state.get("validation") or ())
-            return [state["global_step"], state.get("kind") == "epoch", validated]
-    return [0, False, 0]
-
-
-# ---- money ----
-
-def hourly(gpu):
-    """Dollars an hour for a container with this GPU (of a list, the first), or None where its
-    price is unknown.
-
-    gpu: as Modal takes it ("A100-80GB", "H100:2"), or the name by which the driver calls a card."""
-    gpu = gpu if isinstance(gpu, str) else gpu[0]
-    name, _, count = gpu.partition(":")
-    name = name.rstrip("!+")
-    found = re.search(r"\b[ABHLT]\d+S?\b", name)
-    if name.startswith(("NVIDIA", "Tesla")) and found:  # as the driver calls a card
-        name = found[0]
-        if name == "A100":
-            name += "-40GB" if "40GB" in gpu else "-80GB"
-    if name not in DOLLARS:
-        return None
-    return DOLLARS[name] * int(count or 1) + CPU * DOLLARS["core"] + MEMORY * DOLLARS["GiB"]
-
-
-def money(dollars, unit=""):
-    return "price unknown" if dollars is None else f"about ${dollars:.2f}{unit}"
-
-
-def bill(run):
-    """One line: hours and dollars so far, and of the whole run by the speed in metrics.jsonl."""
-    tried = attempts(run)
-    prices = [a["dollars"] for a in tried]
-    known = None not in prices
-    dollars = sum(hours(a) * a["dollars"] for a in tried) if known else None
-    line = (f"{run.name}: {sum(map(hours, tried)):.2f} h in {len(tried)} attempts, "
-            f"{money(dollars, ' so far')}")
-    epoch, seconds = speed(run)
-    if not tried or not seconds:
-        return line
-    left = max(0.0, tried[-1]["epochs"] - epoch) * seconds / 3600
-    whole = dollars + left * prices[-1] if known else None
-    return (f"{line}; {seconds / 3600:.2f} h per epoch as measured: {left:.1f} h left, "
-            f"{money(whole, ' for the whole run')}")
-
-
-def speed(run):
-    """(epochs trained, seconds per epoch with validation), or zeros; medians skip pauses."""
-    from eeg.disk import read_json_lines
-    path = run / "metrics.jsonl"
-    rows = list(read_json_lines(path)) if path.exists() else []
-    steps, validations = [], []
-    for before, row in zip(rows, rows[1:]):
-        seconds, done = row["time"] - before["time"], row["step"] - before["step"]
-        if row["kind"] == "validation":
-            validations.append(seconds)
-        elif done > 0:
-            steps.append(seconds / done)
-    batches = max((row["batches"] for row in rows if row["kind"] == "train"), default=0)
-    if not steps or not batches:
-        return 0.0, 0.0
-    last = rows[-1]
-    epoch = last["epoch"]
-    if last["kind"] == "train":
-        epoch += last["batch"] / batches - 1
-    return epoch, batches * statistics.median(steps) + statistics.median(validations or [0.0])
-
-
-# ---- acceptance: what a first real run would trip over, measured where it would run ----
-
-def acceptance(config, planned):
-    """Print what this platform gives a run, line by line, and what the run `planned` would take
-    here. Returns what
-    is missing, [] where it is ready."""
-    device = gpu_or_raise(config)
-    checks = [lambda: check_card(device), lambda: check_volume(Path(RESULTS)),
-              lambda: check_commit(planned), lambda: check_speed(planned, device)]
-    missing = []
-    for check in checks:
-        for line, fault in check():
-            print(f"smoke: {line}", flush=True)
-            if fault:
-                missing.append(fault)
-    return missing
-
-
-def check_card(device):
-    """The card, its driver beside what torch's CUDA needs, and its speed in bf16."""
-    import subprocess
-    import torch
-    yield f"torch {torch.__version__}, CUDA {torch.version.cuda}, card {card() or 'none'}", ""
-    if device == "cuda":
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, text=True, capture_output=True, check=True).stdout.strip()
-        needed = DRIVER.get(torch.version.cuda.split(".")[0], 0)
-        fault = ""
-        if int(driver.split(".")[0]) < needed:
-            fault = f"driver {driver} is older than {needed}, which CUDA {torch.version.cuda} needs"
-        yield f"driver {driver}, needed {needed}", fault
-    teraflops = product_speed(device)
-    yield f"bf16 product of {teraflops:.1f} TFLOP/s", ""
-
-
-def product_speed(device):
-    """bf16 TFLOP/s of a square matrix product, the best of five."""
-    import torch
-    size = 8192 if device == "cuda" else 512
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        float((a @ a)[0, 0])                            # reading one number waits for all of them
-        best = min(best, time.perf_counter() - began)
-    return 2 * size ** 3 / best / 1e12
-
-
-def check_volume(folder):
-    """What the results Volume can do. Nothing of it is needed: checkpoint.py has a way for each."""
-    import fcntl
-    one, two = (folder / f".smoke-{os.getpid()}-{i}" for i in range(2))
-    fd = os.open(one, os.O_WRONLY | os.O_CREAT, 0o666)
-    steps = {
-        "locks": lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB),
-        "fsync": lambda: os.fsync(fd),
-        "hard links": lambda: os.link(one, two),
-        "direct writes": lambda: os.close(os.open(one, os.O_WRONLY | os.O_DIRECT))}
-    found = []
-    for name, step in steps.items():
-        try:
-            step()
-            found.append(f"{name}: yes")
-        except OSError as error:
-            found.append(f"{name}: no ({error.strerror})")
-    os.close(fd)
-    one.unlink()
-    two.unlink(missing_ok=True)
-    yield f"results Volume: {', '.join(found)}", ""
-
-
-def check_commit(config):
-    """A checkpoint of the planned size, written and committed: both must fit into the grace of a
-    preemption."""
-    import checkpoint
-    import model
-    import torch
-    net = model.build(19, config["model"])
-    moments = [torch.zeros_like(p) for p in net.parameters() for _ in range(2)]
-    path = Path(RESULTS) / ".smoke.pt"
-    began = time.perf_counter()
-    checkpoint.atomic_save({"model": net.state_dict(), "moments": moments}, path)
-    write = time.perf_counter() - began
-    if not modal.is_local():
-        results.commit()
-    commit = time.perf_counter() - began - write
-    size = path.stat().st_size / 1e6
-    path.unlink()
-    fault = ""
-    if write + commit > 25:
-        fault = f"save and commit take {write + commit:.0f} s, a preemption leaves 30"
-    yield (f"checkpoint of {size:.0f} MB: written in {write:.1f} s, "
-           f"committed in {commit:.1f} s"), fault
-
-
-def check_speed(config, device):
-    """Windows/s of the data Volume and of the model; the run's hours and dollars by them."""
-    import data
-    folders = [place for place in places(config) if Path(place).is_dir()]
-    if not folders:
-        missing = (f"{places(config)[0]} is not on the data Volume: "
-                   "modal volume put holdfast-data IMPORTED_FOLDER")
-        yield missing, missing
-    read = min((data.speed(place, 10) for place in folders), default=0.0)
-    trained = train_speed(config, device)
-    yield f"training: {trained:.1f} windows/s at batch {config['training']['batch_size']}", ""
-    if not folders:
-        return
-    yield f"data Volume: {read:.0f} windows/s", ""
-    if read < trained:
-        yield "the data Volume is slower than the card: set data.copy_to to a folder in /tmp", ""
-    windows, epochs = epoch_length(config), config["training"]["epochs"]
-    needed = epochs * windows / min(read, trained) / 3600
-    price = hourly(card() or GPU)
-    whole = money(None if price is None else needed * price)
-    yield (f"{windows} windows an epoch, {epochs} epochs: {needed:.0f} h, {whole}, "
-           "without validation"), ""
-
-
-def train_speed(config, device):
-    """Windows/s of training steps on random EEG; on a CPU of one step of one window."""
-    import torch
-    import model
-    import train as trainer
-    settings = config["training"]
-    warm, steps, batch = (3, 10, settings["batch_size"]) if device == "cuda" else (0, 1, 1)
-    samples = round(256 * config["data"]["window_seconds"])
-    net = model.build(19, config["model"]).to(device)
-    optimizer = trainer.make_optimizer(net, settings, device == "cuda")
-    x = torch.randn(batch, 19, samples, device=device)
-    y, mask = torch.zeros(2, batch, samples, device=device)
-    for step in range(warm + steps):
-        if step == warm:
-            began = time.perf_counter()
-        with trainer.autocast(settings["precision"], torch.device(device)):
-            logits = net(x)
-        loss = trainer.focal_loss(logits, y, mask + 1, settings["focal_alpha"],
-                                  settings["focal_gamma"])
-        optimizer.zero_grad()
-        (loss / y.numel()).backward()
-        optimizer.step()
-        loss.item()                                     # waits for the step
-    return steps * batch / (time.perf_counter() - began)
-
-
-def epoch_length(config):
-    """Windows that an epoch of the planned run trains."""
-    import data
-    import train as trainer
-    recordings = data.open_corpus(config["data"]["path"])
-    return len(trainer.Split(config, recordings, print).order(1))
+        return "working"
+    except NO_ANSWER as error:
+        return f"cannot be told ({type(error).__name__}: {error})"
+    except (Exception, modal.exception.InputCancellation) as error:
+        print(f"call {call} ended with {type(error).__name__}: {error}")
+    return "ended"
 
 
 # ---- the launching side ----
 
 @app.local_entrypoint()
-def main(action: Literal["train", "evaluate", "smoke", "ls"], config: str = "",
-         resume: Literal["true", "false"] = "false", fresh: Literal["true", "false"] = "false",
-         split: Literal["all", "train", "dev", "eval"] = "all"):
-    if split != "all" and action != "evaluate":
-        refuse(f"--split belongs to --action evaluate; what {action} takes is in its config")
-    if action == "ls":
+def main(*words):
+    """See --help: the words are those that `command_line` has read."""
+    asked = options(words)
+    if asked.split != "all" and asked.action != "evaluate":
+        refuse(f"--split belongs to --action evaluate; what {asked.action} takes is in its config")
+    if asked.source and asked.action != "import":
+        refuse("--source belongs to --action import")
+    if asked.action == "ls":
         return close(ls.remote())
-    name = "smoke.yaml" if action == "smoke" else "train.yaml"
-    settings = checked(config or HERE / "configs" / "modal" / name)
-    if fresh == resume == "true":
-        refuse("--fresh true and --resume true exclude each other")
-    if action != "evaluate" and fresh == resume == "false" and stored(settings):
-        refuse(f"{run_directory(settings)} holds checkpoints: "
-               "--resume true goes on, --fresh true starts over")
+    settings = checked(asked)
     launch = uuid.uuid4().hex[:12]
-    if action == "evaluate":
-        call = evaluate.spawn(settings, split)
-    elif action == "train":
-        call = train.spawn(settings, launch, resume, fresh)
+    tell(asked)
+    if asked.action == "import":
+        from run.prepare import folders
+        source = SOURCE if asked.source.startswith(("s3://", "gs://")) else asked.source
+        call = import_corpus.spawn(source, folders(settings)[0], asked.layout, asked.montage)
+    elif asked.action == "evaluate":
+        call = evaluate.spawn(settings, asked.split)
+    elif asked.action == "train":
+        call = train.spawn(settings, launch, asked.resume, asked.fresh, TRAIN_GPU)
     else:
-        call = smoke.spawn(settings, launch, resume, fresh, planned(settings))
-    guide(call, settings["experiment"]["name"], EVALUATE_GPU if action == "evaluate" else GPU)
+        call = smoke.spawn(settings, launch, asked.resume, asked.fresh, planned(settings),
+                           TRAIN_GPU)
+    guide(call, settings["experiment"]["name"])
     await_result(call)
 
 
@@ -699,67 +670,41 @@ def await_result(call):
     """Wait for the call and end with its result, which is said only where it is known."""
     try:
         verdict = call.get()
-    except ENDED as error:
-        print(f"call {call.object_id} ended with {type(error).__name__}: {error}", file=sys.stderr)
-        verdict = result("failed", "what it committed is safe; --resume true continues")
-    except Exception as error:
+    except NO_ANSWER as error:
         print(f"modal_app.py: no more news of call {call.object_id} "
               f"({type(error).__name__}: {error}). "
               f"Launched with --detach it goes on at Modal: modal app logs {app.app_id} -f",
               file=sys.stderr)
         sys.exit(1)
+    except (Exception, modal.exception.InputCancellation) as error:
+        print(f"call {call.object_id} ended with {type(error).__name__}: {error}", file=sys.stderr)
+        verdict = result("failed", "what it committed is safe; --resume continues")
     close(verdict)
 
 
-def checked(path):
+def checked(asked):
     """The config as train.py reads it, refused here, at no cost, if it cannot work there."""
     import train as trainer
+    from run.launch import checked as checked_for
+    name = "smoke.yaml" if asked.action == "smoke" else "train.yaml"
+    path = asked.config or HERE / "configs" / "modal" / name
     try:
-        config = trainer.load_config(path)
+        config = checked_for(trainer.load_config(path, asked.set), path, asked, listing)
     except trainer.Stop as stop:
         refuse(stop)
-    folder, second = config["experiment"]["results"], config["training"].get("mirror", "")
-    if folder != RESULTS:
-        refuse(f"config {path}: experiment.results must be {RESULTS}, the Volume, not {folder!r}")
-    if second and os.path.relpath(second, MIRROR).startswith(".."):
-        refuse(f"config {path}: training.mirror must be a folder in {MIRROR}, the second Volume, "
-               f"not {second!r}")
     if config["training"]["device"] == "cpu":
         print(f"config {path}: training.device is cpu: the GPU is paid and stands idle")
-    if not config["data"]["synth_hours"]:
-        for place in places(config):
-            expect_on_volume(path, place)
     return config
 
 
-def places(config):
-    """Folders of imported recordings that a config names."""
-    path = config["data"]["path"]
-    return [path] if isinstance(path, str) else path
-
-
-def expect_on_volume(path, place):
-    inside = os.path.relpath(place or "/", DATA)
-    if inside.startswith(".."):
-        refuse(f"config {path}: data.path must be a folder in {DATA}, the Volume, not {place!r}")
-    if not listed(recordings, inside):
-        refuse(f"{place} is not on the Volume: "
-               f"modal volume put holdfast-data IMPORTED_FOLDER /{inside}")
-
-
-def listed(volume, folder):
+def listing(path, recursive=False):
     """Names in a folder of a Volume, as committed; none where it does not exist."""
-    try:
-        return [Path(entry.path).name for entry in volume.listdir(f"/{folder}")]
-    except modal.exception.NotFoundError:
-        return []
-
-
-def stored(config):
-    """Checkpoints that the run of `config` has on the results Volume."""
-    import checkpoint
-    names = listed(results, f"{os.path.relpath(run_directory(config), RESULTS)}/checkpoints")
-    return [name for name in names if checkpoint.NAME.fullmatch(name) or name == "best.pt"]
+    for mount, volume in {RESULTS: results, DATA: recordings, MIRROR: mirror}.items():
+        inside = os.path.relpath(path, mount)
+        if not inside.startswith(".."):
+            with contextlib.suppress(modal.exception.NotFoundError):
+                return [Path(e.path).name for e in volume.listdir(inside, recursive=recursive)]
+    return []
 
 
 def planned(smoke_config):
@@ -770,16 +715,26 @@ def planned(smoke_config):
     return config
 
 
-def refuse(reason):
-    print(f"modal_app.py: {reason}", file=sys.stderr)
-    sys.exit(2)
+def tell(asked):
+    """What the call will cost and what ends it, before it starts."""
+    gpu = {"import": "", "evaluate": SCORE_GPU}.get(asked.action, TRAIN_GPU)
+    hour = hourly(gpu, CPU, MEMORY)
+    on = f"{gpu}, " if gpu else ""
+    day = "" if hour is None else f", ${24 * hour:.0f} a day"
+    print(f"cost:   {money(hour, ' an hour')}{day} on {on}{CPU} cores, {MEMORY} GiB (prices of "
+          f"{DOLLARS_AS_OF})")
+    if hour is None:
+        print(f"        {billed(gpu)} is not in the list of run/attempts.py")
+    if asked.action == "smoke":
+        print(f"        this test: {money(hour and SMOKE_TIMEOUT * hour)} at most, it is cut off "
+              f"after {60 * SMOKE_TIMEOUT:.0f} minutes")
+    if not DETACHED:
+        print("no --detach: Ctrl-C, a closed lid or a lost connection ends the call at Modal; "
+              "what came since the last snapshot is trained again by --resume")
 
 
-def guide(call, name, gpu):
-    hour = hourly(gpu)
-    day = "" if hour is None else f", ${24 * hour:.0f} a day (prices of {DOLLARS_AS_OF})"
-    print(f"call {call.object_id} in app {app.app_id} on {gpu}, {CPU} cores, {MEMORY} GiB\n"
-          f"    cost:   {money(hour, ' an hour')}{day}; the log says what the whole run will cost\n"
+def guide(call, name):
+    print(f"call {call.object_id} in app {app.app_id}\n"
           f"    follow: modal app logs {app.app_id} -f\n"
           f"    stop:   modal app stop {app.app_id}\n"
           f"    list:   modal run modal_app.py --action ls\n"

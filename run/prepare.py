@@ -1,5 +1,6 @@
 """What is trained, on what: recordings, their split, the model and its first weights. Whatever can
 be refused is refused here, before a run directory is touched."""
+import copy
 import hashlib
 import math
 import os
@@ -18,7 +19,19 @@ import evaluate
 import model
 from eeg import splits
 from eeg import synth
-from run.machine import device_name, rank_and_size
+from run.machine import Group, device_name, rank_and_size
+from run.watch import Watchdog
+
+
+def check(config, say):
+    """Refuse whatever a run of `config` would refuse before it takes its run directory, which is
+    not touched. Raises Refused or TemporaryFault."""
+    config = copy.deepcopy(config)
+    config["data"]["copy_to"] = ""      # refuses nothing by itself, and may take an hour
+    expect_data(config)
+    with Watchdog(0, os.devnull, say) as watch, Group("cpu", watch) as group:
+        split = Split(config, open_recordings(config, watch, say), say)
+        start_from(config, split, build_model(config, split, group, say), say)
 
 
 def expect_data(config):

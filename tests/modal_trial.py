@@ -1,12 +1,11 @@
 """modal_app.py against the offline stand-in ../shared/modal: real `modal run`, real container entrypoint.
 
-    python tests/modal_trial.py                     all cases, about six minutes
+    python tests/modal_trial.py                     all cases
     python tests/modal_trial.py preempted stuck
 
-Each case copies modal_app.py and checkpoint.py beside a toy trainer with train.py's interface (a step is 20
-numbers and a nap; the last case has train.py itself), launches it, and interrupts it in one way. A case
-passes when what stands on the results Volume in the end is bit-identical to a run that was never
-interrupted. Modal itself is not involved: see the README for what that leaves open.
+Each case copies the program beside a toy trainer with train.py's interface (a step is 20 numbers and a nap;
+the cases with `real` have train.py itself), launches it, and interrupts it in one way. A case passes when what
+stands on the results Volume in the end is bit-identical to a run that was never interrupted. Modal itself is not involved: see the README for what that leaves open.
 """
 import asyncio
 import contextlib
@@ -26,12 +25,13 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = ROOT.parent / "shared" / "modal" / "fake_modal.py"
 EPOCHS, BATCHES = 3, 20
+LIMIT = 900                                         # s for a launch, five times what a busy machine takes
 CONFIG = {"experiment": {"name": "toy", "results": "/results", "seed": 1},
           "data": {"path": "/tmp/none", "synth_hours": 1.0},
           "training": {"epochs": EPOCHS, "time_limit_hours": 0.0, "mid_epoch_minutes": 0.005, "device": "cpu",
                        "mirror": ""},
           "toy": {"batches": BATCHES, "seconds": 0.1, "crash_at": 0, "drain": 0.0, "start": 0.0,
-                  "refuse_in": 0, "hold": 0}}
+                  "refuse_in": 0, "hold": 0, "typo": 0}}
 
 TOY = '''
 import json, os, signal, sys, time
@@ -41,28 +41,31 @@ import yaml
 import torch
 import checkpoint
 
-class Stop(Exception):
-    pass
-
-class Refused(Stop):
-    pass
-
-class TemporaryFault(Stop):
-    pass
+from eeg.disk import Refused, Stop, TemporaryFault
 
 class Signals:
     number = 0
 
 def load_config(path, overrides=()):
     try:
-        return json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise Refused(f"config {path}: {error}") from None
+    for text in overrides:
+        name, _, value = text.partition("=")
+        section, _, key = name.partition(".")
+        config[section][key] = json.loads(value)
+    return config
+
+def check(config, say):
+    if config["toy"]["typo"]:
+        raise Refused("a typo in the config")
+
 
 def holds_checkpoints(directory):
     return any(directory.glob("*.pt"))
 
-def move_aside(run, say):
+def move_aside(run, say, second=None):
     if run.exists():
         os.rename(run, f"{run}.1")
         say(f"moved {run} aside")
@@ -100,7 +103,8 @@ def fit(config, toy, settings, resume, on_saved, caught, deadline):
     say = lambda line: print(line, flush=True)
     with checkpoint.Checkpointer(directory / "checkpoints", settings["mid_epoch_minutes"], on_saved=on_saved,
                                  say=say) as saver:
-        state = saver.resume() if resume == "true" else None
+        say(f"toy: resume {resume}")
+        state = saver.resume() if resume != "false" else None
         step, (epoch, batch) = 0, saver.position
         if state:
             model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
@@ -154,24 +158,32 @@ class Trial:
         self.folder, self.project = Path(folder), Path(folder, "project")
         self.project.mkdir(parents=True)
         self.grace(3)
-        for name in ("checkpoint.py", "requirements.txt"):
-            shutil.copy(ROOT / name, self.project)
+        from conftest import copy_sources           # here: it imports torch
+        copied = (self.project / "modal_app.py").read_text()
+        copy_sources(self.project)
+        shutil.copy(ROOT / "requirements.txt", self.project)
+        (self.project / "modal_app.py").write_text(copied)
         self.run = "toy"
-        for name in ("model.py", "data.py"):
-            (self.project / name).write_text("")
         (self.project / "evaluate.py").write_text("def main(argv):\n    return print('evaluate', *argv)")
         (self.project / "train.py").write_text(TOY)
 
     def grace(self, seconds):
-        """Shorten how long an attempt waits for a predecessor that did not say that it left."""
+        """Shorten how long an attempt waits for a predecessor that did not say that it left, and for the
+        claim of another launch."""
         self.change(r"GRACE = \d+ ", f"GRACE = {seconds} ")
+        self.change(r"SETTLE = \d+ ", "SETTLE = 1 ", expected=False)
 
-    def change(self, before, after):
+    def change(self, before, after, expected=True):
         """Another constant, or another line, in this trial's copy of modal_app.py. before: a pattern."""
         place = self.project / "modal_app.py"
         text = (place if place.exists() else ROOT / "modal_app.py").read_text()
-        assert re.search(before, text), before
+        assert re.search(before, text) or not expected, before
         place.write_text(re.sub(before, lambda found: after, text))
+
+    def patience(self, seconds, retries=10):
+        """How long a Volume that refuses is asked again, and how many containers are tried."""
+        self.change(r"PATIENCE = \d+ ", f"PATIENCE = {seconds} ", expected=False)
+        self.change(r"RETRIES = \d+ ", f"RETRIES = {retries} ")
 
     def card(self, expression):
         """What the container takes for the name of its GPU: a Python expression."""
@@ -188,27 +200,51 @@ class Trial:
         usual = {"background_commit_every": None, "grace": 8.0, "jail": os.geteuid() == 0 and shutil.which("chroot") is not None, "verbose": False}
         options = usual | options
         async with stand_in().FakeModal(self.folder / "state", **options) as fake:
-            async def launch(*arguments, action="train", resume="false"):
+            async def launch(*arguments, action="train", resume="false", env=None):
                 options = ("--action", action, "--config", "config.yaml", "--resume", resume, *arguments)
                 line = ("run", "--detach", "modal_app.py", *options)
-                code, self.out = await fake.modal(*line, cwd=self.project, wait=300)
+                code, self.out = await fake.modal(*line, cwd=self.project, wait=LIMIT, env=env)
                 return code, self.out
             fake.launch = launch
             yield fake
 
-    def real(self, epochs):
+    def real(self, epochs, **training):
         """The real modules in place of the toy, and the smoke configuration on less data."""
-        from conftest import copy_sources           # here: it imports torch, which a toy does without
-        toy = (self.project / "modal_app.py").read_text()
-        copy_sources(self.project)
-        (self.project / "modal_app.py").write_text(toy)
+        for name in ("train.py", "evaluate.py"):
+            shutil.copy(ROOT / name, self.project)
         shutil.copytree(ROOT / "configs", self.project / "configs")
         config = yaml.safe_load((ROOT / "configs" / "modal" / "smoke.yaml").read_text())
         config["data"].update(synth_hours=0.3, window_seconds=10.0)
         config["evaluation"].update(window_seconds=10.0)
-        config["training"].update(batch_size=4, epochs=epochs, device="cpu", precision="fp32")
+        config["training"].update(batch_size=4, epochs=epochs, device="cpu", precision="fp32", **training)
         (self.project / "config.yaml").write_text(yaml.safe_dump(config))
+        # what smoke foretells: the real run's, with a model that a CPU steps in a second
+        planned = {"experiment": {"name": "planned", "results": "/results"}, "data": {"path": "/data/tusz"},
+                   "model": {"size": "small"}, "training": {"precision": "fp32"}}
+        (self.project / "configs" / "modal" / "train.yaml").write_text(yaml.safe_dump(planned))
         self.run = "smoke"
+
+    def volume(self, name):
+        """The folder of what is committed on the Volume `name`, which is made where it is new."""
+        place = self.folder / "state" / "volumes" / name
+        (place / "committed").mkdir(parents=True, exist_ok=True)
+        if not (place / "meta.json").exists():
+            facts = {"id": f"vo-{name}", "name": name, "version": 2 if name == "holdfast-mirror" else 1}
+            (place / "meta.json").write_text(json.dumps(facts))
+        return place / "committed"
+
+    def corpus(self, name):
+        """A folder of raw EDF, three small synthetic recordings with a seizure each, on the data Volume."""
+        from eeg import synth
+        synth.synth(self.volume("holdfast-data") / name, hours=0.3, patients=3, seed=3)
+
+    def imported(self, name):
+        """Imported recordings on the data Volume."""
+        from eeg import corpora
+        self.corpus("made")
+        made = self.volume("holdfast-data") / "made"
+        corpora.import_corpus(made, self.volume("holdfast-data") / name, say=lambda line: None)
+        shutil.rmtree(made)
 
     def committed(self):
         return self.folder / "state" / "volumes" / "holdfast-results" / "committed" / self.run
@@ -256,8 +292,9 @@ async def launch_and_leave(trial, fake):
     """A detached launch whose client is killed while its container trains."""
     line = "-m modal run --detach modal_app.py --action train --config config.yaml".split()
     quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
+    before = len(fake.tasks)
     first = await fake.cli(sys.executable, *line, cwd=trial.project, **quiet)
-    while not (fake.tasks and "toy step 3\n" in next(iter(fake.tasks.values())).log()):
+    while not (len(fake.tasks) > before and "toy step 3\n" in list(fake.tasks.values())[-1].log()):
         await asyncio.sleep(0.1)
     first.kill()
 
@@ -391,26 +428,81 @@ async def refused(trial):
     assert names == ["toy", "toy.1"], names
 
 
-async def commits_fail(trial):
-    """Commits that fail are said and survived; five in a row end the attempt, and the retry goes on."""
-    trial.config()
-    original, failing = stand_in().FakeModal.VolumeCommit, []
+@contextlib.contextmanager
+def failing(method, fails):
+    """The stand-in answers `method` with an error while fails(how often it was asked)."""
+    original, asked = getattr(stand_in().FakeModal, method), []
 
-    async def commit(self, stream):
-        failing.append(1)
-        if len(failing) in (2, 3, 6, 7, 8, 9, 10):
-            raise stand_in().GRPCError(stand_in().Status.FAILED_PRECONDITION, "no commit today")
+    async def answer(self, stream):
+        asked.append(1)
+        wrong = fails(len(asked))
+        if wrong:
+            raise stand_in().GRPCError(*wrong)
         await original(self, stream)
 
-    stand_in().FakeModal.VolumeCommit = commit
+    setattr(stand_in().FakeModal, method, answer)
     try:
+        yield asked
+    finally:
+        setattr(stand_in().FakeModal, method, original)
+
+
+def status(name, text):
+    return getattr(stand_in().Status, name), text
+
+
+async def commits_fail(trial):
+    """Commits that fail, eight in a row, are said with the age of the last good one; no attempt ends of it."""
+    trial.config()
+    with failing("VolumeCommit", lambda number: 3 <= number <= 10 and status("FAILED_PRECONDITION", "volume busy")):
         async with trial.modal() as fake:
             code, out = await fake.launch()
-            assert code == 0 and "(2 in a row): no commit today" in out and "(5 in a row)" in out, out
-            expect_whole(trial, fake, redone=20)
-            assert only_input(fake).user_retries == 1
-    finally:
-        stand_in().FakeModal.VolumeCommit = original
+            assert code == 0 and "failed (5 in a row): " in out and "volume busy" in out, out
+            expect_whole(trial, fake)
+            assert only_input(fake).user_retries == 0 and "the last good one is" in out, out
+
+
+async def no_reload(trial):
+    """A Volume that cannot be reloaded for a while costs no container; one that stays so ends the call, said as
+    such, and the next launch goes on."""
+    trial.config()
+    trial.patience(60, retries=2)
+    wrong = status("FAILED_PRECONDITION", "reload failed")
+    with failing("VolumeReload", lambda number: number <= 3 and wrong):
+        async with trial.modal() as fake:
+            code, out = await fake.launch()
+            assert code == 0 and only_input(fake).user_retries == 0, out
+            expect_whole(trial, fake)
+
+
+async def never_reload(trial):
+    """A Volume that cannot be reloaded at all ends the call, which is said, and the next launch goes on."""
+    trial.config()
+    trial.patience(1, retries=2)
+    down = []
+    with failing("VolumeReload", lambda number: down and status("INTERNAL", "reload failed")):
+        async with trial.modal() as fake:
+            interruption = asyncio.create_task(interrupt(fake, "toy step 10\n"))
+            interruption.add_done_callback(down.append)
+            code, out = await fake.launch()
+            assert code == 1 and "goes on at Modal" not in out and "ended with" in out, out
+            assert len(only_input(fake).attempts) == 4, only_input(fake).attempts
+            down.clear()
+            code, out = await fake.launch(resume="true")
+            assert code == 0, out
+            expect_whole(trial, fake)
+
+
+async def two_at_once(trial):
+    """Of two launches within the seconds that a GPU takes to start one trains; the other one is refused."""
+    trial.config(toy={"seconds": 0.05}, training={"device": "auto"})
+    trial.change(r"SETTLE = \d+ ", "SETTLE = 8 ", expected=False)
+    trial.card('time.sleep(8) or "NVIDIA A100-SXM4-80GB"')
+    async with trial.modal() as fake:
+        ends = await asyncio.gather(fake.launch(), fake.launch())
+        assert sorted(code for code, _ in ends) == [0, 2], ends
+        expect_whole(trial, fake)
+        assert len(trial.attempts()) == 1, trial.attempts()
 
 
 async def two_launches(trial):
@@ -466,19 +558,20 @@ async def real_training(trial):
 
 
 async def no_gpu(trial):
-    """A container without a GPU, or one that cannot read the Volume, costs a retry: the run goes on in the next."""
-    trial.card('"NVIDIA A100-SXM4-80GB" if had_its_turn() else ""')
+    """A GPU that refuses its first call is asked again in the same container; a container that has none, or cannot
+    read the Volume, costs a retry: the run goes on in the next."""
+    trial.card('"NVIDIA A100-SXM4-80GB" if answers() else ""')
     trial.change(r"\ndef card\(\):", """
-def had_its_turn():
-    if len(list(Path("/results/toy/attempts").glob("*.json"))) != 1:
-        return True
-    mark = Path("/results/no_gpu")
-    seen = mark.exists()
-    mark.touch()
-    return seen
+def answers():
+    begun = len(list(Path("/results/toy/attempts").glob("*.json")))
+    mark = Path(f"/results/asked_{begun}")
+    asked = int(mark.read_text()) + 1 if mark.exists() else 1
+    mark.write_text(str(asked))
+    return asked > (1, 10, 0, 0, 0)[begun]
 
 
 def card():""")
+    trial.change(r"time.sleep\(2\)", "time.sleep(0.01)", expected=False)
     trial.config(toy={"seconds": 0.05, "refuse_in": 2}, training={"device": "auto"})
     async with trial.modal() as fake:
         interruption = asyncio.create_task(interrupt(fake, "toy step 10\n"))
@@ -486,8 +579,8 @@ def card():""")
         assert code == 0 and interruption.done(), out
         expect_whole(trial, fake)
         assert "no GPU answers" in out and "a file could not be read" in out, out
-        assert [a["left"] for a in trial.attempts()] == ["preempted", "failed", "refused", "finished"] or \
-            [a["left"] for a in trial.attempts()] == ["preempted", "refused", "finished"], trial.attempts()
+        assert [a["left"] for a in trial.attempts()] == ["preempted", "refused", "finished"], trial.attempts()
+        assert only_input(fake).user_retries == 2
 
 
 async def short_deaths(trial):
@@ -519,7 +612,7 @@ async def time_limit(trial):
 async def unknown_card(trial):
     """A GPU without a list price runs, and its bill says so; of a list, what the container got is billed."""
     trial.config(toy={"seconds": 0.01}, training={"device": "auto"})
-    trial.change(r'GPU = "A100-80GB" ', 'GPU = ["NEXT-GPU", "H100"] ')
+    trial.change(r'GPU = "A100-80GB" ', 'GPU = "NEXT-GPU,H100" ')
     trial.card('"NVIDIA Next GPU"')
     async with trial.modal() as fake:
         code, out = await fake.launch()
@@ -556,7 +649,7 @@ async def cannot_ask(trial):
 
 
 async def evaluate_commits(trial):
-    """evaluate answers only after its commit; one that fails is tried again."""
+    """evaluate answers only after its commit; one that fails is tried again, in the same container."""
     trial.config(toy={"seconds": 0.01})
     async with trial.modal() as fake:
         assert (await fake.launch())[0] == 0
@@ -572,8 +665,8 @@ async def evaluate_commits(trial):
     try:
         async with trial.modal() as fake:
             code, out = await fake.launch(action="evaluate")
-            assert code == 0 and len(failing) >= 2, out
-            assert only_input(fake).user_retries == 1
+            assert code == 0 and len(failing) >= 2 and "commit of the scores failed" in out, out
+            assert only_input(fake).user_retries == 0
     finally:
         stand_in().FakeModal.VolumeCommit = original
 
@@ -618,19 +711,180 @@ async def second_signal(trial):
         assert log.count("committed") == 1, log         # the start; what came after it is the exit commit's
 
 
-async def acceptance(trial):
-    """smoke measures the platform before it trains, and ends with what is not ready."""
+async def ready(trial):
+    """smoke with the data there: every line of its report, a training, and "ready"; then the price of it all."""
     trial.real(epochs=1)
+    trial.imported("tusz")
+    trial.patience(60, retries=1)
     async with trial.modal(grace=30.0) as fake:
         code, out = await fake.launch("--fresh", "true", action="smoke")
-        for line in ("bf16 product of", "hard links: yes", "fsync: yes", "committed in", "training:"):
-            assert line in out, (line, out)
-        assert code == 1 and "not ready: /data/tusz is not on the data Volume" in out, out
+        for line in (r"this test: about \$\d", r"smoke: torch 2\.", r"smoke: bf16 product of \d",
+                     r"smoke: results Volume: locks: yes, fsync: yes, hard links: yes",
+                     r"smoke: checkpoint of \d+ MB: written in \d+\.\d s, committed in \d",
+                     r"smoke: data Volume: /data/tusz: \d+ windows/s",
+                     r"smoke: training: \d+\.\d windows/s at batch 8",
+                     r"smoke: \d+ windows an epoch: \d+\.\d\d h, about \$\d+\.\d\d; 100 epochs: \d+ h, about \$"):
+            assert re.search(line, out), (line, out)
+        assert code == 0 and "modal_app.py: finished: ready" in out and len(fake.tasks) == 1, out
 
 
-CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail,
-         two_launches, other_actions, no_gpu, short_deaths, time_limit, unknown_card, cannot_ask,
-         evaluate_commits, connection_lost, second_signal, acceptance, real_training]
+async def not_ready(trial):
+    """Whatever the acceptance test meets is its result, from one container: raw EDF in place of recordings, a commit
+    too slow for a preemption that comes during another one."""
+    trial.real(epochs=1)
+    trial.change(r"SMOKE_TIMEOUT = 24, 0.25 ", "SMOKE_TIMEOUT = 24, 1.0 ", expected=False)
+    trial.corpus("tusz")
+    trial.patience(60, retries=1)
+    async with trial.modal(grace=30.0, commit_seconds=14.5) as fake:
+        code, out = await fake.launch("--fresh", "true", action="smoke")
+        assert code == 1 and "not ready: " in out and "goes on at Modal" not in out, out
+        last = out[out.index("not ready: "):]
+        assert "data: DataError: /data/tusz" in last and "needs twice that of its 30 s" in last, out
+        assert len(fake.tasks) == 1 and only_input(fake).user_retries == 0, "nothing is paid twice"
+
+
+async def fresh_with_mirror(trial):
+    """--fresh moves the run and its second copy aside, both; a config that is refused there touches neither."""
+    trial.real(epochs=1, mirror="/mirror")
+    roots = [trial.volume("holdfast-results"), trial.volume("holdfast-mirror")]
+
+    def names():
+        return [sorted(path.name for path in root.glob("smoke*") if "data" not in path.name) for root in roots]
+
+    async with trial.modal(grace=30.0) as fake:
+        assert (await fake.launch())[0] == 0, trial.out
+        saved = [commit for volume in fake.volumes.values() for commit in volume.commits
+                 if volume.name == "holdfast-mirror" and commit[2] == "explicit"]
+        assert any("smoke/checkpoints/last.pt" in commit[3] for commit in saved), saved
+        code, out = await fake.launch("--fresh", "true")
+        assert code == 0 and names() == [["smoke", "smoke.1"]] * 2, (names(), out)
+        text = (trial.project / "config.yaml").read_text()
+        (trial.project / "config.yaml").write_text(text.replace("data:\n", "data:\n  dev_patients: [nobody]\n"))
+        code, out = await fake.launch("--fresh", "true")
+        assert code == 2 and "nobody" in out and names() == [["smoke", "smoke.1"]] * 2, (names(), out)
+
+
+async def two_cards(trial):
+    """GPU "A100-80GB:2" trains on both, through a preemption, with the exit codes of one; both are billed."""
+    trial.real(epochs=2)
+    trial.change(r'GPU = "A100-80GB" ', 'GPU = "A100-80GB:2" ')
+    async with trial.modal(grace=60.0) as fake:
+        interruption = asyncio.create_task(interrupt(fake, "committed mid_epoch"))
+        code, out = await fake.launch()
+        assert code == 0 and interruption.done() and "2 processes" in out, out
+        assert [a["left"] for a in trial.attempts()] == ["preempted", "finished"], trial.attempts()
+        assert only_input(fake).user_retries == 0 and fake.function("train").resources.gpu_config.count == 2
+        rows = [json.loads(line) for line in (trial.committed() / "metrics.jsonl").read_text().splitlines()]
+        steps = [row["step"] for row in rows if row["kind"] == "train"]
+        assert steps == sorted(set(steps)) and trial.weights()[0] == steps[-1], steps
+        assert abs(trial.attempts()[-1]["dollars"] - (2 * 2.50 + 8 * 0.047 + 32 * 0.008)) < 1e-9
+
+
+async def refused_unpaid(trial):
+    """What the Volumes have not is refused before a container starts."""
+    (trial.volume("holdfast-data") / "raw").mkdir()
+    (trial.volume("holdfast-data") / "raw" / "a.edf").write_bytes(b"0       ")
+    async with trial.modal() as fake:
+        trial.config(training={"init": "/data/weights.pt"})
+        code, out = await fake.launch()
+        assert code == 2 and "training.init /data/weights.pt is not on the Volume" in out, out
+        trial.config(training={"init": "weights.pt"})
+        code, out = await fake.launch()
+        assert code == 2 and "training.init must be a file on a Volume" in out, out
+        trial.config(data={"path": "/data/raw", "synth_hours": 0.0})
+        code, out = await fake.launch()
+        assert code == 2 and "holds raw EDF" in out and "--action import --source /data/raw" in out, out
+        trial.config()
+        code, out = await fake.launch(action="evaluate")
+        assert code == 2 and "holds no best.pt" in out, out
+        assert not fake.tasks
+
+
+async def as_on_one_machine(trial):
+    """Bare --resume and --fresh, --resume FILE, --set and --gpu; ls tells each run's call, app, state and dollars; a
+    launch that ends with its terminal says so."""
+    trial.config(toy={"seconds": 0.01})
+    trial.change(r"function.get\(timeout=0\)", "function.get(timeout=0)", expected=False)
+
+    async with trial.modal() as fake:
+        async def typed(*words, action="train"):
+            config = () if action == "ls" else ("--config", "config.yaml")
+            line = ("run", "modal_app.py", "--action", action, *config, *words)
+            return await fake.modal(*line, cwd=trial.project, wait=LIMIT)
+
+        code, out = await typed("--resume", "--set", "training.epochs=1", "--gpu", "H100")
+        assert code == 0 and "no --detach: Ctrl-C" in out and "on H100, 8 cores" in out, out
+        assert fake.function("train").resources.gpu_config.gpu_type == "H100"
+        assert abs(trial.attempts()[-1]["dollars"] - (3.95 + 8 * 0.047 + 32 * 0.008)) < 1e-9
+        file = "/results/toy/checkpoints/checkpoint_epoch_001.pt"
+        code, out = await typed("--resume", file)
+        assert code == 0 and f"toy: resume {file}" in out, out
+        code, out = await typed("--resume", file.replace("001", "009"))
+        assert code == 2 and "is not on the Volume" in out, out
+        expect_whole(trial, fake)
+        code, out = await typed("--fresh")
+        assert code == 0 and (trial.committed().parent / "toy.1").is_dir(), out
+        code, out = await typed(action="ls")
+        owner = json.loads((trial.committed() / "launch.json").read_text())
+        for run in ("toy", "toy.1"):
+            standing = re.search(rf"^{re.escape(run)}: .*\n    (.*)", out, re.M)[1]
+            assert (f"call {owner['call']}, app {owner['app']}: " in standing) == (run == "toy"), out
+            assert ": finished, about $" in standing, out
+        assert code == 0
+        trial.config(experiment={"name": "other"}, toy={"hold": 5})
+        trial.run = "other"
+        await launch_and_leave(trial, fake)
+        code, out = await typed(action="ls")
+        working = re.search(r"call (fc-\d+), app (ap-\d+): working, about \$[\d.]+; stop: modal app stop (ap-\d+)", out)
+        assert code == 0 and working and working[2] == working[3], out
+        code, out = await fake.modal("app", "stop", working[2], cwd=trial.project)
+
+
+async def imported_there(trial):
+    """A folder of raw EDF on the data Volume is imported there, through a preemption, and then trained on."""
+    trial.real(epochs=1)
+    trial.change(r"COMMIT_EVERY = \d+ ", "COMMIT_EVERY = 0 ", expected=False)
+    trial.change(r"CPU, MEMORY = 8, 32 ", "CPU, MEMORY = 2, 32 ")
+    trial.corpus("raw")
+    text = (trial.project / "config.yaml").read_text()
+    text = text.replace("path: /results/smoke-data", "path: /data/tusz").replace("synth_hours: 0.3", "synth_hours: 0.0")
+    (trial.project / "config.yaml").write_text(text)
+    async with trial.modal(grace=60.0) as fake:
+        interruption = asyncio.create_task(interrupt(fake, "committed after imported recording"))
+        code, out = await fake.launch("--source", "/data/raw", action="import")
+        assert code == 0 and interruption.done() and "modal_app.py: finished: /data/tusz" in out, out
+        assert len(only_input(fake).attempts) == 2 and only_input(fake).user_retries == 0, only_input(fake).attempts
+        data = trial.volume("holdfast-data") / "tusz"
+        assert (data / "index.json").exists() and len(list(data.glob("**/*.h5"))) == len(list(
+            (trial.volume("holdfast-data") / "raw").glob("**/*.edf")))
+        function = fake.function("import_corpus")
+        assert not function.resources.gpu_config.gpu_type and function.resources.milli_cpu == 2000
+        code, out = await fake.launch()
+        assert code == 0 and trial.weights()[0] > 0, out
+
+
+async def imported_from_a_bucket(trial):
+    """s3:// is mounted read-only with the secret's keys, as Modal documents it, and imported from its mount point."""
+    trial.real(epochs=1)
+    from eeg import synth
+    synth.synth(trial.folder / "bucket", hours=0.1, patients=2, seed=3)
+    trial.change(r'SOURCE = "/source" ', f'SOURCE = "{trial.folder}/bucket" ', expected=False)
+    text = (trial.project / "config.yaml").read_text()
+    (trial.project / "config.yaml").write_text(text.replace("path: /results/smoke-data", "path: /data/tusz"))
+    os.environ["FAKE_MODAL_SECRETS"] = "keys"
+    async with trial.modal(grace=30.0) as fake:
+        code, out = await fake.launch("--source", "s3://corpus/tuh/v2", "--secret", "keys", action="import")
+        assert code == 0 and "modal_app.py: finished: /data/tusz" in out, out
+        [mount] = fake.function("import_corpus").cloud_bucket_mounts
+        assert (mount.bucket_name, mount.key_prefix, mount.read_only) == ("corpus", "tuh/v2/", True)
+        assert mount.credentials_secret_id and mount.mount_path == f"{trial.folder}/bucket"
+        assert (trial.volume("holdfast-data") / "tusz" / "index.json").exists()
+
+
+CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail, no_reload,
+         never_reload, two_launches, two_at_once, other_actions, no_gpu, short_deaths, time_limit, unknown_card,
+         cannot_ask, evaluate_commits, connection_lost, second_signal, refused_unpaid, as_on_one_machine, ready,
+         not_ready, fresh_with_mirror, two_cards, imported_there, imported_from_a_bucket, real_training]
 
 
 def run_case(case, folder):
@@ -642,7 +896,7 @@ def main(names):
     if not stand_in():
         print(f"skipped: no stand-in for Modal at {STAND_IN}")
         return 0
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))        # no container may outlive the trial
     failed = 0
     for case in [c for c in CASES if not names or c.__name__ in names]:
@@ -651,9 +905,9 @@ def main(names):
             try:
                 run_case(case, folder)
                 verdict = "passed"
-            except AssertionError as error:
-                verdict, failed = f"FAILED {error}", failed + 1
-        print(f"{case.__name__:14} {time.monotonic() - began:5.1f} s  {verdict}", flush=True)
+            except (AssertionError, TimeoutError) as error:
+                verdict, failed = f"FAILED {type(error).__name__} {error}", failed + 1
+        print(f"{case.__name__:22} {time.monotonic() - began:5.1f} s  {verdict}", flush=True)
     return 1 if failed else 0
 
 

@@ -1,19 +1,37 @@
 """modal_app.py without an account or a network: its command line through the real `modal run`, its
 definitions, and what one attempt does, through `.local()` in processes of their own with the toy trainer of
 modal_trial.py. With --slow, the whole trial."""
+import argparse
+import ast
+import contextlib
+import functools
+import hashlib
+import http.server
+import importlib
+import inspect
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+import torch
 
 import forked
 import modal_app
 import modal_trial
+import train
+from conftest import SOURCES
+from eeg import synth
+from eeg.disk import Refused, TemporaryFault
+from run import acceptance, elastic, fetch, launch
+from run import attempts as records
 
 DRIVER = """
 import copy, json, sys
@@ -78,25 +96,27 @@ def runs(trial):
 def test_help_names_every_option_and_its_choices():
     code, out, _ = cli("--help", start=subprocess.run)
     assert code == 0
-    assert "--action [train|evaluate|smoke|ls]" in out and "--resume [true|false]" in out
-    assert "--config" in out and "--fresh [true|false]" in out
+    assert "--action {train,evaluate,smoke,ls,import}" in out and "--resume [true|false|CHECKPOINT]" in out
+    for option in ("--config FILE", "--fresh [{true,false}]", "--set section.key=value", "--gpu GPU", "--source FROM"):
+        assert option in out
 
 
 @pytest.mark.parametrize("arguments, line", [
-    (["--action", "trian"], "'--action': 'trian' is not one of 'train', 'evaluate', 'smoke', 'ls'."),
-    (["--action", "train", "--resume", "yes"], "'--resume': 'yes' is not one of 'true', 'false'."),
-    (["--config", "x.yaml"], "Missing option '--action'."),
-    (["--action", "train", "--epochs", "3"], "No such option"),
-    (["--action", "evaluate", "--split", "test"], "'--split': 'test' is not one of 'all', 'train', 'dev', 'eval'."),
+    (["--action", "trian"], "argument --action: invalid choice: 'trian'"),
+    (["--action", "train", "--fresh", "yes"], "argument --fresh: invalid choice: 'yes'"),
+    (["--config", "x.yaml"], "the following arguments are required: --action"),
+    (["--action", "train", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    (["--action", "evaluate", "--split", "test"], "argument --split: invalid choice: 'test'"),
+    (["--action", "train", "--gpu", "H100:some"], "GPU 'H100:some': write it as Modal does"),
 ])
 def test_wrong_options_get_one_clear_line_before_anything_is_started(arguments, line):
     code, _, error = cli(*arguments)
-    assert code == 2 and line in error
+    assert code == 2 and line in error and "Traceback" not in error
 
 
 def test_nothing_is_read_that_a_container_does_not_have(trial):
     for path in trial.project.iterdir():
-        if path.name != "modal_app.py":
+        if path.suffix != ".py" and path.is_file():
             path.unlink()
     code = "import modal; modal.is_local = lambda: False; import modal_app"
     done = forked.run([sys.executable, "-c", code], cwd=trial.project, text=True, capture_output=True)
@@ -124,19 +144,70 @@ def test_functions_are_defined_with_the_gpu_volumes_timeout_and_retries_of_the_c
         "/results": ("holdfast-results", False), "/mirror": ("holdfast-mirror", False),
         "/data": ("holdfast-data", True)}
     assert ls.volumes["/results"].read_only
+    assert not smoke.max_retries, "an acceptance test that fails has its result"
+    assert not modal_app.import_corpus.info().gpus
 
 
-@pytest.mark.parametrize("text, line", [
-    ("experiment: {results: results}", "experiment.results must be /results"),
-    ("experiment: {results: /results}\ndata: {path: data/tusz}", "data.path must be a folder in /data"),
-    ("experiment: {results: /results}\ndata: {path: /data}\ntraining: {epoch: 3}", "training.epochs"),
+VOLUMES = {                             # what lies on the Volumes of the tests below
+    "results/good/checkpoints/last.pt", "results/good/checkpoints/best.pt", "results/good/checkpoints/mid_epoch_001_000002.pt",
+    "results/new/log.txt", "data/tusz/index.json", "data/tusz/a.h5", "data/old/deep/a.h5", "data/raw/a/b.EDF",
+    "data/empty/x.txt"}
+
+
+@pytest.fixture
+def volumes(tmp_path):
+    """What a launch sees of the Volumes: names in a folder."""
+    for name in VOLUMES:
+        path = tmp_path / "volumes" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def listing(path, recursive=False):
+        folder = Path(tmp_path, "volumes", str(path).lstrip("/"))
+        return [p.name for p in (folder.rglob("*") if recursive else folder.glob("*"))]
+    return listing
+
+
+def asked(**words):
+    return argparse.Namespace(**{"action": "train", "resume": "false", "fresh": "false", "source": ""} | words)
+
+
+RUN = "experiment: {name: %s, results: /results}\ndata: {path: /data/tusz}\n"
+NEW, GOOD = RUN % "new", RUN % "good"
+
+
+@pytest.mark.parametrize("text, words, line", [
+    ("experiment: {results: results}", {}, "experiment.results must be /results"),
+    ("experiment: {results: /results}\ndata: {path: data/tusz}", {}, "data.path must be a folder in /data"),
+    ("experiment: {results: /results}\ndata: {path: /data/none}", {}, "/data/none is not on the Volume"),
+    ("experiment: {results: /results}\ndata: {path: /data/raw}", {}, "holds raw EDF"),
+    ("experiment: {results: /results}\ndata: {path: [/data/tusz, /data/empty]}", {}, "holds no recordings"),
+    (NEW + "training: {mirror: /results/m}", {}, "training.mirror must be a folder in /mirror"),
+    (NEW + "training: {init: /data/tusz/w.pt}", {}, "training.init /data/tusz/w.pt is not on the Volume"),
+    (NEW + "training: {init: w.pt}", {}, "training.init must be a file on a Volume"),
+    (NEW, {"resume": "/results/new/checkpoints/last.pt"}, "--resume /results/new/checkpoints/last.pt is not on"),
+    (NEW, {"resume": "true", "fresh": "true"}, "--fresh and --resume exclude each other"),
+    (NEW, {"action": "evaluate"}, "holds no best.pt to evaluate"),
+    (GOOD, {}, "holds checkpoints: --resume true goes on, --fresh true starts over"),
+    (NEW, {"action": "import"}, "--source is missing: s3://BUCKET/FOLDER"),
+    (NEW, {"action": "import", "source": "raw"}, "--source raw: s3://BUCKET/FOLDER"),
+    (NEW, {"action": "import", "source": "s3://"}, "no bucket or server is named"),
+    (NEW, {"action": "import", "source": "/data/gone"}, "--source /data/gone is not on the Volume"),
+    (RUN % "x" + "  ", {"action": "import", "source": "/data/raw"}, ""),
+    (GOOD, {"action": "evaluate"}, ""), (GOOD, {"resume": "true"}, ""), (GOOD, {"fresh": "true"}, ""), (NEW, {}, ""),
+    (GOOD, {"resume": "/results/good/checkpoints/last.pt"}, ""), (NEW + "training: {init: /data/tusz/a.h5}", {}, ""),
+    ("experiment: {results: /results}\ndata: {path: /data/old}", {}, ""),
 ])
-def test_a_config_that_cannot_work_on_modal_is_refused_here(text, line, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        modal_app.checked(tmp_path / "config.yaml")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and line in error and error.count("\n") == 1
+def test_what_cannot_work_on_modal_is_refused_before_a_container_is_paid(text, words, line, volumes, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    config = train.load_config(path)
+    if not line:
+        assert launch.checked(config, path, asked(**words), volumes) is config
+        return
+    with pytest.raises(Refused, match=re.escape(line)) as refusal:
+        launch.checked(config, path, asked(**words), volumes)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["smoke", "train"])
@@ -195,71 +266,351 @@ def test_a_killed_attempt_leaves_no_sign_and_its_successor_waits_for_its_commits
     assert '"finished"' in end and "did not say that it left" in log
 
 
-CONFIG = {"training": {"time_limit_hours": 0.0}}
-
-
 def leave_records(run, minutes, **record):
     """Attempts of launch `one`, each `minutes` long by the start of the next."""
     for number in range(1, len(minutes) + 1):
         began = time.time() - 60 * sum(minutes[number - 1:])
         common = {"launch": "one", "call": None, "progress": [0, False, 0], "began": began, "seen": began}
-        modal_app.put(run / "attempts" / f"{number:03d}.json", common | record)
+        records.put(run / "attempts" / f"{number:03d}.json", common | record)
 
 
 def test_preemptions_do_not_count_as_attempts_without_progress(tmp_path):
     preempted, died = tmp_path / "preempted", tmp_path / "died"
     leave_records(preempted, [60] * 5, left="preempted")
-    assert modal_app.decided(preempted, CONFIG, "one", "false") is None
+    assert records.why_over(preempted, "one", 0) is None
     leave_records(died, [60] * 3, left="")
-    assert modal_app.decided(died, CONFIG, "one", "false")["status"] == "stuck"
-    assert modal_app.decided(died, CONFIG, "two", "false") is None
+    assert records.why_over(died, "one", 0)[0] == "stuck"
+    assert records.why_over(died, "two", 0) is None
 
 
 def test_deaths_without_a_word_in_the_first_minutes_do_not_count_unless_there_are_many(tmp_path):
-    some, many, half = tmp_path / "some", tmp_path / "many", modal_app.SHORT / 2
-    leave_records(some, [half] * (modal_app.SHORT_DEATHS - 1), left="")
-    assert modal_app.decided(some, CONFIG, "one", "false") is None
-    leave_records(many, [half] * modal_app.SHORT_DEATHS, left="")
-    verdict = modal_app.decided(many, CONFIG, "one", "false")
-    assert verdict["status"] == "stuck" and "died without a word" in verdict["why"]
+    some, many, half = tmp_path / "some", tmp_path / "many", records.SHORT / 2
+    leave_records(some, [half] * (records.SHORT_DEATHS - 1), left="")
+    assert records.why_over(some, "one", 0) is None
+    leave_records(many, [half] * records.SHORT_DEATHS, left="")
+    status, why = records.why_over(many, "one", 0)
+    assert status == "stuck" and "died without a word" in why
 
 
 def test_the_time_limit_is_the_runs_over_all_attempts_of_a_launch(tmp_path):
-    config = {"training": {"time_limit_hours": 2.0}}
     record = {"launch": "one", "began": 0, "seen": 1.5 * 3600, "left": "preempted", "progress": [0, False, 0]}
-    modal_app.put(tmp_path / "attempts" / "001.json", record)
-    assert modal_app.decided(tmp_path, config, "one", "false") is None
-    assert modal_app.limit_attempt(config, tmp_path, "one", 24)
-    assert config["training"]["time_limit_hours"] == pytest.approx(0.5)
-    config["training"]["time_limit_hours"] = 2.0
-    modal_app.put(tmp_path / "attempts" / "002.json", record | {"seen": 0.5 * 3600})
-    assert modal_app.decided(tmp_path, config, "one", "false")["status"] == "time limit"
-    assert modal_app.decided(tmp_path, config, "two", "false") is None
-    assert modal_app.limit_attempt(config, tmp_path, "two", 1) is False
-    assert config["training"]["time_limit_hours"] == pytest.approx(0.75)
+    records.put(tmp_path / "attempts" / "001.json", record)
+    assert records.why_over(tmp_path, "one", 2.0) is None
+    assert records.hours_of_attempt(tmp_path, "one", 2.0, 23.75) == (pytest.approx(0.5), True)
+    records.put(tmp_path / "attempts" / "002.json", record | {"seen": 0.5 * 3600})
+    assert records.why_over(tmp_path, "one", 2.0)[0] == "time limit"
+    assert records.why_over(tmp_path, "two", 2.0) is None
+    assert records.hours_of_attempt(tmp_path, "two", 2.0, 0.75) == (0.75, False)
+    assert records.hours_of_attempt(tmp_path, "two", 0, 23.75) == (23.75, False)
 
 
 def test_the_bill_adds_up_the_attempts_and_foretells_the_run_from_the_measured_speed(tmp_path):
-    common = {"epochs": 10, "dollars": 3.0, "left": ""}
-    modal_app.put(tmp_path / "attempts" / "001.json", common | {"began": 0, "seen": 3600})
-    assert modal_app.bill(tmp_path) == f"{tmp_path.name}: 1.00 h in 1 attempts, about $3.00 so far"
+    common = {"launch": "one", "epochs": 10, "dollars": 3.0, "left": ""}
+    records.put(tmp_path / "attempts" / "001.json", common | {"began": 0, "seen": 3600})
+    assert records.bill(tmp_path) == f"{tmp_path.name}: 1.00 h in 1 attempts, about $3.00 so far"
     rows = [{"kind": "train", "epoch": 1, "batch": b, "batches": 100, "step": b, "time": 27.0 * b}
             for b in (20, 40, 60, 80, 100)]
     rows.append({"kind": "validation", "epoch": 1, "step": 100, "time": 3600.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"kind": "tr')
-    assert modal_app.bill(tmp_path).endswith("1.00 h per epoch as measured: 9.0 h left, "
-                                              "about $30.00 for the whole run")
+    assert records.bill(tmp_path).endswith("1.00 h per epoch as measured: 9.0 h left, "
+                                           "about $30.00 for the whole run")
 
 
-def test_an_hour_costs_what_gpu_cores_and_memory_cost():
-    assert modal_app.hourly("A100-80GB") == pytest.approx(2.50 + 8 * 0.047 + 32 * 0.008)
-    assert modal_app.hourly(["A100-80GB", "H100"]) == modal_app.hourly("A100-80GB")
-    assert modal_app.hourly("NVIDIA A100-SXM4-80GB") == modal_app.hourly("A100-80GB")
-    assert modal_app.hourly("NVIDIA A100-SXM4-40GB") == modal_app.hourly("A100-40GB")
-    assert modal_app.hourly("NVIDIA H100 80GB HBM3") == modal_app.hourly("H100!")
-    assert modal_app.hourly("NVIDIA L4") < modal_app.hourly("NVIDIA L40S")
-    assert modal_app.hourly("H100:2") == pytest.approx(2 * 3.95 + 8 * 0.047 + 32 * 0.008)
-    assert modal_app.hourly("NEXT-GPU") is None and modal_app.hourly("NVIDIA Next") is None
+def test_an_hour_costs_what_gpus_cores_and_memory_cost():
+    rest = 8 * 0.047 + 32 * 0.008
+    for gpu, dollars in {"A100-80GB": 2.50, "H100!": 3.95, "H100:2": 7.90, "A100-80GB:8": 20.0, "": 0.0}.items():
+        assert records.hourly(gpu, 8, 32) == pytest.approx(dollars + rest)
+    assert records.hourly(["A100-80GB:2", "H100"], 8, 32) == pytest.approx(5.0 + rest)
+    assert records.hourly("NEXT-GPU", 8, 32) is None
+
+
+@pytest.mark.parametrize("asked, card, paid", [
+    ("A100", "NVIDIA A100-SXM4-80GB", "A100"),                  # an upgrade is free
+    ("H100", "NVIDIA H200", "H100"),
+    (["A100-80GB", "H100:2"], "", "A100-80GB"),
+    (["A100-40GB", "A100-80GB"], "NVIDIA A100-SXM4-80GB", "A100-80GB"),
+    (["A100-80GB", "H100:2"], "NVIDIA H100 80GB HBM3", "H100:2"),
+    (["L40S", "L4"], "NVIDIA L4", "L4"),
+    (["L4", "L40S"], "NVIDIA L40S", "L40S"),
+    (["RTX-PRO-6000", "B200+"], "NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+    (["A100-80GB", "H100"], "NVIDIA Next GPU", ""),
+])
+def test_what_was_asked_for_is_billed_and_of_a_list_what_came(asked, card, paid):
+    assert records.billed(asked, card) == paid
+
+
+def test_an_acceptance_check_that_raises_is_a_fault_and_the_others_go_on():
+    def breaks():
+        yield "before", ""
+        raise OSError(5, "the Volume is away")
+    lines = []
+    faults = acceptance.report({"volume": breaks, "card": lambda: iter([("a card", "too old")])}, lines.append)
+    assert faults == ["volume: OSError: [Errno 5] the Volume is away", "too old"]
+    assert lines == ["before", faults[0], "a card"]
+
+
+@pytest.mark.parametrize("write, commit, warned", [(2, 3, False), (7, 6.9, False), (7, 7.1, True), (20, 1, True)])
+def test_a_save_and_commit_beyond_14_s_is_a_fault_a_preemption_may_come_during_another(write, commit, warned):
+    line, fault = acceptance.grace_line(195.0, write, commit)
+    assert line.startswith("checkpoint of 195 MB: written in") and bool(fault) == warned
+
+
+def test_a_batch_that_does_not_fit_is_a_fault_that_names_the_key(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {path: x}\nmodel: {size: small}\n")
+    config = train.load_config(tmp_path / "c.yaml")
+
+    class Full:                         # train.py on a card without memory
+        focal_loss = staticmethod(train.focal_loss)
+
+        def make_optimizer(self, *arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    [(line, fault)] = acceptance.check_training(config, "cpu", Full(), 1, 3.0, [])
+    assert line == fault and "training.batch_size 8 does not fit" in fault
+
+
+WORKER = """
+import os, signal, sys, time
+came = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: came.append(number))
+open(f"{sys.argv[0]}.{os.environ['RANK']} of {os.environ['WORLD_SIZE']}", "w").close()
+end = time.monotonic() + float(sys.argv[1])
+while not came and time.monotonic() < end:
+    time.sleep(0.05)
+sys.exit(128 + came[0] if came else int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 70, 75])
+def test_several_processes_end_with_the_exit_code_of_one(code, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    signals = argparse.Namespace(number=0)
+    before = signal.getsignal(signal.SIGINT)
+    assert elastic.launched(2, [str(tmp_path / "worker.py"), "0.1", str(code)], signals) == code
+    assert signals.number == 0
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_every_process_and_is_answered_when_all_have_left(number, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    signals, before = argparse.Namespace(number=0), signal.getsignal(number)
+
+    def send():
+        while len(list(tmp_path.glob("worker.py.? of 2"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with elastic.signals_restored():
+        assert elastic.launched(2, [str(tmp_path / "worker.py"), "600", "0"], signals) == 128 + number
+    assert signals.number == number and signal.getsignal(number) == before
+
+
+def test_the_saves_of_another_process_are_followed(tmp_path):
+    path, seen = tmp_path / "saves.jsonl", []
+    path.write_text('{"kind": "save", "file": "last.pt"}\n')
+    with elastic.following(path, seen.append):
+        with open(path, "a") as file:
+            file.write('{"kind": "resume", "file": "last.pt"}\n{"kind": "save", "file": "best.pt"}\n{"kind"')
+        wait = time.monotonic() + 60
+        while not seen and time.monotonic() < wait:
+            time.sleep(0.05)
+    assert seen == [tmp_path / "checkpoints" / "best.pt"]
+
+
+# ---- the sweep: what another file is asked for, with what it really gets ----
+
+SWEPT = ["modal_app.py", "run/acceptance.py", "run/attempts.py", "run/elastic.py", "run/fetch.py", "run/launch.py"]
+SWEEP = """
+import collections, os, sys, threading
+from pathlib import Path
+here, called = os.getcwd() + "/", set()
+
+def note(frame, event, argument):
+    if event == "call" and frame.f_code.co_filename.startswith(here) and frame.f_back:
+        caller = frame.f_back
+        while caller.f_back and caller.f_code.co_filename.endswith("contextlib.py"):
+            caller = caller.f_back
+        called.add((caller.f_code.co_filename, frame.f_code.co_filename, frame.f_code.co_name))
+
+sys.setprofile(note)
+threading.setprofile(note)
+import modal_app
+from run import attempts
+asked = modal_app.options(["--action", "train", "--config", "config.yaml", "--resume"])
+modal_app.listing = lambda path, recursive=False: os.listdir(path) if os.path.isdir(path) else []
+assert modal_app.import_corpus.local(attempts.DATA + "/raw", attempts.DATA + "/tusz")["status"] == "finished"
+assert modal_app.import_corpus.local(sys.argv[1], attempts.DATA + "/web")["status"] == "finished"
+config = modal_app.checked(asked)
+assert modal_app.checked(modal_app.options(["--action", "import", "--source", attempts.DATA + "/raw"]))
+modal_app.tell(asked)
+verdict = modal_app.smoke.local(config, "one", "false", "false", modal_app.planned(config))
+assert verdict == {"status": "finished", "why": "ready"}, verdict
+Path(attempts.DATA, "raw", "blocked").touch()
+blocked = modal_app.import_corpus.local(sys.argv[1], attempts.DATA + "/blocked")
+assert blocked["status"] == "refused", blocked
+os.environ.pop("OMP_NUM_THREADS", None)
+both = modal_app.train.local({**config, "experiment": {**config["experiment"], "name": "two"}}, "two", gpu="L4:2")
+assert both["status"] == "finished", both
+assert modal_app.train.local(config, "three", "false", "true")["status"] == "finished"
+assert modal_app.checked(modal_app.options(["--action", "evaluate", "--config", "config.yaml"]))
+assert modal_app.evaluate.local(config)["status"] == modal_app.ls.local()["status"] == "finished"
+sys.setprofile(None)
+for caller, file, name in sorted(called):
+    if caller != file:
+        print("CALLED", caller.removeprefix(here), file.removeprefix(here), name)
+"""
+
+
+def functions_named(name):
+    """(file, function) of the other files' functions that the file `name` names: as an imported name or as an
+    attribute of an imported module, train.py handed in as `trainer` among them."""
+    tree = ast.parse((modal_trial.ROOT / name).read_text())
+    own, modules = {}, {"trainer": "train"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                own[alias.asname or alias.name] = (node.module, alias.name)
+                modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    found = [own[n.id] for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in own]
+    found += [(modules[n.value.id], n.attr) for n in ast.walk(tree)
+              if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in modules]
+    for module, attribute in set(found):
+        if f"{module.replace('.', '/')}.py" in SOURCES:
+            thing = inspect.unwrap(getattr(importlib.import_module(module), attribute, None))
+            if inspect.isfunction(thing):
+                file = Path(thing.__code__.co_filename).relative_to(modal_trial.ROOT)
+                yield name, str(file), thing.__code__.co_name
+
+
+@pytest.fixture
+def site_of_edf(tmp_path):
+    """The address of a folder of raw EDF with its digests."""
+    folder = tmp_path / "edf"
+    synth.synth(folder, hours=0.1, patients=2, seed=4)
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    sums = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    (folder / "SHA256SUMS.txt").write_text(sums)
+    with served(folder) as url:
+        yield url
+
+
+# called where a card has no memory: test_a_batch_that_does_not_fit_is_a_fault_that_names_the_key
+ELSEWHERE = {("run/acceptance.py", "run/machine.py", "is_out_of_memory")}
+
+
+@pytest.mark.slow
+def test_every_function_of_another_file_is_called_with_what_it_really_gets(trial, site_of_edf):
+    trial.real(epochs=1)
+    project, root = trial.project, trial.folder
+    place = project / "run" / "attempts.py"
+    text = place.read_text()
+    for mount in ("/results", "/data", "/mirror"):
+        (root / mount[1:]).mkdir()
+        text = text.replace(f'"{mount}"', f'"{root}{mount}"')
+    place.write_text(text)
+    synth.synth(root / "data" / "raw", hours=0.3, patients=3, seed=3)
+    for path in [project / "config.yaml", *project.glob("configs/modal/*.yaml")]:
+        text = path.read_text().replace("/results", f"{root}/results").replace("/data/", f"{root}/data/")
+        path.write_text(text)
+    config = project / "config.yaml"
+    config.write_text(config.read_text().replace("training:\n", f"training:\n  mirror: {root}/mirror\n"))
+    trial.change(r"SETTLE = \d+ ", "SETTLE = 0 ")
+    trial.change(r"CPU, MEMORY = 8, 32 ", "CPU, MEMORY = 1, 32 ")
+    done = forked.run([sys.executable, "-c", SWEEP, site_of_edf], cwd=project, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    called = {tuple(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("CALLED ")}
+    named = {row for name in SWEPT for row in functions_named(name)}
+    missing = sorted(named - called - ELSEWHERE)
+    assert len(named) > 40 and not missing, f"never called there: {missing}"
+
+
+# ---- a corpus from the web ----
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """A folder over HTTP, with parts; `cut` names of which the first answer ends early."""
+
+    cut, asked = set(), []
+
+    def do_GET(self):
+        self.path = unquote(self.path)
+        data = Path(self.directory, self.path.lstrip("/"))
+        if not data.is_file():
+            return self.send_error(404)
+        data, begin = data.read_bytes(), 0
+        if "Range" in self.headers:
+            begin = int(self.headers["Range"].split("=")[1].rstrip("-"))
+            if begin >= len(data):
+                return self.send_error(416)
+        self.asked.append((self.path, begin))
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(data) - begin))
+        self.end_headers()
+        short = self.path in self.cut
+        self.cut.discard(self.path)
+        self.wfile.write(data[begin:len(data) // 2 if short else None])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextlib.contextmanager
+def served(folder):
+    """The address of a folder on a server of this machine."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def site(tmp_path):
+    """(folder, its address) of a corpus with its digests, on a server of this machine."""
+    folder = tmp_path / "site"
+    (folder / "chb01").mkdir(parents=True)
+    files = {"RECORDS": b"chb01/a 1.edf\n", "chb01/a 1.edf": os.urandom(3 << 20), "chb01/summary.txt": b"none\n"}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()} {name}\n" for name, data in files.items())
+    (folder / "SHA256SUMS.txt").write_text(sums)
+    Server.cut, Server.asked = set(), []
+    with served(folder) as url:
+        yield folder, url
+
+
+def test_a_corpus_is_fetched_whole_and_an_interrupted_file_goes_on_where_it_broke(site, tmp_path, monkeypatch):
+    folder, url = site
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    Server.cut = {"/chb01/a 1.edf"}
+    names = []
+    fetch.fetch(url, tmp_path / "raw", lambda line: None, names.append)
+    for name in ("RECORDS", "chb01/a 1.edf", "chb01/summary.txt"):
+        assert (tmp_path / "raw" / name).read_bytes() == (folder / name).read_bytes()
+    assert ("/chb01/a 1.edf", (3 << 20) // 2) in Server.asked and len(names) == 3
+    assert not list((tmp_path / "raw").rglob("*.part"))
+    Server.asked.clear()
+    fetch.fetch(url, tmp_path / "raw", lambda line: None)
+    assert Server.asked == [("/SHA256SUMS.txt", 0)], "what is there is not fetched again"
+
+
+def test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused(site, tmp_path, monkeypatch):
+    folder, url = site
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    (folder / "chb01" / "summary.txt").write_text("changed\n")
+    with pytest.raises(TemporaryFault, match="its SHA-256 is"):
+        fetch.fetch(url, tmp_path / "raw", lambda line: None)
+    assert not (tmp_path / "raw" / "chb01" / "summary.txt").exists()
+    with pytest.raises(Refused, match="404"):
+        fetch.fetch(f"{url}/none", tmp_path / "raw", lambda line: None)
+    (folder / "SHA256SUMS.txt").write_text(f"{'0' * 64} ../../evil\n")
+    with pytest.raises(Refused, match="no digest and name"):
+        fetch.fetch(url, tmp_path / "raw", lambda line: None)
+    with pytest.raises(TemporaryFault):
+        fetch.fetch("http://127.0.0.1:9/corpus", tmp_path / "raw", lambda line: None)
 
 
 def test_a_preempted_run_against_the_stand_in(shared, tmp_path):

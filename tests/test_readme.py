@@ -80,13 +80,12 @@ def test_files_and_flags_of_the_documents_exist(command):
     for script in re.findall(r"(\w+\.py)", line)[:1]
     for flag in re.findall(r" --(\w+) ", line.split(script)[1])])
 def test_arguments_of_modal_commands_are_those_of_the_entry_point(flag, script):
-    head = (ROOT / script).read_text().split("\ndef main(")[1].split("):")[0]
-    assert re.search(rf"\b{flag}: ", head)
+    assert f'add("--{flag}"' in (ROOT / script).read_text()
 
 
 def test_flags_named_in_the_text_belong_to_a_command_and_paths_to_a_file():
     code = "".join(p.read_text() for p in [*SOURCES.values(), *ROOT.glob("bench/*.py"), ROOT / "tests/conftest.py"])
-    others = {"--detach", "--max-restarts", "--no-deps"}        # of modal and torchrun
+    others = {"--detach", "--force", "--max-restarts", "--no-deps"}      # of modal and torchrun
     for flag in set(re.findall(r"`(--[a-z-]+)", DOCS)) - others:
         assert f'"{flag}"' in code or f"{flag[2:]}: Literal" in code, f"no command has {flag}"
     for path in set(re.findall(r"\b(?:bench|configs|deploy|docs|tests)/[\w@./-]*\w", DOCS)):
@@ -183,17 +182,29 @@ def constants(script):
 
 
 def test_prices_limits_and_volumes_of_the_modal_chapter_are_those_of_the_code():
-    text, c = " ".join(PAGES["modal"].split()), constants("modal_app.py")
-    machine = c["CPU"] * c["DOLLARS"]["core"] + c["MEMORY"] * c["DOLLARS"]["GiB"]
-    hour = c["DOLLARS"][c["GPU"]] + machine
+    text = " ".join(PAGES["modal"].split())
+    c = constants("modal_app.py") | constants("run/attempts.py")
+    dollars = c["DOLLARS"]
+    machine = c["CPU"] * dollars["core"] + c["MEMORY"] * dollars["GiB"]
+    hour = dollars[c["GPU"]] + machine
     assert f"about ${hour:.2f} an hour, ${24 * hour:.0f} a day" in text
-    assert f"on an L4 about ${c['DOLLARS']['L4'] + machine:.2f} an hour" in text
+    assert f"costs at most about ${c['SMOKE_TIMEOUT'] * hour:.2f}: it is cut off after {60 * c['SMOKE_TIMEOUT']:.0f} minutes" in text
+    assert f"on an L4 about ${dollars['L4'] + machine:.2f} an hour" in text
+    assert f"without a GPU, about ${machine:.2f} an hour" in text
+    for name, price in re.findall(r"(\w[\w-]*) \$([\d.]+)(?=[,.] )", text.split("Cards an hour: ")[1].split("Other")[0]):
+        assert dollars[name] == float(price), name
     assert c["EVALUATE_GPU"] == "L4" and c["DOLLARS_AS_OF"] in text
     assert f"{c['GPU']} with {c['CPU']} cores and {c['MEMORY']} GiB" in text
     assert f"{c['TIMEOUT']} h limit | saves {60 * c['MARGIN']:.0f} minutes before it" in text
     assert f"{c['RETRIES'] + 1} times ({c['RETRIES'] + 1} days)" in text
     assert f"waits up to {c['GRACE']} s" in text and f"within {c['SHORT']} minutes" in text
-    assert (c["STUCK"], c["SHORT_DEATHS"], c["COMMIT_FAILURES"]) == (3, 10, 5)      # in words there
+    assert f"waits {c['SETTLE']} s and looks again" in text and f"asked up to {c['GPU_TRIES']} times" in text
+    assert f"asked again for {c['PATIENCE'] / 60:.0f} minutes" in text and c["COMMIT_EVERY"] == 60
+    grace = constants("run/acceptance.py")["GRACE"]
+    assert f"beyond {grace / 2 - 1:.0f} s is a fault" in text and f"leaves {grace} s" in text
+    assert (c["STUCK"], c["SHORT_DEATHS"]) == (3, 10)           # in words there
+    for minutes in re.findall(r"(\d+) minutes here|up to (\d+) minutes, since", text):
+        assert config.load(ROOT / "configs/modal/train.yaml")["training"]["mid_epoch_minutes"] == float("".join(minutes))
     code = (ROOT / "modal_app.py").read_text()
     for volume in set(re.findall(r"holdfast-\w+", text)):
         assert f'"{volume}"' in code

@@ -1,0 +1,201 @@
+"""What the containers of one run leave on the Volume for each other, and what they have cost.
+
+    launch.json          the launch that owns the run: its id, its call and its app
+    attempts/NNN.json    one container each: where it began, when it last saved, how it left
+    done.json            written last
+
+Knows nothing of Modal's client: the same files are read by a container and by a test. Without torch
+at import: the launching side starts fast.
+"""
+import contextlib
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+
+from eeg.disk import read_json_lines, write_json
+
+RESULTS, DATA, MIRROR = "/results", "/data", "/mirror"      # where the Volumes are mounted
+STUCK = 3                               # attempts without progress end a run
+SHORT = 15                              # minutes: an earlier death without a word does not count,
+SHORT_DEATHS = 10                       # unless this many come one after another
+TIME_IS_UP = "training.time_limit_hours reached, saved: --resume goes on for as long again"
+DOLLARS = {                             # an hour, of modal.com/pricing; a fixed region multiplies
+    "B200": 6.25, "H200": 4.54, "H100": 3.95, "A100-80GB": 2.50, "A100-40GB": 2.10, "A100": 2.10,
+    "L40S": 1.95, "A10": 1.10, "L4": 0.80, "T4": 0.59, "core": 0.047, "GiB": 0.008}
+DOLLARS_AS_OF = "October 2026"
+
+
+# ---- records ----
+
+def run_directory(config):
+    return Path(config["experiment"]["results"], config["experiment"]["name"])
+
+
+def put(path, value):
+    """Write JSON so that a reader, or a commit in the middle, meets the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+
+
+def get(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def attempts(run):
+    return [get(path) for path in sorted((run / "attempts").glob("*.json"))]
+
+
+def of_launch(run, launch):
+    """The attempts that this launch has made so far."""
+    return [record for record in attempts(run) if record["launch"] == launch]
+
+
+def hours(record):
+    """Of one attempt, from its start to the last sign of it."""
+    return (record["seen"] - record["began"]) / 3600
+
+
+def progress(run):
+    """[step, epoch ended, recordings validated since] of the furthest checkpoint that loads."""
+    import checkpoint
+    for candidate in checkpoint.candidates(run / "checkpoints"):
+        # the resume will name the damaged ones
+        with contextlib.suppress(checkpoint.CorruptCheckpoint, OSError):
+            state = checkpoint.load(candidate.path)
+            validated = len(state.get("validation") or ())
+            return [state["global_step"], state.get("kind") == "epoch", validated]
+    return [0, False, 0]
+
+
+def why_stuck(before, launch, reached):
+    """Why another attempt makes no sense, "" where it does: STUCK attempts of this launch in a row
+    came no further than `reached`.
+
+    A preemption is no attempt's fault. Nor is a death without a word within SHORT minutes, before
+    the first snapshot: the machine went; but SHORT_DEATHS of them one after another are something
+    that kills."""
+    # when an attempt died without a word, only its successor's start tells
+    ends = [a["began"] for a in before[1:]] + [time.time()]
+    vain = short = 0
+    for record, end in zip(before, ends):
+        if record["launch"] != launch or record["left"] == "preempted":
+            continue
+        if record["progress"] != reached:
+            vain = short = 0
+        elif record["left"] or end - record["began"] > 60 * SHORT:
+            vain += 1
+        else:
+            short += 1
+    if vain >= STUCK:
+        return f"no progress in {vain} attempts: their logs say why; a new launch may try"
+    if short >= SHORT_DEATHS:
+        return f"{short} containers died without a word, each within {SHORT} minutes"
+    return ""
+
+
+def why_over(run, launch, limit):
+    """(status, why) where there is no sense in another attempt, else None. limit: hours of the
+    whole run, 0 for none."""
+    if limit and sum(map(hours, of_launch(run, launch))) >= limit:
+        return "time limit", TIME_IS_UP
+    why = why_stuck(attempts(run), launch, progress(run))
+    return ("stuck", why) if why else None
+
+
+def hours_of_attempt(run, launch, limit, longest):
+    """(hours that this attempt may train, whether the run is over with them): what is left of the
+    run's `limit`, at most `longest`."""
+    if not limit:
+        return longest, False
+    left = limit - sum(map(hours, of_launch(run, launch)))
+    return min(longest, max(left, 1e-6)), left <= longest
+
+
+# ---- money ----
+
+def card_and_count(gpu):
+    """("A100-80GB", 8) of "A100-80GB:8", as Modal writes GPUs. Raises ValueError."""
+    name, _, count = gpu.partition(":")
+    if not name or not re.fullmatch(r"[1-9]\d*", count or "1"):
+        raise ValueError(f"GPU {gpu!r}: write it as Modal does, H100 or A100-80GB:8")
+    return name, int(count or 1)
+
+
+def billed(asked, card=""):
+    """Which of the GPUs that were asked for is paid, "" where that cannot be told: an upgrade to a
+    larger card is free.
+
+    asked: "A100-80GB:2", or a list of such. card: what the driver calls the one that came."""
+    if isinstance(asked, str):
+        return asked
+    if not card:
+        return asked[0]
+
+    def fits(gpu):
+        parts = re.split("-", card_and_count(gpu)[0].rstrip("!+"))
+        return [bool(re.search(rf"\b{part}\b", card, re.I)) for part in parts]
+
+    whole = [gpu for gpu in asked if all(fits(gpu))]
+    family = [gpu for gpu in asked if fits(gpu)[0]]
+    return next(iter(whole + family), "")
+
+
+def hourly(gpu, cores, memory):
+    """Dollars an hour for a container, or None where the price of its GPU is unknown.
+
+    gpu: "H100:2", a list of which the first counts, or "" for none. memory: GiB."""
+    gpu = billed(gpu)
+    rest = cores * DOLLARS["core"] + memory * DOLLARS["GiB"]
+    if not gpu:
+        return rest
+    name, count = card_and_count(gpu)
+    name = name.rstrip("!+")
+    return DOLLARS[name] * count + rest if name in DOLLARS else None
+
+
+def money(dollars, unit=""):
+    return "price unknown" if dollars is None else f"about ${dollars:.2f}{unit}"
+
+
+def spent(run):
+    """Dollars of all attempts so far, None where a price is unknown."""
+    tried = attempts(run)
+    if any(a["dollars"] is None for a in tried):
+        return None
+    return sum(hours(a) * a["dollars"] for a in tried)
+
+
+def bill(run):
+    """One line: hours and dollars so far, and of the whole run by the speed in metrics.jsonl."""
+    tried, dollars = attempts(run), spent(run)
+    line = (f"{run.name}: {sum(map(hours, tried)):.2f} h in {len(tried)} attempts, "
+            f"{money(dollars, ' so far')}")
+    epoch, seconds = speed(run)
+    if not tried or not seconds:
+        return line
+    left = max(0.0, tried[-1]["epochs"] - epoch) * seconds / 3600
+    whole = None if dollars is None else dollars + left * tried[-1]["dollars"]
+    return (f"{line}; {seconds / 3600:.2f} h per epoch as measured: {left:.1f} h left, "
+            f"{money(whole, ' for the whole run')}")
+
+
+def speed(run):
+    """(epochs trained, seconds per epoch with validation), or zeros; medians skip pauses."""
+    rows = list(read_json_lines(run / "metrics.jsonl", lambda line: None))
+    steps, validations = [], []
+    for before, row in zip(rows, rows[1:]):
+        seconds, done = row["time"] - before["time"], row["step"] - before["step"]
+        if row["kind"] == "validation":
+            validations.append(seconds)
+        elif done > 0:
+            steps.append(seconds / done)
+    batches = max((row["batches"] for row in rows if row["kind"] == "train"), default=0)
+    if not steps or not batches:
+        return 0.0, 0.0
+    last = rows[-1]
+    epoch = last["epoch"]
+    if last["kind"] == "train":
+        epoch += last["batch"] / batches - 1
+    return epoch, batches * statistics.median(steps) + statistics.median(validations or [0.0])

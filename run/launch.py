@@ -1,0 +1,119 @@
+"""What can be refused before a machine in the cloud is paid: a configuration that cannot work
+there, recordings, weights and checkpoints that are not on its Volumes.
+
+    config = checked(load(path), path, asked, listing)
+
+`asked` is a command line: action, resume, fresh, source. listing(path) names what a folder of
+a Volume holds, [] where there is none; with recursive=True also what its folders hold.
+"""
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import checkpoint
+from eeg.disk import INDEX, Refused
+from run.attempts import DATA, MIRROR, RESULTS, run_directory
+from run.prepare import folders
+
+NAMES = {RESULTS: "holdfast-results", DATA: "holdfast-data", MIRROR: "holdfast-mirror"}
+
+
+def checked(config, path, asked, listing):
+    """`config`, which stands at `path`, if what is asked for can work with it. Raises Refused."""
+    if asked.action == "import":
+        expect_source(path, config, asked.source, listing)
+        return config
+    results, second = config["experiment"]["results"], config["training"].get("mirror")
+    if results != RESULTS:
+        raise Refused(f"config {path}: experiment.results must be {RESULTS}, the Volume, "
+                      f"not {results!r}")
+    if second and outside(second, MIRROR):
+        raise Refused(f"config {path}: training.mirror must be a folder in {MIRROR}, the second "
+                      f"Volume, not {second!r}")
+    if not config["data"]["synth_hours"]:
+        for folder in folders(config):
+            expect_recordings(path, folder, listing)
+    if asked.action == "evaluate":
+        expect_best(config, listing)
+    else:
+        expect_start(config, asked, listing)
+    return config
+
+
+def outside(path, mount):
+    return os.path.relpath(path or "/", mount).startswith("..")
+
+
+def expect_recordings(path, folder, listing):
+    """Refuse a data.path that holds no imported recordings on the data Volume."""
+    if outside(folder, DATA):
+        raise Refused(f"config {path}: data.path must be a folder in {DATA}, the Volume, "
+                      f"not {folder!r}")
+    names = listing(folder)
+    if not names:
+        raise Refused(f"{folder} is not on the Volume: modal volume put {NAMES[DATA]} "
+                      f"IMPORTED_FOLDER /{os.path.relpath(folder, DATA)}")
+    if INDEX in names:
+        return
+    names = listing(folder, recursive=True)
+    if any(name.endswith(".h5") for name in names):
+        return
+    what = "no recordings"
+    if any(name.lower().endswith(".edf") for name in names):
+        what = "raw EDF, which nothing trains on"
+    raise Refused(f"{folder} on the Volume holds {what}: --action import --source {folder} with "
+                  f"--set data.path={DATA}/ANOTHER_FOLDER makes recordings of it")
+
+
+def expect_best(config, listing):
+    if "best.pt" not in stored(config, listing):
+        raise Refused(f"{run_directory(config)} on the Volume holds no best.pt to evaluate: "
+                      "the first validation of a run writes it")
+
+
+def expect_start(config, asked, listing):
+    """Refuse what --resume, --fresh and training.init ask for and the Volumes have not."""
+    if asked.fresh == "true" and asked.resume != "false":
+        raise Refused("--fresh and --resume exclude each other")
+    if asked.fresh == asked.resume == "false" and stored(config, listing):
+        raise Refused(f"{run_directory(config)} on the Volume holds checkpoints: "
+                      "--resume true goes on, --fresh true starts over")
+    if asked.resume not in ("true", "false"):
+        expect_file("--resume", asked.resume, listing)
+    if config["training"].get("init"):
+        expect_file("training.init", config["training"]["init"], listing)
+
+
+def stored(config, listing):
+    """Checkpoints that the run of `config` has on the results Volume."""
+    names = listing(run_directory(config) / "checkpoints")
+    return [name for name in names if checkpoint.NAME.fullmatch(name) or name == "best.pt"]
+
+
+def expect_file(what, path, listing):
+    """Refuse a path that is no file on a Volume."""
+    for mount, name in NAMES.items():
+        if not outside(path, mount):
+            if Path(path).name not in listing(os.path.dirname(path)):
+                raise Refused(f"{what} {path} is not on the Volume: modal volume put {name} FILE "
+                              f"/{os.path.relpath(path, mount)}")
+            return
+    raise Refused(f"{what} must be a file on a Volume ({', '.join(NAMES)}), not {path!r}")
+
+
+def expect_source(path, config, source, listing):
+    """Refuse a --source that no import can read, and a data.path that it cannot write to."""
+    if len(folders(config)) != 1 or outside(folders(config)[0], DATA):
+        raise Refused(f"config {path}: data.path must be one folder in {DATA}, to which the import "
+                      "writes")
+    url = urlsplit(source)
+    if url.scheme in ("s3", "gs", "https", "http"):
+        if not url.netloc:
+            raise Refused(f"--source {source}: no bucket or server is named")
+        return
+    if not source or outside(source, DATA):
+        raise Refused(f"--source {source or 'is missing'}: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
+                      f"https://SERVER/FOLDER, or a folder in {DATA}, the Volume")
+    if not listing(source):
+        raise Refused(f"--source {source} is not on the Volume: modal volume put {NAMES[DATA]} "
+                      f"EDF_FOLDER /{os.path.relpath(source, DATA)}")
