@@ -828,7 +828,9 @@ class FilterBank(nn.Module):
         usual = 0.3 * torch.clamp((low * high).sqrt(), min=1) ** -1.4
         scale = inside.sum(1, keepdim=True) * usual * 128 * taper.square().sum()
         self.register_buffer("taper", taper, persistent=False)
-        self.register_buffer("bands", (inside / scale).T.contiguous(), persistent=False)
+        # real and imaginary part lie beside each other
+        bands = (inside / scale).T.repeat_interleave(2, 0)
+        self.register_buffer("bands", bands, persistent=False)
         # smooth over the bands at first: level, slope, bend, ... of the spectrum
         count = len(BANDS) - 1
         turns = (torch.arange(count) + 0.5)[:, None] * (torch.arange(width) % count) / count
@@ -839,9 +841,9 @@ class FilterBank(nn.Module):
         x = F.pad(x, ((samples - self.hop) // 2, samples - self.hop - (samples - self.hop) // 2))
         with torch.autocast(x.device.type, enabled=False):
             seen = torch.fft.rfft(x.unfold(-1, samples, self.hop) * self.taper)
-            power = (seen.real.square() + seen.imag.square()) @ self.bands
-            # most of it lies within -1 and 1
-            return (torch.log(power + 1e-4) / 2).clamp(-4, 4) @ self.mix
+            power = torch.view_as_real(seen).square().flatten(-2) @ self.bands
+            # log amplitude: most of it lies within -1 and 1, all within -4 and 4
+            return power.clamp(math.exp(-8), math.exp(8)).log() / 2 @ self.mix
 
 
 class V3(nn.Module):
