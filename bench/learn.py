@@ -33,7 +33,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint                                                       # noqa: E402
 import data                                                             # noqa: E402
 import detectors                                                        # noqa: E402
 from run import share                                                    # noqa: E402

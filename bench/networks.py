@@ -22,7 +22,6 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import detectors                                                        # noqa: E402
-import checkpoint                                                       # noqa: E402
 import data                                                             # noqa: E402
 import evaluate                                                         # noqa: E402
 import judge                                                            # noqa: E402

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import networks                                                         # noqa: E402
 from judge import CHB, CLIPS, ROOT, judged, print_table, real, synthetic    # noqa: E402
 from judge import table_real, table_unseen                              # noqa: E402
-from networks import FITS, checkpoint, data                             # noqa: E402
+from networks import FITS, data                                         # noqa: E402
 from eeg.disk import write_json                        # noqa: E402
 from eeg import corpora                                                          # noqa: E402
 

@@ -15,7 +15,6 @@ that reaches its end is compared and another one begun.
 import argparse
 import ctypes
 import itertools
-import json
 import os
 import random
 import shutil

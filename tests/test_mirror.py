@@ -67,7 +67,7 @@ def test_the_second_copy_holds_the_newest_states_best_and_the_records_and_one_st
     assert names(place) == ["best.pt", "last.pt", "mid_epoch_002_000004.pt", "mid_epoch_002_000005.pt"]
     assert os.path.samefile(place / "best.pt", place / "last.pt") and recover(place) == 5
     assert (place.parent / "metrics.jsonl").read_text() == '{"step": 1}\n' and not temps(place)
-    assert all(checkpoint.verify(path) for path in place.glob("*.pt")) and not [l for l in said if "mirror:" in l]
+    assert all(checkpoint.verify(path) for path in place.glob("*.pt")) and not [line for line in said if "mirror:" in line]
 
 
 def test_a_run_whose_whole_folder_is_lost_goes_on_from_its_second_copy_with_best_and_records(tmp_path):
