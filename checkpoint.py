@@ -102,7 +102,7 @@ MAGIC = b"holdfast1 "
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
            errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST}
-_own_temps = set()              # names of the temp files that this process writes
+_own_temps: set[str] = set()    # names of the temp files that this process writes
 
 
 class CorruptCheckpoint(Exception):
@@ -1664,8 +1664,8 @@ class Checkpointer:
             if here < self.position or self._in_progress not in (None, here):
                 before = self._in_progress or self.position
                 raise ValueError(f"a snapshot of epoch {here[0]}, batch {here[1]} comes after "
-                                 f"epoch {before[0]}, batch {before[1]}: count epochs and batches from "
-                                 f"saver.position, or by saver.batches()")
+                                 f"epoch {before[0]}, batch {before[1]}: count epochs and batches "
+                                 f"from saver.position, or by saver.batches()")
             self.wait()
             if not self._finish_epoch(last or bool(self.stopping())):
                 self._due_at = time.monotonic() + 60
@@ -2091,7 +2091,7 @@ class Lock:
     """A directory held by this process: until `close`, or until its death. Nothing forked from it
     holds on."""
 
-    held = set()                            # the open ones of this process
+    held: set["Lock"] = set()               # the open ones of this process
 
     def __init__(self, fd, path):
         self.fd = fd
@@ -2159,7 +2159,7 @@ def lock(directory, say=print) -> Lock:
 
 
 def _take(fd, directory, say):
-    for attempt in range(10):
+    for _ in range(10):
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

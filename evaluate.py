@@ -13,19 +13,22 @@ three functions:
 Event and sample scores follow SzCORE (Dan et al., Epilepsia 2024) through the package timescoring:
 events closer than 90 s are one, longer than 5 min are cut, a detection may come 30 s early and 60 s
 late, counts are summed per patient and the scores averaged over patients. Sensitivity at a
-false-alarm rate is by event too, pooled over the set. AUROC, average precision and calibration error take one sample per second, its middle one: labels are no finer, and whole sets
-stay small enough to rank exactly. The loss is binary cross-entropy over every sample, without class
-weights.
+false-alarm rate is by event too, pooled over the set. AUROC, average precision and calibration
+error take one sample per second, its middle one: labels are no finer, and whole sets stay small
+enough to rank exactly. The loss is binary cross-entropy over every sample, without class weights.
 
 What cannot be computed is NaN in Python, null in scores.json (with the reason), and never counts as
-best in training: without a labelled recording, everything; without a seizure, all but loss,
-calibration_error and false_alarms_per_24h; without background, auroc and average_precision; with a
-probability that is not finite, everything; where there is too little background for one false alarm
-(24 h at 1 in 24 h), or where even a detector that is always on has few, as on clips around seizures,
-sensitivity at that rate. What such a detector gets as event F1 stands beside the scores.
-A patient with neither seizures nor detections has no
-F1, and one without detections no precision: left out of those means, as SzCORE does. A set with
-seizures and nothing detected has precision 0.
+best in training:
+
+    without a labelled recording, or with a probability that is not finite: everything
+    without a seizure: all but loss, calibration_error and false_alarms_per_24h
+    without background: auroc and average_precision
+    with too little background for one false alarm (24 h at 1 in 24 h), or where even a detector
+    that is always on has few, as on clips around seizures: sensitivity at that rate
+
+What a detector that is always on gets as event F1 stands beside the scores. A patient with neither
+seizures nor detections has no F1, and one without detections no precision: left out of those means,
+as SzCORE does. A set with seizures and nothing detected has precision 0.
 """
 import argparse
 import contextlib
@@ -61,15 +64,16 @@ from scoring import metrics
 import model
 from scoring import report
 from eeg import splits
-# also for training, which knows only this file
-from scoring.metrics import METRICS, check_metric, deciding
-from scoring.report import validation_line
+from scoring.metrics import METRICS
+# for training, which knows only this file
+from scoring.metrics import check_metric, deciding      # noqa: F401
+from scoring.report import validation_line              # noqa: F401
 
 FS = edf.FS
 DAY = (0, 86400)                        # seconds, or how often in them
 WINDOW = (1 / FS, 3600)
 SHARE = (0, 1)
-# the events of a track of probabilities: opening, closing, dropping, merging, cutting, in that order
+# from probabilities to events, in this order: opening, closing, dropping, merging, cutting
 KEYS = {
     "window_seconds": Key(
         60.0, "length of a window at inference; as in training", WINDOW, CHANGES),
@@ -241,8 +245,9 @@ def score(recording, probability, config):
     """The record of one recording: plain values and small tensors, about 18 kB per hour and 1 kB.
 
     Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, what
-    metrics.ground() gives, definitions, samples, loss (sum over them), thresholds (K,), counted (N names), counts (K, N) at each threshold, and
-    probability float32 and label uint8 of the middle sample of every second."""
+    metrics.ground() gives, definitions, samples, loss (sum over them), thresholds (K,), counted
+    (N names), counts (K, N) at each threshold, and probability float32 and label uint8 of the
+    middle sample of every second."""
     c = settings(config)
     record = {
         "recording": recording.name,
@@ -369,10 +374,14 @@ def load_model(path, device):
 
 def _missing(path):
     """Why a checkpoint that is not there may be missing, and what to give instead."""
-    newest = checkpoint.find_resume(path.parent, lambda line: None) if path.parent.is_dir() else None
+    newest = None
+    if path.parent.is_dir():
+        newest = checkpoint.find_resume(path.parent, lambda line: None)
     if newest is None:
         return "No such file or directory"
-    why = "no validation has finished yet" if path.name == "best.pt" else "No such file or directory"
+    why = "No such file or directory"
+    if path.name == "best.pt":
+        why = "no validation has finished yet"
     return f"{why}; the newest weights are {newest}"
 
 
@@ -686,8 +695,8 @@ def parse(argv):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     if args.events and (args.out or args.plot or args.save_probabilities or args.split):
-        parser.error("--events writes one file: leave --out, --plot, --pdf, --save-probabilities and "
-                     "--split away")
+        parser.error("--events writes one file: leave --out, --plot, --pdf, --save-probabilities "
+                     "and --split away")
     return args
 
 

@@ -288,7 +288,8 @@ def _patients(grounds):
     """ground() and seconds of each patient, summed over his recordings."""
     sums = {}
     for g in grounds:
-        total = sums.setdefault(g["patient"], dict.fromkeys(("seconds", "reference", "always_on"), 0))
+        none = dict.fromkeys(("seconds", "reference", "always_on"), 0)
+        total = sums.setdefault(g["patient"], none)
         for name in total:
             total[name] += g[name]
     return list(sums.values())

@@ -89,7 +89,9 @@ def draw(recording, probability, events, threshold, path, most=4):
     scale = _sensitivity([_displayed(recording, begin, min(begin + PAGE, recording.seconds))[0]
                           for _, begin in pages])
     title = _title(recording, places, most)
-    several = [pages[i:i + 1] for i in range(len(pages))] if Path(path).suffix == ".pdf" else [pages]
+    several = [pages]
+    if Path(path).suffix == ".pdf":
+        several = [pages[i:i + 1] for i in range(len(pages))]
     figures = []
     for number, shown in enumerate(several):
         sheet = Sheet(recording, probability, truth, found, threshold, len(shown), scale)
@@ -139,7 +141,7 @@ def _named(kind, events):
     return [(kind, begin, end) for begin, end in events.tolist()]
 
 
-def _pages(place, seconds, found=np.zeros((0, 2))):
+def _pages(place, seconds, found=()):
     """[(caption, first second)] of one place: pages that follow each other. Of a long event they
     are its beginning, the page on which its first detection begins, and its end; the caption says
     which are left out."""
@@ -152,7 +154,8 @@ def _pages(place, seconds, found=np.zeros((0, 2))):
     chosen = list(range(len(starts)))
     if len(starts) > PAGES:
         within = [onset for onset, _ in found if begin <= onset < end]
-        detected = [i for i, start in enumerate(starts) if within and start <= within[0] < start + PAGE]
+        detected = [i for i, start in enumerate(starts)
+                    if within and start <= within[0] < start + PAGE]
         chosen = sorted({0, (detected or [1])[0] or 1, len(starts) - 1})
     pages = []
     for i in chosen:
@@ -386,7 +389,7 @@ def _sensitivity(pages):
 # ---- a scored set ----
 
 def trade_off(rows, threshold, path):
-    """Picture of sensitivity and event F1 against false alarms per 24 h. rows: report.trade_off's."""
+    """Picture of sensitivity and event F1 against false alarms per 24 h; rows: report.trade_off."""
     figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
     found, f1 = figure.subplots(1, 2, sharex=True)
     _against_alarms(found, rows, threshold, "event_sensitivity", "event sensitivity", TRUE)
