@@ -64,6 +64,7 @@ import fcntl
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing.util
@@ -1586,12 +1587,17 @@ class Checkpointer:
         """Yield (batch number from 1, batch) of the epoch in progress from the DataLoader `loader`,
         those trained already left out without being loaded.
 
-        The order of an epoch, and the random numbers that the dataset draws for an item, depend on
-        (seed, epoch, item) alone: not on workers, nor on where a resume began. TypeError for an
-        iterable dataset, which cannot skip."""
+        The order of an epoch depends on (seed, epoch) alone. The random numbers that dataset and
+        collate_fn draw from torch, random and numpy.random depend on (seed, epoch, batch number)
+        and, in a distributed training, on the rank: not on workers, nor on where a resume began.
+        TypeError for an iterable dataset, which cannot skip, and for a sampler with random numbers
+        of its own. ValueError where the epoch has fewer batches than were trained in it."""
         epoch, done = self.position
         order = _epoch_order(loader, seed, epoch)
-        for number, batch in enumerate(_rest_of_epoch(loader, order[done:], seed, epoch), done + 1):
+        if done > len(order):
+            raise ValueError(f"{done} batches of epoch {epoch} were trained, and it has only "
+                             f"{len(order)} now: go on with the batch size and items of before")
+        for number, batch in enumerate(_rest_of_epoch(loader, order, done, seed, epoch), done + 1):
             self._in_progress = epoch, number
             self.global_step += 1
             yield number, batch
@@ -1605,9 +1611,13 @@ class Checkpointer:
                 "global_step": self.global_step}
 
     def unpack(self, parts, state):
-        """Put what `pack` took back into `parts`; a `state` of None, a fresh start, does nothing.
-        """
+        """Put what `pack` took back into `parts`; a `state` of None, a fresh start, changes
+        nothing. IncompleteState, with nothing changed, where it lacks one of them."""
         if state:
+            absent = [name for name in (*parts, "random") if name not in state]
+            if absent:
+                raise IncompleteState(f"the checkpoint has no {', '.join(map(repr, absent))}: "
+                                      f"unpack the parts that it was saved with")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             restore_random_states(state["random"])
@@ -1945,55 +1955,103 @@ class Checkpointer:
 
 
 def _epoch_order(loader, seed, epoch):
-    """The batches of item numbers of one epoch, by the loader's own samplers."""
-    iterable = isinstance(loader.dataset, torch.utils.data.IterableDataset)
-    if iterable or loader.batch_sampler is None:
-        raise TypeError("batches() needs a DataLoader of batches over a dataset with numbered "
-                        "items: an iterable dataset cannot skip what was trained")
-    for sampler in (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
-        if hasattr(sampler, "set_epoch"):   # a DistributedSampler has a seed of its own
-            sampler.set_epoch(epoch)
-        elif hasattr(sampler, "generator"):
-            sampler.generator = torch.Generator().manual_seed(_mixed(seed, epoch))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_mixed(seed, epoch))
-        return list(loader.batch_sampler)
+    """The item numbers of each batch of one epoch, by the loader's own samplers."""
+    if isinstance(loader.dataset, torch.utils.data.IterableDataset) or loader.batch_sampler is None:
+        raise TypeError("batches() takes a DataLoader that makes batches of numbered items: an "
+                        "iterable dataset cannot skip what was trained, batch_size=None makes none")
+    samplers = [loader.batch_sampler]
+    while getattr(samplers[-1], "sampler", None) is not None:
+        samplers.append(samplers[-1].sampler)
+    order = _drawn(loader, samplers, seed, epoch)
+    own = [s for s in samplers if not type(s).__module__.startswith("torch.")]
+    if own and order != _drawn(loader, samplers, seed, epoch):
+        raise TypeError(f"{type(own[0]).__name__} gives another order each time it is asked: have "
+                        f"it draw from torch, random or numpy.random, or give it set_epoch(epoch)")
+    return order
 
 
-def _rest_of_epoch(loader, order, seed, epoch):
+def _drawn(loader, samplers, seed, epoch):
+    try:
+        most = len(loader.batch_sampler)
+    except (TypeError, NotImplementedError):        # as of one that does not know before it drew
+        most = len(loader.dataset)
+    with _seeded(seed, epoch):
+        for sampler in samplers:
+            if hasattr(sampler, "set_epoch"):       # a DistributedSampler has a seed of its own
+                sampler.set_epoch(epoch)
+            if isinstance(getattr(sampler, "generator", None), torch.Generator):
+                sampler.generator.manual_seed(_mixed(seed, epoch))
+        order = [list(batch) for batch in itertools.islice(loader.batch_sampler, most + 1)]
+    if len(order) > most:
+        raise TypeError(f"{type(samplers[-1]).__name__} gives more than {most} batches: batches() "
+                        f"needs a sampler that ends, RandomSampler(dataset, num_samples=...) say")
+    return order
+
+
+def _rest_of_epoch(loader, order, done, seed, epoch):
     same = {name: getattr(loader, name) for name in (
-        "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
-        "multiprocessing_context", "prefetch_factor")}
-    items = _KeyedItems(loader.dataset, seed, epoch)
+        "num_workers", "pin_memory", "timeout", "multiprocessing_context", "prefetch_factor")}
+    batches = _SeededBatches(loader, order, seed, epoch)
     # without a generator of its own a DataLoader draws from the global random numbers
     generator = torch.Generator().manual_seed(_mixed(seed, epoch))
-    return torch.utils.data.DataLoader(items, batch_sampler=order, generator=generator, **same)
+    return torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(done, len(order)), collate_fn=_as_it_is,
+        worker_init_fn=batches.begin_worker, generator=generator, **same)
 
 
-class _KeyedItems(torch.utils.data.Dataset):
-    """A dataset whose items draw random numbers by (seed, epoch, item)."""
+class _SeededBatches(torch.utils.data.Dataset):
+    """The batches of one epoch: each draws random numbers by its own number."""
 
-    def __init__(self, dataset, seed, epoch):
-        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+    def __init__(self, loader, order, seed, epoch):
+        self.dataset = loader.dataset
+        self.collate = loader.collate_fn
+        self.init = loader.worker_init_fn
+        self.order = order
+        # processes of a distributed training load other items under the same number
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.key = seed, epoch, torch.distributed.get_rank() if ranks else 0
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.order)
 
-    def __getitem__(self, item):
-        key = _mixed(self.seed, self.epoch, item)
-        numpy = sys.modules.get("numpy")
-        before = random.getstate(), numpy and numpy.random.get_state()
-        random.seed(key)
+    def __getitem__(self, index):
+        with _seeded(*self.key, index):
+            if getattr(self.dataset, "__getitems__", None):     # items of a batch at once
+                items = self.dataset.__getitems__(self.order[index])
+            else:
+                items = [self.dataset[item] for item in self.order[index]]
+            return self.collate(items)
+
+    def begin_worker(self, number):
+        if self.init:
+            # what it finds by get_worker_info() is the user's dataset, not this one
+            info = torch.utils.data.get_worker_info()
+            object.__setattr__(info, "dataset", self.dataset)       # it is frozen
+            self.init(number)
+
+
+def _as_it_is(batch):
+    return batch
+
+
+@contextlib.contextmanager
+def _seeded(*numbers):
+    """Inside, random numbers of Python, NumPy (if loaded) and torch on the CPU follow from
+    `numbers`; after it they go on as before."""
+    key = _mixed(*numbers)
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
+    random.seed(key)
+    torch.default_generator.manual_seed(key)        # torch.manual_seed would change GPUs' too
+    if numpy:
+        numpy.random.seed(key % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        torch.set_rng_state(before[1])
         if numpy:
-            numpy.random.seed(key % 2**32)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(key)
-                return self.dataset[item]
-        finally:
-            random.setstate(before[0])
-            if numpy:
-                numpy.random.set_state(before[1])
+            numpy.random.set_state(before[2])
 
 
 def _mixed(*numbers):

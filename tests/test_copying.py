@@ -1,0 +1,513 @@
+"""docs/copying.md is true: its script and its recipes, run beside a copied checkpoint.py, killed and compared; and `batches`,
+which they all loop over, keeps its promises for every sampler and any number of workers."""
+import random
+import re
+import shutil
+import signal
+import sys
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+
+import checkpoint
+import forked
+from checkpoint import Checkpointer
+from conftest import ROOT
+from helpers import same
+
+PAGE = (ROOT / "docs" / "copying.md").read_text()
+BLOCKS = dict(re.findall(r"^##+ ([^\n]*)\n(?:(?!##).)*?```python\n(.*?)```", PAGE, re.S | re.M))
+SCRIPT = BLOCKS["The script"]
+HEAD, LOOP = re.fullmatch(r"(.*?)(^with checkpoint.*)", SCRIPT, re.S | re.M).groups()
+PLAIN = """
+for epoch in range(EPOCHS):
+    for x, y in loader:
+        train(x, y)
+    score = error()
+"""
+
+# runs a script; from the step `step` on, after `delay` seconds, `number` is sent to the whole process group, by a process of
+# its own: workers obey a SIGTERM of the training, which means them alone
+WATCH = """
+import random, runpy, subprocess, sys, threading
+import numpy
+import checkpoint
+
+script, step, delay, number, minutes = sys.argv[1], *map(float, sys.argv[2:])
+random.seed(0)                      # the page's script seeds torch alone, and all random states are compared
+numpy.random.seed(0)
+init, due = checkpoint.Checkpointer.__init__, checkpoint.Checkpointer.due
+sent = []
+
+def often(self, *arguments, **options):
+    init(self, *arguments, **{**options, "mid_epoch_minutes": minutes})
+
+def watched(self):
+    if number and self.global_step >= step and not sent:
+        sent.append(threading.Timer(delay, subprocess.run, (["sh", "-c", f"kill -{number:.0f} 0"],)))
+        sent[0].start()
+    return due(self)
+
+checkpoint.Checkpointer.__init__ = often
+checkpoint.Checkpointer.due = watched
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def placed(folder, code, **changes):
+    """`folder` with a copied checkpoint.py and the program `code`, in which numbers are set anew."""
+    for name, value in changes.items():
+        code, count = re.subn(rf"^(.*\b{name}(?:, \w+)? = ).*$", rf"\g<1>{value}", code, count=1, flags=re.M)
+        assert count, name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(ROOT / "checkpoint.py", folder)
+    (folder / "script.py").write_text(code)
+    (folder / "watch.py").write_text(WATCH)
+    return folder
+
+
+def ran(folder, step=0, delay=0.0, number=0, minutes=0.0):
+    """Exit code of the script in `folder`, and what it printed; a snapshot after every step by default."""
+    words = [sys.executable, "watch.py", "script.py", *map(str, (step, delay, int(number), minutes))]
+    done = forked.run(words, cwd=folder, capture_output=True, text=True, start_new_session=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def finished(folder, **options):
+    code, said = ran(folder, **options)
+    assert code == 0, said
+    return said
+
+
+def states(folder):
+    """What a resume takes, of each file that an epoch wrote: all but which process saved it."""
+    paths = [p for p in sorted((folder / "checkpoints").glob("*.pt")) if "mid" not in p.name]
+    assert paths
+    loaded = {path.name: checkpoint.load(path) for path in paths}
+    return {name: {k: v for k, v in state.items() if k not in ("holdfast", "save_counter")} for name, state in loaded.items()}
+
+
+def ends_alike(tmp_path, code, steps, number=signal.SIGKILL, seed=0, **changes):
+    """A run of `code` that is killed at each of `steps`, at a random moment of it, ends as one never killed."""
+    rng = random.Random(seed)
+    whole, cut = (placed(tmp_path / name, code, **changes) for name in ("whole", "cut"))
+    finished(whole)
+    for step in steps:
+        exit_code, said = ran(cut, step, rng.uniform(0, 0.03), number)
+        assert exit_code == (-number if number == signal.SIGKILL else 128 + number), said
+    finished(cut)
+    ends = states(whole), states(cut)
+    for name, state in ends[0].items():
+        assert not [key for key in state if not same(state[key], ends[1][name].get(key))], name
+    assert ends[0].keys() == ends[1].keys()
+    return whole, cut
+
+
+def lines(code):
+    return [line for line in code.splitlines() if line.strip()]
+
+
+# ---- the script ----
+
+def test_the_script_has_at_most_twelve_lines_more_than_without_checkpoints(tmp_path):
+    plain = "".join(line for line in HEAD.splitlines(True) if "checkpoint" not in line and not line.startswith("parts")) + PLAIN
+    assert "checkpoint" not in plain and "parts" not in plain
+    finished(placed(tmp_path, plain))
+    more = len(lines(SCRIPT)) - len(lines(plain))
+    print(f"{more} lines more than the {len(lines(plain))} without checkpoints")
+    assert 0 < more <= 12
+
+
+def test_the_script_killed_at_random_ends_bit_identical_in_every_part(tmp_path):
+    rng = random.Random(1)
+    steps = [rng.randrange(at, at + 8) for at in (2, 14, 26, 38)]           # of 60, 10 an epoch
+    whole, cut = ends_alike(tmp_path, SCRIPT, steps)
+    last = checkpoint.load(whole / "checkpoints/last.pt")
+    assert {"model", "ema", "optimizer", "schedule", "scaler", "random"} <= last.keys() and last["global_step"] == 60
+    assert checkpoint.load(whole / "checkpoints/best.pt")["ema"]["n_averaged"] > 0
+
+
+def test_the_script_ends_bit_identical_after_a_sigterm_to_all_its_processes_workers_too(tmp_path):
+    ends_alike(tmp_path, SCRIPT, (5, 33), signal.SIGTERM)
+
+
+def test_a_finished_script_has_nothing_left_to_do(tmp_path):
+    folder = placed(tmp_path, SCRIPT, EPOCHS=1)
+    finished(folder)
+    before = states(folder)
+    finished(folder)
+    assert same(states(folder), before)
+
+
+# ---- the recipes ----
+
+RECIPES = {"Every N steps", "The k best by a metric", "best.pt by an interval of evaluation, without epochs",
+           "Weights of an old torch.save file into a fresh run", "Several optimizers", "A GAN", "torch.compile", "DDP"}
+
+
+def recipe(name):
+    """The program of a recipe: what stands before the script's loop, and its own or the script's loop."""
+    block = BLOCKS[name]
+    return HEAD + block + ("" if "saver.settle()" in block else "\n\n" + LOOP)
+
+
+def test_every_block_of_the_page_has_its_test():
+    assert set(BLOCKS) == RECIPES | {"The script"} and PAGE.count("```python") == len(BLOCKS)
+    tested = re.findall(r'recipe\("([^"]+)"\)', (ROOT / "tests/test_copying.py").read_text())
+    assert set(tested) == RECIPES
+
+
+def test_every_n_steps_a_file_is_saved_and_kept(tmp_path):
+    folder = placed(tmp_path, recipe("Every N steps"), EPOCHS=3, EVERY=4)
+    finished(folder, minutes=1000)
+    names = {path.name for path in (folder / "checkpoints").glob("mid*")}
+    steps = range(4, 31, 4)
+    assert names == {f"mid_epoch_{1 + (n - 1) // 10:03d}_{1 + (n - 1) % 10:06d}.pt" for n in steps}
+
+
+def test_the_k_best_are_those_of_the_lowest_metric_also_after_a_kill(tmp_path):
+    given = "\n\ndef error():\n    return [0.5, 0.3, 0.4, 0.1, 0.9, 0.2][saver.position[0] - 1]\n\n\n"
+    code = recipe("The k best by a metric").replace("from pathlib", given + "from pathlib")
+    whole, cut = ends_alike(tmp_path, code, (25,))
+    for folder in (whole, cut):
+        found = sorted(path.name for path in (folder / "top").glob("*"))
+        assert found == ["0.100000_epoch_004.pt", "0.200000_epoch_006.pt", "0.300000_epoch_002.pt"]
+    best = checkpoint.load(cut / "checkpoints/best.pt")["model"]
+    assert same(dict(best), dict(checkpoint.load(cut / "top" / found[0])))
+
+
+def test_without_epochs_best_is_chosen_at_each_interval_of_evaluation(tmp_path):
+    code = recipe("best.pt by an interval of evaluation, without epochs").replace("= 100_000, 1000", "= 30, 6")
+    given = "\n\ndef error():\n    return {6: 0.5, 12: 0.1, 18: 0.4, 24: 0.2, 30: 0.3}[saver.global_step]\n\n\n"
+    code = code.replace("STEPS, EVERY", given + "STEPS, EVERY")
+    whole, cut = ends_alike(tmp_path, code, (9, 20))
+    assert checkpoint.load(cut / "checkpoints/best.pt")["global_step"] == 12
+    assert checkpoint.load(cut / "checkpoints/last.pt")["global_step"] == 30
+
+
+def test_old_weights_begin_a_fresh_run_and_only_a_fresh_one(tmp_path):
+    code = recipe("Weights of an old torch.save file into a fresh run")
+    untrained = placed(tmp_path, code.replace("<= EPOCHS", "<= 0") + "torch.save(model.state_dict(), 'now.pt')\n")
+    scope = {}
+    exec(HEAD, scope)
+    old = {name: torch.full_like(value, 3) for name, value in scope["model"].state_dict().items()}
+    torch.save({"model": old}, tmp_path / "old.pt")
+    finished(untrained)
+    assert same(dict(torch.load(tmp_path / "now.pt")), old)
+    folder = placed(tmp_path, code, EPOCHS=1)
+    finished(folder)
+    (tmp_path / "old.pt").unlink()
+    finished(folder)                        # with a state of its own nobody looks for the file
+
+
+def test_several_optimizers_end_bit_identical(tmp_path):
+    whole, _ = ends_alike(tmp_path, recipe("Several optimizers"), (7, 16), EPOCHS=3)
+    last = checkpoint.load(whole / "checkpoints/last.pt")
+    assert last["warmup"]["last_epoch"] == 30
+    assert "exp_avg" in last["body"]["state"][0] and "momentum_buffer" in last["head"]["state"][0]
+
+
+def test_a_gan_ends_bit_identical(tmp_path):
+    whole, _ = ends_alike(tmp_path, recipe("A GAN"), (7, 16), EPOCHS=3)
+    assert not (whole / "checkpoints/best.pt").exists()
+
+
+def test_a_compiled_model_has_the_names_of_the_plain_one_and_goes_on_from_its_file(tmp_path):
+    code = recipe("torch.compile").replace("model.compile()", "model.compile(backend='eager')")
+    whole, cut = ends_alike(tmp_path, code, (7,), EPOCHS=2)
+    scope = {}
+    exec(HEAD, scope)
+    assert list(checkpoint.load(cut / "checkpoints/last.pt")["model"]) == list(scope["model"].state_dict())
+    part = placed(tmp_path / "part", code, EPOCHS=2)
+    assert ran(part, 7, 0.01, signal.SIGKILL)[0]
+    assert "resume: chose" in finished(placed(part, SCRIPT, EPOCHS=2))
+    assert checkpoint.load(part / "checkpoints/last.pt")["global_step"] == 20
+
+
+@pytest.mark.slow
+def test_two_processes_of_ddp_end_bit_identical_after_a_kill_and_after_a_sigterm(tmp_path):
+    code = recipe("DDP")
+    whole, cut = (placed(tmp_path / name, code, EPOCHS=3) for name in ("whole", "cut"))
+
+    def torchrun(folder, *kill):
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                 "watch.py", "script.py", *map(str, kill), "0"]
+        return forked.run(words, cwd=folder, capture_output=True, text=True, start_new_session=True)
+
+    done = torchrun(whole, 0, 0, 0)
+    assert done.returncode == 0, done.stderr
+    assert torchrun(cut, 3, 0.02, 9).returncode
+    assert torchrun(cut, 8, 0.01, 15).returncode
+    done = torchrun(cut, 0, 0, 0)
+    assert done.returncode == 0, done.stderr
+    ends = states(whole), states(cut)
+    assert ends[0]["last.pt"]["global_step"] == 15          # 5 batches an epoch in each process
+    assert not same(*(ends[0]["last.pt"]["ranks"][rank]["torch"] for rank in (0, 1)))
+    for name, state in ends[0].items():
+        assert not [key for key in state if not same(state[key], ends[1][name].get(key))], name
+
+
+# ---- batches ----
+
+class Drawn(Dataset):
+    """Items that tell their number and what each generator gave them."""
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, item):
+        if item == self.__dict__.get("forbidden"):
+            raise AssertionError(f"item {item} was loaded")
+        return torch.tensor([item, torch.rand(()).item(), random.random(), numpy.random.rand()], dtype=torch.float64)
+
+
+class Buckets:
+    """A batch sampler of one's own: buckets of neighbours, in an order drawn by `random`, without a length."""
+
+    def __iter__(self):
+        buckets = [list(range(at, min(at + 3, 23))) for at in range(0, 23, 3)]
+        random.shuffle(buckets)
+        return iter(buckets)
+
+
+class ByNumpy(RandomSampler):
+    def __iter__(self):
+        return iter(numpy.random.permutation(23))
+
+
+class Tensors:
+    """A batch sampler that gives tensors."""
+
+    def __iter__(self):
+        return iter(torch.randperm(23).split(4))
+
+
+class OfOneEpoch:
+    """A sampler with a generator of its own, set anew for each epoch."""
+
+    def set_epoch(self, epoch):
+        self.rng = numpy.random.default_rng(epoch)
+
+    def __iter__(self):
+        return iter(self.rng.permutation(23).tolist())
+
+    def __len__(self):
+        return 23
+
+
+def mixed_up(items):
+    """A collate_fn that mixes items at random, as mixup does."""
+    stacked = torch.stack(items)
+    return stacked + torch.rand(()) * stacked[torch.randperm(len(items))]
+
+
+MAKES = {
+    "in order": lambda data: {"batch_size": 4},
+    "shuffle": lambda data: {"batch_size": 4, "shuffle": True},
+    "drop_last": lambda data: {"batch_size": 4, "shuffle": True, "drop_last": True},
+    "a generator": lambda data: {"batch_size": 4, "shuffle": True, "generator": torch.Generator().manual_seed(3)},
+    "RandomSampler": lambda data: {"batch_size": 4, "sampler": RandomSampler(data, num_samples=30)},
+    "WeightedRandomSampler": lambda data: {"batch_size": 4, "sampler": WeightedRandomSampler([1.0, 5.0] * 11 + [1.0], 26)},
+    "BatchSampler": lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 5, True)},
+    "a batch sampler by random": lambda data: {"batch_sampler": Buckets()},
+    "a batch sampler of tensors": lambda data: {"batch_sampler": Tensors()},
+    "a sampler by numpy": lambda data: {"batch_size": 4, "sampler": ByNumpy(data)},
+    "a sampler with set_epoch": lambda data: {"batch_size": 4, "sampler": OfOneEpoch()},
+    "collate_fn that draws": lambda data: {"batch_size": 4, "shuffle": True, "collate_fn": mixed_up}}
+
+
+def loader_of(make, workers=0, data=None):
+    data = data or Drawn()
+    return DataLoader(data, num_workers=workers, **MAKES[make](data))
+
+
+def epoch_of(saver, loader, place, seed=0):
+    saver.position = place
+    return [(number, batch.clone()) for number, batch in saver.batches(loader, seed)]
+
+
+@pytest.fixture
+def saver(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints", say=lambda line: None) as saver:
+        yield saver
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_batches_and_their_random_numbers_are_the_same_for_workers_and_from_every_batch_on(saver, make):
+    torch.manual_seed(1)
+    whole = epoch_of(saver, loader_of(make), (2, 0))
+    torch.manual_seed(2)                    # whatever was drawn before
+    random.seed(2)
+    assert same(epoch_of(saver, loader_of(make, workers=2), (2, 0)), whole)
+    assert [number for number, _ in whole] == list(range(1, len(whole) + 1))
+    for done in range(len(whole) + 1):
+        assert same(epoch_of(saver, loader_of(make), (2, done)), whole[done:])
+    used = loader_of(make)
+    epoch_of(saver, used, (1, 0))           # in a process that trained the epoch before
+    assert same(epoch_of(saver, used, (2, 0)), whole)
+    assert not same(epoch_of(saver, loader_of(make), (3, 0)), whole)
+    if make == "drop_last":
+        assert {len(batch) for _, batch in whole} == {4} and len(whole) == 5
+    if make not in ("a sampler with set_epoch", "in order"):
+        assert not same(epoch_of(saver, loader_of(make), (2, 0), seed=1), whole)
+
+
+def test_an_item_drawn_twice_in_an_epoch_is_augmented_in_two_ways(saver):
+    seen = torch.cat([batch for _, batch in epoch_of(saver, loader_of("WeightedRandomSampler"), (1, 0))])
+    assert len(set(seen[:, 0].tolist())) < len(seen) == len(set(seen[:, 1].tolist()))
+
+
+def test_batches_that_were_trained_are_not_loaded(saver):
+    data = Drawn()
+    whole = epoch_of(saver, loader_of("shuffle", data=data), (1, 0))
+    data.forbidden = int(whole[1][1][2, 0])
+    assert len(epoch_of(saver, loader_of("shuffle", workers=2, data=data), (1, 2))) == len(whole) - 2
+    with pytest.raises(AssertionError, match="was loaded"):
+        epoch_of(saver, loader_of("shuffle", data=data), (1, 1))
+
+
+def test_the_loops_own_random_numbers_do_not_depend_on_the_workers(saver):
+    def drawn(workers):
+        torch.manual_seed(4)
+        random.seed(4)
+        numpy.random.seed(4)
+        saver.position = (1, 0)
+        return [(torch.rand(2), random.random(), numpy.random.rand()) for _ in saver.batches(loader_of("shuffle", workers))]
+
+    assert same(drawn(0), drawn(2))
+
+
+def test_random_numbers_of_a_gpu_are_left_alone(saver, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    epoch_of(saver, loader_of("shuffle"), (1, 0))
+    assert not seeded                       # dropout there goes on from the state that was restored
+
+
+class Fetched(Drawn):
+    """A dataset that fetches the items of a batch at once, and opens its file in each worker."""
+
+    def __getitems__(self, items):
+        return [self.factor * self[item] for item in items]
+
+
+def opened(worker):
+    torch.utils.data.get_worker_info().dataset.factor = 2
+
+
+def test_a_dataset_is_opened_in_its_workers_and_fetches_whole_batches(saver):
+    loader = DataLoader(Fetched(), batch_size=4, num_workers=2, worker_init_fn=opened)
+    plain = epoch_of(saver, loader_of("in order"), (1, 0))
+    assert same([batch for _, batch in epoch_of(saver, loader, (1, 0))], [2 * batch for _, batch in plain])
+
+
+def test_workers_that_are_spawned_give_the_same_batches(saver):
+    loader = DataLoader(Drawn(), batch_size=8, shuffle=True, num_workers=1, multiprocessing_context="spawn")
+    here = DataLoader(Drawn(), batch_size=8, shuffle=True)
+    assert same(epoch_of(saver, loader, (1, 1)), epoch_of(saver, here, (1, 1)))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(9))
+
+
+class Endless:
+    def __iter__(self):
+        while True:
+            yield 3
+
+
+class OwnGenerator:
+    def __init__(self):
+        self.rng = numpy.random.default_rng(0)
+
+    def __iter__(self):
+        return iter(self.rng.permutation(23).tolist())
+
+    def __len__(self):
+        return 23
+
+
+@pytest.mark.parametrize("loader, reason", [
+    (DataLoader(Stream(), batch_size=3), "an iterable dataset cannot skip"),
+    (DataLoader(Drawn(), batch_size=None), "batch_size=None makes none"),
+    (DataLoader(Drawn(), batch_size=3, sampler=Endless()), "Endless gives more than 23 batches"),
+    (DataLoader(Drawn(), batch_size=3, sampler=OwnGenerator()), r"OwnGenerator gives another order .* set_epoch\(epoch\)")],
+    ids=["iterable", "single items", "endless", "own generator"])
+def test_a_loader_that_cannot_go_on_where_it_was_is_refused(saver, loader, reason):
+    with pytest.raises(TypeError, match=reason):
+        next(saver.batches(loader))
+
+
+def test_an_epoch_that_became_shorter_than_what_was_trained_of_it_is_refused(saver):
+    with pytest.raises(ValueError, match="6 batches of epoch 1 were trained, and it has only 5 now"):
+        epoch_of(saver, loader_of("drop_last"), (1, 6))
+
+
+def test_a_place_that_is_not_the_one_in_progress_raises_and_writes_nothing(saver, tmp_path):
+    parts = {"model": torch.nn.Linear(1, 1)}
+    loop = saver.batches(loader_of("shuffle"))
+    next(loop)
+    next(loop)
+    state = saver.pack(parts)
+    assert (state["epoch"], state["batch"], state["global_step"]) == (1, 2, 2)
+    for stale in ({"batch": 1}, {"batch": 75}, {"epoch": 2}):
+        with pytest.raises(ValueError, match="count epochs and batches from saver.position"):
+            saver.save_mid({**state, **stale})
+    saver.save_mid(state)
+    saver.save_epoch(saver.pack(parts))
+    with pytest.raises(ValueError, match="epoch 1, batch 2 comes after epoch 2, batch 0"):
+        saver.save_mid(state)               # a counter that was not set back after the epoch
+    saver.wait()
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*.pt")} == {
+        "mid_epoch_001_000002.pt", "checkpoint_epoch_001.pt", "last.pt"}
+
+
+def test_parts_that_the_checkpoint_lacks_are_named_and_nothing_is_changed(saver):
+    net = torch.nn.Linear(1, 1)
+    state = saver.pack({"model": torch.nn.Linear(1, 1)})
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(checkpoint.IncompleteState, match="the checkpoint has no 'ema', 'scaler': unpack the parts"):
+        saver.unpack({"model": net, "ema": net, "scaler": net}, state)
+    assert same(dict(net.state_dict()), before)
+
+
+# ---- a notebook ----
+
+CELL = """
+with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=0) as saver, saver.signals():
+    saver.unpack(parts, saver.resume())
+    for number, (x, y) in saver.batches(loader):
+        if saver.global_step == stop:
+            raise act
+        train(x, y)
+        saver.boundary(parts)
+    saver.save_epoch(saver.pack(parts))
+"""
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("a mistake"), KeyboardInterrupt()], ids=["failed", "interrupted"])
+def test_a_cell_that_is_run_again_goes_on_from_its_newest_save(tmp_path, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    scope = {"stop": 6, "act": fault}
+    exec(HEAD, scope)
+    with pytest.raises(type(fault)):
+        exec(CELL, scope)
+    scope["stop"] = 0
+    exec(CELL, scope)
+    assert scope["saver"].global_step == 10 and scope["number"] == 10
+    assert checkpoint.load("checkpoints/last.pt")["schedule"]["last_epoch"] == 10
+    exec(CELL, scope)                       # one that ended
+    assert checkpoint.load("checkpoints/last.pt")["epoch"] == 2
+
+
+def test_a_second_saver_of_a_process_is_told_in_a_line_to_close_the_first(tmp_path):
+    with Checkpointer(tmp_path):
+        with pytest.raises(checkpoint.InUse) as refused:
+            Checkpointer(tmp_path)
+    line = "is in use by this process: close the earlier Checkpointer first"
+    assert str(refused.value).endswith(f"{tmp_path} {line}") and f"`... {line}`" in PAGE
+    Checkpointer(tmp_path).close()
