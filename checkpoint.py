@@ -88,6 +88,7 @@ from copy import deepcopy
 from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -958,7 +959,9 @@ def _read_state(file, map_location):
     comment = _check(file)
     try:
         file.seek(0)
-        state = torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+        # torch may lose an error of readinto; where there is none, it reads by `read`
+        plain = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+        state = torch.load(plain, map_location=map_location, weights_only=True, mmap=False)
         if not isinstance(state, dict):
             raise CorruptCheckpoint(f"holds a {type(state).__name__}, not a checkpoint dict")
     except Exception as error:

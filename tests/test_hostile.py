@@ -444,7 +444,7 @@ def test_a_read_that_fails_anywhere_is_a_fault_that_passes_and_never_damage(tmp_
             monkeypatch.setattr(checkpoint, "_open", open_)
             try:
                 read(path)
-                assert failing[-1].left > 0
+                assert failing[-1].left > 0, f"{read.__name__} took no notice that read {which} failed"
                 break
             except (OSError, MemoryError) as error:
                 assert error is fault or isinstance(fault, MemoryError)
