@@ -83,6 +83,7 @@ import uuid
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from numbers import Integral
@@ -124,8 +125,9 @@ class InUse(OSError):
     """Another live process holds this directory: `pid` on `host`, both None where it is not known.
     """
 
-    def __init__(self, directory, holder):
-        self.pid, self.host = holder or (None, None)
+    def __init__(self, directory: str | os.PathLike, holder: tuple[int, str] | None) -> None:
+        self.pid = holder[0] if holder else None
+        self.host = holder[1] if holder else None
         owner = f"process {self.pid} on {self.host}" if holder else "another process"
         advice = "stop it first"
         if (self.pid, self.host) == (os.getpid(), socket.gethostname()):
@@ -698,7 +700,7 @@ def _ahead(function, items):
 
 # ---- writing: a temp beside the target, fsync, rename, fsync of the directory ----
 
-def atomic_save(state: dict, path) -> None:
+def atomic_save(state: dict, path: str | os.PathLike) -> None:
     """Write the dict `state` to `path`: it survives a power cut once this returns; all or nothing.
 
     Raises OSError (with its errno) when it cannot be written, TypeError for what `weights_only`
@@ -709,7 +711,8 @@ def atomic_save(state: dict, path) -> None:
     atomic_write(path, image.file())
 
 
-def atomic_write(path, buffers, check=None) -> int:
+def atomic_write(path: str | os.PathLike, buffers: Iterable[Any],
+                 check: Callable[[Path], object] | None = None) -> int:
     """Write the bytes-like `buffers` to `path`, durably, all or nothing; returns their size.
 
     Nothing less than these four steps is safe (Pillai et al., OSDI'14). A failed fsync is not
@@ -737,13 +740,13 @@ def atomic_write(path, buffers, check=None) -> int:
     return size
 
 
-def copy_checked(source, target) -> None:
+def copy_checked(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """`target` becomes a durable copy of the checkpoint `source`. CorruptCheckpoint where the copy
     is damaged, so that what a disk has garbled replaces no good file; OSError."""
     atomic_write(target, _pieces(source), check=verify)
 
 
-def link_or_copy(source, target, links=True) -> None:
+def link_or_copy(source: str | os.PathLike, target: str | os.PathLike, links: bool = True) -> None:
     """`target` becomes another name of `source`, of the same directory: a hard link where possible,
     else a second durable file. Raises OSError."""
     if not links:
@@ -760,14 +763,14 @@ def link_or_copy(source, target, links=True) -> None:
     _sync_directory(target.parent)
 
 
-def sweep_temps(directory) -> None:
+def sweep_temps(directory: str | os.PathLike) -> None:
     """Remove the temp files of dead processes in `directory`."""
     for temp in Path(directory).glob(".*.tmp"):
         if is_dead_temp(temp):
             _unlink(temp)
 
 
-def is_dead_temp(path) -> bool:
+def is_dead_temp(path: Path) -> bool:
     """Whether `path` is a temp file that no live process writes: by the process in its name on this
     host, elsewhere and in any doubt once it has not changed for ABANDONED seconds."""
     named = TEMP.fullmatch(path.name)
@@ -787,7 +790,7 @@ def is_dead_temp(path) -> bool:
     return not is_alive(process)
 
 
-def is_alive(process) -> bool:
+def is_alive(process: int) -> bool:
     """Whether a process of this number exists on this host."""
     try:
         os.kill(process, 0)
@@ -1069,7 +1072,7 @@ class Kind(NamedTuple):
     spare: bool = False     # worth nothing once a later save is durable: `clean` removes it
 
     @property
-    def glob(self):
+    def glob(self) -> str:
         return re.sub(r"\{.*?\}", "*", self.name)
 
 
@@ -1084,7 +1087,7 @@ NAME = re.compile("|".join(f"(?P<{key}>{re.escape(kind.glob)})" for key, kind in
                   .replace(r"\*", r"\d+"))
 
 
-def checkpoints(directory) -> list[Path]:
+def checkpoints(directory: str | os.PathLike) -> list[Path]:
     """Paths in `directory` that are named like a checkpoint, by name; none where it is absent."""
     try:
         names = sorted(os.listdir(directory))
@@ -1101,12 +1104,13 @@ class Candidate:
     foreign     a sound file of another program
     fault       an OSError that may pass: what the file holds is not known"""
 
-    def __init__(self, path, label=""):
+    def __init__(self, path: str | os.PathLike, label: str = "") -> None:
         self.path = Path(path)
         self.label = label or self.path.name
         named = NAME.fullmatch(self.path.name)
         self.kind = named and named.lastgroup
-        self.facts = self.damage = self.fault = None
+        self.facts: Any = None
+        self.damage = self.fault = None
         self.foreign = False
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -1125,7 +1129,7 @@ class Candidate:
                 self.fault = error
 
     @property
-    def order(self):
+    def order(self) -> tuple[int, ...]:
         """Newest save first: the counter only grows, also after a rollback; equal counters go by
         progress, then by kind."""
         f = self.facts
@@ -1133,11 +1137,11 @@ class Candidate:
         return f["save_counter"], f["global_step"], f["epoch"], f["batch"], rank
 
     @property
-    def save(self):
+    def save(self) -> Any:
         """What makes two files the same save; None where it is not known."""
         return self.facts and (self.facts["run"], self.facts["start"], self.facts["save_counter"])
 
-    def stands_for(self, other):
+    def stands_for(self, other: "Candidate") -> bool:
         """Whether this sound file holds the save of `other`, which cannot be read: by its progress,
         else by the name of a snapshot, which says its epoch and batch."""
         if other.facts:
@@ -1150,7 +1154,7 @@ class Candidate:
                 f"save {f['save_counter']}")
 
 
-def candidates(directory, labelled=False) -> list[Candidate]:
+def candidates(directory: str | os.PathLike, labelled: bool = False) -> list[Candidate]:
     """Files of `directory` that a resume may take, furthest first, then the best, then what cannot
     be taken. `labelled`: they are called by their whole paths. Raises OSError."""
     found = [Candidate(path, str(path) if labelled else "") for path in checkpoints(directory)]
@@ -1158,7 +1162,7 @@ def candidates(directory, labelled=False) -> list[Candidate]:
     return in_order(c for c in found if c.facts or c.fault or os.path.lexists(c.path))
 
 
-def in_order(found):
+def in_order(found: Iterable[Candidate]) -> list[Candidate]:
     found = list(found)
     usable = sorted((c for c in found if c.facts and not c.damage), key=lambda c: c.order,
                     reverse=True)
@@ -1166,7 +1170,7 @@ def in_order(found):
     return usable + [c for c in found if c not in usable]
 
 
-def in_line(facts, later) -> bool:
+def in_line(facts: dict[str, Any], later: dict[str, Any]) -> bool:
     """Whether the save of `facts` is one that the save of `later` goes back to, or is itself.
 
     Each start of a process is a line of its own; a save names the starts before its own, and the
@@ -1179,7 +1183,8 @@ def in_line(facts, later) -> bool:
     return facts["save_counter"] <= left.get(facts["start"], left.get("", -1))
 
 
-def choose(found, open_, say=print):
+def choose(found: list[Candidate], open_: Callable[[Path], Any],
+           say: Callable[[str], object] = print) -> tuple[Candidate | None, Any]:
     """(Candidate, what open_ made of it) of the latest save in `found` that open_ accepts, or
     (None, None). Says of each file why it is taken or not.
 
@@ -1236,21 +1241,23 @@ def _explain(chosen, usable, say):
             say(f"resume: older: {other.label}: {other}, {same}")
 
 
-def reason_of(error) -> str:
+def reason_of(error: BaseException) -> str:
     """What is wrong, without the file's name."""
     if isinstance(error, CorruptCheckpoint):
         return str(error).split(": ", 1)[-1]
     return getattr(error, "strerror", None) or str(error)
 
 
-def find_resume(checkpoints_directory, say=print) -> Path | None:
+def find_resume(checkpoints_directory: str | os.PathLike,
+                say: Callable[[str], object] = print) -> Path | None:
     """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it
     was taken or not. Raises OSError where a file cannot be read now: it may be the latest."""
     chosen, _ = choose(candidates(checkpoints_directory), verify, say)
-    return chosen and chosen.path
+    return chosen.path if chosen else None
 
 
-def rotate(directory, glob_pattern, keep, protect=()) -> list[Path]:
+def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
+           protect: Iterable[str | os.PathLike] = ()) -> list[Path]:
     """Delete all but the newest `keep` files (0 = all stay) that match; returns the deleted paths.
 
     Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect`
@@ -1273,7 +1280,7 @@ def rotate(directory, glob_pattern, keep, protect=()) -> list[Path]:
 
 # ---- what a copied loop needs besides: random states, signals ----
 
-def random_states():
+def random_states() -> dict[str, Any]:
     """Random states of Python, NumPy (if loaded), torch and the current GPU, as plain values and
     CPU tensors."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
@@ -1285,7 +1292,7 @@ def random_states():
     return states
 
 
-def restore_random_states(states):
+def restore_random_states(states: dict[str, Any]) -> None:
     """Go on with the random numbers that would have followed `random_states()`."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
@@ -1309,11 +1316,11 @@ class Signals:
 
     WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self, ends=False):
+    def __init__(self, ends: bool = False) -> None:
         self.ends = ends
         self.number = 0
         self.since = 0.0
-        self.before = {}
+        self.before: dict[int, Any] = {}
         self.process = os.getpid()
 
     def __enter__(self):
@@ -1408,9 +1415,12 @@ class Checkpointer:
                                    (snapshots are turned away while that fails)
         failed 3 times and for save_patience_minutes ----> SaveFailed, in the training loop"""
 
-    def __init__(self, directory, mid_epoch_minutes=30.0, mid_epoch_keep=5, checkpoint_interval=1,
-                 checkpoint_keep=3, mode="max", on_saved=None, before_save=None, background=True,
-                 say=print, save_patience_minutes=60.0, check_finite=True):
+    def __init__(self, directory: str | os.PathLike, mid_epoch_minutes: float = 30.0,
+                 mid_epoch_keep: int = 5, checkpoint_interval: int = 1, checkpoint_keep: int = 3,
+                 mode: str = "max", on_saved: Callable[[Path], object] | None = None,
+                 before_save: Callable[[Path], object] | None = None, background: bool = True,
+                 say: Callable[[str], object] = print, save_patience_minutes: float = 60.0,
+                 check_finite: bool = True) -> None:
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         self.minutes = mid_epoch_minutes
         self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
@@ -1425,21 +1435,22 @@ class Checkpointer:
         self.run = uuid.uuid4().hex[:12]
         self.start = uuid.uuid4().hex[:8]   # of this process: its saves are a line of their own
         # [start, its save that was left, whether that was asked for], oldest first
-        self.starts = []
+        self.starts: list[list] = []
         self.counter = 0                    # of the newest save
         self.position = (1, 0)              # epoch in progress, batches trained in it
         self.global_step = 0                # batches that `batches` has yielded, in all
-        self._in_progress = None            # place of the batch that it yielded last
+        # place of the batch that it yielded last
+        self._in_progress: tuple[int, int] | None = None
         # the file that this run goes on from: never rotated away
         self.resumed = None
         self.blocked = 0.0                  # seconds that training waited for the last save
         self._slowest = 0.0                 # seconds of the slowest save
         self._image = _Image(self.say)
-        self._names = []                    # of the image
+        self._names: list[str] = []         # of the image
         self._measured = None               # metric of the image
         self._best = None                   # metric of best.pt, {}: none; None: never read
         self._writing = None                # future of the save in progress
-        self._failed = None                 # error of the image's save: it is in memory alone
+        self._failed: Any = None            # error of the image's save: it is in memory alone
         self._failures = 0                  # in a row
         self._failing_since = 0.0
         self._closed = False
@@ -1480,7 +1491,7 @@ class Checkpointer:
 
     # -- going on --
 
-    def resume(self, resume=True):
+    def resume(self, resume: bool | str | os.PathLike = True) -> dict[str, Any] | None:
         """State to continue from, or None: that of the best file of the directory, or of the file
         `resume` where it is a path; False begins anew.
 
@@ -1503,7 +1514,7 @@ class Checkpointer:
         self._name_line()
         return state
 
-    def adopt(self, state, path=None):
+    def adopt(self, state: dict[str, Any], path: str | os.PathLike | None = None) -> None:
         """Continue the line that `state`, loaded from `path`, belongs to, whatever later saves the
         directory holds. Its first save is made here and outranks them, so that every later resume
         follows this line; a kill before it changes nothing. Raises OSError where it fails."""
@@ -1586,7 +1597,7 @@ class Checkpointer:
 
     # -- a loop over a DataLoader --
 
-    def batches(self, loader, seed=0):
+    def batches(self, loader: Any, seed: int = 0) -> Iterator[tuple[int, Any]]:
         """Yield (batch number from 1, batch) of the epoch in progress from the DataLoader `loader`,
         those trained already left out without being loaded.
 
@@ -1605,7 +1616,7 @@ class Checkpointer:
             self.global_step += 1
             yield number, batch
 
-    def pack(self, parts) -> dict:
+    def pack(self, parts: dict[str, Any]) -> dict[str, Any]:
         """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each
         of `parts`, {name: object}, the random states and the place."""
         epoch, batch = self._in_progress or self.position
@@ -1613,7 +1624,7 @@ class Checkpointer:
         return {**states, "random": random_states(), "epoch": epoch, "batch": batch,
                 "global_step": self.global_step}
 
-    def unpack(self, parts, state):
+    def unpack(self, parts: dict[str, Any], state: dict[str, Any] | None) -> None:
         """Put what `pack` took back into `parts`; a `state` of None, a fresh start, changes
         nothing. IncompleteState, with nothing changed, where it lacks one of them."""
         if state:
@@ -1625,7 +1636,7 @@ class Checkpointer:
                 part.load_state_dict(state[name])
             restore_random_states(state["random"])
 
-    def boundary(self, parts):
+    def boundary(self, parts: dict[str, Any]) -> None:
         """After a step: save `parts` when it is time; once a signal came, save and leave the
         process with its exit code."""
         if self.due() or self.stopping():
@@ -1642,7 +1653,7 @@ class Checkpointer:
         return time.monotonic() >= self._due_at
 
     @contextlib.contextmanager
-    def signals(self):
+    def signals(self) -> Iterator[Signals]:
         """`with saver.signals():` has SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 wait for
         `stopping`. Left only when the last save is durable: the second signal of a pair must not
         meet a writer at work."""
@@ -1664,7 +1675,8 @@ class Checkpointer:
 
     # -- saving --
 
-    def save_mid(self, state, since=None, last=False) -> bool:
+    def save_mid(self, state: dict[str, Any], since: float | None = None,
+                 last: bool = False) -> bool:
         """Snapshot of an epoch in progress: state["epoch"] from 1, state["batch"] batches trained
         in it. since: time.monotonic() when packing `state` began; what training waited counts
         from there. last: the process stops after it, so it waits for a save that failed before.
@@ -1688,8 +1700,9 @@ class Checkpointer:
             self._save(state, "mid_epoch", names, None, since)
             return True
 
-    def save_epoch(self, state, metric=None, name="metric", tie=None, rules=None,
-                   since=None) -> bool:
+    def save_epoch(self, state: dict[str, Any], metric: float | None = None, name: str = "metric",
+                   tie: float | None = None, rules: str | None = None,
+                   since: float | None = None) -> bool:
         """End of an epoch: checkpoint_epoch_EEE.pt, last.pt and, where `metric` beats it strictly,
         best.pt. True if best.
 
@@ -1714,7 +1727,7 @@ class Checkpointer:
             self._save(state, "epoch", names, measured, since)
             return improved
 
-    def is_best(self, measured) -> bool:
+    def is_best(self, measured: dict[str, Any] | None) -> bool:
         """Whether a `measurement` is strictly better than what best.pt holds; NaN never is.
 
         The end of an epoch that waits in memory is written first: it may be the best. The file is
@@ -2062,7 +2075,8 @@ def _mixed(*numbers):
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
 
 
-def measurement(value, name="metric", tie=None, rules=None) -> dict:
+def measurement(value: float, name: str = "metric", tie: float | None = None,
+                rules: str | None = None) -> dict[str, Any]:
     """A metric as a checkpoint holds it. rules: a short text for the rules it was computed by."""
     found = {"name": name, "value": float(value)}
     if tie is not None:
@@ -2072,7 +2086,7 @@ def measurement(value, name="metric", tie=None, rules=None) -> dict:
     return found
 
 
-def better(value, best, mode="max") -> bool:
+def better(value: float, best: float | None, mode: str = "max") -> bool:
     """Strictly better; a NaN never is, and anything beats a NaN or None."""
     if math.isnan(value):
         return False
@@ -2081,13 +2095,13 @@ def better(value, best, mode="max") -> bool:
     return value > best if mode == "max" else value < best
 
 
-def abandoned_name(best) -> Path:
+def abandoned_name(best: Candidate) -> Path:
     """Another name for the Candidate `best`, best.pt of a line that was left."""
     run, _, counter = best.save
     return best.path.with_name(f"abandoned_best_{run or 'run'}_{counter}.pt")
 
 
-def tolerant(say):
+def tolerant(say: Callable[[str], object]) -> Callable[[str], object]:
     """`say` without what it raises: a closed or narrow terminal stops no save."""
     def said(line, *arguments, **options):
         try:
@@ -2121,7 +2135,7 @@ def _free_name(path):
     return free
 
 
-def links_work(directory) -> bool:
+def links_work(directory: str | os.PathLike) -> bool:
     """Whether a file of `directory` can have two names. Raises OSError where it takes no file."""
     probe, other = _temp(Path(directory, "probe")), _temp(Path(directory, "probe"))
     try:
@@ -2154,13 +2168,13 @@ class Lock:
 
     held: set["Lock"] = set()               # the open ones of this process
 
-    def __init__(self, fd, path):
+    def __init__(self, fd: int, path: Path) -> None:
         self.fd = fd
         self.path = path
         self.directory = os.stat(path.parent)
         self.held.add(self)
 
-    def is_at(self, directory) -> bool:
+    def is_at(self, directory: str | os.PathLike) -> bool:
         """Whether the lock file of `directory` is the one that is held. FileNotFoundError where the
         directory is gone."""
         os.stat(directory)
@@ -2169,11 +2183,11 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    def is_in(self, directory) -> bool:
+    def is_in(self, directory: str | os.PathLike) -> bool:
         """Whether `directory` is the one that was locked."""
         return os.path.samestat(os.stat(directory), self.directory)
 
-    def close(self):
+    def close(self) -> None:
         if self not in self.held:
             return
         self.held.discard(self)
@@ -2185,7 +2199,7 @@ class Lock:
         os.close(self.fd)
 
     @classmethod
-    def leave_to_parent(cls):
+    def leave_to_parent(cls) -> None:
         """In a forked child: close the descriptors without unlocking, which would take the lock
         from the parent too."""
         for lock in cls.held:
@@ -2202,7 +2216,7 @@ class Lock:
 os.register_at_fork(after_in_child=Lock.leave_to_parent)
 
 
-def lock(directory, say=print) -> Lock:
+def lock(directory: str | os.PathLike, say: Callable[[str], object] = print) -> Lock:
     """Hold `directory` for this process; returns a Lock with `close`. Raises InUse where another
     process does."""
     path = Path(directory, ".lock").absolute()
@@ -2232,7 +2246,7 @@ def _take(fd, directory, say):
     raise InUse(directory, holder_of(fd))
 
 
-def holder_of(fd):
+def holder_of(fd: int) -> tuple[int, str] | None:
     """(process, host) that the text of a lock file names, or None."""
     text = os.pread(fd, 200, 0).decode(errors="replace")
     named = re.fullmatch(r"process (\d+) on (\S+)\s*", text)
@@ -2250,12 +2264,12 @@ COMMANDS = {            # name -> (module beside this file, what it does)
 }
 
 
-def files_below(path):
+def files_below(path: str | os.PathLike) -> list[Path]:
     """Every .pt at or below `path`, links followed, each folder once."""
     if not os.path.isdir(path):
         return [Path(path)]
     found, seen = [], set()
-    for folder, folders, files in os.walk(path, followlinks=True):
+    for folder, folders, files in os.walk(str(path), followlinks=True):
         info = os.stat(folder)
         if (info.st_dev, info.st_ino) in seen:
             folders.clear()
@@ -2266,7 +2280,7 @@ def files_below(path):
     return found
 
 
-def health(path) -> str:
+def health(path: str | os.PathLike) -> str:
     """"ok", or what is wrong; "gone" where a run has rotated it away meanwhile."""
     try:
         verify(path)
@@ -2291,7 +2305,7 @@ def _verify_all(paths):
     return 1 if counts["wrong"] or not counts["found"] else 0
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="checkpoint.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.split("\n")[0],
@@ -2315,7 +2329,8 @@ def main(argv=None):
         print(damage, file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
-        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        name = getattr(error, "filename", None)
+        where = f"{name}: " if name else ""
         print(f"checkpoint.py: {where}{getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
 

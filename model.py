@@ -42,6 +42,7 @@ Papers: Mamba-2 (Dao & Gu, ICML 2024), TCN (Bai et al., 2018), Laplacian encodin
 Bresson, 2021), SSGC (Zhu & Koniusz, ICLR 2021), prior of the last bias (Lin et al., ICCV 2017).
 """
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -160,7 +161,8 @@ def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
     return nn.Parameter(torch.full((math.prod(shape),), float(value)))
 
 
-def keep_features(layers, x, p, training):
+def keep_features(layers: int, x: Tensor, p: float,
+                  training: bool) -> Sequence[Tensor | None] | Tensor:
     """Dropout of whole features for every layer of a stack: a factor (n, 1, d) for x (n, T, d)
     each, one draw per sequence and feature; None where nothing is dropped."""
     if not training or p == 0:
@@ -169,12 +171,12 @@ def keep_features(layers, x, p, training):
     return kept.bernoulli_(1 - p) / (1 - p)
 
 
-def residual(x, y, kept):
+def residual(x: Tensor, y: Tensor, kept: Tensor | None) -> Tensor:
     """x + y, of which the features that `kept` gives are left."""
     return x + y if kept is None else torch.addcmul(x, y, kept)
 
 
-def wavelets(taps, count):
+def wavelets(taps: int, count: int) -> Tensor:
     """(taps, count) windowed sines of unit energy, 1 to 64 Hz, random phases: where an EEG has its
     power."""
     time = torch.arange(taps)[:, None] / 256
@@ -197,13 +199,13 @@ class Order(NamedTuple):
     half: torch.Tensor          # before, and 1/2 on the diagonal: up to the middle of chunk i
 
 
-def triangles(size, reverse, like):
+def triangles(size: int, reverse: tuple[bool, ...], like: Tensor) -> Tensor:
     """(D, size, size) of 0 and 1, row i may see column j: lower for a scan ahead, else upper."""
     ones = torch.ones(size, size, dtype=like.dtype, device=like.device)
     return torch.stack([ones.triu() if back else ones.tril() for back in reverse])
 
 
-def order_of(steps, chunk, reverse, like):
+def order_of(steps: int, chunk: int, reverse: tuple[bool, ...], like: Tensor) -> Order:
     """The Order of scans over `steps`, in the dtype of `like`."""
     chunks = -(-steps // chunk)
     seen = triangles(chunk, reverse, like)
@@ -213,12 +215,12 @@ def order_of(steps, chunk, reverse, like):
     return Order(reverse, chunk, seen, middle, upto - itself, upto - itself / 2)
 
 
-def chunk_length(steps):
+def chunk_length(steps: int) -> int:
     """Steps per chunk: of 12..24 the one that needs the least padding, then the largest."""
     return min(range(12, MAX_CHUNK + 1), key=lambda length: (-steps % length, -length))
 
 
-def chunked(v, chunk):
+def chunked(v: Tensor, chunk: int) -> Tensor:
     """(n, D, T, ...) -> (n, D, chunks, chunk, ...). Behind the end dt = a = 0: nothing is added or
     lost."""
     pad = -v.shape[2] % chunk
@@ -227,13 +229,13 @@ def chunked(v, chunk):
     return v.unflatten(2, (-1, chunk))
 
 
-def by_head(v):
+def by_head(v: Tensor) -> Tensor:
     """(n, D, chunks, chunk, heads) -> (D, n, heads, chunks, chunk), to multiply with one matrix per
     direction."""
     return v.permute(1, 0, 4, 2, 3).contiguous()
 
 
-def by_row(v):
+def by_row(v: Tensor) -> Tensor:
     """by_head's inverse: to scale rows by."""
     return v.permute(1, 0, 3, 4, 2).contiguous()
 
@@ -263,7 +265,8 @@ class Scanned(NamedTuple):
     mask: torch.Tensor          # (n, D, chunks, chunk, chunk): c_i b_j' where row i sees column j
 
 
-def scan(x, dt, a, b, c, order):
+def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor,
+         order: Order) -> tuple[Tensor, Scanned]:
     """ssd in D directions at once: y and a Scanned.
 
     x (n, D, T, heads, headdim), dt and a (n, D, T, heads), b and c (n, D, T, states). Inside a
@@ -292,7 +295,7 @@ def scan(x, dt, a, b, c, order):
     return y, Scanned(u, fall, rise, links, start, mask)
 
 
-def chunk_links(total, order):
+def chunk_links(total: Tensor, order: Order) -> Tensor:
     """exp of the log-decay from the middle of chunk j to that of i, 0 unless j comes before i.
 
     total (D, n, heads, chunks) of each chunk -> (D x n x heads, chunks, chunks). A sum of what lies
@@ -305,7 +308,7 @@ def chunk_links(total, order):
     return links.flatten(0, 1)
 
 
-def relay(added, links):
+def relay(added: Tensor, links: Tensor) -> Tensor:
     """States at the middle of each chunk, from what each chunk adds there: (n, D, chunks, size,
     states) both. One product over the chunks, whatever their number."""
     n, directions, chunks, size, states = added.shape
@@ -317,7 +320,8 @@ def relay(added, links):
     return found.reshape(n, directions, chunks, size, states)
 
 
-def scan_gradient(dy, growth, x, b, c, order, kept):
+def scan_gradient(dy: Tensor, growth: Tensor, x: Tensor, b: Tensor, c: Tensor, order: Order,
+                  kept: Scanned) -> list[Tensor]:
     """Gradients of x, dt, a, b and c from that of y; growth (n, D, T, heads) is dy y summed over a
     head.
 
@@ -350,7 +354,7 @@ def scan_gradient(dy, growth, x, b, c, order, kept):
     return [v[:, :, :steps] for v in found]
 
 
-def accumulate(growth, order):
+def accumulate(growth: Tensor, order: Order) -> Tensor:
     """Gradient of each log-decay: the growth of its own and of all later steps, (n, D, chunks,
     chunk, heads) both."""
     growth = by_head(growth)
@@ -360,7 +364,7 @@ def accumulate(growth, order):
     return growth.permute(1, 0, 3, 4, 2)
 
 
-def in_directions(v, directions, steps):
+def in_directions(v: Tensor, directions: int, steps: int) -> Tensor:
     """(n, T + CONV - 1, D x size), contiguous -> (n, D, T, size), a view: direction 1, which looks
     ahead where the other looks back, begins CONV - 1 rows later."""
     n, length, row = v.shape
@@ -369,12 +373,12 @@ def in_directions(v, directions, steps):
     return v.as_strided((n, directions, steps, size), strides)
 
 
-def per_direction(v):
+def per_direction(v: Tensor) -> Tensor:
     """(n, T, D, size) -> (D, n x T, size), a view: the rows of one matrix product per direction."""
     return v.flatten(0, 1).transpose(0, 1)
 
 
-def at_a_time(x):
+def at_a_time(x: Tensor) -> int:
     """Sequences of x (n, ...) that are worked on together: on a CPU few, so that what one operation
     writes, the next finds in cache."""
     if x.device.type != "cpu":
@@ -414,7 +418,8 @@ class Inner(torch.autograd.Function):
     Differentiated by hand: autograd would keep twice as much, and pass over memory more often."""
 
     @staticmethod
-    def forward(ctx, mixed, taps, bias, dt_bias, decay, skip, out, order):
+    def forward(ctx: Any, mixed: Tensor, taps: Tensor, bias: Tensor, dt_bias: Tensor,
+                decay: Tensor, skip: Tensor, out: Tensor, order: Order) -> Tensor:
         directions, inner, width = out.shape
         n, steps, _ = mixed.shape
         rows, gate, raw = split_mixed(mixed, taps, out)
@@ -448,7 +453,7 @@ class Inner(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Kept._fields)
         kept = Kept(*ctx.saved_tensors[:count])
         scanned = Scanned(*ctx.saved_tensors[count:])
@@ -463,7 +468,7 @@ class Inner(torch.autograd.Function):
         return d_mixed, d_taps, d_bias, d_dt_bias, d_decay, d_skip, d_out, None
 
 
-def split_mixed(mixed, taps, out):
+def split_mixed(mixed: Tensor, taps: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """rows (n, T, D x (inner + 2 states)), gate (n, T, D, inner) and raw (n, T, D, heads),
     views."""
     directions, inner, _ = out.shape
@@ -474,7 +479,7 @@ def split_mixed(mixed, taps, out):
     return rows, gate, raw
 
 
-def gate_gradient(g, d_gate, kept):
+def gate_gradient(g: Tensor, d_gate: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     """Back through the last matrix, the norm and the gate: fills d_gate, returns the gradients of
     v, as (n, T, D, inner), and of the matrix."""
     inner = kept.v.shape[3]
@@ -493,7 +498,7 @@ def gate_gradient(g, d_gate, kept):
     return kept.opened * dy, d_out
 
 
-def fill_silu_gradient(g, x, place):
+def fill_silu_gradient(g: Tensor, x: Tensor, place: Tensor) -> None:
     """Back through silu(x), into `place`, a view of any layout."""
     if torch.compiler.is_compiling():
         # a compiler knows no results in place, and makes one kernel of both
@@ -502,7 +507,7 @@ def fill_silu_gradient(g, x, place):
         torch.ops.aten.silu_backward.grad_input(g, x, grad_input=place)
 
 
-def inputs_gradient(dv, order, kept, scanned):
+def inputs_gradient(dv: Tensor, order: Order, kept: Kept, scanned: Scanned) -> tuple[Tensor, ...]:
     """Back through the skip and the scan: gradients of x, dt, a, of b and c together, of skip."""
     x = kept.x
     dv = dv.transpose(1, 2).unflatten(-1, x.shape[3:])
@@ -516,7 +521,7 @@ def inputs_gradient(dv, order, kept, scanned):
     return dx, ddt, da, torch.cat([db, dc], -1), d_skip
 
 
-def step_gradient(ddt, da, d_raw, kept):
+def step_gradient(ddt: Tensor, da: Tensor, d_raw: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     """Back through a = -MAX_DECAY tanh(softplus(raw + bias) decay): fills d_raw, returns the
     gradients of bias and decay."""
     d_fade = torch.ops.aten.tanh_backward(da, kept.fade)
@@ -529,7 +534,8 @@ def step_gradient(ddt, da, d_raw, kept):
     return d_dt_bias.view_as(kept.decay), d_decay.view_as(kept.decay)
 
 
-def conv_gradient(dx, d_states, d_rows, kept):
+def conv_gradient(dx: Tensor, d_states: Tensor, d_rows: Tensor,
+                  kept: Kept) -> tuple[Tensor, Tensor]:
     """Back through SiLU and the short convolution: fills d_rows, returns the gradients of taps and
     bias."""
     conv, taps = kept.conv, kept.taps
@@ -548,7 +554,7 @@ def conv_gradient(dx, d_states, d_rows, kept):
     return taps_gradient(d_conv, rows), d_conv.sum((0, 1))
 
 
-def taps_gradient(d_conv, rows):
+def taps_gradient(d_conv: Tensor, rows: Tensor) -> Tensor:
     """(channels, CONV) from the gradient of all rows that a tap sees, (n, T + CONV - 1, channels),
     and the rows (n, T, channels) before the convolution."""
     n, length, channels = rows.shape
@@ -561,7 +567,7 @@ def taps_gradient(d_conv, rows):
     return found.flip(0).T                                     # the first tap sees the earliest row
 
 
-def working_dtype(x):
+def working_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of x compute in: 16 bits under autocast."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
@@ -575,7 +581,8 @@ class Mamba2(nn.Module):
     Nothing is flipped: the backward scan is the upper triangle, and both directions share one
     projection, one convolution and every product."""
 
-    def __init__(self, width, layers, state, headdim, expand=2, bidirectional=True, dropout=0.0):
+    def __init__(self, width: int, layers: int, state: int, headdim: int, expand: int = 2,
+                 bidirectional: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
         inner = width * expand
         if inner % headdim:
@@ -596,11 +603,11 @@ class Mamba2(nn.Module):
         self.skip = vector(heads, value=1)
         self.out = weight(layers, d, inner, width, fan_in=d * inner, gain=1 / math.sqrt(layers))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         parts = [self.run(part) for part in x.split(at_a_time(x))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def run(self, x):
+    def run(self, x: Tensor) -> Tensor:
         """All layers over a part of the sequences."""
         steps = x.shape[1]
         order = order_of(steps, chunk_length(steps), self.reverse, x)
@@ -613,7 +620,7 @@ class Mamba2(nn.Module):
             x = residual(x, y, factor)
         return x
 
-    def parts(self, dtype):
+    def parts(self, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         """The parameters of each layer, those of all layers cast and prepared at once."""
         d = len(self.reverse)
         decay = self.a_log.exp() / MAX_DECAY
@@ -631,7 +638,7 @@ class Windows(torch.autograd.Function):
     in fp32."""
 
     @staticmethod
-    def forward(ctx, x, kernel, dilation, dtype):
+    def forward(ctx: Any, x: Tensor, kernel: int, dilation: int, dtype: torch.dtype) -> Tensor:
         ctx.kernel, ctx.dilation = kernel, dilation
         n, length, width = x.shape
         reach = dilation * (kernel // 2)
@@ -642,7 +649,7 @@ class Windows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         n, length, _ = g.shape
         reach = ctx.dilation * (ctx.kernel // 2)
         g = g.unflatten(2, (ctx.kernel, -1))
@@ -658,7 +665,7 @@ class TCN(nn.Module):
     """Residual dilated convolutions, (B, L, width) -> the same. Each is one matrix product over its
     taps."""
 
-    def __init__(self, width, blocks, kernel, dropout):
+    def __init__(self, width: int, blocks: int, kernel: int, dropout: float) -> None:
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(
@@ -668,7 +675,7 @@ class TCN(nn.Module):
         self.taps = nn.ParameterList(weight(seen, width, fan_in=seen) for _ in range(blocks))
         self.bias = vector(blocks, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         dtype = working_dtype(x)
         biases = self.bias.to(dtype).view(len(self.taps), -1)
         kept = keep_features(len(self.taps), x, self.dropout, self.training)
@@ -681,14 +688,14 @@ class TCN(nn.Module):
 
 # ---- graph ----
 
-def pairs(channels):
+def pairs(channels: int) -> Tensor:
     """(channels^2, pairs) of 0 and 1, picks the pairs i < j: a gather whose backward is a matrix
     product."""
     i, j = torch.triu_indices(channels, channels, 1)
     return F.one_hot(i * channels + j, channels * channels).T.float()
 
 
-def sparse_adjacency(edges, neighbours):
+def sparse_adjacency(edges: Tensor, neighbours: int) -> Tensor:
     """Dense (..., C, C) -> symmetric, each electrode's strongest `neighbours` kept. Ties go by
     position."""
     channels = edges.shape[-1]
@@ -699,7 +706,7 @@ def sparse_adjacency(edges, neighbours):
     return (edges + edges.transpose(-1, -2)) / 2
 
 
-def normalised(adjacency):
+def normalised(adjacency: Tensor) -> Tensor:
     """D^-1/2 (A + I) D^-1/2 (Kipf & Welling, ICLR 2017). The self-loop keeps every degree >= 1."""
     looped = adjacency + torch.eye(adjacency.shape[-1], device=adjacency.device)
     scale = looped.sum(-1).rsqrt()
@@ -707,7 +714,7 @@ def normalised(adjacency):
 
 
 @torch.no_grad()
-def laplacian_encoding(operator, count):
+def laplacian_encoding(operator: Tensor, count: int) -> Tensor:
     """Eigenvectors of I - operator for the smallest eigenvalues, (..., C, C) -> (..., C, count),
     fp32.
 
@@ -725,8 +732,9 @@ def laplacian_encoding(operator, count):
 class DynamicGraph(nn.Module):
     """Electrode streams (B, C, L, width) -> a sparse symmetric adjacency per graph, (B, G, C,
     C)."""
+    pairs: Tensor
 
-    def __init__(self, channels, c):
+    def __init__(self, channels: int, c: dict[str, Any]) -> None:
         super().__init__()
         width, edge, self.heads = c["node_width"], c["edge_width"], c["edge_heads"]
         if width % self.heads:
@@ -741,7 +749,7 @@ class DynamicGraph(nn.Module):
         self.score_bias = vector(1)
         self.register_buffer("pairs", pairs(channels), persistent=False)
 
-    def similarity(self, streams):
+    def similarity(self, streams: Tensor) -> Tensor:
         """Cosine of every pair of electrodes over each graph's steps, per head: (B, G, heads,
         C^2)."""
         batch, channels, length, _ = streams.shape
@@ -755,7 +763,7 @@ class DynamicGraph(nn.Module):
         similar = q @ q.transpose(-1, -2)
         return similar.flatten(-2)
 
-    def forward(self, streams):
+    def forward(self, streams: Tensor) -> Tensor:
         batch, channels, length, _ = streams.shape
         picked = self.pairs.shape[1]
         with torch.autocast(streams.device.type, enabled=False):
@@ -780,14 +788,15 @@ class GraphConvolutions(nn.Module):
     SSGC: (0.05 I + 0.95 / 2 (A + A^2)) x W. The two hops are one C x C operator for all steps of a
     graph."""
 
-    def __init__(self, width, layers, steps, eigenvectors, dropout):
+    def __init__(self, width: int, layers: int, steps: int, eigenvectors: int,
+                 dropout: float) -> None:
         super().__init__()
         self.steps, self.eigenvectors, self.dropout = steps, eigenvectors, dropout
         self.mix = weight(layers, width, width, fan_in=width)
         self.encode = weight(layers, eigenvectors, width, fan_in=eigenvectors)
         self.bias = vector(layers, width)
 
-    def forward(self, x, adjacency):
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
         batch, channels, length, width = x.shape
         with torch.autocast(x.device.type, enabled=False):
             hop = normalised(adjacency)
@@ -815,8 +824,10 @@ class GraphConvolutions(nn.Module):
 class FilterBank(nn.Module):
     """(B, C, T) -> (B, C, T / hop, width): log power of BANDS over SECONDS around each step,
     relative to EEG that falls with f^-1.4, mixed into features."""
+    taper: Tensor
+    bands: Tensor
 
-    def __init__(self, width, hop, size):
+    def __init__(self, width: int, hop: int, size: float) -> None:
         super().__init__()
         self.hop = hop
         samples = SECONDS * 256
@@ -836,7 +847,7 @@ class FilterBank(nn.Module):
         turns = (torch.arange(count) + 0.5)[:, None] * (torch.arange(width) % count) / count
         self.mix = nn.Parameter(torch.cos(math.pi * turns) * (size / math.sqrt(count)))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         samples = len(self.taper)
         x = F.pad(x, ((samples - self.hop) // 2, samples - self.hop - (samples - self.hop) // 2))
         with torch.autocast(x.device.type, enabled=False):
@@ -898,7 +909,7 @@ class V3(nn.Module):
         streams = self.convolve(streams, adjacency)
         return self.head(streams, wide, local)[:, :samples]
 
-    def stem(self, x):
+    def stem(self, x: Tensor) -> Tensor:
         """(B, C, T) -> (B, C, T / 16, stem): companded, then filters of 250 ms, 16 times a second.
 
         x / (1 + x^2)^1/4 is linear below one amplitude and a square root above: 1000 amplitudes
@@ -912,7 +923,7 @@ class V3(nn.Module):
         frames = torch.cat(seen, -1)
         return F.gelu(F.linear(frames, self.filters.T, self.filters_bias))
 
-    def electrodes(self, local):
+    def electrodes(self, local: Tensor) -> Tensor:
         """(B, C, T / 16, stem) -> (B, C, L, node): each step embeds its own and the preceding
         `hop`."""
         patches = local.unflatten(2, (-1, self.fine)).flatten(3)
@@ -930,7 +941,8 @@ class Head(nn.Module):
     care where a seizure is. The same attention pools the stem's 16 Hz features, which place onset
     and end."""
 
-    def __init__(self, channels, node, tcn, stem, width, fine, prior, local=16):
+    def __init__(self, channels: int, node: int, tcn: int, stem: int, width: int, fine: int,
+                 prior: float, local: int = 16) -> None:
         super().__init__()
         self.fine, self.local = fine, local
         self.attend = weight(node, 1, fan_in=node)
@@ -945,7 +957,7 @@ class Head(nn.Module):
         self.to_step = weight(width, 1, fan_in=width, gain=0.1)
         self.logit = vector(1, value=math.log(prior / (1 - prior)))
 
-    def forward(self, streams, wide, local):
+    def forward(self, streams: Tensor, wide: Tensor, local: Tensor) -> Tensor:
         batch, channels, length, _ = streams.shape
         streams = norm(streams).to(working_dtype(streams))
         share = torch.softmax((streams @ self.attend).float(), 1)      # (B, C, L, 1)
