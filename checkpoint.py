@@ -1122,6 +1122,8 @@ class Candidate:
         except CorruptCheckpoint as damage:
             self.damage = reason_of(damage)
             self.foreign = damage.foreign
+        except MemoryError:
+            self.fault = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path))
         except OSError as error:
             if error.errno in LASTING:
                 self.damage = reason_of(error)
@@ -1520,8 +1522,12 @@ class Checkpointer:
         follows this line; a kill before it changes nothing. Raises OSError where it fails."""
         self._follow(state, path, asked=True)
         epoch, batch = self.position
-        self.save_mid({**state, "epoch": epoch, "batch": batch})
-        self.wait()
+        keep, self.keep = self.keep, {}     # what is best is asked of files that would be rotated
+        try:
+            self.save_mid({**state, "epoch": epoch, "batch": batch})
+            self.wait()
+        finally:
+            self.keep = keep
         if self._failed:
             error, self._failed = self._failed, None
             raise OSError(getattr(error, "errno", None) or errno.EIO,
@@ -1858,7 +1864,7 @@ class Checkpointer:
         for weights in self._image.weights(self.finite).values():
             self._image.refuse_nonfinite(weights)           # a refused save costs no snapshot
         room = 2 if len(names) > 1 else 1
-        keep = self.keep["mid_epoch"]
+        keep = self.keep.get("mid_epoch")
         if keep:
             self._rotate("mid_epoch", max(1, keep - room))
 
@@ -2287,8 +2293,9 @@ def health(path: str | os.PathLike) -> str:
         return "ok"
     except CorruptCheckpoint as damage:
         return f"{'FOREIGN' if damage.foreign else 'DAMAGED'}: {reason_of(damage)}"
-    except OSError as error:
-        return f"UNREADABLE: {reason_of(error)}" if os.path.lexists(path) else "gone"
+    except (OSError, MemoryError) as error:
+        why = reason_of(error) or "out of memory"
+        return f"UNREADABLE: {why}" if os.path.lexists(path) else "gone"
 
 
 def _verify_all(paths):
@@ -2327,6 +2334,9 @@ def main(argv: list[str] | None = None) -> int:
         return _elsewhere(module).command(args)
     except CorruptCheckpoint as damage:
         print(damage, file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"checkpoint.py: out of memory: nothing was touched: {error}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)

@@ -27,7 +27,7 @@ def test_a_lock_is_given_back_at_close_though_a_forked_child_lives_on(tmp_path):
     if not child:
         signal.pause()
     try:
-        with pytest.raises(checkpoint.InUse, match=f"in use by process {os.getpid()} "):
+        with pytest.raises(checkpoint.InUse, match="in use by this process: close the earlier Checkpointer first"):
             checkpoint.lock(tmp_path)
         held.close()
         held.close()
@@ -74,8 +74,9 @@ def test_the_loop_of_the_docstring_with_its_dropout_killed_ten_times_ends_bit_id
     assert crash.run_child(lambda: crash.run_loop(tmp_path / "cut")) == "done"
     for name in ("last.pt", "best.pt"):
         mine, whole = (checkpoint.load(tmp_path / run / "checkpoints" / name) for run in ("cut", "whole"))
-        for key in ("model", "optimizer", "epoch", "batch", "global_step", "metric"):
+        for key in ("model", "optimizer", "epoch", "batch", "global_step"):
             assert crash.same(mine[key], whole[key]), key
+        assert mine["holdfast"]["metric"] == whole["holdfast"]["metric"]
 
 
 def test_random_states_bring_back_every_generator(tmp_path):
@@ -200,7 +201,7 @@ def test_what_find_resume_takes_a_resume_takes_too(tmp_path, content):
     with saver(tmp_path) as s:
         assert s.resume() is None
         with pytest.raises(checkpoint.CorruptCheckpoint, match="no epoch and batch"):
-            s.resume(tmp_path / "last.pt")
+            s.resume(tmp_path / "foreign_last.pt")          # where it was set aside
 
 
 def failing_reads(monkeypatch, path, times, number=errno.EIO):
