@@ -73,6 +73,8 @@ def test_rows_follow_a_folder_that_was_moved_away_and_leave_the_new_one_alone(tm
     file = metrics(folder, [], own=folder.exists)
     file.write(kind="train", step=1, loss=1.0)
     file.own = lambda: False
+    file.charts.close()                     # its thread writes by name
+    file.charts.writer = None
     folder.rename(moved)
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 77}\n')
@@ -124,8 +126,8 @@ def test_a_file_in_the_way_of_a_folder_is_refused(corpus, tmp_path):
 def test_where_every_file_of_both_places_is_damaged_the_run_begins_anew_and_both_are_kept(corpus, tmp_path):
     config = loaded(corpus, tmp_path, training__epochs=1, training__mirror=str(tmp_path / "nas"))
     assert train.run(config) == 0
-    for path in [*(tmp_path / "t/checkpoints").glob("*.pt"), *(tmp_path / "nas/t/checkpoints").glob("*.pt")]:
-        if not path.is_symlink() and path.stat().st_nlink >= 1 and path.name in ("last.pt",):
+    for place in (tmp_path / "t/checkpoints", tmp_path / "nas/t/checkpoints"):
+        for path in {path.stat().st_ino: path for path in place.glob("*.pt")}.values():
             flip(path)
     assert train.run(loaded(corpus, tmp_path, training__epochs=1, training__mirror=str(tmp_path / "nas")), "true") == 0
     assert (tmp_path / "t.1").is_dir() and (tmp_path / "nas/t.1").is_dir()
