@@ -64,8 +64,8 @@ def progress(run):
         # the resume will name the damaged ones
         with contextlib.suppress(checkpoint.CorruptCheckpoint, OSError):
             state = checkpoint.load(candidate.path)
-            validated = len(state.get("validation") or ())
-            return [state["global_step"], state.get("kind") == "epoch", validated]
+            facts, validated = checkpoint.facts_of(state), len(state.get("validation") or ())
+            return [state["global_step"], facts["kind"] == "epoch", validated]
     return [0, False, 0]
 
 

@@ -23,6 +23,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 
+import checkpoint
 import forked
 import modal_app
 import modal_trial
@@ -272,6 +273,16 @@ def leave_records(run, minutes, **record):
         began = time.time() - 60 * sum(minutes[number - 1:])
         common = {"launch": "one", "call": None, "progress": [0, False, 0], "began": began, "seen": began}
         records.put(run / "attempts" / f"{number:03d}.json", common | record)
+
+
+def test_progress_tells_an_epoch_that_has_ended_from_one_in_progress(tmp_path):
+    with checkpoint.Checkpointer(tmp_path / "checkpoints", say=lambda line: None) as saver:
+        saver.save_mid({"epoch": 1, "batch": 2, "global_step": 2})
+        saver.settle()
+        assert records.progress(tmp_path) == [2, False, 0]
+        saver.save_epoch({"epoch": 1, "batch": 3, "global_step": 3})
+        saver.settle()
+        assert records.progress(tmp_path) == [3, True, 0]
 
 
 def test_preemptions_do_not_count_as_attempts_without_progress(tmp_path):

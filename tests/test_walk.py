@@ -107,7 +107,7 @@ def expect_whole_run(said, run):
     """The line that was killed went on from its snapshot, to the end, without a step twice."""
     assert re.search(r"resume: chose mid_epoch_001_", said), said
     state = checkpoint.load(run / "checkpoints" / "last.pt")
-    assert (state["epoch"], state["kind"]) == (2, "epoch")
+    assert (state["epoch"], checkpoint.facts_of(state)["kind"]) == (2, "epoch")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == list(range(1, state["global_step"] + 1))
