@@ -31,7 +31,7 @@ from eeg import edf  # noqa: E402
 import forked  # noqa: E402
 from eeg import synth  # noqa: E402
 
-LONG = {"test_ddp", "test_walk", "test_crash", "test_modal", "test_train", "test_checkpoint"}
+LONG = {"test_ddp", "test_copying", "test_pairs", "test_walk", "test_crash", "test_modal", "test_train", "test_checkpoint"}
 NAMES = edf.CHANNELS["referential"]
 
 
@@ -138,7 +138,7 @@ def prepare(path, montage="referential", **settings):
     stem = Path(path).stem
     return Held(str(path), stem, stem.split("_")[0], "", montage, recipe.channels, edf.FS, signal.eeg.shape[1],
                 signal.scale, signal.amplitude, False, np.empty((0, 2)), recipe.hash, "; ".join(header.notes),
-                signal.rate, memory=signal.eeg)
+                source_fs=signal.rate, memory=signal.eeg)
 
 
 class Track:

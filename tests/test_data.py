@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from eeg import augmentation
-import checkpoint
 from eeg import corpora, disk, store
 import data
 from eeg import edf
@@ -85,7 +84,7 @@ def test_a_folder_that_cannot_be_written_opens_all_the_same(synthetic, tmp_path,
 
     def refuse(*arguments):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    monkeypatch.setattr(checkpoint, "write_json", refuse)
+    monkeypatch.setattr(store, "write_json", refuse)
     assert data.fingerprint(data.open_corpus(tmp_path / "out")) == data.fingerprint(data.open_corpus(synthetic[1]))
 
 
