@@ -600,14 +600,14 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves_with_every_earli
 
 @pytest.mark.parametrize("ending", ["a signal", "the last epoch"])
 def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(corpus, small_disk, capsys, monkeypatch, ending):
-    original = checkpoint.Checkpointer._start
+    original = checkpoint.Checkpointer._save
 
-    def start(self, state, kind, names, since=None):
+    def save(self, state, kind, *others):
         if state["epoch"] == 2 and (ending == "a signal" or kind == "epoch"):
             self.wait()
             fill(small_disk)
-        original(self, state, kind, names, since)
-    monkeypatch.setattr(checkpoint.Checkpointer, "_start", start)
+        original(self, state, kind, *others)
+    monkeypatch.setattr(checkpoint.Checkpointer, "_save", save)
     with cut_at(12) if ending == "a signal" else contextlib.nullcontext():
         assert train.run(loaded(corpus, small_disk, training__save_patience_minutes=0.0)) == 1
     out = capsys.readouterr().out
