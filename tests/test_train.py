@@ -156,7 +156,7 @@ def test_when_every_file_is_damaged_the_run_starts_afresh_and_keeps_the_old_file
 
 # ---- stopping ----
 
-HELD = "train.Trainer.save_mid = lambda self: (print('holding', flush=True), time.sleep(600))"
+HELD = "train.Trainer.save_mid = lambda self, last=False: (print('holding', flush=True), time.sleep(600))"
 
 
 def test_a_second_signal_exits_at_once_when_it_comes_a_second_after_the_first(corpus, tmp_path):
@@ -1156,11 +1156,12 @@ def test_rows_that_a_dead_disk_refuses_wait_in_memory_and_come_whole_when_it_is_
     said = []
     record = records.MetricsFile(tmp_path, 0, True, lambda: True, said.append)
     record.pending = ['{"step": 1, "kind": "train"}\n']
-    alive, record.file = record.file, os.open("/dev/full", os.O_WRONLY)     # takes neither a byte nor a length
+    whole, record.path = record.path, Path("/dev/full")                     # takes no byte
+    alive, record.file = record.file, os.open(record.path, os.O_WRONLY)
     record.flush()
     assert len(record.pending) == 1 and "1 rows wait in memory" in said[-1]
     os.close(record.file)
-    record.file = alive
+    record.file, record.path = alive, whole
     os.write(alive, b'{"step": 1, "ki')                 # half a line, where the room ended
     record.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "kind": "train"}\n'
