@@ -90,3 +90,34 @@ def test_clean_removes_damage_of_this_format_only(tmp_path, capsys):
     assert names(tmp_path) == sorted(["best.pt", "checkpoint_epoch_001.pt", "last.pt", *left])
     out = capsys.readouterr().out
     assert all(f"left {tmp_path}/{name}  (" in out for name in left), out
+
+
+def test_several_runs_are_a_line_each_and_one_that_fresh_moved_aside_is_called_so(tmp_path, capsys):
+    for name, metric in (("v3", 0.7), ("v3.1", 0.5), ("other", None)):
+        with saver(tmp_path / name / "checkpoints") as s:
+            s.save_epoch(state(4, epoch=1), metric=metric, name="auroc")
+            s.save_mid(state(5, epoch=2))
+    assert checkpoint.main(["ls", str(tmp_path)]) == 0
+    lines = {line.split("/checkpoints: ")[0].rsplit("/", 1)[-1]: line for line in capsys.readouterr().out.splitlines()}
+    assert len(lines) == 3 and "best: auroc 0.7000; 4 files" in lines["v3"] and "no best yet" in lines["other"]
+    assert all("newest: epoch 2 batch 5 step 5" in line and "a resume takes mid_epoch_002_000005.pt" in line
+               for line in lines.values())
+    assert "an old run, moved aside" in lines["v3.1"] and "moved aside" not in lines["v3"]
+    assert checkpoint.main(["ls", str(tmp_path), "-v"]) == 0 and capsys.readouterr().out.count("files on disk") == 3
+    checkpoint.main(["clean", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "a whole old run, moved aside by --fresh" in out and "to free in all: 0.0 MB" in out.splitlines()[-1]
+
+
+def test_verify_takes_every_pt_below_a_path_links_once_and_nothing_found_is_an_error(tmp_path, capsys):
+    with saver(tmp_path / "big/v3") as s:
+        s.save_epoch(state(1, epoch=1))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/v3").symlink_to(tmp_path / "big/v3")
+    (tmp_path / "results/v3/round").symlink_to(tmp_path / "results")
+    assert checkpoint.main(["verify", str(tmp_path / "results")]) == 0 and capsys.readouterr().out.count("last.pt: ok") == 1
+    assert checkpoint.main(["ls", str(tmp_path / "results")]) == 0 and "-> last.pt" in capsys.readouterr().out
+    (tmp_path / "big/v3/weights.pt").write_bytes(b"damage")
+    assert checkpoint.main(["verify", str(tmp_path / "results")]) == 1 and "weights.pt: DAMAGED" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert checkpoint.main(["verify", str(tmp_path / "empty")]) == 1 and "no .pt file" in capsys.readouterr().err
