@@ -2274,7 +2274,13 @@ def files_below(path: str | os.PathLike) -> list[Path]:
     """Every .pt at or below `path`, links followed, each folder once."""
     if not os.path.isdir(path):
         return [Path(path)]
-    found, seen = [], set()
+    return [Path(folder, name) for folder, names in folders_below(path)
+            for name in sorted(names) if name.endswith(".pt")]
+
+
+def folders_below(path: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) at and below `path`, links followed, each folder once."""
+    seen = set()
     for folder, folders, files in os.walk(str(path), followlinks=True):
         info = os.stat(folder)
         if (info.st_dev, info.st_ino) in seen:
@@ -2282,8 +2288,7 @@ def files_below(path: str | os.PathLike) -> list[Path]:
             continue
         seen.add((info.st_dev, info.st_ino))
         folders.sort()
-        found += [Path(folder, name) for name in sorted(files) if name.endswith(".pt")]
-    return found
+        yield folder, files
 
 
 def health(path: str | os.PathLike) -> str:

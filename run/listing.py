@@ -44,17 +44,7 @@ def command(args):
 def find_runs(path):
     """Folders at or below `path` that hold checkpoints, links followed, each once; those that may
     not be read are left out."""
-    found, seen = [], set()
-    for folder, folders, _ in os.walk(path, followlinks=True):
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        folders.sort()
-        if checkpoints(folder):
-            found.append(Path(folder))
-    return found
+    return [Path(folder) for folder, _ in checkpoint.folders_below(path) if checkpoints(folder)]
 
 
 def second_place(directory):
