@@ -43,7 +43,7 @@ from run.messages import command_again, tell_next, tell_stopped, time_left, true
 from run.prepare import check           # noqa: F401 - for those who import train
 from run.prepare import Split, as_saved, build_model, expect_data, open_recordings, start_from
 from run.records import Log, RunDirectory, has_run, run_directory, tolerated
-from run.records import holds_checkpoints, move_aside       # noqa: F401 - for those who import train
+from run.records import holds_checkpoints, move_aside    # noqa: F401 - for those who import train
 from run.watch import Watchdog
 
 # the tables of the scripts that have settings, beside those of run/config.py
