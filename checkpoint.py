@@ -114,8 +114,6 @@ class CorruptCheckpoint(Exception):
 
     foreign = False         # True: nothing is damaged, another program wrote what no resume can use
 
-    foreign = False             # a sound file of another program
-
 
 class NotFinite(ArithmeticError):
     """Weights became infinite or NaN: they are not written over good files."""
@@ -1341,12 +1339,17 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.WATCHED)
         threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
+    def take(self, number: int) -> None:
+        """A wish to stop from now on, also one that another process of a training was told of."""
+        if not self.number:
+            self.number = number
+            self.since = time.monotonic()
+
     def _note(self, number, frame):
         if os.getpid() != self.process:
             self._note_in_child(number)
         elif not self.number:
-            self.number = number
-            self.since = time.monotonic()
+            self.take(number)
             name = signal.Signals(number).name
             text = f"\n{name}: saving at the next step; once more to exit at once\n"
             try:
@@ -1382,7 +1385,6 @@ def _obey(parent):
         orphan = os.getppid() != parent
         if info.si_signo == signal.SIGTERM and (orphan or info.si_pid == parent):
             os._exit(128 + signal.SIGTERM)
-
 
 
 # ---- policy: when to save, what to keep, the background writer ----

@@ -437,7 +437,7 @@ class Trainer:
         signalled = self.signals.number > 0
         signalled, late, due = self.group.sum([signalled, self.late(), due])
         if signalled:
-            self.signals.number = max(self.group.gather(self.signals.number))
+            self.signals.take(max(self.group.gather(self.signals.number)))
         if signalled or late or due:
             self.save_mid(last=bool(signalled or late))
         if signalled or late:
@@ -642,10 +642,10 @@ def fit_and_tell(trainer, again):
     try:
         stopped = trainer.fit()
         # a save that failed is tried again: "saved" must be true. And no process leaves before
-        # it is: torchrun ends the others once one has left
-        trainer.group.from_main(home.saver.settle if home else None)
+        # it is, and is told: torchrun ends the others once one has left
         if stopped:
-            return tell_stopped(trainer, again)
+            return trainer.group.from_main(lambda: settle_and_tell(trainer, again))
+        trainer.group.from_main(home.saver.settle if home else None)
         if home:
             list_run(home.checkpoints, say)
             tell_next(home, trainer.config, say)
@@ -668,6 +668,11 @@ def fit_and_tell(trainer, again):
             f"{trainer.config['evaluation']['batch_size']}: raise accumulate (the same result in "
             f"smaller pieces) or lower a batch_size, then --resume", every=True)
     return 1
+
+
+def settle_and_tell(trainer, again):
+    trainer.home.saver.settle()
+    return tell_stopped(trainer, again)
 
 
 def main(argv=None):

@@ -95,15 +95,20 @@ def _shown(value):
 def ground_line(summary):
     """The ground of a summary: what its scores rest on."""
     return (f"on {summary['hours']:.1f} h ({summary['background_hours']:.1f} h of background), "
-            f"{summary['seizures']} seizures, mean over {summary['patients']} patients")
+            f"{counted(summary['seizures'], 'seizure')}, "
+            f"mean over {counted(summary['patients'], 'patient')}")
+
+
+def counted(number, noun):
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def show(result, names, out):
     """Print what scores.json holds, shortly; names: the metrics in their order."""
     detections = sum(row["detections"] for row in result["per_recording"])
-    print(f"{result['recordings']} recordings, {result['hours']:.2f} h, "
-          f"{result['patients']} patients, {result['seizures']} labelled seizures, "
-          f"{detections} detections")
+    print(f"{counted(result['recordings'], 'recording')}, {result['hours']:.2f} h, "
+          f"{counted(result['patients'], 'patient')}, "
+          f"{counted(result['seizures'], 'labelled seizure')}, {counted(detections, 'detection')}")
     if result["corpus_version"]:
         print(f"corpus: {result['corpus_version']}")
     print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
@@ -138,7 +143,8 @@ def _show_metrics(result, names):
 
 def _ground(result):
     return (f"{result['labelled_hours']:.2f} h ({result['background_hours']:.2f} h of background), "
-            f"{result['seizures']} seizures, {result['labelled_patients']} patients")
+            f"{counted(result['seizures'], 'seizure')}, "
+            f"{counted(result['labelled_patients'], 'patient')}")
 
 
 def _show_trade_off(result):

@@ -1,7 +1,7 @@
 """Harness for crash tests: every file-system call of a save can be counted, killed at, failed, or recorded and replayed.
 
     with Watched(directory, hook):          hook(number, name, arguments) runs before each call of Python on `directory`
-    kill_sweep(directory, setup, save, check, run)  SIGKILL before and in the middle of each call, in a forked child
+    kill_sweep(directory, setup, save, check, run, every)  SIGKILL before and in the middle of each call, in a forked child
     crash_states(log, root)                 every directory that a power cut may leave behind, after Pillai et al., OSDI'14
     damages(blob, rng, flips)               bit flips, truncations, zeroed and swapped blocks of a file
     soak(directory, kills)                  random kills of a small training, resumed to its end
@@ -176,14 +176,15 @@ def traced(action, directory, at, half):
     return trace.outcome, trace.writing
 
 
-def kill_sweep(directory, setup, save, check, run=wrapped):
-    """SIGKILL at call 1, 2, ... of save(directory) until a child survives; check(directory) after each. Returns kill points."""
+def kill_sweep(directory, setup, save, check, run=wrapped, every=1):
+    """SIGKILL at each call, or each `every`-th, of save(directory) until a child survives; check(directory) after each.
+    Returns kill points."""
     points = 0
     start = Path(f"{directory}_start")
     shutil.rmtree(start, ignore_errors=True)
     start.mkdir(parents=True)
     setup(start)
-    for at in itertools.count(1):
+    for at in itertools.count(1, every):
         for half in (False, True):
             shutil.rmtree(directory, ignore_errors=True)
             subprocess.run(["cp", "-a", start, directory], check=True)         # hard links stay links

@@ -622,7 +622,7 @@ async def time_limit(trial):
         assert [a["left"] for a in trial.attempts()] == ["preempted", "time limit"], trial.attempts()
         names = [path.name for path in (trial.committed() / "checkpoints").glob("mid_epoch_001_*.pt")]
         last = max(int(name[-9:-3]) for name in names)
-        assert 6 < last < EPOCHS * BATCHES, names
+        assert 6 <= last < EPOCHS * BATCHES, names      # a slow machine's second attempt may have no time left for a step
 
 
 async def unknown_card(trial):

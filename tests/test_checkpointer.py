@@ -136,6 +136,15 @@ def test_a_second_signal_a_second_later_exits_at_once(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_right_after_that_of_another_process_of_the_training_is_the_same_wish(monkeypatch):
+    handled = []
+    monkeypatch.setattr(signal, "raise_signal", handled.append)
+    with checkpoint.Signals() as signals:
+        signals.take(signal.SIGTERM)        # as train.py has it from its peers, before its own comes
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.number == signal.SIGTERM and not handled
+
+
 def test_a_signal_that_was_inherited_as_ignored_stays_ignored(tmp_path):
     process = loop(tmp_path, "nohup")
     process.send_signal(signal.SIGHUP)

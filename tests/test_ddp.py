@@ -132,7 +132,7 @@ def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_pat
     os.kill(children(process)[1], signal.SIGTERM)
     gate.touch()
     out = rest(process)
-    assert "stopped by SIGTERM, saved" in out
+    assert "stopped by SIGTERM, saved" in out, out
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["batch"] >= 3 and len(state["rng"]) == 2
 
