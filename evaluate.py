@@ -30,6 +30,11 @@ What a detector that is always on gets as event F1 stands beside the scores. A p
 seizures nor detections has no F1, and one without detections no precision: left out of those means,
 as SzCORE does. A set with seizures and nothing detected has precision 0.
 """
+from eeg import console
+
+if __name__ == "__main__":
+    console.begin("evaluate.py", "the evaluation")      # the imports below take seconds
+
 import argparse
 import contextlib
 import hashlib
@@ -39,13 +44,7 @@ import math
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
-
-BEFORE_IMPORTS = signal.getsignal(signal.SIGINT)
-if __name__ == "__main__" and BEFORE_IMPORTS is signal.default_int_handler:
-    # Ctrl-C within the seconds of the imports ends the process, not in a traceback from inside them
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -593,7 +592,7 @@ class Progress:
 
     def __init__(self, calls, recordings):
         self.recordings = recordings
-        self.said = time.monotonic()
+        self.plain = console.Timer(30)
         self.bar = tqdm(total=calls, unit="batch", desc="evaluate", disable=None)
 
     def __enter__(self):
@@ -603,10 +602,7 @@ class Progress:
         self.bar.close()
 
     def done(self, count):
-        if not self.bar.disable:
-            return
-        if count == self.recordings or time.monotonic() - self.said > 30:
-            self.said = time.monotonic()
+        if self.bar.disable and (count == self.recordings or self.plain.due()):
             print(f"evaluate: {count} of {self.recordings} recordings", file=sys.stderr)
 
 
@@ -830,8 +826,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        if BEFORE_IMPORTS is signal.default_int_handler:
-            signal.signal(signal.SIGINT, BEFORE_IMPORTS)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main())
     except KeyboardInterrupt:           # not in main: on Modal it means preemption
         print("evaluate.py: interrupted: events written so far stay, scores.json is not written",

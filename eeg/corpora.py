@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from eeg import annotations
+from eeg import annotations, console
 from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel
 from eeg.edf import prepare_edf, read_annotations, read_header
@@ -606,7 +606,7 @@ def _import_all(report, sources, task, workers, say, progress):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not workers:
         workers = max(1, min(cores, len(sources), size // BYTES_PER_WORKER))
-    began = said = time.monotonic()
+    began, plain = time.monotonic(), console.Timer(10)
     done, terminal = 0, sys.stderr.isatty()
     with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not terminal) as bar:
         for number, outcome in enumerate(_outcomes(sources, task, workers), 1):
@@ -616,10 +616,8 @@ def _import_all(report, sources, task, workers, say, progress):
             done += read
             bar.set_postfix_str(outcome.source.name[-40:], refresh=False)
             bar.update(read)
-            # outside a terminal: a plain line now and then
-            if not terminal and time.monotonic() - said > 10:
-                said = time.monotonic()
-                left = (said - began) * (size - done) / max(1, done) / 60
+            if not terminal and plain.due():
+                left = (time.monotonic() - began) * (size - done) / max(1, done) / 60
                 say(f"import: {number} of {len(sources)} files, {left:.1f} min left")
 
 

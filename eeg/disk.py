@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from eeg.console import Timer
 from eeg.edf import FS, DataError
 
 INDEX, REPORT = "index.json", "import.json"     # beside the recordings of an imported folder
@@ -242,7 +242,7 @@ def _copy_files(source, target, sizes, say, copied):
     total, done = sum(sizes.values()), 0
     if sizes:
         say(f"copying {len(sizes)} recordings, {total / 1e9:.2f} GB, to {target}")
-    said = time.monotonic()
+    plain = Timer(10)
 
     def copy(name):
         place = target / name
@@ -257,8 +257,7 @@ def _copy_files(source, target, sizes, say, copied):
         for size in pool.map(copy, sizes):
             done += size
             copied()
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
+            if plain.due():
                 say(f"copying to {target}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
     finally:
         pool.shutdown(cancel_futures=True)
