@@ -708,6 +708,12 @@ def attempt(args):
     except Stop as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         return stop.code
+    except RuntimeError as error:
+        if "start new thread" not in str(error):        # Python has no class for this
+            raise
+        print("train.py: no thread is to be had: a limit of processes (ulimit -u, pids.max) or of "
+              "memory is reached; every checkpoint is as it was: try again", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -76,7 +76,10 @@ class Console:
                 self.dropped += 1
             if not (self.thread and self.thread.is_alive()):        # at first, and after a fork
                 self.thread = threading.Thread(target=self._write_out, name="console", daemon=True)
-                self.thread.start()
+                try:
+                    self.thread.start()
+                except RuntimeError:    # no thread is to be had: whoever prints writes
+                    self._write_here()
             self.changed.notify_all()
         self.flush()
         return len(text)
@@ -100,6 +103,12 @@ class Console:
                     self.dropped = 0
                 self.unread = self.unread and bool(self.texts)
                 self.changed.notify_all()
+
+    def _write_here(self):
+        while self.texts:
+            text = self.texts.popleft()
+            if select.select([], [self.descriptor], [], UNREAD_SECONDS)[1]:
+                self._put(text.encode(self.stream.encoding, "backslashreplace"))
 
     def _put(self, rest):
         while rest:

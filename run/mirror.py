@@ -333,26 +333,29 @@ class Mirrored(Checkpointer):
         there = candidates(self.place)
         self._expect_own(there)
         path = self.place / CLAIM
-        try:
+        mine = {"run": self.run, "start": self.start}
+        claim = {}
+        with contextlib.suppress(OSError, ValueError):
             claim = json.loads(path.read_text())
-        except (OSError, ValueError):
-            claim = {"run": self.run, "start": self.start}
-        if self.claimed and claim.get("start") != self.start:
+        # a copy that was out of reach comes back with the claim of a start before this one
+        earlier = {start for start, _, _ in self.starts}
+        if self.claimed and claim and claim.get("start") not in earlier | {self.start}:
             raise OtherLine("a later start of this run writes there")
         for c in there:
             known = c.facts and (in_line(c.facts, self.line) or abandoned(c.facts, self.line))
             if c.facts and not known and c.facts["run"] == self.run:
                 raise OtherLine(f"{c.path.name} there is of another start of this run, and newer")
-        if not self.claimed:
-            text = json.dumps({"run": self.run, "start": self.start})
-            checkpoint.atomic_write(path, [text.encode()])
-            self.claimed = True
+        if claim != mine:
+            checkpoint.atomic_write(path, [json.dumps(mine).encode()])
+        self.claimed = True
 
     # -- a home that takes nothing --
 
     def _write(self, names, blocked):
         try:
             super()._write(names, blocked)
+        except checkpoint.Moved:            # another start may have both places: this one ends
+            raise
         except OSError as fault:
             self._write_away(names, blocked, fault)
             return

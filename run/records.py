@@ -443,6 +443,7 @@ class MetricsFile:
     def _follow_file(self):
         """Another program may have put a new file in the place of this one, as an editor does, or
         emptied it. The rows go to what lies there, completed with those of this process."""
+        os.stat(self.directory)             # gone: said as that, and the rows wait
         there = self.path.stat() if self.path.exists() else None
         mine = os.fstat(self.file)
         replaced = there is None or not os.path.samestat(there, mine)

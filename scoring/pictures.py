@@ -433,6 +433,7 @@ def curves(run_directory):
     loss, learning rate and the metric that decides best.pt over the steps, with saves and resumes
     marked. Returns its path."""
     directory = Path(run_directory)
+    directory.stat()                    # gone: no picture may make it anew
     rows = _rows(directory / "metrics.jsonl")
     files = _rows(directory / "saves.jsonl")
     train = [r for r in rows if r["kind"] == "train"]

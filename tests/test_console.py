@@ -41,6 +41,12 @@ def test_a_reader_that_is_gone_a_full_disk_and_an_ascii_console_raise_nothing():
     assert done.returncode == 0 and done.stdout.splitlines()[0] == r"f\xfcr 0" and done.stderr.count(r"\xfc") == 3
 
 
+def test_without_a_thread_to_be_had_lines_come_all_the_same():
+    code = "import threading\nthreading.stack_size(1 << 46)\nconsole.install()\nprint('out')\nprint('err', file=sys.stderr)"
+    done = run(code, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "err\n")
+
+
 def test_streams_of_a_notebook_or_a_test_stay_what_they_are(capsys):
     before = sys.stdout
     console.install()

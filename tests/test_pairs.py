@@ -19,6 +19,7 @@ import crash
 import tracer
 from conftest import ROOT
 from crash import sound, state
+from helpers import loaded, rest, spawn_hooked
 from run.mirror import Mirrored
 from test_crash import recover, saver, temps
 from test_mirror import copied, flip, mirrored, names, quiet, spoil_full, until
@@ -194,6 +195,25 @@ def test_a_live_run_whose_folder_was_replaced_writes_nothing_into_the_new_one_an
             assert again.resume()["global_step"] == 1
 
 
+def test_a_live_run_whose_folder_was_moved_leaves_the_second_copy_to_the_start_that_took_its_place(tmp_path):
+    results, place = tmp_path / "results", tmp_path / "nas/v3/checkpoints"
+    old, _ = mirrored(tmp_path)
+    old.save_mid(state(1))
+    until(lambda: copied(old))
+    (results / "v3").rename(results / "v3_old")
+    old.save_mid(state(2))                          # gone from its path, as with a dead disk
+    assert recover(place) == 2
+    new, _ = mirrored(tmp_path)
+    with new:
+        with new.writing:                           # it has not come to its first copy yet
+            assert new.resume()["global_step"] == 2
+            with pytest.raises(checkpoint.Moved):
+                old.save_mid(state(3) | {"who": "old"})
+        old.close()
+        new.save_mid(state(3) | {"who": "new"})
+    assert all(checkpoint.load(path)["who"] == "new" for path in tmp_path.rglob("*_000003.pt"))
+
+
 def test_a_lock_file_that_somebody_deleted_is_taken_anew(tmp_path):
     with saver(tmp_path) as s:
         s.save_mid(state(1))
@@ -231,6 +251,23 @@ def test_of_two_copies_of_a_run_with_one_second_copy_the_later_start_has_it_and_
         with begin(name) as s:
             got = s.resume()
             assert (got["who"], got["global_step"]) == (name, step)
+
+
+def test_a_second_copy_that_comes_back_over_one_made_meanwhile_is_written_again(tmp_path):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1))
+    (tmp_path / "nas").rename(tmp_path / "off")     # not mounted at the next start
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 1
+        s.save_mid(state(2))
+        until(lambda: copied(s), said)
+        (tmp_path / "nas").rename(tmp_path / "below")
+        (tmp_path / "off").rename(tmp_path / "nas")
+        s.save_mid(state(3))
+        until(lambda: copied(s) or s.apart, said)
+    assert recover(tmp_path / "nas/v3/checkpoints") == 3 and not s.apart, said
 
 
 def test_a_home_that_comes_back_old_overwrites_nothing_newer_in_a_late_second_copy_and_goes_on_from_there(tmp_path):
@@ -343,6 +380,14 @@ def test_without_a_thread_to_be_had_saves_are_written_all_the_same(tmp_path, mon
         s.save_mid(state(1))
     with checkpoint.Checkpointer(tmp_path, say=quiet) as s:
         assert s.resume()["global_step"] == 1
+
+
+def test_a_start_without_a_thread_to_be_had_is_one_line_and_touches_nothing(tmp_path, small_corpus):
+    loaded(small_corpus, tmp_path)
+    done = spawn_hooked(tmp_path / "config.yaml", "import threading; threading.stack_size(1 << 46)", "--resume")
+    said = rest(done)
+    assert done.returncode == 1 and "train.py: no thread is to be had" in said and len(said.splitlines()) == 1, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
 def test_a_full_disk_at_the_end_is_an_error_once_however_often_the_saver_is_closed(small_disk):

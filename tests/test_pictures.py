@@ -240,3 +240,9 @@ def test_a_torn_row_of_a_record_is_left_out_of_the_curves(tmp_path):
     whole = '{"kind": "train", "step": 1, "loss": 1.0, "lr": 1}\n'
     (tmp_path / "metrics.jsonl").write_text(whole + '{"kin')
     assert pictures.curves(tmp_path).is_file()
+
+
+def test_a_run_whose_folder_is_gone_gets_no_new_one_from_a_picture(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        pictures.curves(tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()

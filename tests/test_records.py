@@ -57,6 +57,19 @@ def test_rows_go_on_and_stay_whole_though_another_program_touches_the_file(tmp_p
     assert any("by another program" in line for line in said)
 
 
+def test_rows_of_a_folder_that_is_gone_wait_and_no_other_program_is_blamed(tmp_path):
+    said = []
+    (tmp_path / "v3").mkdir()
+    file = metrics(tmp_path / "v3", said)
+    (tmp_path / "v3").rename(tmp_path / "away")
+    file.write(kind="train", step=1, loss=1.0)
+    assert said[-1] == "metrics.jsonl: No such file or directory: 1 rows wait in memory"
+    (tmp_path / "away").rename(tmp_path / "v3")
+    file.write(kind="train", step=2, loss=1.0)
+    file.close()
+    assert steps(tmp_path / "v3/metrics.jsonl") == [1, 2] and not any("another program" in line for line in said)
+
+
 def test_rows_that_somebody_appends_stay(tmp_path):
     file = metrics(tmp_path, [])
     file.write(kind="train", step=1, loss=1.0)
@@ -162,3 +175,19 @@ def test_the_copied_file_says_nothing_of_eeg(tmp_path):
     text = (ROOT / "checkpoint.py").read_text().lower()
     for word in ("eeg", "montage", "bgb", "modal", "seizure", "patient", "epilep"):
         assert word not in text, word
+
+
+def test_a_best_under_other_rules_is_no_bar_and_patience_starts_over(tmp_path, corpus, capsys):
+    def trained(**changes):
+        config = loaded(corpus, tmp_path, training__best_metric="event_f1", **changes)
+        config["evaluation"]["min_duration_seconds"] = minimum
+        assert train.run(config, "true") == 0
+        return last(tmp_path)["stopping"]
+    minimum = 3.0
+    before = trained(training__epochs=3)
+    assert before["value"] == 1.0 and before["waited"] > 0      # and a patience of 1 is over
+    minimum = 400.0                                             # no event is as long
+    after = trained(training__epochs=4, training__patience=1)
+    assert (after["epoch"], after["value"], after["waited"]) == (4, 0.0, 0)
+    assert checkpoint.peek(tmp_path / "t/checkpoints/best.pt")["epoch"] == 4
+    assert "measured by other rules, so the best starts anew" in capsys.readouterr().out
