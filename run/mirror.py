@@ -127,6 +127,7 @@ class Mirrored(Checkpointer):
         self.records = {run / name: self.place.parent / name for name in records}
         self.apart = ""                     # why nothing is written there any more
         self.claimed = False
+        self.passed = None                  # facts of its newest save where home goes before it
         self.known = set()                  # runs that the home holds
         self.unreachable = None             # OSError of the look at the second copy at a resume
         self.away = False                   # the newest saves are in the second copy alone
@@ -216,6 +217,8 @@ class Mirrored(Checkpointer):
         if line is None:
             self._keep_apart("it holds another line of this run, from an earlier save on")
             return
+        if newest and here and line is here.facts:
+            self.passed = newest.facts
         back = {copy: record for record, copy in self.records.items()}
         newer = newest and (here is None or newest.order > here.order)
         before = {c.save for c in home if c.facts}
@@ -342,7 +345,8 @@ class Mirrored(Checkpointer):
         if self.claimed and claim and claim.get("start") not in earlier | {self.start}:
             raise OtherLine("a later start of this run writes there")
         for c in there:
-            known = c.facts and (in_line(c.facts, self.line) or abandoned(c.facts, self.line))
+            known = c.facts and (in_line(c.facts, self.line) or abandoned(c.facts, self.line)
+                                 or self.passed and in_line(c.facts, self.passed))
             if c.facts and not known and c.facts["run"] == self.run:
                 raise OtherLine(f"{c.path.name} there is of another start of this run, and newer")
         if claim != mine:

@@ -269,8 +269,10 @@ class RunDirectory:
         """Whether the run's path still leads to the folder that this process holds."""
         try:
             return self.saver.is_own_directory()
-        except OSError:
+        except FileNotFoundError:
             return True                 # gone: writing fails by itself
+        except OSError:
+            return False                # no longer held: another start may be there already
 
     def is_best(self, value, tie):
         """(whether such a validation is the best so far, its measurement)."""
@@ -491,6 +493,12 @@ class MetricsFile:
         self.charts.close()
 
 
+def without_tensorboard(facts, shown=threading.excepthook):
+    """threading.excepthook; the error of TensorBoard's thread is said once, at the next row."""
+    if type(facts.thread).__name__ != "_AsyncWriterThread":
+        shown(facts)
+
+
 class Charts:
     """TensorBoard's view of metrics.jsonl, drawn anew at each start. Where it fails it is left out
     until the next start."""
@@ -503,6 +511,7 @@ class Charts:
 
     def _open(self):
         from torch.utils.tensorboard import SummaryWriter       # here: it may be absent or broken
+        threading.excepthook = without_tensorboard
         for old in self.folder.glob("events.out.tfevents.*"):
             old.unlink()
         return SummaryWriter(self.folder)

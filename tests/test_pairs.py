@@ -297,6 +297,31 @@ def test_a_home_that_comes_back_old_overwrites_nothing_newer_in_a_late_second_co
         assert s.resume()["global_step"] == 5
 
 
+def test_a_second_copy_that_the_home_has_overtaken_from_an_older_save_is_written_again(tmp_path):
+    home, nas = tmp_path / "results/v3", tmp_path / "nas"
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1))
+        s.wait()
+        shutil.copytree(home, tmp_path / "older")
+        s.save_mid(state(2))
+    shutil.rmtree(home)
+    (tmp_path / "older").rename(home)               # put back, while the second copy is out of reach
+    nas.rename(tmp_path / "off")
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 1
+        s.save_mid(state(2))
+        s.save_mid(state(3))
+    shutil.rmtree(nas)
+    (tmp_path / "off").rename(nas)
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 3
+        s.save_mid(state(4))
+    assert recover(nas / "v3/checkpoints") == 4, said
+
+
 def test_after_going_back_to_a_file_of_the_second_copy_a_plain_resume_follows_that_line(tmp_path):
     home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
     with Mirrored(home, mirror=nas, say=quiet, mid_epoch_minutes=0, background=False) as s:

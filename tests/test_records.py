@@ -1,16 +1,20 @@
 """run/records.py: a run's folder and its rows, on real files that other programs touch."""
 import json
 import os
+import shutil
 import subprocess
+import sys
 
 import pytest
 
 import checkpoint
+import forked
 import train
 from conftest import ROOT
 from eeg.disk import Refused, TemporaryFault
 from helpers import EPOCH_STEPS, last, loaded, rows
-from run.records import MetricsFile, move_aside, refused_lock
+from run.watch import Watchdog
+from run.records import MetricsFile, RunDirectory, move_aside, refused_lock
 from test_mirror import flip
 from test_train import cut_at
 
@@ -68,6 +72,41 @@ def test_rows_of_a_folder_that_is_gone_wait_and_no_other_program_is_blamed(tmp_p
     file.write(kind="train", step=2, loss=1.0)
     file.close()
     assert steps(tmp_path / "v3/metrics.jsonl") == [1, 2] and not any("another program" in line for line in said)
+
+
+GONE = """
+import shutil, sys, threading
+from pathlib import Path
+from run.records import MetricsFile
+folder = Path(sys.argv[1])
+file = MetricsFile(folder, 0, True, lambda: True, print)
+writer = file.charts.writer
+shutil.rmtree(folder)
+for step in (1, 2, 3):
+    file.write(kind="train", step=step, loss=1.0)
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_AsyncWriterThread":
+            thread.join(5)
+"""
+
+
+def test_the_thread_of_tensorboard_shows_no_traceback_of_a_folder_that_is_gone(tmp_path):
+    (tmp_path / "v3").mkdir()
+    done = forked.run([sys.executable, "-c", GONE, str(tmp_path / "v3")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "tensorboard: No such file" in done.stdout and not done.stderr, done.stderr
+
+
+def test_a_run_that_has_given_its_folder_up_writes_no_row_into_that_of_the_next(tmp_path, corpus):
+    config = loaded(corpus, tmp_path)
+    with cut_at(EPOCH_STEPS - 1):
+        train.run(config, "true")
+    fingerprint = last(tmp_path, "mid_epoch_001_000005.pt")["data"]
+    home = RunDirectory(config, fingerprint, "true", False, None, Watchdog(0, tmp_path / "hang.txt", print), print)
+    (tmp_path / "t").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "t")
+    home.metrics.write(kind="train", step=6, loss=1.0)
+    home.close()
+    assert steps(tmp_path / "t/metrics.jsonl")[-1] == 5
 
 
 def test_rows_that_somebody_appends_stay(tmp_path):
