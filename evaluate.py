@@ -72,7 +72,7 @@ FS = edf.FS
 DAY = (0, 86400)                        # seconds, or how often in them
 WINDOW = (1 / FS, 3600)
 SHARE = (0, 1)
-# from probabilities to events, in this order: opening, closing, dropping, merging, cutting
+# probability to events, in this order: smoothing, opening, closing, dropping, merging, cutting
 KEYS = {
     "window_seconds": Key(
         60.0, "length of a window at inference; as in training", WINDOW, CHANGES),
@@ -80,6 +80,8 @@ KEYS = {
         10.0, "shared by neighbouring windows, less than one; not given: a sixth of a window",
         (0, 3600), CHANGES),
     "batch_size": Key(8, "windows per call of the model", (1, 10**6), CHANGES),
+    "smooth_seconds": Key(
+        10.0, "moving mean of the probability, before all scores; 0 = none", DAY, CHANGES),
     "tune": Key(
         True, "validation picks the threshold, by event F1 on the dev set", None, CHANGES),
     "max_false_alarms_per_24h": Key(
@@ -102,6 +104,7 @@ KEYS = {
 DEFAULTS = defaults(KEYS)
 # thresholds tried: even in log-odds, 0.018 to 0.999
 GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
+PIECE = 1 << 20                         # samples that are smoothed at a time
 EVENTS = "_events.tsv"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -176,7 +179,24 @@ def predict(net, recording, device, config, precision="fp32", poll=None, windows
                 n = min(length, samples - start)
                 total[start:start + n] += ramp[:n] * track[:n]
                 weight[start:start + n] += ramp[:n]
-    return np.minimum(np.divide(total, weight, out=total), 1)
+    np.minimum(np.divide(total, weight, out=total), 1, out=total)
+    return smoothed(total, round(c["smooth_seconds"] * FS))
+
+
+def smoothed(track, width):
+    """The moving mean of a track (samples,) over `width` samples, of fewer at its ends; in pieces,
+    since sums over a day would be 500 MB."""
+    if width < 2:
+        return track
+    before, after = width // 2, width - width // 2
+    result = np.empty_like(track)
+    for begin in range(0, len(track), PIECE):
+        at = np.arange(begin, min(begin + PIECE, len(track)))
+        first, last = np.maximum(at - before, 0), np.minimum(at + after, len(track))
+        sums = np.cumsum(track[first[0]:last[-1]], dtype=np.float64)
+        sums = np.concatenate([[0.0], sums])
+        result[at] = (sums[last - first[0]] - sums[first - first[0]]) / (last - first)
+    return result
 
 
 @contextlib.contextmanager
@@ -396,7 +416,8 @@ def stored_settings(state):
     """(evaluation settings, where the threshold is from). Never tuned on the scored set itself."""
     config = stored(state, "evaluation")
     tuned = (state.get("scores") or {}).get("threshold")
-    chosen = {"tune": False}
+    # a model of before the probability was smoothed has a threshold for what it was
+    chosen = {"tune": False, "smooth_seconds": config.get("smooth_seconds", 0.0)}
     if tuned is not None:
         chosen["threshold"] = tuned
     try:

@@ -164,7 +164,7 @@ def test_the_same_eeg_through_another_amplifier_gives_nearly_the_same_output(sma
         imported(tmp_path / name, tmp_path / f"{name}_h5")
         pair += data.open_corpus(tmp_path / f"{name}_h5")
     net, state = evaluate.load_model(whole / "t/checkpoints/last.pt", torch.device("cpu"))
-    c, _ = evaluate.stored_settings(state)
+    c = evaluate.stored_settings(state)[0] | {"smooth_seconds": 0.0}
 
     def likeness():
         return np.corrcoef(*[evaluate.predict(net, r, torch.device("cpu"), c) for r in pair])[0, 1]

@@ -109,11 +109,32 @@ def test_two_metrics_are_comparable_only_under_the_same_rules(monkeypatch):
 
 # ---- predict ----
 
+AS_IT_IS = {"smooth_seconds": 0.0}
+
+
+@pytest.mark.parametrize("width", [2, 7, 512, 5000])
+def test_smoothing_is_a_moving_mean_of_what_there_is_whatever_the_pieces(width, monkeypatch):
+    monkeypatch.setattr(evaluate, "PIECE", 700)
+    track = np.random.default_rng(0).random(3000).astype(np.float32)
+    got = evaluate.smoothed(track, width)
+    want = [track[max(0, i - width // 2):i + width - width // 2].astype(float).mean() for i in range(3000)]
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert evaluate.smoothed(track, 1) is track and evaluate.smoothed(track[:1], width) == track[:1]
+
+
+def test_a_model_that_was_saved_before_the_probability_was_smoothed_is_scored_as_it_was():
+    older = {"config": {"evaluation": {"window_seconds": 30.0}}}
+    assert evaluate.stored_settings(older)[0]["smooth_seconds"] == 0
+    newer = {"config": {"evaluation": evaluate.settings({})}}
+    assert evaluate.stored_settings(newer)[0]["smooth_seconds"] == evaluate.DEFAULTS["smooth_seconds"] > 0
+
+
 @pytest.mark.parametrize("seconds", [0.3, 9.0, 10.0, 10.01, 20.0, 47.3])
 @pytest.mark.parametrize("overlap", [0.0, 2.5, 9.0])
 def test_windows_are_stitched_to_the_output_of_the_whole_recording(seconds, overlap):
     track, model = Track("a", seconds), Pointwise().eval()
-    config = {"window_seconds": 10.0, "overlap_seconds": overlap, "batch_size": 3}
+    config = {"window_seconds": 10.0, "overlap_seconds": overlap, "batch_size": 3, **AS_IT_IS}
     got = evaluate.predict(model, track, "cpu", config)
     want = torch.sigmoid(torch.from_numpy(track.eeg * track.scale[:, None] / track.norm).mean(0)).numpy()
     assert got.dtype == np.float32 and got.shape == (track.samples,)
@@ -135,7 +156,7 @@ def test_where_windows_disagree_overlap_turns_the_jump_into_a_slope():
             return level.expand(len(x), x.shape[2])
     track, jumps = Track("a", 120), []
     for given in ({"overlap_seconds": 0.0}, {}):
-        c = {"window_seconds": 30.0, "batch_size": 9, **given}
+        c = {"window_seconds": 30.0, "batch_size": 9, **AS_IT_IS, **given}
         p = evaluate.predict(Alternating(), track, "cpu", c)
         jumps.append(np.abs(np.diff(p)).max())
     assert jumps[0] > 0.7 and jumps[1] < 0.01
@@ -146,7 +167,7 @@ def test_overlap_weighs_the_middle_of_a_window_more_than_its_edge():
         def forward(self, x):
             return torch.linspace(-4, 4, x.shape[2]).expand(len(x), -1)
     track = Track("a", 15)
-    p = evaluate.predict(Position(), track, "cpu", {"window_seconds": 10.0, "overlap_seconds": 5.0})
+    p = evaluate.predict(Position(), track, "cpu", {"window_seconds": 10.0, "overlap_seconds": 5.0, **AS_IT_IS})
     late, early = 1 / (1 + math.exp(-3.6)), 1 / (1 + math.exp(0.4))       # the two windows' answers at 9.5 s
     assert abs(p[round(9.5 * FS)] - (0.5 * late + 4.5 * early) / 5) < 0.01
 
@@ -175,7 +196,7 @@ def test_half_precision_stays_close_to_full_precision():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 5, padding=2), torch.nn.Conv1d(4, 1, 1),
                                 torch.nn.Flatten(1))
-    full, half = (evaluate.predict(model, Track("a", 30), "cpu", {"window_seconds": 10.0}, precision)
+    full, half = (evaluate.predict(model, Track("a", 30), "cpu", {"window_seconds": 10.0, **AS_IT_IS}, precision)
                   for precision in ("fp32", "bf16"))
     assert half.dtype == np.float32 and 0 < np.abs(full - half).max() < 0.05
 
