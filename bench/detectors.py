@@ -40,7 +40,7 @@ def line_length(recording, seconds, relative):
 PIECE = 4 * FS
 BANDS = (0.5, 2, 4, 6, 8, 10, 13, 18, 30, 45)       # Hz, edges
 HABIT_SECONDS = 120                                 # after so long a recording speaks for itself
-SMOOTH_SECONDS = 5                                  # of the probability
+SMOOTH_SECONDS = 10                                 # of the probability, as evaluate.py's default
 
 
 def piece_features(x):
