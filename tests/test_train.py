@@ -875,6 +875,22 @@ def best(results):
     return checkpoint.peek(results / "t/checkpoints/best.pt")
 
 
+def test_a_rate_that_validation_is_too_short_for_leaves_best_pt_to_average_precision_said_kept_and_resumed(
+        corpus, tmp_path, capsys):
+    config = loaded(corpus, tmp_path, training__epochs=1, training__best_metric="sensitivity_at_1fa")
+    assert train.run(config) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"warning: sensitivity_at_1fa cannot be computed on validation \(dev\): [\d.]+ h of background", out), out
+    home = tmp_path / "t"
+    assert yaml.safe_load((home / "config.yaml").read_text())["training"]["best_metric"] == "average_precision"
+    first = checkpoint.peek(home / "checkpoints/best.pt")["metric"]
+    assert first["name"] == "average_precision"
+    config = loaded(corpus, tmp_path, training__epochs=2, training__best_metric="sensitivity_at_1fa")
+    assert train.run(config, resume="true") == 0
+    assert checkpoint.peek(home / "checkpoints/best.pt")["metric"]["value"] >= first["value"]
+    assert "other rules" not in capsys.readouterr().out
+
+
 def test_of_epochs_with_the_same_metric_the_one_of_better_average_precision_is_the_best_and_that_is_said(
         corpus, tmp_path, capsys, monkeypatch):
     config = loaded(corpus, tmp_path, training__epochs=4, training__best_metric="event_f1")
