@@ -1143,9 +1143,12 @@ class Candidate:
 
     def stands_for(self, other: "Candidate") -> bool:
         """Whether this sound file holds the save of `other`, which cannot be read: by its progress,
-        else by the name of a snapshot, which says its epoch and batch."""
+        else by a name that says its epoch, and of a snapshot its batch."""
         if other.facts:
             return self.save == other.save and self is not other
+        if other.kind == "checkpoint_epoch":
+            name = KINDS["checkpoint_epoch"].name.format(**self.facts)
+            return self.facts["kind"] == "epoch" and name == other.path.name
         return self.kind == "mid_epoch" and self.path.name == other.path.name
 
     def __str__(self):
@@ -1573,7 +1576,9 @@ class Checkpointer:
             for candidate in ended:
                 metric = candidate.facts["metric"]
                 later = not best or candidate.order > best.order    # else it was judged before
-                if metric and later and candidate.kind != "best" and self._is_better(metric):
+                known = self._best is not None      # else best.pt cannot be read now: it stays
+                if metric and later and known and candidate.kind != "best" \
+                        and self._is_better(metric):
                     self._name_again(candidate, KINDS["best"].name)
                     self._best = metric
         except (OSError, CorruptCheckpoint) as error:

@@ -46,13 +46,16 @@ def abandoned(facts, line) -> bool:
         start == facts["start"] and asked for start, _, asked in line["starts"])
 
 
-def sync(source, target, line, records=(), links=True, say=print):
+def sync(source, target, line, records=(), links=True, say=print, full=False):
     """Copy to the checkpoints folder `target` what it lacks of `source`: of each kind in COPIED the
     newest files that `line` has made, best.pt first and the newest state last. The files `records`,
     {path: path of its copy}, go before the states. Each copy is verified before it takes its name;
-    a file of `target` that is newer, by its save, stays. Raises OSError; CorruptCheckpoint where a
-    file of `source` is damaged, with the rest copied."""
+    a file of `target` that is newer, by its save, stays, and so does one that cannot be read now.
+    full: every byte of best.pt and last.pt there is read, and a damaged one replaced. Raises
+    OSError; CorruptCheckpoint where a file of `source` is damaged, with the rest copied."""
     there = {c.path.name: c for c in candidates(target)}
+    if full:
+        _check_all(there, say)
     here = [c for c in candidates(source) if c.facts and not c.damage and in_line(c.facts, line)]
     wanted = []
     for kind, count in COPIED.items():
@@ -61,7 +64,7 @@ def sync(source, target, line, records=(), links=True, say=print):
     wanted.sort(key=lambda c: (c.kind != "best", c.order))
     damage = None
     for candidate in [c for c in wanted if c.kind == "best"]:
-        damage = _copied(candidate, target, line, links, say) or damage
+        damage = _copied(candidate, there, target, line, links, say) or damage
     for record, copy in dict(records).items():
         with contextlib.suppress(FileNotFoundError):
             content = record.read_bytes()
@@ -69,14 +72,32 @@ def sync(source, target, line, records=(), links=True, say=print):
             if not copy.exists() or copy.read_bytes() != content:
                 checkpoint.atomic_write(copy, [content])
     for candidate in [c for c in wanted if c.kind != "best"]:
-        damage = _copied(candidate, target, line, links, say) or damage
+        damage = _copied(candidate, there, target, line, links, say) or damage
     if damage:
         raise damage
+
+
+def _check_all(there, say):
+    """Note the damage of best.pt and last.pt, and of other names of the same file."""
+    for name in ("best.pt", "last.pt"):
+        candidate = there.get(name)
+        if candidate and candidate.facts and not candidate.damage:
+            try:
+                checkpoint.verify(candidate.path)
+            except checkpoint.CorruptCheckpoint as error:
+                say(f"mirror: {candidate.path} is damaged: {checkpoint.reason_of(error)}")
+                for other in there.values():
+                    if os.path.samefile(other.path, candidate.path):
+                        other.damage = checkpoint.reason_of(error)
+            except OSError:
+                pass                        # cannot be read now: no damage
 
 
 def _lacks(there, candidate, line):
     """Whether the folder with the files `there` has nothing as new under the candidate's name."""
     other = there.get(candidate.path.name)
+    if other and other.fault:
+        return candidate.stands_for(other)
     if not other or not other.facts or other.damage:
         return True
     if other.save == candidate.save:
@@ -84,18 +105,21 @@ def _lacks(there, candidate, line):
     return candidate.order > other.order or not in_line(other.facts, line)
 
 
-def _copied(candidate, target, line, links, say):
+def _copied(candidate, there, target, line, links, say):
     """Copy one file; returns its CorruptCheckpoint, which must not keep the others back."""
     path = target / candidate.path.name
     before = Candidate(path)
     if candidate.kind == "best" and before.facts and not in_line(before.facts, line):
         checkpoint.link_or_copy(path, abandoned_name(before), links)
     try:
-        twins = [c for c in candidates(target) if c.facts and c.save == candidate.save]
+        damaged = {name for name, c in there.items() if c.damage}
+        twins = [c for c in candidates(target)
+                 if c.facts and c.save == candidate.save and c.path.name not in damaged]
         if twins and links:
             checkpoint.link_or_copy(twins[0].path, path)
         else:
             checkpoint.copy_checked(candidate.path, path)
+            there.pop(path.name, None)
     except FileNotFoundError:
         if candidate.path.exists():
             raise                           # else it was rotated away: a newer state comes
@@ -127,6 +151,7 @@ class Mirrored(Checkpointer):
         self.records = {run / name: self.place.parent / name for name in records}
         self.apart = ""                     # why nothing is written there any more
         self.claimed = False
+        self.checked = False                # whether this start has read its best.pt and last.pt
         self.passed = None                  # facts of its newest save where home goes before it
         self.known = set()                  # runs that the home holds
         self.unreachable = None             # OSError of the look at the second copy at a resume
@@ -223,7 +248,8 @@ class Mirrored(Checkpointer):
         newer = newest and (here is None or newest.order > here.order)
         before = {c.save for c in home if c.facts}
         with contextlib.suppress(checkpoint.CorruptCheckpoint):     # said; the others are tried
-            sync(self.place, self.directory, line, back if newer else (), self.links, self.say)
+            sync(self.place, self.directory, line, back if newer else (), self.links, self.say,
+                 full=True)
         if any(c.facts and c.save not in before for c in candidates(self.directory)):
             self.say(f"resume: brought home from the second copy in {self.place}")
         self._outrank(there)
@@ -283,7 +309,8 @@ class Mirrored(Checkpointer):
             try:
                 with self._held():
                     sync(self.directory, self.place, self.line, self.records, say=self.say,
-                         links=self._links_there)
+                         links=self._links_there, full=not self.checked)
+                    self.checked = True
             except OtherLine as error:
                 self._keep_apart(str(error))
             except Exception as error:      # no failed copy may end this thread

@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 import crash
+import forked
 import tracer
 from conftest import ROOT
 from crash import sound, state
@@ -387,6 +388,46 @@ def test_a_bad_sector_is_passed_where_the_second_copy_has_the_same_save(tmp_path
         s.resume()
 
 
+@pytest.mark.parametrize("where", ["home", "second copy"])
+def test_a_flip_in_best_of_one_place_is_mended_from_the_other_at_the_next_start(tmp_path, where):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    whole_run(home, nas)
+    place = {"home": home, "second copy": nas / "v3/checkpoints"}[where]
+    flip(place / "best.pt")
+    said = []
+    with Mirrored(home, mirror=nas, say=said.append) as s:
+        assert s.resume()["global_step"] == 33
+    assert checkpoint.verify(place / "best.pt") and metric(place / "best.pt") == 0.9
+    assert any(f"{place / 'best.pt'} is damaged" in line for line in said)
+
+
+def unreadable(path):
+    path.rename(path.with_suffix(".kept"))
+    path.symlink_to("/proc/self/mem")               # EIO, from the kernel
+
+
+def test_a_file_that_cannot_be_read_is_not_overwritten_by_that_of_the_second_copy(tmp_path):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    whole_run(home, nas)
+    with saver(home) as s:                          # without the second copy
+        s.resume()
+        s.save_epoch(state(40, epoch=4), metric=0.95)
+    for name in ("last.pt", "best.pt", "checkpoint_epoch_004.pt"):
+        unreadable(home / name)
+    with Mirrored(home, mirror=nas, say=quiet) as s, pytest.raises(OSError) as fault:
+        s.resume()
+    assert fault.value.errno == errno.EIO
+    assert all((home / name).is_symlink() for name in ("last.pt", "best.pt", "checkpoint_epoch_004.pt"))
+
+
+def test_the_end_of_an_epoch_that_cannot_be_read_is_passed_where_last_is_the_same_save(tmp_path):
+    with saver(tmp_path) as s:
+        s.save_epoch(state(10, epoch=1))
+    unreadable(tmp_path / "checkpoint_epoch_001.pt")
+    with saver(tmp_path) as s:
+        assert s.resume()["global_step"] == 10
+
+
 def test_a_flip_at_home_and_one_in_the_second_copy_leave_the_save_before(tmp_path):
     home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
     whole_run(home, nas)
@@ -510,3 +551,11 @@ def test_lines_that_nobody_takes_fail_no_save(tmp_path):
         for batch in range(1, 6):
             s.save_mid(state(batch))
     assert recover(tmp_path) == 5
+
+
+# ---- a real training, two faults at a time: the whole sweep is bench/soak.py --pairs ----
+
+def test_two_faults_at_a_time_leave_the_end_of_a_training_as_it_was():
+    pairs = ["moved,second start", "mirror back,flip"]
+    done = forked.run([sys.executable, "bench/soak.py", "--pairs", *pairs], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 pairs tried: 0 ended different" in done.stdout, done.stdout + done.stderr
