@@ -3,6 +3,7 @@ resume it every time, and compare its end with a run never stopped.
 
     python bench/soak.py                            a quarter of an hour on two idle cores
     python bench/soak.py --losses 0 --hangs 0       100 kills alone
+    python bench/soak.py --pairs                    two faults at a time instead: bench/pairs.py
 
 Every process is forked with train.py imported, so that a kill meets training, not the import of
 torch; it runs the command line of train.py with --resume and a second copy in training.mirror, and
@@ -50,13 +51,14 @@ HANGS = ((train.Trainer, "train_step", 20), (train.Trainer, "score", 2),
          (checkpoint.Checkpointer, "_write", 20))
 HANG_MINUTES = 0.1
 COMPARED = ("model", "optimizer", "scheduler", "rng", "sampler", "running", "stopping", "scores",
-            "metric", "epoch", "batch", "global_step")
+            "epoch", "batch", "global_step")
 
 
 # ---- one process ----
 
 def hang(owner, name, calls):
-    """Have the method `name` sleep in C for good after so many calls of it."""
+    """Have the method `name` sleep in C for good after so many calls of it. Returns the arguments
+    that make the watchdog wait less; the others keep the default: a busy machine is no hang."""
     original, left = getattr(owner, name), itertools.count(calls, -1)
 
     def wrapped(*arguments):
@@ -64,32 +66,35 @@ def hang(owner, name, calls):
             ctypes.CDLL(None).sleep(100_000)
         return original(*arguments)
     setattr(owner, name, wrapped)
+    return ["--set", f"training.hang_minutes={HANG_MINUTES}"]
 
 
-def fork(results, *hanging):
-    """Process id of a run that trains on in `results`."""
+def fork(results, before=list, out="log.txt", err="log.txt"):
+    """Process id of a run that trains on in `results`. See `train_on`."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        # threads do not live through a fork; waiting for them would never end
-        torch.set_num_threads(1)
-        # that of the parent is one of all forks: who is killed holding it stops the next
-        tqdm.set_lock(threading.RLock())
-        log = os.open(results / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        command = ["--config", str(results / "config.yaml"), "--resume"]
-        if hanging:                     # the others keep the default: a busy machine is no hang
-            hang(*hanging)
-            command += ["--set", f"training.hang_minutes={HANG_MINUTES}"]
-        code = train.main(command)
+        code = train_on(results, before, out, err)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def train_on(results, before=list, out="log.txt", err="log.txt"):
+    """Exit code of `train.py --resume` of the run in `results`; in a process that was forked.
+    before() returns further arguments; out, err: files that its lines are added to."""
+    # threads do not live through a fork; waiting for them would never end
+    torch.set_num_threads(1)
+    # that of the parent is one of all forks: who is killed holding it stops the next
+    tqdm.set_lock(threading.RLock())
+    for stream, name in ((1, out), (2, err)):
+        os.dup2(os.open(results / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    return train.main(["--config", str(results / "config.yaml"), "--resume", *before()])
 
 
 def exit_code(pid):
@@ -99,10 +104,11 @@ def exit_code(pid):
 
 # ---- one run ----
 
-def prepare(corpus, results, epochs):
+def prepare(corpus, results, epochs, **changes):
     results.mkdir()
-    config = settings(corpus, results, data__stride_seconds=2.5, training__epochs=epochs,
-                      training__checkpoint_keep=2, training__mirror=str(results / "mirror"))
+    changes = {"data__stride_seconds": 2.5, "training__mirror": str(results / "mirror"), **changes}
+    config = settings(corpus, results, training__epochs=epochs, training__checkpoint_keep=2,
+                      **changes)
     (results / "config.yaml").write_text(yaml.safe_dump(config))
     return results
 
@@ -129,7 +135,8 @@ def interrupted(results, kind, rng, length):
     before = saved(results)
     # rows may be ahead of the state, and come home with it
     told = max(trained(results), trained(results, "mirror/t"))
-    pid = fork(results, *hanging(rng)) if kind == "hang" else fork(results)
+    hanging = chosen(rng) if kind == "hang" else None
+    pid = fork(results, lambda: hang(*hanging)) if hanging else fork(results)
     under_way = kind == "loss" and rng.random() < 0.5 and take_away(results, pid, told)
     if kind in ("kill", "loss"):
         time.sleep(rng.uniform(0, length))
@@ -158,7 +165,8 @@ def take_away(results, pid, told):
     return True
 
 
-def hanging(rng):
+def chosen(rng):
+    """One of HANGS, and after how many calls."""
     owner, name, most = rng.choice(HANGS)
     return owner, name, rng.randrange(most)
 
@@ -168,13 +176,20 @@ def differences(results, reference):
     found = []
     for place in ("t", "mirror/t"):
         for name in ("last.pt", "best.pt"):
-            mine, whole = (checkpoint.load(r / place / "checkpoints" / name)
-                           for r in (results, reference))
-            found += [f"{place}/{name}: {key}" for key in COMPARED
-                      if not same(mine[key], whole[key])]
-    if rows(results) != rows(reference):
-        found.append("metrics.jsonl")
+            mine, whole = (compared(r / place / "checkpoints" / name) for r in (results, reference))
+            found += [f"{place}/{name}: {key}" for key in whole if not same(mine.get(key), whole[key])]
+        if rows(results / place / "..") != rows(reference):
+            found.append(f"{place}/metrics.jsonl")
     return found
+
+
+def compared(path):
+    """What two checkpoints of equal runs share; its damage instead where it is damaged."""
+    try:
+        state = checkpoint.load(path)
+    except (OSError, checkpoint.CorruptCheckpoint) as error:
+        return {"damage": str(error)}
+    return {key: state[key] for key in COMPARED} | {"metric": state["holdfast"].get("metric")}
 
 
 def soak(temp, todo, epochs, rng):
@@ -216,7 +231,12 @@ def main():
     parser.add_argument("--hangs", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", nargs="*", metavar="FIRST,SECOND",
+                        help="two faults at a time instead: these pairs, or each")
     args = parser.parse_args()
+    if args.pairs is not None:
+        import pairs
+        return pairs.main([tuple(pair.split(",")) for pair in args.pairs], args.seed)
     rng, began = random.Random(args.seed), time.monotonic()
     todo = ["kill"] * args.kills + ["loss"] * args.losses + ["hang"] * args.hangs
     rng.shuffle(todo)
