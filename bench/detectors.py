@@ -95,10 +95,11 @@ def features(recording, block=64):
 
 
 class Classical:
-    """Features as they are and beside the habit of the recording, which a short one shares with all
-    that it was trained on."""
+    """Features as they are and, unless `relative` is False, beside the habit of the recording,
+    which a short one shares with all that it was trained on."""
 
-    def __init__(self, recordings, estimator):
+    def __init__(self, recordings, estimator, relative=True):
+        self.relative = relative
         found = [(r, features(r)) for r in recordings]
         self.usual = np.median(np.concatenate([f for _, f in found]), 0)
         self.kept = {r.path: f for r, f in found}
@@ -110,6 +111,8 @@ class Classical:
     def columns(self, recording):
         f = self.kept.get(recording.path)
         f = features(recording) if f is None else f
+        if not self.relative:
+            return f
         own = recording.seconds / (recording.seconds + HABIT_SECONDS)
         habit = own * np.median(f, 0) + (1 - own) * self.usual
         return np.concatenate([f, f - habit], 1)
