@@ -317,6 +317,17 @@ def table(path, folds):
     judge.print_table(["", "folds", "seeds", "pooled", "patients", "within",
                        *(f"found at {rate}/h" for rate in ALARMS), "at the threshold (per h)",
                        "CPU min"], lines)
+    print("\nAUROC of each fold")
+    judge.print_table(["", *map(str, folds)], [[name, *of_folds(rows, recordings, folds)]
+                                               for name, rows in systems.items()])
+
+
+def of_folds(rows, recordings, folds):
+    """AUROC of all seconds of each fold, mean over the seeds; "-" where a fold is not done."""
+    for fold in folds:
+        mine = [row for row in rows if row["fold"] == fold]
+        found = [metrics.auroc(*pooled([row], recordings)[:2]) for row in mine]
+        yield f"{np.mean(found):.3f}" if found else "-"
 
 
 # ---- command line ----
