@@ -280,15 +280,7 @@ def score(recording, probability, config):
     label = recording.labels(0, recording.samples)
     truth = events.runs(label > 0) / FS
     thresholds = _thresholds(c)
-    rows = []
-    known = {}
-    lengths = _in_samples(c)
-    for threshold in thresholds:
-        found = _events(probability, threshold, lengths) / FS
-        key = found.tobytes()
-        if key not in known:                                # neighbouring thresholds often agree
-            known[key] = metrics.count(truth, found, recording.seconds)
-        rows.append(known[key])
+    rows = _counts(truth, probability, thresholds, recording.seconds, c)
     counted = list(rows[0])
     counts = [[row[name] for name in counted] for row in rows]
     middle = slice(FS // 2, None, FS)
@@ -304,6 +296,20 @@ def score(recording, probability, config):
         "probability": torch.from_numpy(probability[middle].astype(np.float32)),
         "label": torch.from_numpy(label[middle].astype(np.uint8)),
     }
+
+
+def _counts(truth, probability, thresholds, seconds, c):
+    """metrics.count() of the events at each threshold."""
+    known = {}
+    lengths = _in_samples(c)
+    rows = []
+    for threshold in thresholds:
+        found = _events(probability, threshold, lengths) / FS
+        key = found.tobytes()
+        if key not in known:                                # neighbouring thresholds often agree
+            known[key] = metrics.count(truth, found, seconds)
+        rows.append(known[key])
+    return rows
 
 
 def _thresholds(c):

@@ -250,15 +250,12 @@ def _convert(source, task, target):
         raise DataError(what + (error.strerror or str(error))) from None
 
     attributes = made_of | {
-        "scale": signal.scale,
-        "fs": FS,
-        "channels": list(task.recipe.channels),
-        "montage": task.recipe.montage,
+        "scale": signal.scale, "fs": FS,
+        "channels": list(task.recipe.channels), "montage": task.recipe.montage,
         "labelled": events is not None,
         "unlabelled": one_line(why) if events is None else "",
         "norm": signal.amplitude,
-        "source": str(source.path),
-        "source_fs": signal.rate,
+        "source": str(source.path), "source_fs": signal.rate,
         "layout": source.layout,
         "began": header.began,
         "release": task.release,
@@ -434,10 +431,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     not raised."""
     recipe = Recipe(montage, str(notch), blank_unit, tuple(channels))
     texts = annotations.user_texts(seizure_labels, background_labels)
-    if layout not in ("auto", *LAYOUTS):
-        raise DataError(f"layout {layout} is unknown: auto, {', '.join(LAYOUTS)}")
-    if workers < 0:
-        raise DataError(f"{workers} workers")
+    _check_usage(layout, workers)
     names = read_renames(renames) if renames else {}
     files, root, closed, foreign = find_edf(src)
     out = Path(out)
@@ -450,9 +444,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         if not replace:
             refuse_mixture(out, recipe)
         write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
-        for form in ("*.h5.*.part", ".*.json.*.part"):  # left by a killed import
-            for stale in out.rglob(form):
-                stale.unlink()
+        _sweep(out)
         report = Report(refused=closed)
         sources = identify_all(files, root, layout, report)
         if labels != STRICT:
@@ -473,6 +465,20 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         report.hints.append(f"not read: {foreign}: convert or unpack them to .edf")
     _table(report, task, say)
     return report
+
+
+def _check_usage(layout, workers):
+    if layout not in ("auto", *LAYOUTS):
+        raise DataError(f"layout {layout} is unknown: auto, {', '.join(LAYOUTS)}")
+    if workers < 0:
+        raise DataError(f"{workers} workers")
+
+
+def _sweep(out):
+    """Remove what a killed import has left."""
+    for form in ("*.h5.*.part", ".*.json.*.part"):
+        for stale in out.rglob(form):
+            stale.unlink()
 
 
 def _without_lost_labels(source, labels):
