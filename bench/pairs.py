@@ -1,6 +1,7 @@
 """Two faults at a time on a real training run, in both orders: `python bench/soak.py --pairs`.
 
-A run with a second copy on another disk, a snapshot after every step, stands in its second epoch.
+A run with a second copy on another disk, a snapshot after every step, validates its first epoch,
+the best one.
 A process trains it on by plain --resume; while it waits between two steps the first fault strikes,
 after some steps more the second. What both leave meets one more start while they stand; then what
 can be mended is mended (room is made, the mirror mounted again), and plain --resume goes on to the
@@ -20,9 +21,13 @@ An older home that is put back while the mirror is out of reach goes on in a lin
 copy of the run: where the mirror then comes back with the states of another line, nothing newer may
 be overwritten there, which each start says. The end is compared at home (`apart` in the table).
 
+A best epoch that ends while home is lost and the mirror out of reach is saved below its mount point
+alone, or nowhere. Where the mirror comes back over it, the next start says that this best.pt is in
+no place any more; the weights at the end are compared (`lost`).
+
 The file of a bad sector is unreadable under all of its names (a link to /proc/self/mem: EIO from
-the kernel, whoever reads). It stays so to the end, unless the run is refused for it. The second
-fault damages no file that the first one left as the last copy of its save.
+the kernel, whoever reads). It stays so to the end, unless the run is refused for it. No flip
+strikes the last copy of best.pt.
 """
 import os
 import random
@@ -44,7 +49,7 @@ from crash import warm
 from eeg import corpora, synth
 from scoring import pictures                # noqa: F401 - or every fork imports it
 
-EPOCHS, AT_REST = 3, 8                      # of the whole run; steps before the first fault
+EPOCHS, AT_REST = 3, 8                      # of the whole run; boundaries before the first fault
 FILE = 2_010_000                            # bytes of a checkpoint, about
 CALLS = 8000                                # system calls of a start among which it is killed
 SIZES = {"data__stride_seconds": 10.0, "training__save_patience_minutes": 0.03}
@@ -108,8 +113,9 @@ class Run:
     """The run of one pair: `results`, a small disk of its own with the run's folder `home`, and
     `nas`, another one, with its `copy`."""
 
-    def __init__(self, temp, rng):
+    def __init__(self, temp, rng, pair=()):
         self.temp, self.rng = temp, rng
+        self.loses_home = {"disk gone", "moved", "older home"} & set(pair)
         self.results, self.nas = temp / "disk", temp / "nas"
         self.home, self.copy = self.results / "t", self.nas / "t"
         self.child = None                   # the Process that lives
@@ -118,7 +124,7 @@ class Run:
         self.damaged = set()                # saves that a fault has damaged
         self.kept = {}                      # unreadable file: where its bytes are
         self.refused, self.wrong = [], []   # lines
-        self.anew = self.apart = False
+        self.anew = self.apart = self.lost = False
 
     def files(self):
         """{path: its bytes, hashed, None where it is unreadable} of every checkpoint."""
@@ -160,6 +166,7 @@ class Run:
             changed = [str(path) for path in before if after.get(path, 0) != before[path]]
             if changed:
                 self.wrong.append(f"{err.strip()}: and changed {', '.join(changed)}")
+        self.lost |= "is in no place any more" in out
         self.apart = "nothing is written there" in out
         if "starting fresh" in out:
             self.anew = True
@@ -222,13 +229,16 @@ def put_older_home_back(run):
     subprocess.run(["cp", "-a", run.temp / "older", run.home], check=True)
 
 
-def names_of_one(run):
-    """All paths of one file, the newest state or best.pt, of home or mirror."""
+def names_of_one(run, destroyed=False):
+    """All paths of one file, the newest state or best.pt, of home or mirror; not of best.pt where
+    it is to be destroyed and the other place loses its own."""
     places = [place for place in (run.home, run.copy) if (place / "checkpoints").exists()]
     run.rng.shuffle(places)
     for place in places:
         found = [c for c in checkpoint.candidates(place / "checkpoints")
                  if c.facts and c.save not in run.damaged]
+        best = [c.save for c in found if c.kind == "best" and destroyed and run.loses_home]
+        found = [c for c in found if c.save not in best]
         if found:
             one = run.rng.choice([found[0], found[-1]])
             run.damaged.add(one.save)
@@ -251,7 +261,7 @@ def make_readable(run):
 
 
 def flip(run):
-    for path in names_of_one(run)[:1]:
+    for path in names_of_one(run, destroyed=True)[:1]:
         with open(path, "r+b") as file:
             at = run.rng.randrange(path.stat().st_size)
             byte = os.pread(file.fileno(), 1, at)[0]
@@ -312,7 +322,7 @@ FAULTS = {
 # ---- the sweep ----
 
 def meet(run, pair):
-    """Have `run`, in its second epoch, meet both faults, and train it to its end."""
+    """Have `run` meet both faults, and train it to its end."""
     for fault in pair:
         fault.before(run)
     for fault in pair:
@@ -379,16 +389,19 @@ def tried(temp, pair, rng):
     """What became of a pair, "equal", "refused" (and equal at last), "anew" or "different"; and the
     lines that say why."""
     reset(temp)
-    run = Run(temp, rng)
+    run = Run(temp, rng, pair)
     meet(run, [FAULTS[name] for name in pair])
     run.end()
     found = differences(run.results, temp / "reference")
     apart = run.apart and "older home" in pair
     if run.anew or apart:                   # the mirror holds another run or line, as it should
         found = [line for line in found if not line.startswith("mirror")]
+    lost = run.lost and run.loses_home and {"mirror gone", "mirror back"} & set(pair)
+    if lost:
+        found = [line for line in found if line.startswith(("t/last.pt: model", "t/last.pt: opt"))]
     if run.wrong or found:
         return "different", run.wrong + found
-    kinds = {"anew": run.anew, "apart": apart, "refused": run.refused, "equal": True}
+    kinds = {"anew": run.anew, "apart": apart, "lost": lost, "refused": run.refused, "equal": True}
     return next(kind for kind, true in kinds.items() if true), run.refused
 
 
@@ -418,7 +431,7 @@ def main(pairs, seed):
         synth.synth(temp / "edf", hours=0.35, patients=4, seed=3)
         corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
         results = sweep(temp, temp / "h5", pairs, seed)
-    counted = ("equal", "refused", "anew", "apart", "different")
+    counted = ("equal", "refused", "anew", "apart", "lost", "different")
     print(f"| first | {' | '.join(FAULTS)} | tried | {' | '.join(counted)} |")
     print("|---" * (len(FAULTS) + 2 + len(counted)) + "|")
     for first in FAULTS:
@@ -430,5 +443,5 @@ def main(pairs, seed):
     print(f"\n{len(results)} pairs tried: {counts['different']} ended different, "
           f"{counts['refused']} refused in one line until it was mended and ended equal, "
           f"{counts['anew']} began anew and said so, {counts['apart']} left a mirror of another line "
-          f"as it was; {time.monotonic() - began:.0f} s")
+          f"as it was, {counts['lost']} lost a best epoch that neither place had and said so; {time.monotonic() - began:.0f} s")
     return 1 if counts["different"] else 0

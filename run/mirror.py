@@ -46,13 +46,14 @@ def abandoned(facts, line) -> bool:
         start == facts["start"] and asked for start, _, asked in line["starts"])
 
 
-def sync(source, target, line, records=(), links=True, say=print, full=False):
+def sync(source, target, line, records=(), links=True, say=print, full=False, home=False):
     """Copy to the checkpoints folder `target` what it lacks of `source`: of each kind in COPIED the
     newest files that `line` has made, best.pt first and the newest state last. The files `records`,
     {path: path of its copy}, go before the states. Each copy is verified before it takes its name;
-    a file of `target` that is newer, by its save, stays, and so does one that cannot be read now.
-    full: every byte of best.pt and last.pt there is read, and a damaged one replaced. Raises
-    OSError; CorruptCheckpoint where a file of `source` is damaged, with the rest copied."""
+    a file of `target` that is newer, by its save, stays. full: every byte of best.pt and last.pt
+    there is read, and a damaged one replaced. home: a file there that cannot be read now stays, it
+    may be newer. Raises OSError; CorruptCheckpoint where a file of `source` is damaged, with the
+    rest copied."""
     there = {c.path.name: c for c in candidates(target)}
     if full:
         _check_all(there, say)
@@ -60,7 +61,7 @@ def sync(source, target, line, records=(), links=True, say=print, full=False):
     wanted = []
     for kind, count in COPIED.items():
         files = [c for c in here if c.kind == kind]
-        wanted += [c for c in files[:count] if _lacks(there, c, line)]
+        wanted += [c for c in files[:count] if _lacks(there, c, line, home)]
     wanted.sort(key=lambda c: (c.kind != "best", c.order))
     damage = None
     for candidate in [c for c in wanted if c.kind == "best"]:
@@ -93,10 +94,10 @@ def _check_all(there, say):
                 pass                        # cannot be read now: no damage
 
 
-def _lacks(there, candidate, line):
+def _lacks(there, candidate, line, home):
     """Whether the folder with the files `there` has nothing as new under the candidate's name."""
     other = there.get(candidate.path.name)
-    if other and other.fault:
+    if home and other and other.fault:
         return candidate.stands_for(other)
     if not other or not other.facts or other.damage:
         return True
@@ -242,6 +243,10 @@ class Mirrored(Checkpointer):
         if line is None:
             self._keep_apart("it holds another line of this run, from an earlier save on")
             return
+        kinds = {c.kind for c in home if c.facts}
+        for c in there:
+            if c.fault and c.kind not in kinds:     # it may be the best, or the latest
+                raise OSError(c.fault.errno, c.fault.strerror, str(c.path))
         if newest and here and line is here.facts:
             self.passed = newest.facts
         back = {copy: record for record, copy in self.records.items()}
@@ -249,7 +254,7 @@ class Mirrored(Checkpointer):
         before = {c.save for c in home if c.facts}
         with contextlib.suppress(checkpoint.CorruptCheckpoint):     # said; the others are tried
             sync(self.place, self.directory, line, back if newer else (), self.links, self.say,
-                 full=True)
+                 full=True, home=True)
         if any(c.facts and c.save not in before for c in candidates(self.directory)):
             self.say(f"resume: brought home from the second copy in {self.place}")
         self._outrank(there)
@@ -425,7 +430,7 @@ class Mirrored(Checkpointer):
         """The home takes saves again: what the second copy alone has comes home."""
         try:
             with self._held():
-                sync(self.place, self.directory, self.line, (), self.links, self.say)
+                sync(self.place, self.directory, self.line, (), self.links, self.say, home=True)
             self.away = False
         except (OSError, OtherRun, checkpoint.CorruptCheckpoint) as error:
             self.say(f"mirror: {self.place}: {checkpoint.reason_of(error)}: what it alone has "

@@ -240,6 +240,7 @@ class RunDirectory:
         if stopping["metric"] != self.config["training"]["best_metric"]:
             return stopping             # the best starts anew
         best = {"value": None, "tie": None, "epoch": 0}
+        facts = None
         with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
             facts = checkpoint.peek(self.checkpoints / "best.pt")
             metric = facts["metric"] or {}
@@ -250,6 +251,9 @@ class RunDirectory:
                 best = {"value": metric["value"], "tie": metric.get("tie"), "epoch": facts["epoch"]}
         if best["value"] is None:
             best["waited"] = 0
+        if facts is None and stopping["value"] is not None:
+            self.say(f"resume: best.pt, of epoch {stopping['epoch']}, is in no place any more: the "
+                     f"best starts anew")
         return stopping | best
 
     def _cut_records(self):

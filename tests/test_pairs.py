@@ -420,6 +420,28 @@ def test_a_file_that_cannot_be_read_is_not_overwritten_by_that_of_the_second_cop
     assert all((home / name).is_symlink() for name in ("last.pt", "best.pt", "checkpoint_epoch_004.pt"))
 
 
+def test_a_lost_home_waits_for_a_best_of_the_second_copy_that_cannot_be_read(tmp_path):
+    home, place = tmp_path / "results/v3/checkpoints", tmp_path / "nas/v3/checkpoints"
+    whole_run(home, tmp_path / "nas")
+    shutil.rmtree(home.parent)
+    unreadable(place / "best.pt")
+    with Mirrored(home, mirror=tmp_path / "nas", say=quiet) as s, pytest.raises(OSError, match="best.pt"):
+        s.resume()
+    (place / "best.kept").rename(place / "best.pt")
+    with Mirrored(home, mirror=tmp_path / "nas", say=quiet) as s:
+        assert s.resume()["global_step"] == 33 and metric(home / "best.pt") == 0.9
+
+
+def test_a_file_of_the_second_copy_that_cannot_be_read_is_replaced_by_the_next_state(tmp_path):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    whole_run(home, nas)
+    unreadable(nas / "v3/checkpoints/last.pt")
+    with Mirrored(home, mirror=nas, say=quiet) as s:
+        assert s.resume()["global_step"] == 33
+        s.save_epoch(state(40, epoch=4), metric=0.5)
+    assert recover(nas / "v3/checkpoints") == 40 and checkpoint.verify(nas / "v3/checkpoints/last.pt")
+
+
 def test_the_end_of_an_epoch_that_cannot_be_read_is_passed_where_last_is_the_same_save(tmp_path):
     with saver(tmp_path) as s:
         s.save_epoch(state(10, epoch=1))

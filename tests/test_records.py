@@ -216,6 +216,17 @@ def test_the_copied_file_says_nothing_of_eeg(tmp_path):
         assert word not in text, word
 
 
+def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
+    with cut_at(2 * EPOCH_STEPS):
+        train.run(loaded(corpus, tmp_path), "true")
+    for name in ("best.pt", "last.pt", "checkpoint_epoch_001.pt"):
+        (tmp_path / "t/checkpoints" / name).unlink()
+    capsys.readouterr()
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert "best.pt, of epoch 1, is in no place any more: the best starts anew" in capsys.readouterr().out
+    assert last(tmp_path, "best.pt")["epoch"] == 2
+
+
 def test_a_best_under_other_rules_is_no_bar_and_patience_starts_over(tmp_path, corpus, capsys):
     def trained(**changes):
         config = loaded(corpus, tmp_path, training__best_metric="event_f1", **changes)
