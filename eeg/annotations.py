@@ -5,10 +5,12 @@ Every reader takes (annotation file, header of the EDF, what the user says of te
 Labels, or None where the file says nothing about this recording. What contradicts itself is
 refused, never guessed; Unlabelled says why a recording that can be read has no labels.
 """
+import csv
 import datetime
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,10 +116,14 @@ def read_events_tsv(path, header, texts=None):
 
 def parse_events_tsv(text, name="events.tsv", texts=None):
     """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance
-    test) are not. A BIDS file of another column, trial_type for one, is a list of texts."""
+    test) are not. A BIDS file without that column, of a task for one, is a list of texts."""
     labels, tests = Labels(), []
-    if "eventType" not in text.partition("\n")[0] and "trial_type" in text.partition("\n")[0]:
-        return list_labels(text, name, texts)
+    lines = (line for line in text.split("\n") if line.strip() and not line.startswith("#"))
+    if "eventType" not in next(lines, ""):
+        try:
+            return list_labels(text, name, texts)
+        except NoTable:
+            raise Unlabelled(f"{name} has no column eventType or trial_type") from None
     rows = table(text, name, "\t", ("onset", "duration", "eventType"))
     if not rows:
         raise DataError(f"{name} has no row: "
@@ -206,6 +212,8 @@ def _add_tuh_rows(labels, rows, name):
             background.append((start, stop))
     if len(labels.notes) == len(rows):
         raise DataError(f"{name} has no row" + " but empty ones" * bool(rows))
+    if labels.notes and not labels.events and any(row[3] != "bckg" for row in rows):
+        raise DataError(f"{name}: its only seizure is an empty row")
 
     for begin, end in background:
         if any(min(stop, end) - max(start, begin) > 0.02 for start, stop in labels.events):
@@ -254,34 +262,45 @@ def parse_list(text, name):
     lines = [line.lstrip("# ") for line in text.split("\n") if line.strip("# ")]
     for at, line in enumerate(lines[:10]):
         for delimiter in "\t,;":
-            columns = _columns(line.split(delimiter))
+            columns = _columns(line.split(delimiter), name)
             if {"onset", "text"} <= columns.keys():
-                rows = [row.split(delimiter) for row in lines[at + 1:]]
-                return [_list_row(row, columns, name) for row in rows]
+                last = line.count(delimiter)
+                # a quote ends with its line: a lone one swallows no row
+                rows = [next(csv.reader([row], delimiter=delimiter)) for row in lines[at + 1:]]
+                # MNE quotes nothing: what a text holds of delimiters ends the row
+                rows = [row[:last] + [delimiter.join(row[last:])] for row in rows]
+                return [found for row in rows for found in _list_row(row, columns, name)]
     raise NoTable(f"{name} is no table of onsets and texts")
 
 
-def _columns(cells):
-    """{kind of column: its place}."""
+def _columns(cells, name):
+    """{kind of column: its places}."""
     found = {}
     for place, cell in enumerate(cells):
         title = " ".join(re.sub(r"[(\[].*|_|\"", " ", cell.lower()).split())
         for kind, titles in COLUMNS.items():
             if title in titles:
-                found.setdefault(kind, place)
+                found.setdefault(kind, []).append(place)
+    if {"onset", "text"} <= found.keys():
+        for place in (p for kind, places in found.items() if kind != "text" for p in places):
+            unit = re.search(r"[(\[]\s*([^)\]]*)", cells[place])
+            if unit and not re.match(r"s\b|sec|h+:|$", unit[1].lower()):
+                raise DataError(f"{name}: {cells[place].strip()} is not in seconds")
     return found
 
 
 def _list_row(row, columns, name):
-    cells = {kind: row[place].strip(' "') if place < len(row) else ""
-             for kind, place in columns.items()}
+    """One annotation for each of its texts: a type and a comment say more together."""
+    cells = {kind: row[places[0]].strip(' "') if places[0] < len(row) else ""
+             for kind, places in columns.items()}
     onset = float(number(cells["onset"], f"{name}: onset"))
     duration = None
     if cells.get("duration") not in (None, "", "n/a"):
         duration = float(number(cells["duration"], f"{name}: duration"))
     elif cells.get("end") not in (None, "", "n/a"):
         duration = float(number(cells["end"], f"{name}: end")) - onset
-    return onset, duration if duration and duration > 0 else None, cells["text"]
+    texts = dict.fromkeys(row[place].strip(' "') for place in columns["text"] if place < len(row))
+    return [(onset, duration if duration and duration > 0 else None, text) for text in texts]
 
 
 def channel_notes(path):
@@ -478,21 +497,27 @@ def _siena_name(name):
 
 # ---- texts inside an EDF+ file ----
 
-_SEIZURE = r"(seizure|seiz|sz|anfall|crise|crisis|crisi)"
-_ITS = r"(seizure|seiz|sz|anfall|anfalls|anfalles|crise|crisis|crisi)"
-_OF = r" ?((of|des|de|di|the|la) )*"
-_START = r"(starts?|started|begins?|beginning|beginn|anfang|onset|on|d[e\xe9]but|inicio|inizio)"
-_END = r"(ends?|ended|stops?|stopped|offset|off|ende|fin|fine)"
+_SEIZURE = r"(seizure|seiz|sz|anfall|crise|crisis|crisi|aanval|napad)"
+_ITS = r"(seizure|seiz|sz|anfall|anfalls|anfalles|crise|crisis|crisi|aanval|napad|napadu)"
+_OF = r" ?((of|des|de|di|the|la|della|van) )*"
+_START = (r"(starts?|started|begins?|beginning|beginn|anfang|onset|on|debut|inicio|inizio|"
+          r"poczatek)")
+_END = r"(ends?|ended|stops?|stopped|offset|off|ende|fin|fine|einde|koniec)"
 _NO = r"(no|keine?|pas de|sin|ohne) ((clinical|electrographic|further) )?"
 DEFAULT_TEXTS = {                       # what a text means, whole, without its number (_numbered)
     "start": re.compile(rf"{_ITS}{_OF}{_START}|{_START}{_OF}{_ITS}"),
     "end": re.compile(rf"{_ITS}{_OF}{_END}|{_END}{_OF}{_ITS}"),
     "seizure": re.compile(rf"{_SEIZURE}|sz (foc|gen|uo)[a-z0-9 ]*|{'|'.join(sorted(SEIZURE))}"),
     "background": re.compile(rf"bckg|background|seizure free|anfallsfrei|"
-                             rf"{_NO}({_SEIZURE}s?|anf[a\xe4]lle?)")}
-# a text that speaks of a seizure; where its meaning is not known, nothing is known
-SPEAKS = re.compile(r"seiz|\bszs?\b|\bsz\d|anf[a\xe4]ll|anfaell|crise|crisis|\bcrisi\b|onset|"
-                    r"(?<!inter)(?<!inter )i[ck]tal|convuls|krampf|aanval")
+                             rf"{_NO}({_SEIZURE}s?|anfalle?)")}
+# a text that speaks of a seizure; where its meaning is not known, nothing is known. Epileptiform
+# discharges and cycles per second (cps) are none
+SPEAKS = re.compile(
+    r"seiz|\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
+    r"[ck]ri[sz][ei]|(?<!inter)(?<!inter )i[ck]t(al|us)|[ck]onvuls|kramp|aanval|insult|toeval|"
+    r"napad|drgawk|zachvat|kohtaus|atta(ck|que)|ataque|status epi|epilepti\w* (event|fit)|"
+    r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|btcs|\bfias\b|\baura\b|"
+    r"\b(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}
@@ -536,9 +561,11 @@ def speaks(text):
 
 
 def plain(text):
-    """A text as it is compared: small letters, - and _ as blanks, without the channel that EDF+
-    puts behind @@."""
-    return " ".join(re.sub(r"[-_]", " ", text.partition("@@")[0].lower()).split())
+    """A text as it is compared: small letters without accents, dashes and _ as blanks, without the
+    channel that EDF+ puts behind @@."""
+    letters = unicodedata.normalize("NFKD", text.partition("@@")[0])
+    bare = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return " ".join(re.sub("[-_\u2010-\u2015]", " ", bare.lower()).split())
 
 
 def _built_in(said):
@@ -556,7 +583,7 @@ def _numbered(said):
     words, numbers = [], []
     for word in re.sub(r"\b(seizure|seiz|sz|anfall|crise)#?(\d+)\b", r"\1 \2", said).split():
         word = word.rstrip(":.,;")
-        found = re.fullmatch(r"#?(\d{1,3})(st|nd|rd|th|er|e|eme|\xe8me|\xe8re)?", word)
+        found = re.fullmatch(r"#?(\d{1,3})(st|nd|rd|th|er|e|eme|ere)?", word)
         if found or word in ORDINALS:
             numbers.append(int(found[1]) if found else ORDINALS[word])
         else:

@@ -296,7 +296,9 @@ def parse(*found, seizure=(), background=()):
     ("Anfallsbeginn", "Anfallsende"), ("Anfallsanfang", "Ende des Anfalls"), ("sz on", "sz off"), ("SZ-ON", "SZ_OFF"), ("Sz onset:", "Sz offset."),
     ("1st seizure start", "1st seizure end"), ("first seizure start", "seizure 1 end"), ("Anfall 2 Beginn", "zweiter Anfall Ende"),
     ("sz1 on", "sz1 off"), ("Seizure #3 start", "Seizure end"), ("début de crise", "fin de la crise"), ("inicio de crisis", "fin de crisis"),
-    ("Seizure start@@F7", "Seizure end@@F7"), ("seizure started", "seizure ended")])
+    ("Seizure start@@F7", "Seizure end@@F7"), ("seizure started", "seizure ended"), ("de\u0301but crise", "fin crise"),
+    ("Start aanval", "Einde aanval"), ("pocz\u0105tek napadu", "koniec napadu"), ("inizio della crisi", "fine della crisi"),
+    ("Seizure \u2013 start", "Seizure \u2014 end")])
 def test_pairs_of_a_seizure_in_common_words(start, end):
     assert parse((3, None, start), (9, None, end)) == [(3, 9)]
 
@@ -321,7 +323,10 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
 
 
 @pytest.mark.parametrize("text", ["Focal seizure L temporal", "SZ?", "Anfall unklar", "crise partielle complexe", "crisis focal",
-                                  "ictal rhythm right", "Electrographic onset", "EEG onset", "postictal slowing", "GTCS / convulsion", "Anf\xe4lle"])
+                                  "ictal rhythm right", "Electrographic onset", "EEG onset", "postictal slowing", "GTCS / convulsion", "Anf\xe4lle",
+                                  "GTCS", "sGTKA", "fnsz left", "ESz", "SzStart left", "szr", "Absence 12 s", "Absencen", "Status epilepticus",
+                                  "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
+                                  "Anf. 2", "Krise?"])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
     beside = (1, 2, "Seizure"), (5, None, "background")
@@ -331,7 +336,8 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
     assert parse(*beside, (9, 3, text), seizure=[text]) == [(1, 3), (9, 12)]
 
 
-@pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no clinical seizures"])
+@pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no clinical seizures",
+                                  "inter-ictal", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
@@ -366,6 +372,13 @@ def test_training_names_the_recordings_without_labels():
     ("a.txt", "# MNE-Annotations\n# onset, duration, description\n5.0, 4.0, Seizure\n", [[5, 9]]),
     ("a.tsv", "Time [s]\tEvent\n5\tSeizure start\n9\tSeizure end\n", [[5, 9]]),
     ("a_events.tsv", "onset\tduration\ttrial_type\n5\t4\tseizure\n12\tn/a\teyes_open\n", [[5, 9]]),
+    ("a.csv", "onset,duration,type,comment\n5,4,note,seizure\n1,1,background,\n", [[5, 9]]),
+    ("a.csv", "onset,duration,type,comment\n5,4,background,focal seizure L\n", "'focal seizure L' at 5 s speaks of a seizure"),
+    ("a.csv", 'description,onset,duration\n"seizure, 1",5,4\n', [[5, 9]]),
+    ("a.txt", "# onset, duration, description\n1,0,background\n5,4,eyes open, seizure L\n", "'eyes open, seizure L' at 5 s speaks"),
+    ("a.csv", "Onset [min],Duration [min],Annotation\n5,1,Seizure\n", "a.csv: Onset [min] is not in seconds"),
+    ("a_events.tsv", "# by hand\nOnset\tDuration\tTrial_type\n5\t4\tseizure\n", [[5, 9]]),
+    ("a_events.tsv", "onset\tduration\tvalue\n5\t4\tS 1\n", "a_events.tsv has no column eventType or trial_type"),
     ("a.txt", "Dear colleague,\nwe saw a seizure.\n", "a.txt is no table of onsets and texts"),
     ("a.csv", "x,y\n1,2\n", "a.csv is no table"),
     ("a.csv", "Time,Event\n22:15:03,Seizure\n", "a.csv: onset is '22:15:03', not a number"),
@@ -396,6 +409,8 @@ def test_an_empty_row_is_dropped_and_alone_is_no_label():
     with pytest.raises(edf.DataError, match="no row"):
         annotations.parse_csv(rows + rows.splitlines()[-1] + "\n")
     assert annotations.parse_csv(rows + "TERM,5,9,seiz,1\n").events == [(5, 9)]
+    with pytest.raises(edf.DataError, match="its only seizure is an empty row"):
+        annotations.parse_csv(rows + "TERM,0,30,bckg,1\n")
 
 
 # ---- labels never change a prediction ----
