@@ -19,7 +19,8 @@ from scoring import metrics                                                     
 from eeg import synth                                                            # noqa: E402
 from eeg.edf import FS                                                      # noqa: E402
 
-CLIPS = ROOT.parent / "shared" / "eeg" / "recordings"
+SHARED = ROOT.parent / "shared" / "eeg"
+CLIPS = SHARED / "recordings"
 CHB = "chb01", "chb02", "chb03"
 SHOWN = ("auroc", "average_precision", "sample_f1", "event_f1", "event_sensitivity",
          "false_alarms_per_24h")
@@ -45,11 +46,11 @@ def imported(source, folder, montage):
     os.replace(f"{folder}.part", folder)
 
 
-def real(work):
+def real(work, folder="recordings"):
     """The labelled clips, as CHB-MIT has them: bipolar."""
-    if not (work / "real").is_dir():
-        imported(CLIPS, work / "real", "bipolar")
-    return [r for r in data.open_corpus(work / "real") if r.labelled]
+    if not (work / folder).is_dir():
+        imported(SHARED / folder, work / folder, "bipolar")
+    return [r for r in data.open_corpus(work / folder) if r.labelled]
 
 
 # ---- scores ----

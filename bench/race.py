@@ -53,7 +53,7 @@ def without(work, patient):
     out = work / f"without_{patient}"
     if not out.is_dir():
         shutil.copytree(work / CORPUS, out, copy_function=os.link)
-        for folder in (work / "real").glob("sub-*"):
+        for folder in (work / "recordings").glob("sub-*"):
             if not folder.name.endswith(patient):
                 shutil.copytree(folder, out / folder.name, copy_function=os.link)
         (out / corpora.INDEX).unlink(missing_ok=True)
