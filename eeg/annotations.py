@@ -721,7 +721,15 @@ def person_code(header):
 
 def contradictions(recordings):
     """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
-    one code, or one under several."""
+    one code, or one under several; and on names that differ in capitals alone."""
+    recordings = list(recordings)
+    spelled = {}
+    for patient in sorted({patient for patient, _ in recordings}):
+        spelled.setdefault(patient.casefold(), []).append(patient)
+    for first, *others in spelled.values():
+        for other in others:
+            yield (f"warning: patients {first} and {other} differ in capitals alone: if they are "
+                   f"one person, train with data.same_person: [{other} = {first}]")
     pairs = Counter((patient, code) for patient, code in recordings if code)
     for kind in (0, 1):
         groups = {}

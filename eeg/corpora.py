@@ -97,6 +97,10 @@ OTHER = Layout(re.compile("(?!)"), "", beside(
     "_annotations.txt", ".tsv", ".txt"), annotations.read_beside)
 # words before the first underscore that name no patient
 GENERIC = set("eeg edf rec recording patient pat pt subject subj sub proband file export".split())
+# folders that name none either: kinds of files, parts of a split, classes
+KINDS = GENERIC | set(
+    "edfs eegs recordings patients subjects files data raw train training dev val validation eval "
+    "test seizure seizures ictal interictal normal abnormal background".split())
 
 
 @dataclass
@@ -113,8 +117,8 @@ class Source:
 def identify(path, root, layout="auto"):
     """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are
     taken as they come, with the annotation beside them (x_events.tsv, x.csv_bi, x.csv, ...) and the
-    patient named by the folder in `root` or, directly there, by what stands before the first
-    underscore, words like EEG apart."""
+    patient named by the folder below `root` or, without one, by what stands before the first
+    underscore, words like EEG or train apart."""
     relative = path.relative_to(root)
     if layout == "auto":
         layout = next((name for name, row in LAYOUTS.items() if row.name.match(path.stem)), "")
@@ -122,11 +126,11 @@ def identify(path, root, layout="auto"):
     named = row.name.match(path.stem)
     if named:
         patient = named[1].lower() if row.lower else named[1]
-    elif len(relative.parts) == 1:
-        words = path.stem.split("_")
-        patient = next((word for word in words if word and word.lower() not in GENERIC), words[0])
     else:
-        patient = relative.parts[0]
+        words = path.stem.split("_")
+        folders = [part for part in relative.parts[:-1] if part.lower() not in KINDS]
+        named = folders or [word for word in words if word and word.lower() not in GENERIC] or words
+        patient = named[0]
 
     split = ""
     if row.split:

@@ -481,6 +481,23 @@ def test_files_named_eeg_and_a_patient_are_of_several(tmp_path):
     assert found == {"P01", "P02", "P03", "anna", "EEG"}
 
 
+def test_folders_that_hold_a_kind_of_files_name_no_patient(tmp_path):
+    """Else all of EEG/ would be one, and P01 of train/ another than P01 of dev/."""
+    for place, patient in (("EEG/P01_1", "P01"), ("EEG/P02_1", "P02"), ("train/P01/x", "P01"), ("dev/P01/x", "P01"), ("Seizures/anna_1", "anna"),
+                           ("anna/EEG/x_1", "anna"), ("data/raw/EEG_P03_a", "P03"), ("seizure_1", "seizure")):
+        assert corpora.identify(tmp_path / f"{place}.edf", tmp_path).patient == patient, place
+
+
+def test_patients_whose_names_differ_in_capitals_alone_are_said(tmp_path):
+    for place in ("P01/a", "p01/b", "P02/c"):
+        write_edf(tmp_path / "src" / f"{place}.edf", 5)
+    line = "warning: patients P01 and p01 differ in capitals alone: if they are one person, train with data.same_person: [p01 = P01]"
+    told = []
+    assert line in said(tmp_path / "src", tmp_path / "out")[1].splitlines()
+    data.info(tmp_path / "out", told.append)
+    assert f"  {line}" in told
+
+
 # ---- an import that has not finished ----
 
 def test_training_on_a_corpus_still_being_imported_is_a_passing_fault(tmp_path):
