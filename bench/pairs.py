@@ -1,12 +1,11 @@
 """Two faults at a time on a real training run, in both orders: `python bench/soak.py --pairs`.
 
 A run with a second copy on another disk, a snapshot after every step, validates its first epoch,
-the best one.
-A process trains it on by plain --resume; while it waits between two steps the first fault strikes,
-after some steps more the second. What both leave meets one more start while they stand; then what
-can be mended is mended (room is made, the mirror mounted again), and plain --resume goes on to the
-end. A kill is SIGKILL before a random system call of a start on either disk; faults of the folder
-as a whole meet no live process, so that one is killed first.
+the best one. A process trains it on by plain --resume; while it waits between two steps the first
+fault strikes, after some steps more the second. What both leave meets one more start while they
+stand; then what can be mended is mended (room is made, the mirror mounted again), and plain
+--resume goes on to the end. A kill is SIGKILL before a random system call of a start on either
+disk; an older home meets no live process, so that one is killed first.
 
 The end is right where weights, best.pt and rows are bit-identical to the run never stopped, in both
 places. A start may refuse instead: exit 1 or 2 with one line on stderr, every checkpoint as it was;
