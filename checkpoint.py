@@ -102,6 +102,7 @@ MAX_STARTS = 100                # earlier starts of its run that a checkpoint na
 PAGE, CHUNK = 4096, 32 << 20
 # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
 MAGIC = b"holdfast1 "
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."     # head of torch.save until 1.5: no zip
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
            errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST}
@@ -979,6 +980,8 @@ def _check(file):
     size, comment = os.fstat(file.fileno()).st_size, _comment(file)
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        if not comment and _is_foreign(archive, entries):
+            raise _foreign("a zip that torch.save did not write")
         for entry in entries:
             # attributes make some readers skip an entry
             if entry.external_attr or entry.compress_type or entry.is_dir() \
@@ -1004,6 +1007,20 @@ def _check(file):
     return comment
 
 
+def _is_foreign(archive, entries):
+    """Whether a zip is whole, and no damage has made of torch.save's entries what they are: all
+    with attributes, or some compressed."""
+    odd = [entry for entry in entries if entry.external_attr]
+    packed = any(entry.compress_type and entry.file_size for entry in entries)
+    return bool(packed or odd) and (packed or len(odd) == len(entries)) and not archive.testzip()
+
+
+def _foreign(what):
+    error = CorruptCheckpoint(what)
+    error.foreign = True
+    return error
+
+
 def _digest(digest, file, begin, end):
     if begin > end:
         raise CorruptCheckpoint("overlapping or misplaced entries")
@@ -1022,6 +1039,9 @@ def _comment(file):
         if found:
             break
     if not found or len(record) < 18:
+        file.seek(0)
+        if file.read(len(LEGACY)) == LEGACY:
+            raise _foreign("torch.save wrote it without a zip: nothing in it can be checked")
         raise CorruptCheckpoint("truncated: no zip end record" if size else "empty file")
     comment = record[18:]
     if record[16:18] != struct.pack("<H", len(comment)) or comment[:len(MAGIC)] not in (b"", MAGIC):
@@ -1428,6 +1448,11 @@ class Checkpointer:
                  before_save: Callable[[Path], object] | None = None, background: bool = True,
                  say: Callable[[str], object] = print, save_patience_minutes: float = 60.0,
                  check_finite: bool = True) -> None:
+        for keep in (mid_epoch_keep, checkpoint_keep):
+            if not isinstance(keep, int) or keep < 0:
+                raise ValueError(f"keep must be a whole number, 0 (all) or more, not {keep!r}")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be max or min, not {mode!r}")
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         self.minutes = mid_epoch_minutes
         self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}

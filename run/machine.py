@@ -4,6 +4,8 @@ import datetime
 import math
 import os
 import random
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,8 @@ def rank_and_size():
         return 0, 1
     given = [f"{name}={os.environ[name]}" for name in JOB if os.environ.get(name)]
     missing = [name for name in JOB if not os.environ.get(name)]
-    if missing or not (rank.isdigit() and size.isdigit() and int(rank) < int(size)):
+    numbers = missing or all(os.environ[name].isdecimal() for name in JOB if name != "MASTER_ADDR")
+    if missing or not (numbers and int(rank) < int(size)):
         line = f"{' '.join(given)} in the environment, left over from another job"
         if missing:
             line += f": torchrun would set {', '.join(missing)} too"
@@ -59,12 +62,22 @@ class Group:
     def _meet(self):
         # torchrun's static rendezvous keeps one store over its restarts: with a prefix of its own
         # no restart meets the addresses of the dead
-        store, rank, size = next(dist.rendezvous("env://"))
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        line = f"process {self.rank} of {self.size} waits for the others at {place}"
+        late = threading.Timer(20, print, [line], {"file": sys.stderr, "flush": True})
+        late.daemon = True
+        late.start()
+        try:
+            store, rank, size = next(dist.rendezvous("env://"))
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            why = str(error).split("\n")[0]
+            raise TemporaryFault(f"{line.replace('waits for', 'cannot meet')}: {why}") from None
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         # the others wait for the main process through a long import or a disk that is away
         dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
                                 rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
+        late.cancel()
 
     def sum(self, values):
         """Element-wise sum of a short list of numbers over the processes, as floats."""

@@ -148,7 +148,7 @@ class RunDirectory:
     def _restarted(self):
         """torchrun started this process again, and what it did before had begun here. Arguments
         that were refused are refused again; --resume FILE and --fresh are not done twice."""
-        if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "") in ("", "0"):
             return False
         try:
             return json.loads((self.directory / "started.json").read_text()) == launch()

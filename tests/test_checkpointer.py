@@ -334,3 +334,10 @@ def test_what_training_waited_counts_from_where_packing_the_state_began(tmp_path
         writer.save_mid({"epoch": 1, "batch": 1}, since=time.monotonic() - 5)
         writer.wait()
         assert writer.blocked >= 5 and any("training waited 5" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("wrong", [{"mid_epoch_keep": -1}, {"checkpoint_keep": -1}, {"mid_epoch_keep": 1.5}, {"mode": "maximum"}])
+def test_settings_that_a_save_would_fail_on_are_refused_at_once(tmp_path, wrong):
+    with pytest.raises(ValueError, match="must be"):
+        checkpoint.Checkpointer(tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()

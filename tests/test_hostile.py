@@ -16,6 +16,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -497,8 +498,12 @@ class Code:
 def test_what_another_program_wrote_whole_is_foreign_and_what_is_damaged_is_not(tmp_path, capfd):
     torch.save({"epoch": 1, "model": Code()}, tmp_path / "code.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 1, "batch": 2}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(tmp_path / "script.pt")
+    numpy.savez(tmp_path / "arrays", a=1)
+    (tmp_path / "arrays.npz").rename(tmp_path / "arrays.pt")
     torch.save({"weights": torch.ones(500)}, tmp_path / "weights.pt")
-    for name in ("code.pt", "list.pt"):
+    for name in ("code.pt", "list.pt", "legacy.pt", "script.pt", "arrays.pt"):
         with pytest.raises(checkpoint.CorruptCheckpoint) as refusal:
             checkpoint.load(tmp_path / name)
         assert refusal.value.foreign, name

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import forked
 import tracer
 import train
 from conftest import ROOT, dies, ext4_image
-from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
+from helpers import EPOCH_STEPS, LIMIT, PYTHON, assert_same_run, free_port, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
 from eeg.disk import read_json_lines
@@ -258,15 +259,33 @@ def test_batches_of_another_size_leave_the_learning_rate_at_its_share_of_the_run
     assert f"batches are of {size} windows now: the learning rate goes on at step" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("left", [{"WORLD_SIZE": "8"}, {"RANK": "3"}, {"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+JOB = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("left", [{"WORLD_SIZE": "8"}, {"RANK": "3"}, {"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "2"},
+                                  JOB | {"WORLD_SIZE": "\xb2"}, JOB | {"MASTER_PORT": "none"}, JOB | {"LOCAL_RANK": "-1"}])
 def test_what_another_job_left_in_the_environment_is_refused_in_one_line(corpus, tmp_path, capsys, monkeypatch, left):
     for name, value in left.items():
         monkeypatch.setenv(name, value)
     assert train.main(["--config", str(loaded_path(corpus, tmp_path)), "--resume"]) == 2
     error = capsys.readouterr().err
     name, value = list(left.items())[-1]
-    assert f"{name}={value} in the environment, left over" in error and "MASTER_ADDR" in error and error.count("\n") == 1
+    assert f"{name}={value}" in error and "in the environment, left over" in error and "MASTER_ADDR" in error and error.count("\n") == 1
     assert not (tmp_path / "t").exists()
+
+
+def test_a_job_that_was_left_whole_in_the_environment_says_for_whom_it_waits(corpus, tmp_path):
+    process = spawn(loaded_path(corpus, tmp_path), "--resume", **JOB | {"MASTER_PORT": str(free_port())})
+    try:
+        assert "process 0 of 2 waits for the others at 127.0.0.1:" in process.stdout.readline()
+    finally:
+        process.kill()
+        process.communicate()
+    with socket.create_server(("127.0.0.1", 0)) as other:       # their meeting place is another's
+        process = spawn(loaded_path(corpus, tmp_path), "--resume", **JOB | {"MASTER_PORT": str(other.getsockname()[1])})
+        out = rest(process)
+    assert process.returncode == 1 and out.startswith("train.py: process 0 of 2 cannot meet the others at 127.0.0.1:")
+    assert "Traceback" not in out
 
 
 def test_resume_takes_its_word_in_any_case(corpus, tmp_path, capsys):
