@@ -702,8 +702,9 @@ def parse(argv):
     add("--out", type=Path,
         help="default: `evaluation` in the run directory, or beside stripped weights")
     add("--events", type=Path, metavar="FILE",
-        help="write the events of one EDF to this file and nothing else; where the EDF is refused, "
-             "one row of background, said on stderr")
+        help="write the events of one EDF to this file, and nothing else without --out, --plot, "
+             "--pdf or --save-probabilities; where the EDF is refused, one row of background, said "
+             "on stderr")
     add("--threshold", type=float, help="instead of the one that training tuned")
     add("--set", action="append", default=[], metavar="evaluation.key=value",
         help="instead of what training stored, such as evaluation.overlap_seconds=15")
@@ -716,11 +717,7 @@ def parse(argv):
         help="NAME_probability.npy per recording: float32 (samples,) at 256 Hz")
     add("--split", choices=("train", "dev", "eval"), help="only these recordings; default all")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args(argv)
-    if args.events and (args.out or args.plot or args.save_probabilities or args.split):
-        parser.error("--events writes one file: leave --out, --plot, --pdf, --save-probabilities "
-                     "and --split away")
-    return args
+    return parser.parse_args(argv)
 
 
 def default_out(path, state):
@@ -837,7 +834,7 @@ def main(argv=None):
     try:
         if args.events:
             score_one(args)
-        else:
+        if not args.events or args.out or args.plot or args.save_probabilities:
             score_folder(args)
     except (data.ReadFailed, TemporaryFault) as failure:    # a passing fault, not bad data
         print(f"evaluate.py: stopped: {failure}", file=sys.stderr)

@@ -1138,3 +1138,7 @@ def test_events_go_to_one_file_and_nothing_else(corpus, tmp_path, monkeypatch):
     before = source.read_bytes()
     code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--events", source)
     assert code == 2 and "over the EDF itself" in lines[0] and source.read_bytes() == before
+    assert here("--checkpoint", corpus / "best.pt", "--data", source, "--events", "z.tsv", "--out", "out", "--plot")[0] == 0
+    beside, = tmp_path.glob("out/**/*_events.tsv")
+    assert beside.read_text() == (tmp_path / "z.tsv").read_text() == (tmp_path / "deep" / "x.tsv").read_text()
+    assert list(tmp_path.glob("out/**/*.png")) and (tmp_path / "out" / "scores.json").exists()
