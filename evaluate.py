@@ -663,7 +663,7 @@ def tell(records, detections, c):
         "labelled_hours": ground["hours"],
         "labelled_patients": ground["patients"],
         "background_hours": ground["background_hours"],
-        "seizures": ground["seizures"],
+        "seizures": ground["seizures"] if labelled else None,       # nothing is known, not 0
         "always_on_f1": None if math.isnan(ground["always_on_f1"]) else ground["always_on_f1"],
         "trade_off": trade_off,
         "per_patient": _rows_of_patients(records, detections, c),

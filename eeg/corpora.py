@@ -697,13 +697,15 @@ ANNOTATION = re.compile(r"(.*?)(_events\.tsv|\.csv_bi|\.tse|\.tse_bi|_a1\.tsv)$"
 
 def _labels_alone(sources):
     """Annotation files beside unlabelled EDFs whose own EDF is not there."""
-    stems = {source.path.with_name(source.path.stem.removesuffix("_eeg")) for source in sources}
     folders = {source.path.parent for source in sources if not source.annotation}
     alone = []
     for folder in sorted(folders):
-        for file in sorted(folder.iterdir()):
+        files = sorted(folder.iterdir())
+        # of a single EDF that is imported the others count too
+        stems = {file.stem.removesuffix("_eeg") for file in files if file.suffix.lower() == ".edf"}
+        for file in files:
             named = ANNOTATION.match(file.name)
-            if named and file.with_name(named[1].removesuffix("_eeg")) not in stems:
+            if named and named[1].removesuffix("_eeg") not in stems:
                 alone.append(file)
     return alone
 

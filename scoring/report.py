@@ -106,9 +106,12 @@ def counted(number, noun):
 def show(result, names, out):
     """Print what scores.json holds, shortly; names: the metrics in their order."""
     detections = sum(row["detections"] for row in result["per_recording"])
+    seizures = "no labels"
+    if result["labelled_recordings"]:
+        seizures = counted(result["seizures"], "labelled seizure")
     print(f"{counted(result['recordings'], 'recording')}, {result['hours']:.2f} h, "
-          f"{counted(result['patients'], 'patient')}, "
-          f"{counted(result['seizures'], 'labelled seizure')}, {counted(detections, 'detection')}")
+          f"{counted(result['patients'], 'patient')}, {seizures}, "
+          f"{counted(detections, 'detection')}")
     if result["corpus_version"]:
         print(f"corpus: {result['corpus_version']}")
     print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")

@@ -419,6 +419,9 @@ def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
     assert "hint: no file is named as in siena (PN00-1.edf): leave --layout away" in text
     report, text = said(tmp_path / "src", tmp_path / "out2")
     assert "hint: 1 annotation files belong to no EDF, night_1_events.tsv" in text
+    write_edf(tmp_path / "src" / "night_1.edf")
+    assert not said(tmp_path / "src" / "night1.edf", tmp_path / "out3")[0].hints
+    (tmp_path / "src" / "night_1.edf").unlink()
     shutil.move(tmp_path / "src" / "night_1_events.tsv", tmp_path / "src" / "night1_events.tsv")
     report, text = said(tmp_path / "src", tmp_path / "out2")
     assert not report.hints and not report.unlabelled

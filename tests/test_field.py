@@ -1,4 +1,5 @@
 """Recordings as hospitals export them: what public reports and public files do, each kind with its right value. Real files."""
+import json
 import os
 import shutil
 import subprocess
@@ -446,7 +447,8 @@ def test_labels_beside_or_inside_an_edf_do_not_change_the_events_that_are_writte
         assert evaluate.main([*arguments, "--out", str(tmp_path / "out")]) == 0
         written.append((tmp_path / "out" / "a_events.tsv").read_text())
         text = capsys.readouterr().out
-        assert ("NO LABELS" in text) == (labels != tsv((5, 9, "sz")))
+        assert ("NO LABELS" in text) == ("no labels" in text) == (labels != tsv((5, 9, "sz"))) and "0 labelled" not in text
+        assert (json.loads((tmp_path / "out" / "scores.json").read_text())["seizures"] is None) == ("NO LABELS" in text)
     assert len(set(written)) == 1 and "\tsz\t" in written[0]
 
 
