@@ -2303,17 +2303,21 @@ COMMANDS = {            # name -> (module beside this file, what it does)
 
 
 def files_below(path: str | os.PathLike) -> list[Path]:
-    """Every .pt at or below `path`, links followed, each folder once."""
+    """Every .pt at or below `path`, links followed, each folder once; and the folders that cannot
+    be listed: they may hold some."""
     if not os.path.isdir(path):
         return [Path(path)]
-    return [Path(folder, name) for folder, names in folders_below(path)
-            for name in sorted(names) if name.endswith(".pt")]
+    closed: list[OSError] = []
+    found = [Path(folder, name) for folder, names in folders_below(path, closed.append)
+             for name in sorted(names) if name.endswith(".pt")]
+    return found + [Path(error.filename) for error in closed]
 
 
-def folders_below(path: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+def folders_below(path: str | os.PathLike, onerror: Callable[[OSError], object] | None = None
+                  ) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files) at and below `path`, links followed, each folder once."""
     seen = set()
-    for folder, folders, files in os.walk(str(path), followlinks=True):
+    for folder, folders, files in os.walk(str(path), followlinks=True, onerror=onerror):
         info = os.stat(folder)
         if (info.st_dev, info.st_ino) in seen:
             folders.clear()
@@ -2352,7 +2356,7 @@ def _verify_all(paths):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="checkpoint.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__.split("\n")[0],
+        description=(__doc__ or "").split("\n")[0],         # without texts under python -OO
         epilog="\n".join(f"{name:<8} {what}" for name, (_, what) in COMMANDS.items()))
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("paths", nargs="+", metavar="PATH",

@@ -208,6 +208,12 @@ class RunDirectory:
         missing = [key for key in needed if key not in state]
         if missing:
             raise Refused(f"{where} is no training checkpoint: it lacks {', '.join(missing)}")
+        config = state["config"]
+        tables = [state["model"], state["optimizer"], state["sampler"], config]
+        tables.append(config.get("training") if isinstance(config, dict) else None)
+        if not all(isinstance(table, dict) for table in tables):
+            raise Refused(f"{where} is no training checkpoint of this program: its config, model, "
+                          "optimizer or sampler is of another form")
         self._keep_origin(state["config"]["training"])
         older = self._keep_model(state["config"].get("model") or {})
         saved = state["config"] | {"model": state["config"].get("model", {}) | older}

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -692,6 +693,8 @@ def test_the_command_line_lists_verifies_cleans_and_strips(tmp_path, capsys):
     assert checkpoint.main(["verify", str(run)]) == 0
     (run / "mid_epoch_001_000009.pt").write_bytes(b"damage")
     assert checkpoint.main(["verify", str(run / "mid_epoch_001_000009.pt")]) == 1
+    done = subprocess.run([sys.executable, "-OO", str(ROOT / "checkpoint.py"), "verify", str(run)], capture_output=True, text=True)
+    assert done.returncode == 1 and "last.pt: ok" in done.stdout, done.stderr
     assert "mid_epoch_001_000009.pt: DAMAGED" in capsys.readouterr().out
     assert checkpoint.main(["clean", str(run)]) == 0 and (run / "mid_epoch_001_000001.pt").exists()
     assert checkpoint.main(["clean", str(run), "--yes"]) == 0
@@ -700,6 +703,25 @@ def test_the_command_line_lists_verifies_cleans_and_strips(tmp_path, capsys):
     assert set(checkpoint.load(tmp_path / "weights.pt")) >= {"model"} and "optimizer" not in checkpoint.load(tmp_path / "weights.pt")
     assert checkpoint.main(["ls", str(tmp_path / "absent")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_verify_passes_over_no_folder_that_it_cannot_list(capsys):
+    with tempfile.TemporaryDirectory() as folder:           # pytest's own are closed to other users
+        for name in ("", "open", "closed"):
+            Path(folder, name).mkdir(exist_ok=True)
+            Path(folder, name).chmod(0o755)
+        checkpoint.atomic_save({"epoch": 1}, Path(folder, "open", "last.pt"))
+        Path(folder, "open", "last.pt").chmod(0o644)
+        assert checkpoint.main(["verify", folder]) == 0
+        Path(folder, "closed").chmod(0)
+        user = os.geteuid()
+        try:
+            os.seteuid(user or 65534)
+            assert checkpoint.main(["verify", folder]) == 1
+        finally:
+            os.seteuid(user)
+    out = capsys.readouterr().out
+    assert out.count("last.pt: ok") == 2 and "closed: UNREADABLE: Permission denied" in out
 
 
 def test_clean_leaves_alone_what_it_cannot_read_and_no_run_can_begin_while_it_works(tmp_path, capsys, monkeypatch):

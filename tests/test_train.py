@@ -933,6 +933,16 @@ def test_after_a_resume_from_a_file_the_log_and_best_pt_agree_on_what_is_best(co
     assert [checkpoint.peek(path)["metric"]["value"] for path in aside] == [0.9]
 
 
+@pytest.mark.parametrize("other", [{"config": 5}, {"config": {"lr": 1}}, {"optimizer": [1]}, {"model": None}])
+def test_a_checkpoint_of_another_form_is_refused_in_one_line_and_nothing_is_begun(corpus, tmp_path, capsys, other):
+    state = {"epoch": 1, "batch": 2, "model": {}, "optimizer": {}, "sampler": {}, "rng": [], "data": "", "config": {"training": {}}}
+    checkpoint.atomic_save(state | other, tmp_path / "theirs.pt")
+    assert train.main(["--config", str(loaded_path(corpus, tmp_path)), "--resume", str(tmp_path / "theirs.pt")]) == 2
+    error = capsys.readouterr().err
+    assert "theirs.pt is no training checkpoint of this program" in error and error.count("\n") == 1
+    assert not (tmp_path / "t").exists()
+
+
 def log_lines(results):
     return (results / "t/log.txt").read_text().splitlines()
 
