@@ -119,11 +119,13 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
     test) are not. A BIDS file without that column, of a task for one, is a list of texts."""
     labels, tests = Labels(), []
     lines = (line for line in text.split("\n") if line.strip() and not line.startswith("#"))
-    if "eventType" not in next(lines, ""):
+    titles = next(lines, "")
+    if "eventType" not in titles:
         try:
             return list_labels(text, name, texts)
         except NoTable:
-            raise Unlabelled(f"{name} has no column eventType or trial_type") from None
+            if "onset" in titles.lower():
+                raise Unlabelled(f"{name} has no column eventType or trial_type") from None
     rows = table(text, name, "\t", ("onset", "duration", "eventType"))
     if not rows:
         raise DataError(f"{name} has no row: "
@@ -133,8 +135,15 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
         _note_length(labels, row.get("recordingDuration"), name)
         if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
             raise DataError(f"{name}: unknown eventType {kind!r}")
-        onset = float(number(row["onset"], f"{name}: onset of {kind}"))
-        duration = float(number(row["duration"], f"{name}: duration of {kind}"))
+        try:
+            onset = float(number(row["onset"], f"{name}: onset of {kind}"))
+            duration = float(number(row["duration"], f"{name}: duration of {kind}"))
+        except DataError as error:
+            if "n/a" not in (row["onset"], row["duration"]):
+                raise
+            if kind == "bckg":
+                continue                # of unknown length: the recording was read all the same
+            raise Unlabelled(str(error)) from None
         if kind == "impd" and duration <= 0:
             labels.notes.append(f"impedance test at {onset:g} s of {duration:g} s left out")
             continue
@@ -239,7 +248,7 @@ COLUMNS = {
     "end": {"end", "stop", "stop time", "end time", "offset"},
     "duration": {"duration", "length"},
     "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
-             "comment", "note", "type"}}
+             "comment", "note", "type", "eventtype", "event type"}}
 
 
 def list_labels(text, name, texts=None):
@@ -558,6 +567,11 @@ class Texts:
 
 def speaks(text):
     return SPEAKS.search(plain(text)) is not None
+
+
+def marks(text):
+    """Whether a text speaks of a seizure, and not of there being none."""
+    return speaks(text) and _built_in(plain(text))[0] != "background"
 
 
 def plain(text):

@@ -5,7 +5,6 @@ A corpus layout is a row of LAYOUTS and, where its labels are of a new kind, a r
 annotations.py.
 """
 import dataclasses
-import glob
 import json
 import multiprocessing
 import os
@@ -344,8 +343,24 @@ def _events_beside(source, header, task):
     if not labels:
         return None, {}, f"{source.annotation.name} does not name it"
     events = annotations.finish(labels, header.seconds)
-    header.notes += labels.notes
+    header.notes += labels.notes + _passed_over(source, header, len(events))
     return events, {}, ""
+
+
+def _passed_over(source, header, seizures):
+    """Notes on what the annotation file that counts alone keeps from being read."""
+    counts, notes = f"{source.annotation.name} counts alone", []
+    if source.layout not in LAYOUTS:
+        others = [path.name for path in OTHER.find(source.path)
+                  if path != source.annotation and path.exists()]
+        notes += [f"{counts}, not {', '.join(others)}"] if others else []
+    if not seizures:
+        try:
+            texts = [text for *_, text in read_annotations(header) if annotations.marks(text)]
+        except DataError:
+            texts = []
+        notes += [f"{counts}, not the {texts[0][:60]!r} inside the EDF+"] if texts else []
+    return notes
 
 
 def _events_inside(header, task):
@@ -365,17 +380,16 @@ def _events_inside(header, task):
     return events, {text: counts[text] for text in texts[:MAX_KEPT_TEXTS]}, why
 
 
-NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", *FOREIGN)
+NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", ".md5", ".sha256", *FOREIGN)
 
 
 def _unread_beside(path):
     """Names of files beside an EDF that may hold its labels and are of no kind that is read."""
     stem = path.stem.removesuffix("_eeg")
     kinds = r"[-_](annot\w*|labels?|marker\w*|events?|seizures?)"
-    form = re.compile(rf"(_eeg)?({kinds})?\.\w+", re.I)
-    return sorted(other.name for other in path.parent.glob(glob.escape(stem) + "*")
-                  if form.fullmatch(other.name[len(stem):])
-                  and not other.name.lower().endswith(NOT_LABELS))
+    form = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?({kinds})?\.\w+", re.I)
+    return sorted(name for name in os.listdir(path.parent)
+                  if form.fullmatch(name) and not name.lower().endswith(NOT_LABELS))
 
 
 def _of_channels(path):

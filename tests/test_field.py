@@ -379,6 +379,11 @@ def test_training_names_the_recordings_without_labels():
     ("a.txt", "# onset, duration, description\n1,0,background\n5,4,eyes open, seizure L\n", "'eyes open, seizure L' at 5 s speaks"),
     ("a.csv", "Onset [min],Duration [min],Annotation\n5,1,Seizure\n", "a.csv: Onset [min] is not in seconds"),
     ("a_events.tsv", "# by hand\nOnset\tDuration\tTrial_type\n5\t4\tseizure\n", [[5, 9]]),
+    ("a_events.tsv", "ONSET\tDURATION\tEVENTTYPE\n5\t4\tsz\n", [[5, 9]]),
+    ("a_events.tsv", "onset\tduration\teventType\n0\tn/a\tbckg\n5\t4\tsz\n", [[5, 9]]),
+    ("a_events.tsv", "onset\tduration\teventType\n5\tn/a\tsz\n", "a_events.tsv: duration of sz is 'n/a'"),
+    ("a.edf.csv", "onset,duration,label\n5,4,sz\n", "not read as labels: a.edf.csv"),
+    ("A_events.tsv", tsv((5, 4, "sz")), "not read as labels: A_events.tsv"),
     ("a_events.tsv", "onset\tduration\tvalue\n5\t4\tS 1\n", "a_events.tsv has no column eventType or trial_type"),
     ("a.txt", "Dear colleague,\nwe saw a seizure.\n", "a.txt is no table of onsets and texts"),
     ("a.csv", "x,y\n1,2\n", "a.csv is no table"),
@@ -395,6 +400,17 @@ def test_label_files_and_exported_lists_beside_an_edf_are_read_or_named(tmp_path
         assert not r.labelled and events in text
     else:
         assert r.labelled and r.events.tolist() == events
+
+
+def test_what_an_annotation_file_that_counts_alone_keeps_from_being_read_is_said(tmp_path):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {1: mark(1, "no seizure"), 2: mark(2, "Focal seizure", 3)})
+    (tmp_path / "src" / "a_events.tsv").write_text(tsv((0, 10, "bckg")))
+    (tmp_path / "src" / "a.csv").write_text("onset,duration,label\n5,4,sz\n")
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    assert "a_events.tsv counts alone, not a.csv" in text
+    assert "a_events.tsv counts alone, not the 'Focal seizure' inside the EDF+" in text
+    (tmp_path / "src" / "a_events.tsv").write_text(tsv((2, 3, "sz")))
+    assert "inside the EDF+" not in said(tmp_path / "src", tmp_path / "out")[1]
 
 
 def test_what_a_bids_channels_file_says_and_the_import_does_not_act_on_is_noted(tmp_path):
