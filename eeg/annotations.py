@@ -402,21 +402,30 @@ SIENA = re.compile(r"\s*(File name|Registration start time|Registration end time
 
 def parse_siena(text, name="Seizures-list"):
     """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end",
-    "start", "end": text}]}."""
+    "start", "end": text}]}. One without "end" was not ended, one with "odd" is a line with a time
+    that is not understood."""
     files, entry = {}, {}
-    for found in filter(None, map(SIENA.match, text.split("\n"))):
+    for line in [*text.split("\n"), "File name: "]:
+        found = SIENA.match(line)
+        if not found:
+            if entry and re.search(r"\d[.:]\d+[.:]\d", line):
+                files[entry["file"]].append({"file": entry["file"], "odd": line.strip()})
+            continue
         key = found[1].lower().removeprefix("seizure ").removesuffix(" time")
+        if "start" in entry and key in ("file name", "start"):
+            files[entry["file"]].append(entry)
         if key == "file name":
             entry = {"file": found[2]}
             files.setdefault(found[2], [])
             continue
         if not entry:
             raise DataError(f"{name}: {found[1]} stands before any file name")
-        entry[key] = found[2]
+        entry = entry | {key: found[2]}
         if key == "end":
             files[entry["file"]].append(entry)
             # the next seizure of this file has its own times
             entry = {k: v for k, v in entry.items() if k not in ("start", "end")}
+    del files[""]
     return files
 
 
@@ -459,6 +468,9 @@ def read_siena(path, header, texts=None):
         key = left[0]
         labels.notes.append(f"taken for {key} of {path.name}")
 
+    for entry in listed[key]:
+        if "odd" in entry:
+            raise DataError(f"{path.name}, {entry['file']}: {entry['odd']!r} is not understood")
     for entry in _whole_entries(listed[key], labels):
         _correct_start(entry, path.name, header, labels)
         _, length, onset, end = siena_times(entry, f"{path.name}, {entry['file']}")

@@ -173,6 +173,25 @@ def test_siena_lists_are_read_over_midnight_and_contradictions_refused(shared):
         siena_times({**over, "end": "0011"}, "")
 
 
+@pytest.mark.parametrize(
+    "seizures, why",
+    [
+        ("Seizure start time: 00.01.00\n", "no end time"),
+        ("Start time: 00.01.00\nStart time: 00.02.00\nEnd time: 00.02.09\n", "no end time"),
+        ("Seizure 1 start: 00.01.00\nSeizure 1 end: 00.01.09\n", "'Seizure 1 start: 00.01.00' is not"),
+    ],
+)
+def test_a_seizure_of_a_siena_list_that_is_not_ended_or_not_understood_is_no_background(
+    tmp_path, seizures, why
+):
+    write_edf(tmp_path / "src" / "PN00-1.edf", 300)
+    times = "Registration start time: 00.00.00\nRegistration end time: 00.05.00\n"
+    text = f"File name: PN00-1.edf\n{times}{seizures}\nFile name: PN00-2.edf\n{times}"
+    (tmp_path / "src" / "Seizures-list-PN00.txt").write_text(text)
+    ((_, said_why),) = imported(tmp_path / "src", tmp_path / "out").refused
+    assert why in said_why
+
+
 def test_seizeit_annotations(shared):
     text = (shared / "eeg" / "layouts" / "seizeit" / "P_ID64" / "P_ID64_r3_a1.tsv").read_text()
     assert parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
