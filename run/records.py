@@ -346,28 +346,33 @@ def has_run(config):
 
 def move_aside(directory, say, second=None):
     """Rename a run's folder, and its second copy, to NAME.1, or the next number that is free in
-    both places; both or none. Raises InUse where a process works there, Refused where a folder
+    both places; both or none. Of a link the folder that it leads to is renamed, and the new run
+    goes there, to the same disk. Raises InUse where a process works there, Refused where a folder
     cannot be renamed."""
     # the second copy first: an empty home beside it would resume the old run from it
     folders = [Path(folder) for folder in (second, directory) if folder and Path(folder).is_dir()]
+    places = [folder.resolve() if folder.is_symlink() else folder for folder in folders]
     number = 1
-    while any(os.path.lexists(f"{folder}.{number}") for folder in folders):
+    while any(os.path.lexists(f"{folder}.{number}") for folder in folders + places):
         number += 1
-    moved = []
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
                 held.enter_context(checkpoint.lock(folder / "checkpoints", say))
         try:
-            for folder in folders:
-                os.rename(folder, f"{folder}.{number}")
-                moved.append(folder)
+            for folder, place in zip(folders, places):
+                os.rename(place, f"{place}.{number}")
+                undo.callback(os.rename, f"{place}.{number}", place)
+                if place != folder:
+                    os.symlink(f"{place}.{number}", f"{folder}.{number}")
+                    undo.callback(os.unlink, f"{folder}.{number}")
         except OSError as error:
-            for folder in moved:
-                os.rename(f"{folder}.{number}", folder)
             raise Refused(f"{folder} cannot be moved aside ({error.strerror}): where it is a mount "
                           f"point, choose another experiment.name") from None
-    for folder in folders:
+        undo.pop_all()
+    for folder, place in zip(folders, places):
+        if place != folder:
+            place.mkdir()
         say(f"moved the old run aside: {folder} -> {folder}.{number}")
 
 

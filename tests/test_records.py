@@ -161,6 +161,19 @@ def test_a_run_that_is_a_mount_point_cannot_be_moved_aside_and_that_is_a_refusal
     assert second.is_dir() and (small_disk / "checkpoints").is_dir()
 
 
+def test_of_a_linked_run_the_folder_is_moved_aside_and_the_link_leads_the_new_run_to_the_same_disk(tmp_path):
+    big = tmp_path / "big"
+    (big / "run" / "checkpoints").mkdir(parents=True)
+    (big / "run" / "checkpoints" / "last.pt").write_bytes(b"old")
+    home = tmp_path / "t"
+    home.symlink_to(big / "run")
+    for number in (1, 2):
+        move_aside(home, print)
+        assert home.is_symlink() and home.resolve() == big / "run" and not list(home.iterdir())
+        assert (tmp_path / f"t.{number}").resolve() == big / f"run.{number}"
+    assert (tmp_path / "t.1" / "checkpoints" / "last.pt").read_bytes() == b"old"
+
+
 @pytest.mark.parametrize("holder, kind", [((os.getpid(), "another-host"), TemporaryFault), (None, TemporaryFault),
                                           ((999_999, os.uname().nodename), TemporaryFault),
                                           ((os.getppid(), os.uname().nodename), Refused)])
