@@ -44,6 +44,7 @@ from eeg import store
 from eeg import synth
 from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.annotations import contradictions, no_labels
+from eeg.console import how_many
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
@@ -687,8 +688,10 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
     recordings = open_corpus(path, whole=False)
     labelled = [r for r in recordings if r.labelled]
     people = sorted({person(r.patient) for r in recordings})
-    say(f"{path}: {len(recordings)} recordings of {len(people)} patients, {_hours(recordings)}, "
-        f"montage {recordings[0].montage}, {FS} Hz, prepared {recordings[0].prepared}")
+    say(f"{path}: {how_many(len(recordings), 'recording')} of "
+        f"{how_many(len(people), 'patient')}, "
+        f"{_hours(recordings)}, montage {recordings[0].montage}, {FS} Hz, "
+        f"prepared {recordings[0].prepared}")
     try:
         corpora.check_finished(Path(path))
     except TemporaryFault as fault:
@@ -697,8 +700,8 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
         say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
-        say(f"  {split or 'no split':8} {len(part)} recordings, "
-            f"{len({person(r.patient) for r in part})} patients, {_hours(part)}, "
+        say(f"  {split or 'no split':8} {how_many(len(part), 'recording')}, "
+            f"{how_many(len({person(r.patient) for r in part}), 'patient')}, {_hours(part)}, "
             f"{_seizures(part)}, "
             f"{sum(float(np.diff(r.events).sum()) for r in part) / 3600:.3f} h of them")
     for name in people:
@@ -733,9 +736,9 @@ def _seizures(recordings):
     labelled = [r for r in recordings if r.labelled]
     if not labelled:
         return "no labels"
-    count = f"{sum(len(r.events) for r in labelled)} seizures"
+    count = how_many(sum(len(r.events) for r in labelled), "seizure")
     if len(labelled) < len(recordings):
-        count += f" in the {len(labelled)} recordings with labels"
+        count += f" in the {how_many(len(labelled), 'recording')} with labels"
     return count
 
 

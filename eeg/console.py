@@ -123,6 +123,11 @@ class Console:
         return getattr(self.stream, name)
 
 
+def how_many(number, noun):
+    """"1 patient", "2 patients"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class Timer:
     """True now and then: for the plain lines that stand for a progress bar where there is none."""
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from eeg.annotations import no_labels
+from eeg.console import how_many
 from eeg.disk import CHUNK
 from eeg.edf import DataError
 
@@ -210,7 +211,8 @@ def _amount(part, corpus):
     people = {patient_of(r) for r in mine}
     hours = sum(r.seconds for r in mine) / 3600
     seizures = sum(len(r.events) for r in mine)
-    return f"{len(mine)} recordings of {len(people)} patients, {hours:.2f} h, {seizures} seizures"
+    return (f"{how_many(len(mine), 'recording')} of {how_many(len(people), 'patient')}, "
+            f"{hours:.2f} h, {how_many(seizures, 'seizure')}")
 
 
 def _patients(recordings, most=20):

@@ -14,6 +14,7 @@ import checkpoint
 from eeg import corpora
 import data
 from eeg import edf
+from eeg.console import how_many
 from eeg.disk import Refused, fault, hold
 import evaluate
 import model
@@ -128,8 +129,9 @@ class Split:
             patients = {r.patient for r in part}
             hours = sum(r.seconds for r in part) / 3600
             seizures = sum(len(r.events) for r in part)
-            say(f"{name}: {len(part)} recordings of {len(patients)} patients, {hours:.2f} h, "
-                f"{seizures} seizures")
+            say(f"{name}: {how_many(len(part), 'recording')} of "
+                f"{how_many(len(patients), 'patient')}, {hours:.2f} h, "
+                f"{how_many(seizures, 'seizure')}")
         for line in splits.told(recordings, self.train, self.dev, c["split"]):
             say(line)
         self.warn(config["training"]["batch_size"], len(first), say)

@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from eeg.console import how_many
+
 DRAWS = 2000                            # resamples of the patients
 LEVEL = 95                              # per cent of them within an interval
 SHOWN = ("event_sensitivity", "event_precision", "event_f1", "false_alarms_per_24h")
@@ -95,12 +97,8 @@ def _shown(value):
 def ground_line(summary):
     """The ground of a summary: what its scores rest on."""
     return (f"on {summary['hours']:.1f} h ({summary['background_hours']:.1f} h of background), "
-            f"{counted(summary['seizures'], 'seizure')}, "
-            f"mean over {counted(summary['patients'], 'patient')}")
-
-
-def counted(number, noun):
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+            f"{how_many(summary['seizures'], 'seizure')}, "
+            f"mean over {how_many(summary['patients'], 'patient')}")
 
 
 def show(result, names, out):
@@ -108,10 +106,10 @@ def show(result, names, out):
     detections = sum(row["detections"] for row in result["per_recording"])
     seizures = "no labels"
     if result["labelled_recordings"]:
-        seizures = counted(result["seizures"], "labelled seizure")
-    print(f"{counted(result['recordings'], 'recording')}, {result['hours']:.2f} h, "
-          f"{counted(result['patients'], 'patient')}, {seizures}, "
-          f"{counted(detections, 'detection')}")
+        seizures = how_many(result["seizures"], "labelled seizure")
+    print(f"{how_many(result['recordings'], 'recording')}, {result['hours']:.2f} h, "
+          f"{how_many(result['patients'], 'patient')}, {seizures}, "
+          f"{how_many(detections, 'detection')}")
     if result["corpus_version"]:
         print(f"corpus: {result['corpus_version']}")
     print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
@@ -146,8 +144,8 @@ def _show_metrics(result, names):
 
 def _ground(result):
     return (f"{result['labelled_hours']:.2f} h ({result['background_hours']:.2f} h of background), "
-            f"{counted(result['seizures'], 'seizure')}, "
-            f"{counted(result['labelled_patients'], 'patient')}")
+            f"{how_many(result['seizures'], 'seizure')}, "
+            f"{how_many(result['labelled_patients'], 'patient')}")
 
 
 def _show_trade_off(result):
