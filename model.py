@@ -4,10 +4,9 @@
     python -m pytest tests/test_model.py
 
     EEG (B, C, T)
-      bank          per electrode, log power of 10 bands over 2 s, 4 times a second (B, C, L, 64)
       stem          per electrode, 256 -> 16 Hz -> L = T / 64 steps, 4 a second     (B, C, L, 64)
       TCN           all electrodes together, 8 dilated residual blocks              (B, L, 496)
-      streams       one per electrode: stem + bank + what the TCN says of it        (B, C, L, 64)
+      streams       one per electrode: stem + what the TCN says of it               (B, C, L, 64)
       node stream   bidirectional Mamba-2 over time, one sequence per electrode     (B, C, L, 64)
       edge stream   similarity of each pair of electrodes, once a second, lifted
                     and filtered by a small bidirectional Mamba-2; the strongest
@@ -24,7 +23,7 @@ What was chosen, and why
 - Mamba-2 heads of 32 channels: the work that is no matrix product grows with the number of heads.
 - What the EEG is divided by is the model's choice, stored with it: the recording's amplitude, or
   its own baseline in every band (eeg/baseline.py). A seizure is a change against what is usual for
-  that patient and amplifier; the log power of the bank is then that change.
+  that patient and amplifier.
 - Both directions, and all layers of a Mamba-2 stack, share one parameter tensor per kind: few
   tensors make an optimizer step and a snapshot cheap. Norms carry no gain: the next matrix would
   only repeat it.
@@ -76,10 +75,9 @@ KEYS: dict[str, tuple] = {   # name: default, meaning, limits
     "prior": (0.05, "probability of seizure that an untrained model gives", SHARE),
     "baseline": (1.0, "share of the recording's own baseline spectrum that its EEG is divided by, "
                  "0 = by its amplitude alone", SHARE),
-    "bank": (1.0, "size of a filter bank's log power beside the stem, 0 = none", SHARE),
 }
 DEFAULTS = {name: default for name, (default, _, _) in KEYS.items()}
-OLDER = {"baseline": 0.0, "bank": 0.0}      # what a model was that was saved without these keys
+OLDER = {"baseline": 0.0}       # what a model was that was saved without this key
 SMALL = {                   # 160,000 parameters, for a CPU, smoke runs and tests
     "stem_width": 16, "tcn_width": 64, "tcn_blocks": 4, "tcn_kernel": 5, "node_width": 16,
     "node_layers": 1, "node_state": 8, "edge_heads": 2, "edge_width": 4, "edge_layers": 1,
@@ -92,8 +90,6 @@ TAPS = 4                    # a stem filter sees TAPS * STRIDE samples, 250 ms
 CONV = 4                    # taps of Mamba-2's short convolution
 MAX_DECAY = 2.5             # largest log-decay per step: 8 % is left
 MAX_CHUNK = 24              # MAX_DECAY * MAX_CHUNK = 60: two factors of a scan multiply inside fp32
-BANDS = (0.5, 2, 4, 6, 8, 10, 13, 18, 30, 45, 64)       # Hz, edges of the filter bank
-SECONDS = 2                 # of EEG that it looks at
 BLOCK = 150_000             # numbers that a CPU works on at a time, to keep them in its cache
 
 
@@ -821,42 +817,6 @@ class GraphConvolutions(nn.Module):
 
 # ---- the detector ----
 
-class FilterBank(nn.Module):
-    """(B, C, T) -> (B, C, T / hop, width): log power of BANDS over SECONDS around each step,
-    relative to EEG that falls with f^-1.4, mixed into features."""
-    taper: Tensor
-    bands: Tensor
-
-    def __init__(self, width: int, hop: int, size: float) -> None:
-        super().__init__()
-        self.hop = hop
-        samples = SECONDS * 256
-        hz = torch.arange(samples // 2 + 1) / SECONDS
-        low, high = torch.tensor(BANDS[:-1])[:, None], torch.tensor(BANDS[1:])[:, None]
-        inside = ((hz >= low) & (hz < high)).float()
-        taper = torch.hann_window(samples)
-        # power of a band whose EEG of unit amplitude falls as usual is about 1
-        usual = 0.3 * torch.clamp((low * high).sqrt(), min=1) ** -1.4
-        scale = inside.sum(1, keepdim=True) * usual * 128 * taper.square().sum()
-        self.register_buffer("taper", taper, persistent=False)
-        # real and imaginary part lie beside each other
-        bands = (inside / scale).T.repeat_interleave(2, 0)
-        self.register_buffer("bands", bands, persistent=False)
-        # smooth over the bands at first: level, slope, bend, ... of the spectrum
-        count = len(BANDS) - 1
-        turns = (torch.arange(count) + 0.5)[:, None] * (torch.arange(width) % count) / count
-        self.mix = nn.Parameter(torch.cos(math.pi * turns) * (size / math.sqrt(count)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        samples = len(self.taper)
-        x = F.pad(x, ((samples - self.hop) // 2, samples - self.hop - (samples - self.hop) // 2))
-        with torch.autocast(x.device.type, enabled=False):
-            seen = torch.fft.rfft(x.unfold(-1, samples, self.hop) * self.taper)
-            power = torch.view_as_real(seen).square().flatten(-2) @ self.bands
-            # log amplitude: most of it lies within -1 and 1, all within -4 and 4
-            return power.clamp(math.exp(-8), math.exp(8)).log() / 2 @ self.mix
-
-
 class V3(nn.Module):
     """The detector for `channels` electrodes or derivations. Keyword arguments override DEFAULTS.
 
@@ -878,7 +838,6 @@ class V3(nn.Module):
         self.embed = weight(fine * stem, 4 * node, fan_in=2 * fine * stem, gain=2)
         self.embed_bias = vector(4 * node)
         self.reduce = weight(2 * node, node, fan_in=2 * node)
-        self.bank = FilterBank(node, c["hop"], c["bank"]) if c["bank"] else None
         self.gather = weight(channels * node, tcn, fan_in=channels * node)
         self.tcn = TCN(tcn, c["tcn_blocks"], c["tcn_kernel"], drop)
         self.spread = weight(tcn, channels * node, fan_in=tcn)
@@ -898,8 +857,6 @@ class V3(nn.Module):
         x = F.pad(x.float(), (0, -samples % (self.hop * self.graph_steps)))
         local = self.stem(x)                                           # (B, C, T / 16, stem)
         streams = self.electrodes(local)                               # (B, C, L, node)
-        if self.bank:
-            streams = streams + self.bank(x)
         length = streams.shape[2]
         wide = self.tcn(norm(streams.transpose(1, 2).flatten(2)) @ self.gather)
         spread = (norm(wide) @ self.spread + self.spread_bias).view(batch, length, channels, -1)

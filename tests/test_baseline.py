@@ -100,10 +100,10 @@ def test_evaluation_gives_a_detector_the_very_windows_of_its_training(small_corp
 
 def test_a_model_saved_before_the_baseline_is_built_as_it_was():
     new = model.settings({"size": "small"})
-    assert new["baseline"] == new["bank"] == 1
+    assert new["baseline"] == 1
     before = {name: value for name, value in new.items() if name not in model.OLDER}
     old = model.build(4, before)
-    assert old.baseline == 0 and not any(name.startswith("bank") for name in old.state_dict())
+    assert old.baseline == 0
     assert model.build(4, model.SMALL).baseline == 1, "a few settings are no saved model"
 
 
@@ -121,4 +121,4 @@ def test_a_run_that_is_older_than_the_baseline_resumes_as_it_was_and_says_so(sma
     assert config["model"]["baseline"] == 1
     assert train.run(config, resume="true") == 0
     assert "this run is older than model.baseline and goes on without it" in capfd.readouterr().out
-    assert last(tmp_path)["epoch"] == 2 and last(tmp_path)["config"]["model"]["bank"] == 0
+    assert last(tmp_path)["epoch"] == 2 and last(tmp_path)["config"]["model"]["baseline"] == 0

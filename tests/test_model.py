@@ -364,24 +364,6 @@ def test_logits_under_autocast_have_the_steps_of_fp32():
     assert len(logits.unique()) > 0.95 * logits.numel()
 
 
-def test_the_filter_bank_gives_the_log_amplitude_of_each_band():
-    """Of EEG that falls with f^-1.4 about 0 in all; twice the amplitude is log 2 more; a rhythm stands in its band."""
-    bank = v3.FilterBank(10, 64, 1.0)
-    bank.mix.data = torch.eye(10)
-    hz = torch.fft.rfftfreq(15360, 1 / 256)
-    spectrum = torch.fft.rfft(torch.randn(2, 3, 15360)) * hz.clamp(min=1) ** -0.7
-    x = torch.fft.irfft(spectrum)
-    x = x / x.std() * 1.1
-    usual = bank(x)
-    assert usual.shape == (2, 3, 240, 10)
-    usual = usual[:, :, 4:-4].mean((0, 1, 2))
-    assert usual.abs().max() < 0.8, usual
-    assert torch.allclose(bank(2 * x)[:, :, 4:-4].mean((0, 1, 2)) - usual, torch.tensor(math.log(2)), atol=0.02)
-    rhythm = 2 * torch.sin(2 * math.pi * 5 * torch.arange(15360) / 256)
-    gained = bank(x + rhythm)[:, :, 4:-4].mean((0, 1, 2)) - usual
-    assert gained.argmax() == 2 and v3.BANDS[2:4] == (4, 6) and gained[2] > 1 > gained[5:].max()
-
-
 def test_a_nan_channel_shows_in_the_logits():
     x = torch.randn(2, 4, 1024)
     x[0, 1] = math.nan
