@@ -1,12 +1,12 @@
 """The README's pictures, from a run that is killed and resumed: docs/*.png.
 
-    python bench/pictures.py [--out docs] [--work DIR]      about two CPU minutes
+    python bench/pictures.py [--out docs] [--work DIR]      about six CPU minutes
 
     ls.png          the run directory right after SIGKILL, as `python checkpoint.py ls` shows it
     curves.png      loss, learning rate and best metric of the whole run, the resume marked
     seizure.png     a seizure found in an unseen recording, as `evaluate.py --plot` draws it
 
-The run is configs/local/smoke.yaml with another count of hours and epochs: synthetic EEG. The
+The run is configs/local/smoke.yaml with more hours, patients and epochs: synthetic EEG. The
 detector is small and has trained for minutes; the pictures show what the project draws, not how
 well it detects.
 """
@@ -35,7 +35,8 @@ PATIENCE = 1200                         # seconds for each step of the run
 
 def command(work):
     changes = {"experiment.name": "night", "experiment.results": work / "results",
-               "data.path": work / "corpus", "data.synth_hours": 0.7, "training.epochs": 4}
+               "data.path": work / "corpus", "data.synth_hours": 1.5, "data.synth_patients": 10,
+               "training.epochs": 8}
     words = [sys.executable, ROOT / "train.py", "--config", ROOT / "configs/local/smoke.yaml",
              "--resume"]
     for key, value in changes.items():
