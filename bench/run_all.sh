@@ -9,7 +9,7 @@ mkdir -p bench/results
 sections=("$@")
 [ $# -gt 0 ] || sections=(crash checkpoint resume loader model ddp learn race transfer also augment soak pairs)
 # sections that are a mode of another's file
-declare -A modes=([real]="real.py --table ${REAL:-}" [race]="learn.py --race" [transfer]="learn.py --transfer" [also]="learn.py --also-real" [pairs]="soak.py --pairs")
+declare -A modes=([real]="real.py --table ${REAL:-}" [race]="learn.py --race" [transfer]="learn.py --transfer" [clips]="learn.py --transfer --seeds 1" [also]="learn.py --also-real" [pairs]="soak.py --pairs")
 machine="$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs) with $(nproc --all) cores, $(uname -sr), $(python -c '
 import sys, torch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
