@@ -16,7 +16,7 @@ from helpers import EPOCH_STEPS, last, loaded, rows
 from run.watch import Watchdog
 from run.records import MetricsFile, RunDirectory, move_aside, refused_lock
 from test_mirror import flip
-from test_train import cut_at
+from test_train import cut_at, validations
 
 
 @pytest.fixture(scope="session")
@@ -240,14 +240,15 @@ def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
     assert last(tmp_path, "best.pt")["epoch"] == 2
 
 
-def test_a_best_under_other_rules_is_no_bar_and_patience_starts_over(tmp_path, corpus, capsys):
+def test_a_best_under_other_rules_is_no_bar_and_patience_starts_over(tmp_path, corpus, capsys, monkeypatch):
     def trained(**changes):
         config = loaded(corpus, tmp_path, training__best_metric="event_f1", **changes)
         config["evaluation"]["min_duration_seconds"] = minimum
         assert train.run(config, "true") == 0
         return last(tmp_path)["stopping"]
     minimum = 3.0
-    before = trained(training__epochs=3)
+    with validations(monkeypatch, event_f1=[1.0, 0.9, 0.8]):
+        before = trained(training__epochs=3)
     assert before["value"] == 1.0 and before["waited"] > 0      # and a patience of 1 is over
     minimum = 400.0                                             # no event is as long
     after = trained(training__epochs=4, training__patience=1)
