@@ -536,9 +536,14 @@ DEFAULT_TEXTS = {                       # what a text means, whole, without its 
 SPEAKS = re.compile(
     r"seiz|\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
     r"[ck]ri[sz][ei]|(?<!inter)(?<!inter )i[ck]t(al|us)|[ck]onvuls|kramp|aanval|insult|toeval|"
-    r"napad|drgawk|zachvat|kohtaus|atta(ck|que)|ataque|status epi|epilepti\w* (event|fit)|"
+    r"napad|drgawk|zachvat|kohtaus|nobet|roham|gorcs|criza|atta(ck|que)|ataque|status epi|"
+    r"epilepti\w* (event|fit)|"
     r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|btcs|\bfias\b|\baura\b|"
-    r"\b(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon")
+    r"\b(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon|"
+    # Russian, Ukrainian, Greek, Chinese and Japanese (between seizures is none), Korean (taken
+    # apart as `plain` does), Arabic, Persian, Hebrew
+    r"приступ|припад|судор|напад|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|\u1107\u1161\u11af\u110c\u1161\u11a8|"
+    r"نوبة|تشنج|התקף")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}

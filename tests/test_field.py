@@ -327,7 +327,8 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "ictal rhythm right", "Electrographic onset", "EEG onset", "postictal slowing", "GTCS / convulsion", "Anf\xe4lle",
                                   "GTCS", "sGTKA", "fnsz left", "ESz", "SzStart left", "szr", "Absence 12 s", "Absencen", "Status epilepticus",
                                   "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
-                                  "Anf. 2", "Krise?"])
+                                  "Anf. 2", "Krise?", "Приступ", "судороги", "επιληπτική κρίση", "癫痫发作", "発作開始", "발작", "نوبة صرع", "התקף",
+                                  "nöbet", "criză", "roham"])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
     beside = (1, 2, "Seizure"), (5, None, "background")
@@ -338,7 +339,7 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
 
 
 @pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no clinical seizures",
-                                  "inter-ictal", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult"])
+                                  "inter-ictal", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
