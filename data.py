@@ -43,8 +43,7 @@ from eeg import splits
 from eeg import store
 from eeg import synth
 from eeg.augmentation import AUGMENTED, Augmenter
-from eeg.annotations import contradictions, no_labels
-from eeg.console import how_many
+from eeg.annotations import no_labels
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
@@ -59,8 +58,7 @@ Say = Callable[[str], object]           # print, or what a log does with a line
 
 
 class ReadFailed(DataError):
-    """A recording that could be opened before and cannot be read now: a disk, a network or a hand
-    at work."""
+    """A recording that could be opened before cannot be read now: a disk, a network or a hand."""
 
 
 # ---- recordings ----
@@ -106,8 +104,7 @@ class Recording:
 
     @functools.cached_property
     def log_gain(self) -> np.ndarray:
-        """What brings its baseline to the usual one: float32 (C, BANDS), see baseline.py. Reads
-        up to ten minutes of it, once."""
+        """What brings its baseline to the usual one: float32 (C, BANDS). Reads 10 min, once."""
         def microvolts(start, n):
             return self.read(start, n) * self.scale[:, None]
         own = baseline.log_baseline(microvolts, self.samples)
@@ -117,8 +114,7 @@ class Recording:
 
     def reference(self, share: float) -> tuple[float, np.ndarray]:
         """(uV that the EEG is divided by, log gain (C, BANDS) on its bands) for a detector that
-        sees it relative to `share` of the recording's own baseline, and else to its
-        amplitude."""
+        sees it relative to `share` of its own baseline, and else to its amplitude."""
         norm = self.norm ** (1 - share) * TYPICAL_UV ** share
         return norm, np.float32(share) * self.log_gain
 
@@ -230,8 +226,7 @@ def open_corpora(paths: Paths, same_person: Sequence[str] = ()) -> list[Recordin
 
 def copy_corpus(path: str | os.PathLike, folder: str | os.PathLike, say: Say = print,
                 copied: Callable[[], object] = lambda: None) -> str:
-    """Copy an imported folder below `folder`, on a faster disk; returns the copy's path (see
-    disk.copy_folder)."""
+    """Copy an imported folder below `folder`, on a faster disk; returns the copy's path."""
     root = Path(path).resolve()
     corpora.check_finished(root)
     states = {f"{name}.h5": state for name, (state, _) in store.entries(root).items()}
@@ -429,14 +424,12 @@ class Windows:
 # ---- loader ----
 
 def factor(scale: Any, norm: Any) -> Any:
-    """uV per unit (..., C), typical amplitude in uV (...) -> what int16 (..., C, T) is multiplied
-    with to be about 1 in size: (..., C, 1)."""
+    """uV per unit (..., C), typical uV (...) -> (..., C, 1) that makes int16 about 1 in size."""
     return (scale / norm.unsqueeze(-1)).unsqueeze(-1)
 
 
 def normalise(eeg: Any, scale: Any, norm: Any) -> Any:
-    """int16 tensor (..., C, T) -> float32 (..., C, T), about 1 in size; scale and norm as of
-    factor()."""
+    """int16 tensor (..., C, T) -> float32, about 1 in size; scale and norm as of factor()."""
     return eeg * factor(scale, norm)
 
 
@@ -483,9 +476,8 @@ class Loader:
         self._ring: list[Slot] = []
 
     def batches(self, lists_of_ids: Iterable, epoch: int) -> Iterator:
-        """Yield (x float32 (B, C, T), y float32 (B, T), mask float32 (B, T)) on the device for each
-        list of window ids, in order; None for an empty list. mask is 0 on padding. Closing the
-        iterator early ends its threads."""
+        """Yield (x (B, C, T), y (B, T), mask (B, T)), float32 on the device, for each list of
+        window ids, in order; None for an empty one. mask is 0 on padding. Close it: threads end."""
         lists = [np.asarray(ids, np.int64) for ids in lists_of_ids]
         ring = self._slots(max(map(len, lists), default=0))
         pool = ThreadPoolExecutor(self.readers, "reader")
@@ -568,8 +560,7 @@ class Loader:
         return took
 
     def _wait(self, fills, last):
-        """Until a batch is read; raises what its reading raised. Returns the time, to be given as
-        `last`."""
+        """Until a batch is read; raises what its reading raised. Returns the time: next `last`."""
         began = time.perf_counter()
         for fill in fills:
             self.reading += fill.result()
@@ -617,8 +608,7 @@ class Loader:
         return self.augmenter.apply(x, mask.float(), draws), t["y"].float(), mask.float()
 
     def _copied(self):
-        """A CUDA event after the copies that are under way; None on the CPU, where they are
-        done."""
+        """A CUDA event after the copies under way; None on the CPU, where they are done."""
         if self.device.type != "cuda":
             return None
         import torch
@@ -687,10 +677,7 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
     """What an imported folder holds."""
     recordings = open_corpus(path, whole=False)
     labelled = [r for r in recordings if r.labelled]
-    people = sorted({person(r.patient) for r in recordings})
-    say(f"{path}: {how_many(len(recordings), 'recording')} of "
-        f"{how_many(len(people), 'patient')}, "
-        f"{_hours(recordings)}, montage {recordings[0].montage}, {FS} Hz, "
+    say(f"{path}: {splits.size(recordings)}, montage {recordings[0].montage}, {FS} Hz, "
         f"prepared {recordings[0].prepared}")
     try:
         corpora.check_finished(Path(path))
@@ -700,13 +687,12 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
         say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
-        say(f"  {split or 'no split':8} {how_many(len(part), 'recording')}, "
-            f"{how_many(len({person(r.patient) for r in part}), 'patient')}, {_hours(part)}, "
-            f"{_seizures(part)}, "
-            f"{sum(float(np.diff(r.events).sum()) for r in part) / 3600:.3f} h of them")
-    for name in people:
+        inside = sum(float(np.diff(r.events).sum()) for r in part) / 3600
+        say(f"  {split or 'no split':8} {splits.size(part, ', ')}, {splits.seizures(part)}, "
+            f"{inside:.3f} h of them")
+    for name in splits.patients(recordings):
         mine = [r for r in recordings if person(r.patient) == name]
-        say(f"    {name}: {_hours(mine)}, {_seizures(mine)}")
+        say(f"    {name}: {splits.hours(mine)}, {splits.seizures(mine)}")
     rates = [f"{r.source_fs:g}" for r in recordings]
     counted = [f"{rate} Hz x {rates.count(rate)}" for rate in sorted(set(rates), key=float)]
     say("  source rates: " + ", ".join(counted))
@@ -719,27 +705,13 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
             f"{counts[2]} full ({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
     for line in no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled):
         say(f"  {line}")
-    for line in contradictions((person(r.patient), r.patient_code) for r in recordings):
+    for line in splits.contradictions((person(r.patient), r.patient_code) for r in recordings):
         say(f"  {line}")
     refused = corpora.read_report(path)
     say(f"  refused: {len(refused)}")
     for file, why in refused:
         say(f"    {file}: {why}")
 
-
-def _hours(recordings):
-    return f"{sum(r.seconds for r in recordings) / 3600:.2f} h"
-
-
-def _seizures(recordings):
-    """Of those that have labels; of the others nothing is known."""
-    labelled = [r for r in recordings if r.labelled]
-    if not labelled:
-        return "no labels"
-    count = how_many(sum(len(r.events) for r in labelled), "seizure")
-    if len(labelled) < len(recordings):
-        count += f" in the {how_many(len(labelled), 'recording')} with labels"
-    return count
 
 
 def arguments() -> argparse.Namespace:

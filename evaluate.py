@@ -559,7 +559,7 @@ def write_events(path, found, probability, recording):
     """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
     confidence = [probability[begin:end].mean() for begin, end in found]
     start = recording.began or "n/a"
-    edf.write_events_tsv(path, found / FS, recording.seconds, confidence, start)
+    annotations.write_events_tsv(path, found / FS, recording.seconds, confidence, start)
 
 
 def evaluate(net, recordings, c, device, precision="fp32", out=None, plot="", save=False):
@@ -808,7 +808,7 @@ def score_one(args):
                 recordings, _ = open_data(args.data, state, Path(scratch), corpora.NEVER)
         except (Refused, edf.DataError) as refusal:
             seconds = _declared_seconds(args.data)
-            edf.write_events_tsv(args.events, [], seconds)
+            annotations.write_events_tsv(args.events, [], seconds)
             print(f"evaluate.py: {refusal}: written as {seconds:g} s of background: {args.events}",
                   file=sys.stderr)
             return

@@ -7,11 +7,9 @@ refused, never guessed; Unlabelled says why a recording that can be read has no 
 """
 import csv
 import datetime
-import hashlib
 import json
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,11 +40,8 @@ class Labels:
 
 
 def finish(labels, seconds):
-    """Labels -> sorted, disjoint events float64 (N, 2) inside a recording of `seconds`; refuses
-    what contradicts it.
-
-    An event that begins inside and ends beyond the end is cut there, and noted; one wholly beyond
-    is refused."""
+    """Labels -> sorted, disjoint events float64 (N, 2) inside a recording of `seconds`. One that
+    ends beyond its end is cut there, and noted; what else contradicts it is refused."""
     if labels.seconds is not None and abs(labels.seconds - seconds) > labels.slack:
         raise DataError(f"the annotation is of {labels.seconds:g} s, the signal has {seconds:g} s: "
                         "not the same recording")
@@ -84,14 +79,10 @@ def read_text(path):
 
 
 def table(text, name, delimiter, columns):
-    """Rows of a delimited table as dicts; comment lines (#) are skipped, the header must hold
-    `columns`."""
-    lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
+    """Rows of a delimited table as dicts; its header must hold `columns`."""
     # nobody quotes; a lone quote must not swallow rows
-    rows = [line.split(delimiter) for line in lines]
-    header = []
-    if rows:
-        header = [cell.strip() for cell in rows[0]]
+    rows = [[cell.strip() for cell in line.split(delimiter)] for line in _lines(text)]
+    header = rows[0] if rows else []
     missing = [column for column in columns if column not in header]
     if missing:
         raise DataError(f"{name}: no column {', '.join(missing)} "
@@ -103,11 +94,12 @@ def table(text, name, delimiter, columns):
         short.append(rows[-1])
     if short:
         raise DataError(f"{name}: incomplete row {delimiter.join(short[0])[:60]!r}")
-    found = []
-    for row in rows[1:]:
-        cells = [cell.strip() for cell in row]
-        found.append(dict(zip(header, cells)))
-    return found
+    return [dict(zip(header, row)) for row in rows[1:]]
+
+
+def _lines(text):
+    """Lines of a table: neither empty nor a comment."""
+    return [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
 
 
 def read_events_tsv(path, header, texts=None):
@@ -117,9 +109,7 @@ def read_events_tsv(path, header, texts=None):
 def parse_events_tsv(text, name="events.tsv", texts=None):
     """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance
     test) are not. A BIDS file without that column, of a task for one, is a list of texts."""
-    labels, tests = Labels(), []
-    lines = (line for line in text.split("\n") if line.strip() and not line.startswith("#"))
-    titles = next(lines, "")
+    titles = next(iter(_lines(text)), "")
     if "eventType" not in titles:
         try:
             return list_labels(text, name, texts)
@@ -130,29 +120,17 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
     if not rows:
         raise DataError(f"{name} has no row: "
                         "SzCORE marks a recording without seizure by one bckg row")
+    labels, tests = Labels(), []
     for row in rows:
         kind = row["eventType"]
         _note_length(labels, row.get("recordingDuration"), name)
         if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
             raise DataError(f"{name}: unknown eventType {kind!r}")
-        try:
-            onset = float(number(row["onset"], f"{name}: onset of {kind}"))
-            duration = float(number(row["duration"], f"{name}: duration of {kind}"))
-        except DataError as error:
-            if "n/a" not in (row["onset"], row["duration"]):
-                raise
-            if kind == "bckg":
-                continue                # of unknown length: the recording was read all the same
-            raise Unlabelled(str(error)) from None
-        if kind == "impd" and duration <= 0:
-            labels.notes.append(f"impedance test at {onset:g} s of {duration:g} s left out")
-            continue
-        if duration <= 0 or onset < 0:
-            raise DataError(f"{name}: {kind} from {onset:g} s lasts {duration:g} s")
-        if kind == "impd":
-            tests.append((onset, onset + duration))
-        elif kind != "bckg":
-            labels.events.append((onset, onset + duration))
+        span = _event(row, kind, name, labels.notes)
+        if span and kind == "impd":
+            tests.append(span)
+        elif span and kind != "bckg":
+            labels.events.append(span)
 
     for begin, end in tests:
         if any(onset < end and stop > begin for onset, stop in labels.events):
@@ -160,6 +138,25 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
                             f"(impd, {begin:g} s to {end:g} s)")
         labels.notes.append(f"impedance test from {begin:g} s to {end:g} s counted as background")
     return labels
+
+
+def _event(row, kind, name, notes):
+    """(onset, end) of a row; None where it says nothing of seizures."""
+    try:
+        onset = float(number(row["onset"], f"{name}: onset of {kind}"))
+        duration = float(number(row["duration"], f"{name}: duration of {kind}"))
+    except DataError as error:
+        if "n/a" not in (row["onset"], row["duration"]):
+            raise
+        if kind == "bckg":
+            return None                 # of unknown length: the recording was read all the same
+        raise Unlabelled(str(error)) from None
+    if kind == "impd" and duration <= 0:
+        notes.append(f"impedance test at {onset:g} s of {duration:g} s left out")
+        return None
+    if duration <= 0 or onset < 0:
+        raise DataError(f"{name}: {kind} from {onset:g} s lasts {duration:g} s")
+    return onset, onset + duration
 
 
 def _note_length(labels, text, name):
@@ -172,14 +169,27 @@ def _note_length(labels, text, name):
     labels.seconds = seconds
 
 
+def write_events_tsv(path, events, seconds, confidence=None, start="n/a"):
+    """SzCORE events file of a recording of `seconds`: one `sz` row per (onset, end) in s, or one
+    `bckg` row over all where there is none. `start`: of the recording, YYYY-MM-DD hh:mm:ss."""
+    lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
+    same = f"n/a\t{start}\t{seconds:.2f}"
+    for k, (onset, end) in enumerate(events):
+        sure = confidence[k] if confidence else 1.0
+        lines.append(f"{onset:.2f}\t{end - onset:.2f}\tsz\t{sure:.2f}\t{same}")
+    if len(lines) == 1:
+        lines.append(f"0.00\t{seconds:.2f}\tbckg\tn/a\t{same}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
 def read_tuh(path, header, texts=None):
     parse = parse_tse if ".tse" in path.suffix else parse_csv
     return parse(read_text(path), path.name)
 
 
 def parse_csv(text, name="csv"):
-    """TUSZ .csv_bi (one TERM channel) or .csv (a row per derivation): the union of all seizure
-    rows."""
+    """TUSZ .csv_bi (one TERM channel) or .csv (a row per derivation): the union of its seizures."""
     labels = Labels()
     duration = re.search(r"^#\s*duration\s*=\s*(\S+)\s*secs", text, re.M)
     if duration:
@@ -192,8 +202,7 @@ def parse_csv(text, name="csv"):
 
 def parse_tse(text, name="tse"):
     """TUSZ until v1.5: .tse or .tse_bi, rows of start, stop, label, probability."""
-    lines = [line.split() for line in text.split("\n")
-             if line.strip() and not line.startswith(("#", "version"))]
+    lines = [line.split() for line in _lines(text) if not line.startswith("version")]
     short = [line for line in lines if len(line) < 3]
     if short:
         raise DataError(f"{name}: incomplete row {' '.join(short[0])[:60]!r}")
@@ -230,8 +239,7 @@ def _add_tuh_rows(labels, rows, name):
 
 
 def read_beside(path, header, texts=None):
-    """An annotation file that lies beside an EDF of no known corpus: told by its name, and a table
-    by its columns."""
+    """An annotation file beside an EDF of no known corpus: told by its name, and its columns."""
     if path.name.endswith("_events.tsv"):
         return read_events_tsv(path, header, texts)
     if path.suffix in (".csv_bi", ".tse", ".tse_bi"):
@@ -329,13 +337,9 @@ def read_seizeit(path, header, texts=None):
 
 
 def parse_seizeit(text, name="a1.tsv"):
-    """SeizeIT1 annotation: onset, end (s), type, comment. A seizure whose end is None cannot be
-    labelled."""
+    """SeizeIT1 annotation: onset, end (s), type, comment. An end may be None: no labels then."""
     labels = Labels()
-    for line in text.split("\n"):
-        row = line.split("\t")
-        if not line.strip() or line.startswith("#"):
-            continue
+    for row in (line.split("\t") for line in _lines(text)):
         if len(row) < 3:
             raise DataError(f"{name}: incomplete row {' '.join(row)!r}")
         if row[1].strip() == "None":
@@ -370,8 +374,7 @@ def parse_summary(text):
 
 
 def summary_labels(blocks, name="summary"):
-    """Labels from the block of one file, both forms ("Seizure Start Time" and "Seizure 1 Start
-    Time")."""
+    """Labels from the block of one file: "Seizure Start Time" or "Seizure 1 Start Time"."""
     block = blocks[0]
     file = block.split("\n")[0].strip()
     what = f"{name}, {file}"
@@ -430,12 +433,11 @@ def parse_siena(text, name="Seizures-list"):
 
 
 def siena_times(entry, what):
-    """(registration start in s of the day, its length, seizure onset and end in s after it) of one
-    entry."""
+    """(registration start in s of the day, its length, seizure onset and end in s after it)."""
     for key in ("registration start", "registration end", "start", "end"):
         if key not in entry:
             raise DataError(f"{what}: no {key} time")
-    begin, last, onset, end = [_siena_clock(entry[key], f"{what}: {key} time") for key in
+    begin, last, onset, end = [clock(_bare(entry[key]), f"{what}: {key} time") for key in
                                ("registration start", "registration end", "start", "end")]
     length, onset, end = [(time - begin) % 86400 for time in (last, onset, end)]
     if not onset < end <= length:
@@ -448,14 +450,9 @@ def _bare(text):
     return re.sub(r"\(.*?\)|\s", "", text)
 
 
-def _siena_clock(text, what):
-    return clock(_bare(text), what)
-
-
 def read_siena(path, header, texts=None):
-    """Seizures of one Siena recording, from the wall clock. The list spells some names wrongly (O
-    for 0, no number): a lone name left over is taken for the lone recording left over, and
-    noted."""
+    """Seizures of a Siena recording, from the wall clock. Some names are spelt wrongly (O for 0, no
+    number): a lone one left over is taken for the lone recording left over, and noted."""
     files = parse_siena(read_text(path), path.name)
     listed = {_siena_name(name): entries for name, entries in files.items()}
     labels, key = Labels(slack=60.0), _siena_name(header.path.name)
@@ -495,15 +492,14 @@ def _whole_entries(entries, labels):
 
 
 def _correct_start(entry, name, header, labels):
-    """The EDF's own start counts where it fits the list's end and the EDF's length, and the list's
-    start does so less; otherwise the list is of another recording. Midnight is no start:
-    anonymised."""
+    """The EDF's own start counts where it fits the list's end and the EDF's length better than the
+    list's start; else the list is of another recording. Midnight is no start: anonymised."""
     start = clock(header.start, "start time of the EDF")
     listed = entry.get("registration start", "")
-    begin = _siena_clock(listed, f"{name}: registration start time")
+    begin = clock(_bare(listed), f"{name}: registration start time")
     if not start or start == begin % 86400:
         return
-    last = _siena_clock(entry.get("registration end", ""), f"{name}: registration end time")
+    last = clock(_bare(entry.get("registration end", "")), f"{name}: registration end time")
     by_edf, by_list = [abs((last - time) % 86400 - header.seconds) for time in (start, begin)]
     if by_edf > labels.slack or by_edf >= by_list:
         raise DataError(f"{name} says it begins at {listed}, its header {header.start}")
@@ -691,8 +687,7 @@ def parse_annotations(found, texts):
 
 
 def _ended(begun, onset, text, pairs, number):
-    """Which of the open starts an end closes: that of its own pair and number, else the only
-    one."""
+    """Which of the open starts an end closes: that of its pair and number, else the only one."""
     what = f"{text!r} at {onset:g} s"
     fitting = [start for start in begun if number is None or start.number in (None, number)]
     if begun and not fitting:
@@ -732,50 +727,6 @@ def no_labels(recordings):
         yield f"NO LABELS, not used for training or scoring: {who} ({why})"
 
 
-# what stands where a patient would be named, and names nobody
-NOBODY = set("x xx xxx xxxx anonym anonymous anonymized anonymised unknown patient subject name id "
-             "none na n/a nn test default male female m f 0 00 000 0000 - ? .".split())
-
-
-def person_code(header):
-    """Hash of the code, or else of name and birthdate, in a header's field of the patient; "" where
-    it names nobody. Short: it tells two patients apart and leads back to none."""
-    words = [word.strip("_").lower() for word in re.split(r"[\0-\x20]+", header.patient) if word]
-    if header.plus and len(words) >= 4:                 # EDF+: code, sex, birthdate, name
-        code, _, born, name = words[:4]
-        words = [code] if code not in NOBODY else [born, name]
-    words = [word for word in words if word and word not in NOBODY]
-    if not words:
-        return ""
-    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
-
-
-def contradictions(recordings):
-    """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
-    one code, or one under several; and on names that differ in capitals alone."""
-    recordings = list(recordings)
-    spelled = {}
-    for patient in sorted({patient for patient, _ in recordings}):
-        spelled.setdefault(patient.casefold(), []).append(patient)
-    for first, *others in spelled.values():
-        for other in others:
-            yield (f"warning: patients {first} and {other} differ in capitals alone: if they are "
-                   f"one person, train with data.same_person: [{other} = {first}]")
-    pairs = Counter((patient, code) for patient, code in recordings if code)
-    for kind in (0, 1):
-        groups = {}
-        for pair in sorted(pairs):
-            groups.setdefault(pair[1 - kind], []).append(pair[kind])
-        for key, values in groups.items():
-            if len(values) > 1 and not kind:
-                one = ", ".join(f"{other} = {values[0]}" for other in values[1:])
-                yield (f"warning: patients {', '.join(values)} are one person by their EDF "
-                       f"headers: train with data.same_person: [{one}], or give them one folder")
-            elif len(values) > 1:
-                yield (f"warning: patient {key} is {len(values)} persons by the EDF headers: give "
-                       "each a folder, or a name before the first underscore, of its own")
-
-
 # ---- the corpus's own version ----
 
 # tuh_eeg_seizure/v2.0.3, siena-scalp-eeg-database-1.0.0
@@ -784,9 +735,8 @@ DATE = re.compile(r"\b(20\d\d)[-/]?([01]\d)[-/]?([0-3]\d)\b")
 
 
 def release(root, labels):
-    """What a corpus says of its own version and of its annotations' date, as one line, "" where it
-    says nothing: README (TUSZ: AAREADME.txt), dataset_description.json (BIDS), a folder named
-    v2.0.3, the head of a .csv_bi."""
+    """What a corpus says of its own version and its annotations' date, in one line or "": a README
+    (TUSZ: AAREADME.txt), dataset_description.json, a folder named v2.0.3, the head of a .csv_bi."""
     root = Path(root).resolve()
     said = _of_files(root)
     for place in (root, *root.parents[:2]):

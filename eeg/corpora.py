@@ -28,8 +28,8 @@ from tqdm import tqdm
 from eeg import annotations, console
 from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel
-from eeg.edf import prepare_edf, read_annotations, read_header
-from eeg.splits import person
+from eeg.edf import one_spelling, prepare_edf, read_annotations, read_header
+from eeg.splits import contradictions, person, person_code
 from eeg.store import FORMAT, entries, read_index, write_recording
 
 BYTES_PER_WORKER = 200_000_000          # of EDF that make a further process worth its start
@@ -163,7 +163,7 @@ class Outcome:
     seconds: float = 0.0                # of EEG, newly imported
     labelled: bool = False
     unlabelled: str = ""                # why it has no labels
-    patient_code: str = ""              # see annotations.person_code
+    patient_code: str = ""              # see splits.person_code
     texts: dict = field(default_factory=dict)           # of EDF+ annotations -> how often
 
 
@@ -263,7 +263,7 @@ def _convert(source, task, target):
         "began": header.began,
         "release": task.release,
         "annotations": json.dumps(texts),
-        "patient_code": annotations.person_code(header),
+        "patient_code": person_code(header),
         "notes": one_line("; ".join(dict.fromkeys(header.notes)))}
     write_recording(target, signal.eeg, np.empty((0, 2)) if events is None else events, attributes)
     said = {key: attributes[key] for key in ("notes", "labelled", "unlabelled", "patient_code")}
@@ -305,7 +305,7 @@ def read_renames(path):
                             "in the file and an electrode such as Fp1, or a pair such as Fp1-F7")
         if key is None:
             continue                    # titles of the columns
-        name = "-".join(key) if key[1] and channel(key[1]) else key[0]
+        name = one_spelling(name)
         if renames.setdefault(label, name) != name:
             raise DataError(f"--rename {path}: {label} is named {renames[label]} and {name}")
     if not renames:
@@ -743,7 +743,7 @@ def _table(report, task, say):
     if task.labels != NEVER:
         for line in annotations.no_labels(report.unlabelled):
             say(line)
-    for line in (*annotations.contradictions(report.people),
+    for line in (*contradictions(report.people),
                  *(f"hint: {hint}" for hint in report.hints)):
         say(line)
     say(f"{len(report.read)} read, {report.kept} already there, {len(report.refused)} refused, "

@@ -25,7 +25,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -63,10 +63,9 @@ class DataError(ValueError):
 
 @dataclass
 class Header:
-    """What an EDF header says, checked against the file's size. `signals` maps each field to one
-    value per signal."""
+    """What an EDF header says, checked against the file's size."""
     path: Path
-    signals: dict
+    signals: dict                       # field -> its value for each signal
     records: int
     duration: Fraction                  # of one record, s
     start: str                          # hh.mm.ss, as written
@@ -108,8 +107,7 @@ NUMBER = re.compile(r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})([eE][+-]?\d{1,2})?$"
 
 
 def number(text: str, what: str, notes: list | None = None) -> Fraction:
-    """The Fraction in a text field; a decimal comma is read as a point, and noted, where `notes` is
-    given."""
+    """The Fraction in a text field. With `notes` a decimal comma is a point, and noted."""
     plain = text.strip()
     if notes is not None and plain.count(",") == 1 and "." not in plain:
         notes.append(f"decimal comma in {what}: {plain}")
@@ -127,8 +125,7 @@ def whole(text: str, what: str) -> int:
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """Header of an EDF or EDF+ file (Kemp & Olivan 2003). DataError where it contradicts itself or
-    the file's size; OSError."""
+    """Of an EDF or EDF+ file (Kemp & Olivan 2003). OSError; DataError: it contradicts itself."""
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         first = f.read(256)
@@ -148,10 +145,8 @@ def read_header(path: str | os.PathLike) -> Header:
     if plus not in ("EDF+C", "EDF+D"):
         plus = ""
     if duration <= 0:
-        why = f"record duration is {fixed[244:252].strip()} s"
-        if plus:
-            why += ": annotations without EEG"
-        raise DataError(why)
+        why = ": annotations without EEG" if plus else ""
+        raise DataError(f"record duration is {fixed[244:252].strip()} s{why}")
 
     header = Header(
         path=Path(path),
@@ -185,20 +180,14 @@ def _signals(text, count):
 
 
 def _began(fixed):
-    """Start of the recording as YYYY-MM-DD hh:mm:ss, "" where the header has no valid date and
-    time."""
-    date = re.fullmatch(r"(\d\d)[.:](\d\d)[.:](\d\d)", fixed[168:176].strip(), re.A)
-    time = re.fullmatch(r"(\d\d)[.:](\d\d)[.:](\d\d)", fixed[176:184].strip(), re.A)
-    if not date or not time:
-        return ""
-    day, month, year = (int(part) for part in date.groups())
-    hour, minute, second = (int(part) for part in time.groups())
-    # two digits of the year: EDF began in 1985
-    year += 1900 if year >= 85 else 2000
+    """Start of the recording, YYYY-MM-DD hh:mm:ss, "" where its date or time is not valid."""
     try:
-        return str(datetime.datetime(year, month, day, hour, minute, second))
+        text = re.sub("[.:]", " ", fixed[168:184])
+        began = datetime.datetime.strptime(text, "%d %m %y%H %M %S")
     except ValueError:
         return ""
+    # two digits of the year: EDF began in 1985
+    return str(began if began.year >= 1985 else began.replace(year=began.year + 100))
 
 
 def _refuse_foreign(first, size):
@@ -216,8 +205,8 @@ def _refuse_foreign(first, size):
 
 
 def _check_size(header, said, size):
-    """The header's counts against the bytes that are there; fills in a record count of -1
-    (recording was not closed). `said`: header bytes by the header."""
+    """The header's counts against the bytes that are there; `said`: its own length by the header.
+    A record count of -1, of a recording that was not closed, is filled in."""
     record = 2 * sum(header.signals["count"])
     body = size - header.offset
     if said != header.offset:
@@ -248,8 +237,7 @@ def _check_size(header, said, size):
 
 
 def _check_line_ends(path, extra):
-    """Refuse a file that was copied as text: every \\n became \\r\\n, also those that are
-    samples."""
+    """Refuse a file copied as text: every \\n became \\r\\n, also those that are samples."""
     content = path.read_bytes()
     if content.count(b"\n") == content.count(b"\r\n") == extra:
         raise DataError(f"copied as text: a byte was put before each of {extra} line feeds")
@@ -363,8 +351,7 @@ def check_gaps(header: Header, body: np.ndarray) -> None:
 # ---- calibration ----
 
 def note_zeros(header: Header, body: np.ndarray) -> None:
-    """Note records that hold nothing but zeros in every signal: an amplifier's pause, or the hole
-    that a broken copy left."""
+    """Note records of nothing but zeros: an amplifier's pause, or the hole of a broken copy."""
     empty = np.flatnonzero(~body.any(1))
     if len(empty):
         header.notes.append(f"nothing but zeros in {len(empty)} records, the first at "
@@ -381,8 +368,7 @@ def constant(header: Header, body: np.ndarray, i: int) -> bool:
 
 
 def calibration(header: Header, body: np.ndarray, i: int, blank_unit: str) -> tuple[float, float]:
-    """(gain in uV per digital unit, offset in uV) of signal i; refuses samples outside its digital
-    range."""
+    """(gain in uV per digital unit, offset in uV) of signal i. DataError: its range is wrong."""
     field = {key: values[i] for key, values in header.signals.items()}
     name = field["label"]
     pmin = number(field["pmin"], f"pmin of {name}", header.notes)
@@ -454,8 +440,7 @@ def electrode(text: str) -> str | None:
 
 
 def _words(label):
-    """A label's words in capitals, without what stands before its name. An apostrophe belongs to
-    the word: C3' is no C3."""
+    """A label's words in capitals, without what stands before its name: C3' is one, no C3."""
     words = [word for word in re.split(r"[^\w'`\xb4]|_", label.upper()) if word]
     while len(words) > 1 and PREFIX.fullmatch(words[0]):
         if words[0] in ALIAS and words[1] not in SPELLED:
@@ -484,9 +469,8 @@ def _parts(label):
 
 
 def channel(label: str) -> tuple[str, str] | None:
-    """An EDF label as (electrode, reference), (electrode, electrode) for a derivation, or None for
-    anything else. What a reference is called is known better where a whole file is at hand
-    (find_channels)."""
+    """An EDF label as (electrode, reference), (electrode, electrode) for a derivation, or None.
+    find_channels, which has the whole file, knows better what is a reference."""
     parts = _parts(label)
     if parts is None or parts[0] == parts[1]:
         return None
@@ -532,17 +516,14 @@ class Recipe:
 def channel_names(text: str) -> tuple[str, ...]:
     """"f7-t7, Cz, BTEleft SD|BTEright SD" -> ("F7-T3", "Cz", "BTEleft SD|BTEright SD"): known
     electrodes in one spelling; | stands between alternatives, the best first."""
-    names = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        names.append("|".join(_one_spelling(choice.strip()) for choice in part.split("|")))
-    return tuple(names)
+    parts = [part.split("|") for part in text.split(",") if part.strip()]
+    return tuple("|".join(one_spelling(choice.strip()) for choice in part) for part in parts)
 
 
-def _one_spelling(text):
-    key = channel(text)
-    if key is None:
-        return text
-    return "-".join(key) if key[1] in SPELLED.values() else key[0]
+def one_spelling(text: str) -> str:
+    """"f7-t7" -> "F7-T3", "EEG Cz-REF" -> "Cz"; what is no electrode stays as it is."""
+    name, end = channel(text) or (text, "")
+    return f"{name}-{end}" if end in SPELLED.values() else name
 
 
 @dataclass
@@ -584,10 +565,9 @@ def find_channels(header: Header) -> Places:
 
 
 def _place(places, where, key, i):
-    if key in where:
-        places.twins.append((where[key], i))
-    else:
-        where[key] = i
+    first = where.setdefault(key, i)
+    if first != i:
+        places.twins.append((first, i))
 
 
 def _of_cap(labels):
@@ -616,10 +596,8 @@ def _choose_reference(header, places, groups):
 
 
 def derivations(header: Header, recipe: "Recipe", places: Places) -> list[dict]:
-    """Rows of the montage, each as {signal: weight}, all of them linear in the file's signals.
-
-    Fz and Pz, and only these (3.4 % of TUSZ has neither), are interpolated from the others by a
-    spherical spline."""
+    """Rows of the montage as {signal: weight}. Fz and Pz, and only these (3.4 % of TUSZ has
+    neither), are interpolated from the others by a spherical spline."""
     if recipe.montage == "reduced":
         return _all_reduced(header, recipe.channels, places)
     single = places.electrodes
@@ -696,10 +674,9 @@ def _check_references(places, rows):
 
 
 def _labels(header):
-    some = ", ".join(header.signals["label"][:8])
-    if len(header.signals["label"]) > 8:
-        some += ", ..."
-    return f"the file has {len(header.signals['label'])}: {some}"
+    labels = header.signals["label"]
+    some = labels if len(labels) <= 8 else [*labels[:8], "..."]
+    return f"the file has {len(labels)}: {', '.join(some)}"
 
 
 def _missing(header, montage, missing, places):
@@ -742,8 +719,7 @@ def positions(names: Iterable[str]) -> np.ndarray:
 
 @functools.lru_cache(64)
 def spline(known: tuple, wanted: tuple) -> np.ndarray:
-    """Weights (wanted, known) of the spherical spline of Perrin et al. 1989 (order 4, 50 terms,
-    smoothing 1e-5)."""
+    """Weights (wanted, known) of the spherical spline of Perrin et al. 1989, order 4, 50 terms."""
     if not wanted:
         return np.zeros((0, len(known)))
     n = np.arange(1, 51)
@@ -753,7 +729,7 @@ def spline(known: tuple, wanted: tuple) -> np.ndarray:
     b = positions(wanted)
     system = np.ones((len(known) + 1, len(known) + 1))
     system[:-1, :-1] = np.polynomial.legendre.legval(a @ a.T, series)
-    system[:-1, :-1] += 1e-5 * np.eye(len(known))
+    system[:-1, :-1] += 1e-5 * np.eye(len(known))       # smoothing
     system[-1, -1] = 0
     right = np.polynomial.legendre.legval(b @ a.T, series)
     right = np.concatenate([right, np.ones((len(wanted), 1))], 1)
@@ -764,8 +740,7 @@ def spline(known: tuple, wanted: tuple) -> np.ndarray:
 
 @functools.lru_cache(8)
 def fir(mains: tuple) -> np.ndarray:
-    """Taps of the whole filter at 256 Hz: band-pass, 6.6 s, and each mains with its first harmonic,
-    6.6 s."""
+    """Taps at 256 Hz: band-pass, 6.6 s, and each mains with its first harmonic, 6.6 s."""
     from scipy import signal as dsp     # here: training starts a second earlier without it
     taps = dsp.firwin(1691, BAND, pass_zero=False, fs=FS)
     for f in (harmonic for base in mains for harmonic in (base, 2 * base)):
@@ -775,8 +750,7 @@ def fir(mains: tuple) -> np.ndarray:
 
 
 def prepare_row(row: np.ndarray, rate: Fraction, mains: tuple) -> np.ndarray:
-    """One channel in uV at `rate` (a Fraction, Hz) -> float32 at 256 Hz, filtered, ceil(n * 256 /
-    rate) samples."""
+    """One channel in uV at `rate`, Hz -> float32 (ceil(n * 256 / rate),) at 256 Hz, filtered."""
     from scipy import signal as dsp     # here, too
     row -= np.float32(np.median(sparse(row)))
     ratio = resampling(rate)
@@ -788,9 +762,7 @@ def prepare_row(row: np.ndarray, rate: Fraction, mains: tuple) -> np.ndarray:
 
     taps = fir(mains)
     edge = min(len(taps) // 2, len(row) - 1)
-    padded = row
-    if edge:
-        padded = np.pad(row, edge, mode="reflect", reflect_type="odd")
+    padded = np.pad(row, edge, mode="reflect", reflect_type="odd")
     filtered = dsp.oaconvolve(padded, taps, mode="same")[edge:edge + len(row)]
     return filtered.astype(np.float32, copy=False)
 
@@ -890,8 +862,7 @@ def _microvolts(header, body, row, gains, samples):
 
 
 def _check_twins(header, body, twins):
-    """A label that stands twice: identical signals are harmless, CHB-MIT's second T8-P8 is known,
-    others are refused."""
+    """Refuse a label that stands twice with different signals, CHB-MIT's second T8-P8 apart."""
     for first, other in twins:
         name = header.signals["label"][other]
         if np.array_equal(header.block(body, first), header.block(body, other)):
@@ -913,20 +884,3 @@ def _typical(header, amplitudes, names):
         raise DataError(f"typical amplitude {typical:.3g} uV is not scalp EEG: "
                         "the unit or range is wrong")
     return typical
-
-
-# ---- events beside it ----
-
-def write_events_tsv(path: str | os.PathLike, events: Iterable, seconds: float,
-                     confidence: Sequence[float] | None = None, start: str = "n/a") -> None:
-    """SzCORE events file of a recording of `seconds`: one `sz` row per (onset, end) in s, or one
-    `bckg` row over all where there is none. `start`: of the recording, YYYY-MM-DD hh:mm:ss."""
-    lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
-    same = f"n/a\t{start}\t{seconds:.2f}"
-    for k, (onset, end) in enumerate(events):
-        sure = confidence[k] if confidence else 1.0
-        lines.append(f"{onset:.2f}\t{end - onset:.2f}\tsz\t{sure:.2f}\t{same}")
-    if len(lines) == 1:
-        lines.append(f"0.00\t{seconds:.2f}\tbckg\tn/a\t{same}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(lines) + "\n")

@@ -6,6 +6,9 @@ seed.
 By patient (the default): each corpus's own train and dev where it has them, else a draw. By
 recording, by time or in folds where a corpus has too few patients. Unlabelled recordings and a
 corpus's own eval split are in neither part. """
+import hashlib
+import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +37,10 @@ def patient_of(recording):
     return person(recording.patient)
 
 
+def patients(recordings):
+    return sorted({patient_of(r) for r in recordings})
+
+
 def split(recordings, c, seed):
     """(train, dev) by the section `data` of a configuration; DataError where one of them would be
     empty."""
@@ -60,7 +67,7 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
     dev, else a draw of `dev_fraction` of the patients, with seizures on both sides where two
     patients have any. Who validates in one corpus does so in all. chb21 is chb01."""
     usable = [r for r in recordings if r.labelled and r.split != "eval"]
-    people = sorted({patient_of(r) for r in usable})
+    people = patients(usable)
     wanted = {person(p) for p in dev_patients}
     if wanted - set(people):
         unknown = ", ".join(sorted(wanted - set(people)))
@@ -188,8 +195,8 @@ def told(recordings, train, dev, kind):
         mine = [r for r in recordings if r.corpus == corpus]
         out = [r for r in mine if r.path not in used]
         if corpus:
-            lines.append(f"{corpus}: train {_amount(train, corpus)}; "
-                         f"validation {_amount(dev, corpus)}")
+            parts = [[r for r in part if r.corpus == corpus] for part in (train, dev)]
+            lines.append(f"{corpus}: train {amount(parts[0])}; validation {amount(parts[1])}")
         labelled = [r for r in out if r.labelled]
         if labelled:
             lines.append(f"{corpus or 'corpus'}: left out: {_reasons(labelled)}")
@@ -206,21 +213,37 @@ def _same_person(train, dev):
             f"headers: data.same_person: [{other} = {one}]" for one, other in pairs]
 
 
-def _amount(part, corpus):
-    mine = [r for r in part if r.corpus == corpus]
-    people = {patient_of(r) for r in mine}
-    hours = sum(r.seconds for r in mine) / 3600
-    seizures = sum(len(r.events) for r in mine)
-    return (f"{how_many(len(mine), 'recording')} of {how_many(len(people), 'patient')}, "
-            f"{hours:.2f} h, {how_many(seizures, 'seizure')}")
+def amount(recordings):
+    """How much some recordings are, for a person who reads."""
+    return f"{size(recordings)}, {seizures(recordings)}"
+
+
+def size(recordings, of=" of "):
+    people = how_many(len(patients(recordings)), "patient")
+    return f"{how_many(len(recordings), 'recording')}{of}{people}, {hours(recordings)}"
+
+
+def hours(recordings):
+    return f"{sum(r.seconds for r in recordings) / 3600:.2f} h"
+
+
+def seizures(recordings):
+    """Of those that have labels; of the others nothing is known."""
+    labelled = [r for r in recordings if r.labelled]
+    if recordings and not labelled:
+        return "no labels"
+    count = how_many(sum(len(r.events) for r in labelled), "seizure")
+    if len(labelled) < len(recordings):
+        count += f" in the {how_many(len(labelled), 'recording')} with labels"
+    return count
 
 
 def _patients(recordings, most=20):
-    people = sorted({patient_of(r) for r in recordings})
-    shown = []
-    for name in people[:most]:
-        seizures = sum(len(r.events) for r in recordings if patient_of(r) == name)
-        shown.append(f"{name} ({seizures} seizures)")
+    people = patients(recordings)
+    counts = Counter()
+    for r in recordings:
+        counts[patient_of(r)] += len(r.events)
+    shown = [f"{name} ({counts[name]} seizures)" for name in people[:most]]
     if len(people) > most:
         shown.append(f"and {len(people) - most} more")
     return ", ".join(shown)
@@ -228,11 +251,52 @@ def _patients(recordings, most=20):
 
 def _reasons(recordings):
     """Counted: why recordings are in neither part."""
-    def why(r):
-        if r.split == "eval":
-            return "of its eval split"
-        return "without a split in a corpus that has its own"
-    counts = {}
-    for r in recordings:
-        counts[why(r)] = counts.get(why(r), 0) + 1
+    counts = Counter("of its eval split" if r.split == "eval" else
+                     "without a split in a corpus that has its own" for r in recordings)
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
+# ---- persons, by the EDF headers ----
+
+# what stands where a patient would be named, and names nobody
+NOBODY = set("x xx xxx xxxx anonym anonymous anonymized anonymised unknown patient subject name id "
+             "none na n/a nn test default male female m f 0 00 000 0000 - ? .".split())
+
+
+def person_code(header):
+    """Hash of the code, or else of name and birthdate, in a header's field of the patient; "" where
+    it names nobody. Short: it tells two patients apart and leads back to none."""
+    words = [word.strip("_").lower() for word in re.split(r"[\0-\x20]+", header.patient) if word]
+    if header.plus and len(words) >= 4:                 # EDF+: code, sex, birthdate, name
+        code, _, born, name = words[:4]
+        words = [code] if code not in NOBODY else [born, name]
+    words = [word for word in words if word and word not in NOBODY]
+    if not words:
+        return ""
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+
+
+def contradictions(recordings):
+    """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
+    one code, or one under several; and on names that differ in capitals alone."""
+    recordings = list(recordings)
+    spelled = {}
+    for patient in sorted({patient for patient, _ in recordings}):
+        spelled.setdefault(patient.casefold(), []).append(patient)
+    for first, *others in spelled.values():
+        for other in others:
+            yield (f"warning: patients {first} and {other} differ in capitals alone: if they are "
+                   f"one person, train with data.same_person: [{other} = {first}]")
+    pairs = Counter((patient, code) for patient, code in recordings if code)
+    for kind in (0, 1):
+        groups = {}
+        for pair in sorted(pairs):
+            groups.setdefault(pair[1 - kind], []).append(pair[kind])
+        for key, values in groups.items():
+            if len(values) > 1 and not kind:
+                one = ", ".join(f"{other} = {values[0]}" for other in values[1:])
+                yield (f"warning: patients {', '.join(values)} are one person by their EDF "
+                       f"headers: train with data.same_person: [{one}], or give them one folder")
+            elif len(values) > 1:
+                yield (f"warning: patient {key} is {len(values)} persons by the EDF headers: give "
+                       "each a folder, or a name before the first underscore, of its own")

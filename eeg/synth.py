@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eeg.edf import CHANNELS, FS, DataError, positions, write_events_tsv
+from eeg.annotations import write_events_tsv
+from eeg.edf import CHANNELS, FS, DataError, positions
 
 NAMES = CHANNELS["referential"]
 PLACES = positions(NAMES)               # unit vectors (19, 3), x to the right, y to the nose

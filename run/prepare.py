@@ -14,7 +14,7 @@ import checkpoint
 from eeg import corpora
 import data
 from eeg import edf
-from eeg.console import how_many
+
 from eeg.disk import Refused, fault, hold
 import evaluate
 import model
@@ -125,13 +125,8 @@ class Split:
         lengths = np.array([r.samples for r in self.train])[self.windows.recording]
         self.samples = np.minimum(lengths - self.windows.start, self.windows.length)
 
-        for name, part in (("train", self.train), ("validation", self.dev)):
-            patients = {r.patient for r in part}
-            hours = sum(r.seconds for r in part) / 3600
-            seizures = sum(len(r.events) for r in part)
-            say(f"{name}: {how_many(len(part), 'recording')} of "
-                f"{how_many(len(patients), 'patient')}, {hours:.2f} h, "
-                f"{how_many(seizures, 'seizure')}")
+        say(f"train: {splits.amount(self.train)}")
+        say(f"validation: {splits.amount(self.dev)}")
         for line in splits.told(recordings, self.train, self.dev, c["split"]):
             say(line)
         self.warn(config["training"]["batch_size"], len(first), say)
