@@ -86,7 +86,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
+from copy import copy, deepcopy
 from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
@@ -385,40 +385,29 @@ def _blamed(value, error, inside):
             f"({reason}): store plain numbers, strings, lists, dicts or tensors")
 
 
-def _local(name, size, crc, offset):
-    """Local zip header for a stored entry at `offset`, padded: its data begin at a multiple of
-    64."""
-    big = b""
-    if size >= 0xFFFFFFFF:
-        big = struct.pack("<HHQQ", 1, 16, size, size)
-    pad = -(offset + 30 + len(name) + len(big) + 4) % 64
-    extra = big + struct.pack("<HH", 0x4246, pad) + b"Z" * pad              # 'FB', torch's own tag
-    small = min(size, 0xFFFFFFFF)
-    return struct.pack("<4s5H3L2H", b"PK\3\4", 45 if big else 20, 0x800, 0, 0, 0x21, crc, small,
-                       small, len(name), len(extra)) + name + extra
+def _entry(name, size, offset):
+    """A stored zip entry; its header at `offset` is padded: data begin at a multiple of 64."""
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    entry.file_size = entry.compress_size = size
+    entry.CRC = 0                           # not known yet
+    entry.header_offset = offset
+    pad = -(offset + len(entry.FileHeader()) + 4) % 64
+    entry.extra = struct.pack("<HH", 0x4246, pad) + b"Z" * pad              # 'FB', torch's own tag
+    return entry
 
 
-def _directory(entries, offset):
-    """Central directory and end records, from `offset` on, of [(name, size, crc, header
-    offset)]."""
-    out = io.BytesIO()
-    for name, size, crc, at in entries:
-        big, version, small, short = b"", 20, size, at
-        if max(size, at) >= 0xFFFFFFFF:
-            big = struct.pack("<HH3Q", 1, 24, size, size, at)
-            version, small, short = 45, 0xFFFFFFFF, 0xFFFFFFFF
-        out.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", version, version, 0x800, 0, 0, 0x21, crc,
-                              small, small, len(name), len(big), 0, 0, 0, 0, short))
-        out.write(name + big)
-    size, count = out.tell(), len(entries)
-    if offset + size >= 0xFFFFFFFF or count >= 0xFFFF:
-        fields = (44, 45, 45, 0, 0, count, count, size, offset)
-        out.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", *fields))
-        out.write(struct.pack("<4sLQL", b"PK\6\7", 0, offset + size, 1))
-    few = min(count, 0xFFFF)
-    out.write(struct.pack("<4s4H2L", b"PK\5\6", 0, 0, few, few,
-                          min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF)))
-    return out.getvalue()
+class _After(io.BytesIO):
+    """What follows the first `offset` bytes of a file, at the file's own places."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.offset = offset
+
+    def tell(self):
+        return self.offset + super().tell()
+
+    def seek(self, at, whence=os.SEEK_SET):
+        return self.offset + super().seek(at - self.offset, whence)
 
 
 class _Image:
@@ -428,8 +417,9 @@ class _Image:
     (the next optimizer step may change them at once); the clone goes to pinned memory from a side
     stream. The buffer begins at a page, as direct writes need it."""
 
-    def __init__(self, say=print):
+    def __init__(self, say=print, finite=""):
         self.say = say
+        self.finite = finite                # the state's dict of weights that must be finite
         self.said = set()
         self.buffer = None
         self.staging = None
@@ -446,12 +436,14 @@ class _Image:
         with torch.inference_mode(False), torch.no_grad():
             pickler, state = _frozen(state)
             self.pickled, self.facts = pickler.file.getvalue(), _facts(state)
-            self.placed = {view: (storage.number, first, strides)
-                           for view, (storage, first, strides) in pickler.views.items()}
-            self.named = {entry: [(name, _View.of(value), type(value) is torch.nn.Parameter)
-                                  for name, value in values.items()
-                                  if isinstance(value, torch.Tensor)]
-                          for entry, values in state.items() if isinstance(values, dict)}
+            self.weights = {}               # storage number: [(name, view, place, is Parameter)]
+            weights = state.get(self.finite) if self.finite else None
+            for name, value in weights.items() if isinstance(weights, dict) else ():
+                if isinstance(value, torch.Tensor):
+                    view = _View.of(value)
+                    storage, *place = pickler.views[view]
+                    weight = name, view, place, type(value) is torch.nn.Parameter
+                    self.weights.setdefault(storage.number, []).append(weight)
             layout = [(s.nbytes, s.dtype, s.memory.device) for s in pickler.storages]
             if layout != self.layout:
                 self._place(layout)
@@ -470,10 +462,10 @@ class _Image:
         self.order = gpu + [number for number in range(len(layout)) if number not in set(gpu)]
         self.at, end, self.gpu_end = {}, 0, 0
         for place, number in enumerate(self.order):
-            header, nbytes = end, layout[number][0]
-            begin = header + len(_local(_data_name(number), nbytes, 0, header))
-            end = begin + nbytes
-            self.at[number] = header, begin, end
+            entry = _entry(f"data/{number}", layout[number][0], end)
+            begin = end + len(entry.FileHeader())
+            end = begin + entry.file_size
+            self.at[number] = entry, begin, end
             if place < len(gpu):
                 self.gpu_end = end
         self.end = end
@@ -536,28 +528,19 @@ class _Image:
             self.copied.synchronize()
             self.copied = None
 
-    def weights(self, entry):
-        """{storage number: [(name, view, whether a Parameter)]} of tensors in the state's dict
-        `entry`."""
-        found = {}
-        for weight in self.named.get(entry, ()):
-            found.setdefault(self.placed[weight[1]][0], []).append(weight)
-        return found
-
-    def refuse_nonfinite(self, weights):
-        """Raise NotFinite where one of `weights` holds a NaN or an infinity.
+    def refuse_nonfinite(self, number):
+        """Raise NotFinite where a weight in the storage `number` holds a NaN or an infinity.
 
         A tensor that held infinities, and no NaN, when it was first seen is a mask, not a
         weight."""
         self._await_copy()
-        for name, view, parameter in weights:
+        _, begin, end = self.at[number]
+        for name, view, (first, strides), parameter in self.weights.get(number, ()):
             if name in self.masks or 0 in view.shape:
                 continue
-            number, first, strides = self.placed[view]
-            _, begin, end = self.at[number]
-            begin += first * view.dtype.itemsize
-            end -= (end - begin) % view.dtype.itemsize
-            values = self.buffer[begin:end].view(view.dtype).as_strided(view.shape, strides)
+            values = self.buffer[begin + first * view.dtype.itemsize:end]
+            values = values[:len(values) // view.dtype.itemsize * view.dtype.itemsize]
+            values = values.view(view.dtype).as_strided(view.shape, strides)
             if _finite(values):
                 self.sound.add(name)
             elif name in self.sound or parameter or _widened(values).isnan().any():
@@ -566,26 +549,26 @@ class _Image:
                 self.masks.add(name)
                 self.say(f"checkpoints: {name} holds infinities from the start: taken for a mask")
 
-    def file(self, finite=""):
+    def file(self):
         """Yield the file from front to back as buffers, all but the last two whole pages.
 
         Runs in the writer. Headers and checksums come around the tensors here; the checksums keep
-        ahead of the disk. Raises NotFinite where a tensor of the state's entry `finite` holds a NaN
-        or an infinity."""
+        ahead of the disk. Raises NotFinite."""
         self._await_copy()
-        whole, weights = self._memory(), self.weights(finite)
+        whole = self._memory()
 
         def checksum(number):
-            self.refuse_nonfinite(weights.get(number, ()))
+            self.refuse_nonfinite(number)
             _, begin, end = self.at[number]
             return zlib.crc32(whole[begin:end])
 
         entries, digest, done = [], hashlib.sha256(), 0
         for number, crc in zip(self.order, _ahead(checksum, self.order)):
-            header, begin, end = self.at[number]
-            entries.append((_data_name(number), end - begin, crc, header))
-            whole[header:begin] = _local(*entries[-1])
-            digest.update(whole[header:begin])
+            entry, begin, end = self.at[number]
+            entry.CRC = crc
+            entries.append(entry)
+            whole[entry.header_offset:begin] = entry.FileHeader()
+            digest.update(whole[entry.header_offset:begin])
             ready = end // PAGE * PAGE
             # small pieces at first: the disk begins at once
             if ready - done >= min(CHUNK, max(CHUNK // 8, done)):
@@ -602,23 +585,19 @@ class _Image:
 
     def _tail(self, entries, digest):
         """What follows the tensors: the pickle, the zip directory and our comment."""
-        tail = io.BytesIO()
-        for name, values in ((b"data.pkl", self.pickled), (b"byteorder", sys.byteorder.encode()),
-                             (b"version", b"3\n")):
-            at = self.end + tail.tell()
-            entries.append((b"archive/" + name, len(values), zlib.crc32(values), at))
-            tail.write(_local(*entries[-1]) + values)
-        tail.write(_directory(entries, self.end + tail.tell()))
+        tail = _After(self.end)
+        with zipfile.ZipFile(tail, "w") as archive:
+            archive.filelist += map(copy, entries)
+            for name, values in (("data.pkl", self.pickled), ("byteorder", sys.byteorder),
+                                 ("version", "3\n")):
+                archive.writestr(zipfile.ZipInfo(f"archive/{name}"), values)
+            for entry in archive.filelist:  # no permissions, and padding in the headers alone
+                entry.external_attr, entry.extra = 0, b""
         note = json.dumps(self.facts).encode()
         # the zip end record closes with the length of the comment
-        tail.write(struct.pack("<H", len(MAGIC) + 64 + 10 + len(note)))
-        digest.update(tail.getvalue() + note)
-        tail.write(MAGIC + digest.hexdigest().encode() + b" %08x " % zlib.crc32(note) + note)
-        return tail.getvalue()
-
-
-def _data_name(number):
-    return f"archive/data/{number}".encode()
+        tail = tail.getvalue()[:-2] + struct.pack("<H", len(MAGIC) + 64 + 10 + len(note))
+        digest.update(tail + note)
+        return tail + MAGIC + digest.hexdigest().encode() + b" %08x " % zlib.crc32(note) + note
 
 
 def _finite(values):
@@ -1472,7 +1451,6 @@ class Checkpointer:
         self.before_save = before_save
         self.background = background
         self.patience = save_patience_minutes
-        self.finite = "model" if check_finite else ""
         self.say = tolerant(say)
         self.run = uuid.uuid4().hex[:12]
         self.start = uuid.uuid4().hex[:8]   # of this process: its saves are a line of their own
@@ -1487,7 +1465,7 @@ class Checkpointer:
         self.resumed = None
         self.blocked = 0.0                  # seconds that training waited for the last save
         self._slowest = 0.0                 # seconds of the slowest save
-        self._image = _Image(self.say)
+        self._image = _Image(self.say, "model" if check_finite else "")
         self._names: list[str] = []         # of the image
         self._measured = None               # metric of the image
         self._best = None                   # metric of best.pt, {}: none; None: never read
@@ -1873,7 +1851,7 @@ class Checkpointer:
         if not self.links:
             self._make_room(names)
         first = self.directory / names[0]
-        size = atomic_write(first, self._image.file(finite=self.finite))
+        size = atomic_write(first, self._image.file())
         for name in names[1:]:
             link_or_copy(first, self.directory / name, self.links)
         self._report(names, blocked, time.monotonic() - began, size)
@@ -1903,8 +1881,8 @@ class Checkpointer:
     def _make_room(self, names):
         """Copies instead of links need room: the oldest snapshots go first, newer durable ones
         remain."""
-        for weights in self._image.weights(self.finite).values():
-            self._image.refuse_nonfinite(weights)           # a refused save costs no snapshot
+        for number in self._image.order:
+            self._image.refuse_nonfinite(number)            # a refused save costs no snapshot
         room = 2 if len(names) > 1 else 1
         keep = self.keep.get("mid_epoch")
         if keep:

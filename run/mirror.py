@@ -410,7 +410,7 @@ class Mirrored(Checkpointer):
             with self._held():
                 if self.before_save:
                     self.before_save(self.place)
-                checkpoint.atomic_write(path, self._image.file(finite=self.finite))
+                checkpoint.atomic_write(path, self._image.file())
                 for name in names[1:]:
                     checkpoint.link_or_copy(path, self.place / name, self._links_there)
         except (OSError, OtherRun) as error:

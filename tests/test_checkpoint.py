@@ -108,16 +108,19 @@ def test_any_zip_tool_and_plain_torch_open_a_checkpoint(tmp_path):
 
 def test_headers_of_records_beyond_four_gigabytes_are_read_by_zip_tools(tmp_path):
     size, path = 5 * 2**30, tmp_path / "big.pt"
-    header = checkpoint._local(b"archive/data/0", size, 0, 0)
-    small = checkpoint._local(b"archive/version", 2, 0, len(header) + size)
+    big = checkpoint._entry("data/0", size, 0)
+    end = len(big.FileHeader()) + size
     with open(path, "wb") as file:          # sparse: five gigabytes of nothing
-        file.write(header)
-        file.seek(len(header) + size)
-        file.write(small + b"3\n")
-        records = [(b"archive/data/0", size, 0, 0), (b"archive/version", 2, 0, len(header) + size)]
-        file.write(checkpoint._directory(records, file.tell()) + b"\0\0")
+        file.write(big.FileHeader())
+        file.seek(end)
+        tail = checkpoint._After(end)
+        with zipfile.ZipFile(tail, "w") as archive:
+            archive.filelist.append(big)
+            archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+        file.write(tail.getvalue())
     with zipfile.ZipFile(path) as archive:
-        assert [(i.file_size, i.header_offset) for i in archive.infolist()] == [(size, 0), (2, len(header) + size)]
+        assert [(i.file_size, i.header_offset) for i in archive.infolist()] == [(size, 0), (2, end)]
+        assert archive.read("archive/version") == b"3\n"
 
 
 def test_the_file_holds_the_values_of_the_moment_of_the_call(tmp_path):

@@ -1,5 +1,6 @@
 """The file as an adversary would have it: crafted content, odd neighbours, temps of other hosts, what a kernel refuses."""
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -85,17 +86,15 @@ def test_two_records_of_one_name_and_records_beyond_the_directory_are_refused(tm
     def twice(entries):
         return entries + [entries[0]]
 
-    def renamed(entries):
-        return [(b"archive/data/0", *entry[1:]) for entry in entries]
-
-    def beyond(entries):
-        return [(name, size, crc, at + 10**9) for name, size, crc, at in entries]
-
-    def longer(entries):
-        return [(name, size + 10**12, crc, at) for name, size, crc, at in entries]
-
-    def backwards(entries):
-        return [(name, size, crc, 0) for name, size, crc, at in entries]
+    def altered(key, value):
+        def records(entries):
+            entries = [copy.copy(entry) for entry in entries]
+            for entry in entries:
+                setattr(entry, key, value(getattr(entry, key)))
+            return entries
+        return records
+    renamed, backwards = altered("filename", lambda name: "archive/data/0"), altered("header_offset", lambda at: 0)
+    beyond, longer = altered("header_offset", lambda at: at + 10**9), altered("file_size", lambda size: size + 10**12)
     for records in (twice, renamed, beyond, longer, backwards):
         crafted(tmp_path / "x.pt", state(1), records=records)
         refused(tmp_path / "x.pt", checkpoint.load, checkpoint.verify)
