@@ -37,11 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from eeg import baseline
-from eeg import corpora
-from eeg import splits
-from eeg import store
-from eeg import synth
+from eeg import baseline, corpora, splits, store, synth
 from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.annotations import no_labels
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system

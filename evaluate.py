@@ -48,25 +48,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
-from eeg import annotations
-from eeg import baseline
-from eeg import corpora
 import data
-from eeg import edf
+import model
+from eeg import annotations, baseline, corpora, edf, splits
 from eeg.disk import Refused, TemporaryFault, write_json
 from eeg.settings import CHANGES, Key, checked, defaults, override
-from scoring import events
-from scoring import metrics
-import model
-from scoring import report
-from eeg import splits
-from scoring.metrics import METRICS
-# for training, which knows only this file
-from scoring.metrics import check_metric, deciding      # noqa: F401
-from scoring.report import validation_line              # noqa: F401
+from scoring import events, metrics, report
+# also for training, which knows only this file
+from scoring.metrics import METRICS, check_metric, deciding     # noqa: F401
+from scoring.report import validation_line                      # noqa: F401
 
 FS = edf.FS
 DAY = (0, 86400)                        # seconds, or how often in them
@@ -74,16 +66,14 @@ WINDOW = (1 / FS, 3600)
 SHARE = (0, 1)
 # probability to events, in this order: smoothing, opening, closing, dropping, merging, cutting
 KEYS = {
-    "window_seconds": Key(
-        60.0, "length of a window at inference; as in training", WINDOW, CHANGES),
+    "window_seconds": Key(60.0, "length of a window at inference; as in training", WINDOW, CHANGES),
     "overlap_seconds": Key(
         10.0, "shared by neighbouring windows, less than one; not given: a sixth of a window",
         (0, 3600), CHANGES),
     "batch_size": Key(8, "windows per call of the model", (1, 10**6), CHANGES),
     "smooth_seconds": Key(
         10.0, "moving mean of the probability, before all scores; 0 = none", DAY, CHANGES),
-    "tune": Key(
-        True, "validation picks the threshold, by event F1 on the dev set", None, CHANGES),
+    "tune": Key(True, "validation picks the threshold, by event F1 on the dev set", None, CHANGES),
     "max_false_alarms_per_24h": Key(
         10.0, "among those with no more there, mean over patients", DAY, CHANGES),
     "threshold": Key(
@@ -92,8 +82,7 @@ KEYS = {
         0.08, "it ends below threshold - release, at least threshold / 2", SHARE, CHANGES),
     "onset_seconds": Key(
         0.5, "the probability stays at the threshold to begin an event", DAY, CHANGES),
-    "offset_seconds": Key(
-        1.0, "and this long below the release level to end it", DAY, CHANGES),
+    "offset_seconds": Key(1.0, "and this long below the release level to end it", DAY, CHANGES),
     "opening_seconds": Key(0.043, "shorter events vanish, then", DAY, CHANGES),
     "closing_seconds": Key(0.121, "shorter gaps are filled, then", DAY, CHANGES),
     "min_duration_seconds": Key(3.0, "shorter events are dropped, then", DAY, CHANGES),
@@ -110,15 +99,13 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def settings(config):
-    """DEFAULTS overridden by `config` (the YAML section `evaluation`), checked. Raises
-    ValueError."""
+    """DEFAULTS overridden by `config` (the YAML section `evaluation`), or ValueError."""
     c = DEFAULTS | checked(config, KEYS, "evaluation")
     if "overlap_seconds" not in config:
         # a third of the jump in probability where windows meet, for 1.2 times the compute; more
         # overlap changes neither jump nor scores much (bench/overlap.py)
         c["overlap_seconds"] = c["window_seconds"] / 6
-    step = c["window_seconds"] - c["overlap_seconds"]
-    if step < 1 / FS:
+    if c["window_seconds"] - c["overlap_seconds"] < 1 / FS:
         raise ValueError(f"evaluation.overlap_seconds must be less than window_seconds "
                          f"{c['window_seconds']:g}, not {c['overlap_seconds']:g}")
     return c
@@ -126,8 +113,7 @@ def settings(config):
 
 def rules(config):
     """Short text that is equal where two metrics of one set of recordings are comparable: of the
-    settings that decide them, and of the definitions in scoring/metrics.py. ValueError as
-    settings()."""
+    settings that decide them, and of the definitions in scoring/metrics.py."""
     c = settings(config)
     del c["batch_size"]
     text = json.dumps([metrics.DEFINITIONS, c], sort_keys=True)
@@ -184,8 +170,8 @@ def predict(net, recording, device, config, precision="fp32", poll=None, windows
 
 
 def smoothed(track, width):
-    """The moving mean of a track (samples,) over `width` samples, of fewer at its ends; in pieces,
-    since sums over a day would be 500 MB."""
+    """Moving mean of a track (samples,) over `width` samples, fewer at its ends; in pieces, since
+    sums over a day would be 500 MB."""
     if width < 2:
         return track
     before, after = width // 2, width - width // 2
@@ -240,10 +226,7 @@ def _probabilities(net, recording, eeg, device, precision):
 
 def postprocess(probability, threshold, config):
     """Events of a probability track (samples,): int64 (N, 2), begin and end in samples, in order
-    and apart.
-
-    Opening and closing of a binary track drop its runs and fill its gaps that are shorter than the
-    element. Splitting comes last, since merging would undo it."""
+    and apart, by the steps of KEYS. Splitting comes last, since merging would undo it."""
     return _events(probability, threshold, _in_samples(settings(config)))
 
 
@@ -262,7 +245,6 @@ def _events(probability, threshold, c):
 
 def score(recording, probability, config):
     """The record of one recording: plain values and small tensors, about 18 kB per hour and 1 kB.
-
     Keys: recording, patient, seconds, labelled, finite; if labelled also seizures, what
     metrics.ground() gives, definitions, samples, loss (sum over them), thresholds (K,), counted
     (N names), counts (K, N) at each threshold, and probability float32 and label uint8 of the
@@ -313,7 +295,7 @@ def _counts(truth, probability, thresholds, seconds, c):
 
 
 def _thresholds(c):
-    return np.unique(np.append(GRID, c["threshold"]))
+    return np.unique([*GRID, c["threshold"]])
 
 
 # ---- metrics of a set ----
@@ -399,12 +381,10 @@ def load_model(path, device):
 
 def _missing(path):
     """Why a checkpoint that is not there may be missing, and what to give instead."""
-    newest = None
-    if path.parent.is_dir():
-        newest = checkpoint.find_resume(path.parent, lambda line: None)
-    if newest is None:
-        return "No such file or directory"
-    why = "No such file or directory"
+    why, folder = "No such file or directory", path.parent
+    newest = checkpoint.find_resume(folder, lambda line: None) if folder.is_dir() else None
+    if not newest:
+        return why
     if path.name == "best.pt":
         why = "no validation has finished yet"
     return f"{why}; the newest weights are {newest}"
@@ -471,9 +451,7 @@ def overridden(c, source, args):
 
 def open_data(path, state, scratch, labels=corpora.LENIENT):
     """(recordings, [(file, why)] refused) of an imported folder, or of EDF files prepared into
-    `scratch`: labels that cannot be used are none there, said, and with corpora.NEVER none is
-    opened."""
-    path = Path(path)
+    `scratch`; of these, labels that cannot be used are none, or are not opened (corpora.NEVER)."""
     refused = []
     if not path.exists():
         raise Refused(f"data {path} does not exist")
@@ -533,8 +511,7 @@ def choose(recordings, split, config, path=None):
 
 def output(out, recording, ending):
     """File of one recording in the folder of an evaluation: SzCORE's name for events."""
-    stem = out / recording.name.removesuffix("_eeg")
-    return stem.with_name(stem.name + ending)
+    return out / (recording.name.removesuffix("_eeg") + ending)
 
 
 def take_folder(out, recordings, source):
@@ -562,34 +539,37 @@ def write_events(path, found, probability, recording):
     annotations.write_events_tsv(path, found / FS, recording.seconds, confidence, start)
 
 
-def evaluate(net, recordings, c, device, precision="fp32", out=None, plot="", save=False):
-    """Score recordings; where `out` is given write there their events, pictures as `plot` ("png" or
-    "pdf") and with `save` probability tracks. Returns the records and the detections in each."""
-    records = []
-    detections = []
+def evaluate(net, recordings, c, device, precision, out, plot, save):
+    """Score recordings and write to the folder `out` their events, pictures as `plot` ("png", "pdf"
+    or "") and with `save` probability tracks. Returns the records and the detections in each."""
+    records, detections = [], []
     calls = sum(-(-len(_starts(r.samples, c)) // c["batch_size"]) for r in recordings)
-    ahead = contextlib.closing(read_ahead(recordings, c))
-    with Progress(calls, len(recordings)) as progress, ahead as windows:
+    bar, plain = console.bar(calls, "evaluate", "batch"), console.Timer(30)
+    with bar, contextlib.closing(read_ahead(recordings, c)) as windows:
         for r in recordings:
-            progress.bar.set_postfix_str(r.name[-40:], refresh=False)
-            probability = predict(net, r, device, c, precision, progress.bar.update, windows)
-            if not np.isfinite(probability).all():
-                raise Refused(f"the model gives a probability that is not finite on {r.name}")
-            found = postprocess(probability, c["threshold"], c)
+            bar.set_postfix_str(r.name[-40:], refresh=False)
+            probability, found = detect(net, r, device, c, precision, bar.update, windows)
             records.append(score(r, probability, c))
             detections.append(len(found))
             write(r, probability, found, c, out, plot, save)
-            progress.done(len(records))
+            if bar.disable and (len(records) == len(recordings) or plain.due()):
+                print(f"evaluate: {len(records)} of {len(recordings)} recordings", file=sys.stderr)
     return records, detections
 
 
+def detect(net, recording, device, c, precision, poll=None, windows=None):
+    """(probability, events) of a recording, as predict() and postprocess() give them."""
+    probability = predict(net, recording, device, c, precision, poll, windows)
+    if not np.isfinite(probability).all():
+        raise Refused(f"the model gives a probability that is not finite on {recording.name}")
+    return probability, postprocess(probability, c["threshold"], c)
+
+
 def write(recording, probability, found, c, out, plot, save):
-    """The files of one recording. A picture or a track that an earlier evaluation made of it stays
-    until this one makes its own."""
+    """The files of one recording; those that an earlier evaluation made stay until these are."""
     write_events(output(out, recording, EVENTS), found, probability, recording)
     if plot:
-        with interrupts_later():
-            from scoring import pictures             # here: matplotlib takes a second to import
+        with drawing() as pictures:
             pictures.draw(recording, probability, found, c["threshold"],
                           output(out, recording, f".{plot}"))
     if save:
@@ -597,40 +577,11 @@ def write(recording, probability, found, c, out, plot, save):
 
 
 @contextlib.contextmanager
-def interrupts_later():
-    """Ctrl-C waits for the end of this block: within matplotlib it would become another error, or
-    be lost in a callback."""
-    arrived = []
-    try:
-        before = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
-    except ValueError:                  # not in the main thread: nothing arrives here
-        before = None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-    if arrived:
-        raise KeyboardInterrupt
-
-
-class Progress:
-    """A bar on a terminal; elsewhere, where it would fill a log, a plain line now and then."""
-
-    def __init__(self, calls, recordings):
-        self.recordings = recordings
-        self.plain = console.Timer(30)
-        self.bar = tqdm(total=calls, unit="batch", desc="evaluate", disable=None)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def done(self, count):
-        if self.bar.disable and (count == self.recordings or self.plain.due()):
-            print(f"evaluate: {count} of {self.recordings} recordings", file=sys.stderr)
+def drawing():
+    """scoring/pictures.py. Ctrl-C waits: within matplotlib it would become another error."""
+    with console.signals_wait(signal.SIGINT):
+        from scoring import pictures    # here: matplotlib takes a second to import
+        yield pictures
 
 
 def scores(records, c):
@@ -659,9 +610,7 @@ def tell(records, detections, c):
         "recordings": len(records),
         "hours": sum(s["seconds"] for s in records) / 3600,
         "patients": len({s["patient"] for s in records}),
-        "labelled_recordings": ground["recordings"],
-        "labelled_hours": ground["hours"],
-        "labelled_patients": ground["patients"],
+        **{f"labelled_{key}": ground[key] for key in ("recordings", "hours", "patients")},
         "background_hours": ground["background_hours"],
         "seizures": ground["seizures"] if labelled else None,       # nothing is known, not 0
         "always_on_f1": None if math.isnan(ground["always_on_f1"]) else ground["always_on_f1"],
@@ -781,8 +730,7 @@ def score_folder(args):
     }
     write_json(out / "scores.json", result, indent=2)
     if args.plot and result["trade_off"]:
-        with interrupts_later():
-            from scoring import pictures             # here: matplotlib takes a second to import
+        with drawing() as pictures:
             pictures.trade_off(result["trade_off"], c["threshold"], out / f"trade_off.{args.plot}")
     report.show(result, list(METRICS), out)
     if args.plot:
@@ -813,20 +761,16 @@ def score_one(args):
                   file=sys.stderr)
             return
         r = recordings[0]
-        probability = predict(net, r, device, c, about["precision"])
-        if not np.isfinite(probability).all():
-            raise Refused(f"the model gives a probability that is not finite on {r.name}")
-    found = postprocess(probability, c["threshold"], c)
+        probability, found = detect(net, r, device, c, about["precision"])
     write_events(args.events, found, probability, r)
     print(f"{len(found)} detections in {r.seconds:.0f} s: {args.events}")
 
 
 def _declared_seconds(path):
     """Length that the header of a refused EDF gives, 0 where that cannot be read either."""
-    try:
+    with contextlib.suppress(edf.DataError, OSError):
         return edf.read_header(path).seconds
-    except (edf.DataError, OSError):
-        return 0.0
+    return 0.0
 
 
 def main(argv=None):
@@ -836,15 +780,12 @@ def main(argv=None):
             score_one(args)
         if not args.events or args.out or args.plot or args.save_probabilities:
             score_folder(args)
-    except (data.ReadFailed, TemporaryFault) as failure:    # a passing fault, not bad data
-        print(f"evaluate.py: stopped: {failure}", file=sys.stderr)
+    except (data.ReadFailed, TemporaryFault, OSError) as fault:     # may pass: not bad data
+        print(f"evaluate.py: stopped: {' '.join(str(fault).split())}", file=sys.stderr)
         return 1
     except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
-    except OSError as error:                                # disk full, no permission
-        print(f"evaluate.py: stopped: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
     return 0
 
 

@@ -17,7 +17,6 @@ import copy
 import os
 import signal
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 
 import modal
 
+from eeg import console
 from eeg.disk import Refused, Stop, TemporaryFault
 from run.attempts import DATA, DOLLARS_AS_OF, MIRROR, RESULTS, TIME_IS_UP
 from run.attempts import attempts, bill, billed, card_and_count, get, hourly, hours_of_attempt
@@ -328,7 +328,8 @@ def work(run, config, launch, resume, fresh, longest, gpu):
         way = "refused"
         raise
     finally:                                            # a container that just dies has not "left"
-        with signals_wait():
+        # the grace outlasts a commit
+        with console.signals_wait(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             record["left"] = way
             if way == "finished":
                 put(run / "done.json", {"launch": launch, "config": asked})
@@ -438,21 +439,6 @@ def leave(way):
         return result(way, TIME_IS_UP)
     return result(way)
 
-
-@contextlib.contextmanager
-def signals_wait():
-    """A signal that comes meanwhile is answered afterwards: the grace outlasts a commit."""
-    came, before = [], {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came[:1]:
-            os.kill(os.getpid(), number)
 
 
 def card():

@@ -26,7 +26,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -184,7 +183,8 @@ class Trainer:
         self.epoch_began = time.monotonic(), self.batch
         wanted = [ids for _, pieces in plan for ids, _ in pieces]
         feed = self.loader.batches(wanted, self.epoch)
-        self.bar = self.progress(self.batches, f"epoch {self.epoch}", "batch", self.batch)
+        hidden = not self.group.main
+        self.bar = console.bar(self.batches, f"epoch {self.epoch}", "batch", self.batch, hidden)
         self.net.train()
         with contextlib.closing(feed), self.bar:
             for batch, pieces in plan:
@@ -313,10 +313,6 @@ class Trainer:
             self.waits = True
             self.say(self.loader.advice(share))
 
-    def progress(self, total, title, unit, done=0):
-        """A bar on the main process's terminal; where there is none, lines are printed instead."""
-        hidden = not (self.group.main and sys.stderr.isatty())
-        return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden)
 
     # -- validation --
 
@@ -336,7 +332,8 @@ class Trainer:
         size, dev = self.group.size, self.split.dev
         todo = [r for r in dev if r.name not in self.scores]
         self.ahead = evaluate.read_ahead(todo[self.group.rank::size], self.config["evaluation"])
-        bar = self.progress(len(dev), "validation", "recording", len(self.scores))
+        bar = console.bar(len(dev), "validation", "recording", len(self.scores),
+                          hidden=not self.group.main)
         plain = console.Timer(30)
         with bar, contextlib.closing(self.ahead):
             for first in range(0, len(todo), size):

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.ndimage import uniform_filter1d
 
 from eeg import edf
+from evaluate import DEFAULTS
 
 FS = edf.FS
 
@@ -40,7 +41,7 @@ def line_length(recording, seconds, relative):
 PIECE = 4 * FS
 BANDS = (0.5, 2, 4, 6, 8, 10, 13, 18, 30, 45)       # Hz, edges
 HABIT_SECONDS = 120                                 # after so long a recording speaks for itself
-SMOOTH_SECONDS = 10                                 # of the probability, as evaluate.py's default
+SMOOTH_SECONDS = DEFAULTS["smooth_seconds"]         # of the probability
 
 
 def piece_features(x):

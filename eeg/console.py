@@ -18,6 +18,11 @@ import sys
 import threading
 import time
 
+# tqdm, which torch imports too, reads these as it is imported, and ends in a traceback at one that
+# it cannot read: none acts here
+for name in [name for name in os.environ if name.startswith("TQDM_")]:
+    del os.environ[name]
+
 UNREAD_SECONDS = 1.0                    # that a text waits for its reader before it is given up
 KEPT_TEXTS = 1000                       # that wait for a reader; older ones are dropped
 
@@ -123,9 +128,32 @@ class Console:
         return getattr(self.stream, name)
 
 
+@contextlib.contextmanager
+def signals_wait(*numbers):
+    """A signal that comes within this block is answered after it."""
+    came, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            before[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            os.kill(os.getpid(), number)
+
+
 def how_many(number, noun):
     """"1 patient", "2 patients"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def bar(total, title, unit, done=0, hidden=False, **options):
+    """A progress bar on a terminal; `disable` tells where there is none, and lines are printed."""
+    from tqdm import tqdm               # here, where its variables are gone
+    hidden = hidden or not sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden, **options)
 
 
 class Timer:

@@ -12,7 +12,6 @@ import re
 import shlex
 import signal
 import stat
-import sys
 import threading
 import time
 from collections import Counter
@@ -23,7 +22,6 @@ from typing import Callable, NamedTuple
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 from eeg import annotations, console
 from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
@@ -630,9 +628,8 @@ def _import_all(report, sources, task, workers, say, progress):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not workers:
         workers = max(1, min(cores, len(sources), size // BYTES_PER_WORKER))
-    began, plain = time.monotonic(), console.Timer(10)
-    done, terminal = 0, sys.stderr.isatty()
-    with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not terminal) as bar:
+    began, done, plain = time.monotonic(), 0, console.Timer(10)
+    with console.bar(size, "import", "B", unit_scale=True) as bar:
         for number, outcome in enumerate(_outcomes(sources, task, workers), 1):
             report.add(outcome)
             progress("imported recording")
@@ -640,7 +637,7 @@ def _import_all(report, sources, task, workers, say, progress):
             done += read
             bar.set_postfix_str(outcome.source.name[-40:], refresh=False)
             bar.update(read)
-            if not terminal and plain.due():
+            if bar.disable and plain.due():
                 left = (time.monotonic() - began) * (size - done) / max(1, done) / 60
                 say(f"import: {number} of {len(sources)} files, {left:.1f} min left")
 

@@ -1,8 +1,11 @@
 """The terminal of a command: closed, paused, in ASCII, or read by nobody."""
+import contextlib
 import os
 import subprocess
 import sys
 import time
+
+import pytest
 
 from conftest import ROOT
 from eeg import console
@@ -58,3 +61,24 @@ def test_a_timer_is_due_now_and_then():
     assert not timer.due()
     time.sleep(0.25)
     assert timer.due() and not timer.due()
+
+
+@pytest.mark.parametrize("command", ["train.py --config", "evaluate.py --data . --checkpoint", "data.py info"])
+def test_what_the_environment_says_to_tqdm_ends_no_program(tmp_path, command):
+    odd = {"TQDM_MININTERVAL": "abc", "TQDM_FILE": "x", "TQDM_NCOLS": "wide"}
+    done = subprocess.run([sys.executable, *command.split(), tmp_path / "absent"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **odd})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "absent" in done.stderr, done.stderr
+
+
+def test_a_bar_is_drawn_on_a_terminal_whatever_the_environment_says_to_tqdm():
+    ours, theirs = os.openpty()
+    code = "with console.bar(3, 'import', 'file') as bar:\n    bar.update(3)\n    print(bar.disable)"
+    done = run(code, 'stty rows 24 cols 80 <&2; "$0" -c "$1"', stdout=subprocess.PIPE, stderr=theirs,
+               env={**os.environ, "TQDM_BAR_FORMAT": "{x"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):                          # the end of a terminal
+        while True:
+            shown += os.read(ours, 4096)
+    assert (done.returncode, done.stdout) == (0, "False\n") and b"import: 100%" in shown

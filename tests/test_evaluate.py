@@ -22,7 +22,7 @@ from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring
 
 import checkpoint
-from eeg import corpora
+from eeg import console, corpora
 import data
 from eeg import edf
 import evaluate
@@ -982,7 +982,7 @@ def test_no_bar_is_drawn_where_nobody_watches(corpus, tmp_path):
 def test_an_interrupt_waits_for_the_end_of_a_picture():
     done = []
     with pytest.raises(KeyboardInterrupt):
-        with evaluate.interrupts_later():
+        with console.signals_wait(signal.SIGINT):
             os.kill(os.getpid(), signal.SIGINT)
             done.append("drawn")
     assert done == ["drawn"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
