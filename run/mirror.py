@@ -169,6 +169,9 @@ class Mirrored(Checkpointer):
         super().__init__(directory, *arguments, **options)
         with contextlib.suppress(OSError):  # its thread will say so
             self.folder.mkdir(parents=True, exist_ok=True)
+            if os.stat(self.folder).st_dev == os.stat(self.directory).st_dev:
+                self.say(f"checkpoints: the mirror {self.folder} is on the disk of the run, and "
+                         f"would be lost with it: is the other disk mounted?")
 
     # -- going on --
 

@@ -2,8 +2,10 @@
 import errno
 import os
 import subprocess
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,19 @@ def flip(path):
 
 def names(directory):
     return sorted(p.name for p in directory.glob("*.pt"))
+
+
+def test_a_second_copy_on_the_disk_of_the_run_is_called_so_and_one_on_another_disk_is_not(tmp_path):
+    """As below the mount point of a disk that is not mounted."""
+    s, said = mirrored(tmp_path)
+    s.close()
+    assert sum("is the other disk mounted?" in line for line in said) == 1
+    if os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("no second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        s, said = mirrored(tmp_path, Path(elsewhere, "nas"))
+        s.close()
+    assert not any("mounted" in line for line in said)
 
 
 def test_the_second_copy_holds_the_newest_states_best_and_the_records_and_one_state_is_one_file(tmp_path):
