@@ -4,7 +4,6 @@ conversion to one HDF5 file per recording.
 A corpus layout is a row of LAYOUTS and, where its labels are of a new kind, a reader in
 annotations.py.
 """
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -439,12 +438,10 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
                   replace=False, renames=None, labels=STRICT, progress=lambda what: None):
     """Import every EDF of `src` into `out`, in parallel, keeping what an earlier import finished.
     Returns the Report. Until it has finished, `out` is marked as not whole (check_finished).
-
     `channels`: of the montage reduced; `renames`: a file, see read_renames; `labels`: STRICT
     refuses a recording whose labels cannot be used, LENIENT takes them as none, NEVER opens any.
-    DataError for bad usage, a missing folder, one that another import is writing, or one that holds
-    recordings of another preparation (`replace` makes them anew); refused files are in the report,
-    not raised."""
+    DataError for bad usage, a missing folder, one that another import is writing, or one of another
+    preparation (`replace` makes it anew); refused files are in the report, not raised."""
     recipe = Recipe(montage, str(notch), blank_unit, tuple(channels))
     texts = annotations.user_texts(seizure_labels, background_labels)
     _check_usage(layout, workers)
@@ -455,27 +452,21 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         "layout": layout, "montage": montage, "notch": notch, "blank-unit": blank_unit,
         "channels": ",".join(channels), "seizure-label": seizure_labels,
         "background-label": background_labels, "rename": renames, "replace": replace})
-    lock = _lock(out)
-    try:
+    with _lock(out):
         if not replace:
             refuse_mixture(out, recipe)
         write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
         _sweep(out)
         report = Report(refused=closed)
-        sources = identify_all(files, root, layout, report)
-        if labels != STRICT:
-            sources = [_without_lost_labels(source, labels) for source in sources]
-        heads = [source.annotation for source in sources if source.layout == "tuh"]
+        sources = identify_all(files, root, layout, labels, report)
         # of a single EDF the folder around it may be anything
-        said = annotations.release(root, heads) if root == Path(src) else ""
+        said = _release(root, sources) if root == Path(src) else ""
+        if said:
+            say(f"{src}: {said}")
         task = Task(out, recipe, texts, said, names, labels)
-        if task.release:
-            say(f"{src}: {task.release}")
         _import_all(report, sources, task, workers, say, progress)
         entries(out)                                    # writes the index
         _write_report(out, files, report)
-    finally:
-        lock.close()
     report.hints = hints(sources, layout, task, report)
     if foreign:
         report.hints.append(f"not read: {foreign}: convert or unpack them to .edf")
@@ -497,11 +488,9 @@ def _sweep(out):
             stale.unlink()
 
 
-def _without_lost_labels(source, labels):
-    """A source without labels that are not to be opened, or that are a link to nothing."""
-    if source.annotation and (labels == NEVER or not source.annotation.exists()):
-        return dataclasses.replace(source, annotation=None)
-    return source
+def _release(root, sources):
+    """What the corpus says of its version; TUSZ's label files say their own."""
+    return annotations.release(root, [s.annotation for s in sources if s.layout == "tuh"])
 
 
 def _command(src, out, options):
@@ -574,11 +563,15 @@ def find_edf(src):
     return sorted(found), src, closed, foreign
 
 
-def identify_all(files, root, layout, report):
-    """Sources of all files; of two that would have one name, the later is refused."""
+def identify_all(files, root, layout, labels, report):
+    """Sources of all files; of two that would have one name, the later is refused. Labels that are
+    not to be opened are taken from them, and, but for STRICT, links to nothing."""
     sources = {}
     for path in files:
         source = identify(path, root, layout)
+        there = source.annotation and source.annotation.exists()
+        if labels == NEVER or labels == LENIENT and not there:
+            source.annotation = None
         if source.name in sources:
             report.refused.append((shown(path), f"same name as {sources[source.name].path.name}"))
         else:
