@@ -41,7 +41,7 @@ from eeg import baseline, corpora, splits, store, synth
 from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.annotations import no_labels
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
-from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError, channel_names
+from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
 
 READERS = 16                            # threads; a sweep: bench/loader.py --sweep
@@ -719,7 +719,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto")
     p.add_argument("--montage", choices=MONTAGES, default="referential",
                    help="19 electrodes, 18 double-banana derivations, or what --channels names")
-    p.add_argument("--channels", type=channel_names, default=(), metavar="F7-T3,...",
+    p.add_argument("--channels", type=corpora.channel_names, default=(), metavar="F7-T3,...",
                    help="of --montage reduced: electrodes, pairs of them, or labels of the EDF; "
                         "| between alternatives, the best first")
     p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",

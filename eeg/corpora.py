@@ -24,8 +24,8 @@ import numpy as np
 
 from eeg import annotations, console
 from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
-from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel
-from eeg.edf import one_spelling, prepare_edf, read_annotations, read_header
+from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel, electrode
+from eeg.edf import prepare_edf, read_annotations, read_header
 from eeg.splits import contradictions, person, person_code
 from eeg.store import FORMAT, entries, read_index, write_recording
 
@@ -279,6 +279,19 @@ def rename(header, renames):
             header.notes.append(f"{label} renamed {labels[i]}")
         elif channel(label) in given:
             labels[i] = f"unused {label}"
+
+
+def channel_names(text):
+    """"f7-t7, Cz, BTEleft SD|BTEright SD" -> ("F7-T3", "Cz", "BTEleft SD|BTEright SD"): known
+    electrodes in one spelling; | stands between alternatives, the best first."""
+    parts = [part.split("|") for part in text.split(",") if part.strip()]
+    return tuple("|".join(one_spelling(choice.strip()) for choice in part) for part in parts)
+
+
+def one_spelling(text):
+    """"f7-t7" -> "F7-T3", "EEG Cz-REF" -> "Cz"; what is no electrode stays as it is."""
+    name, end = channel(text) or (text, "")
+    return f"{name}-{end}" if electrode(end.upper()) else name
 
 
 def read_renames(path):

@@ -513,18 +513,6 @@ class Recipe:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-def channel_names(text: str) -> tuple[str, ...]:
-    """"f7-t7, Cz, BTEleft SD|BTEright SD" -> ("F7-T3", "Cz", "BTEleft SD|BTEright SD"): known
-    electrodes in one spelling; | stands between alternatives, the best first."""
-    parts = [part.split("|") for part in text.split(",") if part.strip()]
-    return tuple("|".join(one_spelling(choice.strip()) for choice in part) for part in parts)
-
-
-def one_spelling(text: str) -> str:
-    """"f7-t7" -> "F7-T3", "EEG Cz-REF" -> "Cz"; what is no electrode stays as it is."""
-    name, end = channel(text) or (text, "")
-    return f"{name}-{end}" if end in SPELLED.values() else name
-
 
 @dataclass
 class Places:
@@ -608,18 +596,16 @@ def derivations(header: Header, recipe: "Recipe", places: Places) -> list[dict]:
     if set(missing) - {"Fz", "Pz"}:
         raise DataError(_missing(header, recipe.montage, missing, places))
     # within a pair a reference cancels: each pair may have its own, left and right ear for one
-    if recipe.montage == "bipolar" and not missing:
-        return [_pair(places, name.split("-")) for name in BIPOLAR]
-    _check_references(places, single.values())
-    weights = spline(tuple(single), tuple(missing))
+    if missing or recipe.montage == "referential":
+        _check_references(places, single.values())
     known = list(single)
-    for name, line in zip(missing, weights):
+    for name, line in zip(missing, spline(tuple(known), tuple(missing))):
         header.notes.append(f"{name} is missing, interpolated from the other electrodes")
         single[name] = {i: weight for other, weight in zip(known, line) for i in single[other]}
 
     if recipe.montage == "referential":
         return [single[name] for name in CHANNELS["referential"]]
-    return [_difference(*(single[end] for end in name.split("-"))) for name in BIPOLAR]
+    return [_pair(places, name.split("-")) for name in BIPOLAR]
 
 
 def _missing_pairs(places):
@@ -627,9 +613,9 @@ def _missing_pairs(places):
 
 
 def _pair(places, ends):
-    rows = [places.electrodes[end] for end in ends]
-    _check_references(places, rows)
-    return _difference(*rows)
+    a, b = (places.electrodes[end] for end in ends)
+    _check_references(places, (a, b))
+    return {i: a.get(i, 0) - b.get(i, 0) for i in a | b}
 
 
 def _all_reduced(header, channels, places):
@@ -695,9 +681,6 @@ def _missing(header, montage, missing, places):
     return (f"{why}; for channels of other names: --rename FILE, two columns: label in the file, "
             "electrode")
 
-
-def _difference(a, b):
-    return {i: a.get(i, 0) - b.get(i, 0) for i in a | b}
 
 
 # degrees from the vertex, and around it

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from eeg import edf
+from eeg import corpora, edf
 from conftest import NAMES, microvolts, plus, prepare, write_edf
 
 
@@ -572,7 +572,7 @@ def test_a_reduced_montage_takes_derivations_electrodes_and_labels_by_name(tmp_p
     eeg = np.random.default_rng(0).normal(0, 300, (5, 20 * 256))
     labels = ["F8-T8", "EEG F7-REF", "EEG T7-REF", "BTEleft SD", "EKG"]
     path = write_edf(tmp_path / "a.edf", labels=labels, eeg=eeg)
-    names = edf.channel_names("f8-t4, F7-T7,T3, bteLEFT sd")
+    names = corpora.channel_names("f8-t4, F7-T7,T3, bteLEFT sd")
     assert names == ("F8-T4", "F7-T3", "T3", "bteLEFT sd")
     r = prepare(path, "reduced", reduced=names)
     assert r.channels == names and r.memory.shape[0] == 4

@@ -215,11 +215,11 @@ def test_advice_on_montages_is_never_a_circle(tmp_path):
                     prepare(path, other)
                 if "--montage reduced --channels " in str(refusal):
                     names = str(refusal).split("--channels ")[1].split(";")[0]
-                    prepare(path, "reduced", reduced=edf.channel_names(names))
+                    prepare(path, "reduced", reduced=corpora.channel_names(names))
 
 
 def test_wearable_channels_may_have_alternatives(tmp_path):
-    names = edf.channel_names("BTEleft SD|BTEright SD,CROSStop SD|BTEright SD")
+    names = corpora.channel_names("BTEleft SD|BTEright SD,CROSStop SD|BTEright SD")
     for kinds in (("BTEleft SD", "CROSStop SD"), ("BTEleft SD", "BTEright SD"), ("BTEright SD", "CROSStop SD")):
         write_edf(tmp_path / "src" / f"{kinds[0]} {kinds[1]}.edf", 30, labels=[*kinds, "ECG SD"])
     write_edf(tmp_path / "src" / "one.edf", 30, labels=["BTEright SD", "ECG SD"])
