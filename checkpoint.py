@@ -1268,14 +1268,18 @@ def find_resume(checkpoints_directory: str | os.PathLike,
     return chosen.path if chosen else None
 
 
+def _check_keep(keep):
+    if not isinstance(keep, int) or keep < 0:
+        raise ValueError(f"keep must be a whole number, 0 (all) or more, not {keep!r}")
+
+
 def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
            protect: Iterable[str | os.PathLike] = ()) -> list[Path]:
     """Delete all but the newest `keep` files (0 = all stay) that match; returns the deleted paths.
 
     Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect`
     (they count as kept), what cannot be parsed, and files of another run than the newest one's."""
-    if keep < 0:
-        raise ValueError(f"keep must be 0 (all) or more, not {keep}")
+    _check_keep(keep)
     if keep == 0:
         return []
     found = [Candidate(path) for path in Path(directory).glob(glob_pattern)]
@@ -1437,14 +1441,13 @@ class Checkpointer:
                  before_save: Callable[[Path], object] | None = None, background: bool = True,
                  say: Callable[[str], object] = print, save_patience_minutes: float = 60.0,
                  check_finite: bool = True) -> None:
-        for keep in (mid_epoch_keep, checkpoint_keep):
-            if not isinstance(keep, int) or keep < 0:
-                raise ValueError(f"keep must be a whole number, 0 (all) or more, not {keep!r}")
+        self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
+        for keep in self.keep.values():
+            _check_keep(keep)
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be max or min, not {mode!r}")
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         self.minutes = mid_epoch_minutes
-        self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
         self.interval = checkpoint_interval
         self.mode = mode
         self.on_saved = on_saved
@@ -1452,17 +1455,7 @@ class Checkpointer:
         self.background = background
         self.patience = save_patience_minutes
         self.say = tolerant(say)
-        self.run = uuid.uuid4().hex[:12]
-        self.start = uuid.uuid4().hex[:8]   # of this process: its saves are a line of their own
-        # [start, its save that was left, whether that was asked for], oldest first
-        self.starts: list[list] = []
-        self.counter = 0                    # of the newest save
-        self.position = (1, 0)              # epoch in progress, batches trained in it
-        self.global_step = 0                # batches that `batches` has yielded, in all
-        # place of the batch that it yielded last
-        self._in_progress: tuple[int, int] | None = None
-        # the file that this run goes on from: never rotated away
-        self.resumed = None
+        self._begin_line()
         self.blocked = 0.0                  # seconds that training waited for the last save
         self._slowest = 0.0                 # seconds of the slowest save
         self._image = _Image(self.say, "model" if check_finite else "")
@@ -1480,6 +1473,20 @@ class Checkpointer:
         # waiting: starting a thread per save costs 5 ms
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
+
+    def _begin_line(self):
+        """A run of its own, as long as no checkpoint is gone on from."""
+        self.run = uuid.uuid4().hex[:12]
+        self.start = uuid.uuid4().hex[:8]   # of this process: its saves are a line of their own
+        # [start, its save that was left, whether that was asked for], oldest first
+        self.starts: list[list] = []
+        self.counter = 0                    # of the newest save
+        self.position = (1, 0)              # epoch in progress, batches trained in it
+        self.global_step = 0                # batches that `batches` has yielded, in all
+        # place of the batch that it yielded last
+        self._in_progress: tuple[int, int] | None = None
+        # the file that this run goes on from: never rotated away
+        self.resumed: Path | None = None
 
     def _open(self):
         """Take the directory. Raises InUse where another process has it."""
