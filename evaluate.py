@@ -516,20 +516,33 @@ def output(out, recording, ending):
 
 def take_folder(out, recordings, source):
     """Make the folder `out`. Refused where it holds the events of other recordings, which would lie
-    beside these scores, or where events would be written over a corpus's own annotations."""
+    beside these scores, or where events would lie where a corpus has its labels."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"--out {out}: {error.strerror}") from None
     ours = {output(out, r, EVENTS) for r in recordings}
-    there = set(out.rglob("*" + EVENTS))
-    foreign = sorted(there - ours)
-    if out.resolve() in (source.resolve(), source.resolve().parent):
-        foreign = sorted(there)
+    for folder, file in {path.parent: path for path in ours}.items():
+        if any(path.suffix.lower() == ".edf" for path in folder.glob("*")):
+            raise Refused(f"--out {out}: {file.name} would lie beside EDF files, where it is read as "
+                          "their labels: give another folder")
+    foreign = sorted(set(out.rglob("*" + EVENTS)) - ours)
     if foreign:
         raise Refused(f"--out {out} already holds the events of other recordings "
                       f"({foreign[0].name}; {len(foreign)} in all): "
                       f"give another folder, such as --out {out}_{source.stem}")
+
+
+def take_file(path, source):
+    """Refused where --events would be written over anything but the events of an earlier call."""
+    labels = corpora.identify(source, source.parent).annotation
+    for other, what in ((source, "the EDF itself"), (labels, "the labels of the EDF")):
+        if other and path.resolve() == other.resolve():
+            raise Refused(f"--events {path} would be written over {what}")
+    if path.is_dir():
+        raise Refused(f"--events {path}: Is a directory")
+    if path.is_file() and path.read_bytes()[:5] not in (b"", b"onset"):
+        raise Refused(f"--events {path} holds something else: name another file")
 
 
 def write_events(path, found, probability, recording):
@@ -746,8 +759,7 @@ def score_one(args):
     net, state, c, about = prepare(args)
     if not args.data.is_file():
         raise Refused(f"--events takes one EDF: {args.data} is no file")
-    if args.events.resolve() == args.data.resolve():
-        raise Refused(f"--events {args.events} would be written over the EDF itself")
+    take_file(args.events, args.data)
     device = next(net.parameters()).device
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         try:

@@ -960,6 +960,9 @@ def test_the_annotations_of_a_corpus_are_never_written_over(corpus, tmp_path):
         code, lines = here("--checkpoint", corpus / "best.pt", "--data", chosen, "--out", tmp_path)
         assert code == 2 and labels.name in lines[-1]
         assert (tmp_path / labels.name).read_bytes() == labels.read_bytes()
+    (tmp_path / labels.name).unlink()                       # nor made, where the next import would read them
+    assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path, "--out", tmp_path)[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_stripped_weights_write_beside_themselves_and_a_run_in_its_folder(corpus, tmp_path):
@@ -1135,9 +1138,12 @@ def test_events_go_to_one_file_and_nothing_else(corpus, tmp_path, monkeypatch):
     code, lines = here("--checkpoint", corpus / "best.pt", "--data", corpus / "imported",
                        "--events", tmp_path / "y.tsv")
     assert code == 2 and "one EDF" in lines[0] and not (tmp_path / "y.tsv").exists()
-    before = source.read_bytes()
-    code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--events", source)
-    assert code == 2 and "over the EDF itself" in lines[0] and source.read_bytes() == before
+    shutil.copy(corpus / "best.pt", "weights.pt")
+    for kept, why in ((source, "over the EDF itself"), (corpora.identify(source, corpus).annotation, "over the labels of the EDF"),
+                      (Path("weights.pt"), "holds something else"), (source.parent, "Is a directory")):
+        before = kept.is_file() and kept.read_bytes()
+        code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--events", kept)
+        assert code == 2 and why in lines[0] and before == (kept.is_file() and kept.read_bytes())
     assert here("--checkpoint", corpus / "best.pt", "--data", source, "--events", "z.tsv", "--out", "out", "--plot")[0] == 0
     beside, = tmp_path.glob("out/**/*_events.tsv")
     assert beside.read_text() == (tmp_path / "z.tsv").read_text() == (tmp_path / "deep" / "x.tsv").read_text()
