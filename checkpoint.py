@@ -710,8 +710,10 @@ def atomic_write(path: str | os.PathLike, buffers: Iterable[Any],
         if check:
             check(temp)
         os.replace(temp, path)
-    except BaseException:
+    except BaseException as error:
         _unlink(temp)
+        if getattr(error, "filename", None) == str(temp):
+            error.filename = str(path)          # what the caller knows
         raise
     finally:
         _own_temps.discard(temp.name)
@@ -2365,15 +2367,18 @@ def main(argv: list[str] | None = None) -> int:
             if not os.path.lexists(path):
                 raise FileNotFoundError(errno.ENOENT, "no such file or directory", path)
         module, _ = COMMANDS[args.command]
-        if not module:
-            return _verify_all(args.paths)
-        return _elsewhere(module).command(args)
+        code = _elsewhere(module).command(args) if module else _verify_all(args.paths)
+        print(end="", flush=True)
+        return code
     except CorruptCheckpoint as damage:
         print(damage, file=sys.stderr)
         return 1
     except MemoryError as error:
         print(f"checkpoint.py: out of memory: nothing was touched: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:             # nobody reads on, as in `ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
         where = f"{name}: " if name else ""

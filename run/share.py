@@ -108,6 +108,8 @@ def _with_weights(source):
 def _share(state, target, source):
     """Weights and their card, where neither exists yet."""
     card = target.with_suffix(".md")
+    if card == target:
+        raise ValueError(f"{target}: a .md is the card that goes beside the weights")
     for path in (target, card):
         if os.path.lexists(path):
             raise ValueError(f"{path} exists: name another file, or move it away")

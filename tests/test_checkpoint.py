@@ -699,6 +699,11 @@ def test_the_command_line_lists_verifies_cleans_and_strips(tmp_path, capsys):
     done = subprocess.run([sys.executable, "-OO", str(ROOT / "checkpoint.py"), "verify", str(run)], capture_output=True, text=True)
     assert done.returncode == 1 and "last.pt: ok" in done.stdout, done.stderr
     assert "mid_epoch_001_000009.pt: DAMAGED" in capsys.readouterr().out
+    read, write = os.pipe()
+    os.close(read)                                          # nobody reads on, as in `ls | head`
+    done = forked.run([sys.executable, str(ROOT / "checkpoint.py"), "ls", str(run)], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
     assert checkpoint.main(["clean", str(run)]) == 0 and (run / "mid_epoch_001_000001.pt").exists()
     assert checkpoint.main(["clean", str(run), "--yes"]) == 0
     assert names(run) == ["best.pt", "checkpoint_epoch_001.pt", "last.pt"] and not temps(run)

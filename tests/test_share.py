@@ -15,6 +15,9 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     files = [str(tmp_path / name / "best.pt") for name in ("a", "b", "c")]
     before = tree(tmp_path)
     assert checkpoint.main(["strip", *files]) == checkpoint.main(["strip", *files[:2]]) == 2
+    assert checkpoint.main(["strip", files[0], str(tmp_path / "x.md")]) == 2
+    assert checkpoint.main(["strip", files[0], str(tmp_path / "no/x.pt")]) == 2
+    assert "no/x.pt: No such file" in capsys.readouterr().err.splitlines()[-1]
     assert tree(tmp_path) == before
     assert checkpoint.main(["strip", files[0]]) == 0 and checkpoint.main(["strip", files[0]]) == 2
     card = (tmp_path / "a/best_weights.md").read_text()
