@@ -585,10 +585,10 @@ def identify_all(files, root, layout, labels, report):
         there = source.annotation and source.annotation.exists()
         if labels == NEVER or labels == LENIENT and not there:
             source.annotation = None
-        if source.name in sources:
-            report.refused.append((shown(path), f"same name as {sources[source.name].path.name}"))
-        else:
-            sources[source.name] = source
+        # x.edf and x_eeg.edf share their labels and the events that an evaluation writes
+        other = sources.setdefault(source.name.removesuffix("_eeg"), source)
+        if other is not source:
+            report.refused.append((shown(path), f"same name as {other.path.name}"))
     return list(sources.values())
 
 
@@ -775,7 +775,10 @@ def _write_report(out, files, report):
 
 def read_report(out):
     """[[file, reason], ...] of the files that imports into `out` refused."""
-    return _read_marks(out).get("refused", [])
+    try:
+        return [[str(file), str(why)] for file, why in _read_marks(out).get("refused", [])]
+    except (TypeError, ValueError):     # of another program
+        return []
 
 
 def _read_marks(out):

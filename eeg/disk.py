@@ -46,6 +46,8 @@ class TemporaryFault(Stop):
 def fault(error, where):
     """The OSError `error` as Refused or TemporaryFault, in one line."""
     line = f"{error.filename or where}: {error.strerror or error}"
+    if error.errno == errno.EEXIST:     # a file, or a link to what is not there now
+        line += ", and is no folder"
     if error.errno is None or error.errno in LASTING:
         return Refused(line)
     return TemporaryFault(f"{line}; nothing was touched: try again")

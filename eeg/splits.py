@@ -45,6 +45,8 @@ def split(recordings, c, seed):
     """(train, dev) by the section `data` of a configuration; DataError where one of them would be
     empty."""
     kind, folds = c.get("split", "patient"), c.get("folds", 0)
+    if c.get("fold", 1) > 1 and not folds:
+        raise DataError(f"data.fold is {c['fold']} and data.folds is 0: no cross-validation")
     usable = [r for r in recordings if r.labelled and r.split != "eval"]
     if kind == "time":
         if folds:

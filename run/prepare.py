@@ -45,8 +45,8 @@ def expect_data(config):
         raise Refused("data.synth_hours makes one folder, and data.path is a list of several")
     for path in folders(config):
         if not Path(path).is_dir() and not c["synth_hours"]:
-            raise Refused(f"data.path {path} does not exist: "
-                          f"python data.py import CORPUS_FOLDER {path}")
+            what = "is no folder" if os.path.exists(path) else "does not exist"
+            raise Refused(f"data.path {path} {what}: python data.py import CORPUS_FOLDER {path}")
     several = rank_and_size()[1] > 1
     if c["copy_to"] and several and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
@@ -127,6 +127,9 @@ class Split:
 
         say(f"train: {splits.amount(self.train)}")
         say(f"validation: {splits.amount(self.dev)}")
+        if c["dev_patients"] and (c["folds"] or c["split"] != "patient"):
+            say("warning: data.dev_patients says nothing under data.folds, nor with data.split: "
+                "recording or time")
         for line in splits.told(recordings, self.train, self.dev, c["split"]):
             say(line)
         self.warn(config["training"]["batch_size"], len(first), say)
@@ -164,6 +167,7 @@ def read_init(config, split, net):
     except checkpoint.CorruptCheckpoint as damage:
         raise Refused(f"training.init: {damage}") from None
     except OSError as error:
+        error.filename = f"training.init {path}"
         raise fault(error, path) from None
     weights, channels = state.get("model"), state.get("channels")
     if not isinstance(weights, dict):
@@ -191,6 +195,8 @@ def read_init(config, split, net):
 def start_from(config, split, net, say):
     """The weights of training.init into `net`; optimizer and step are those of a new run."""
     path = config["training"]["init"]
+    if not path and config["training"]["init_sha256"]:
+        raise Refused("training.init_sha256 is given, and training.init is not")
     if not path:
         return
     weights, digest = read_init(config, split, net)

@@ -425,7 +425,7 @@ class MetricsFile:
         for row in read_json_lines(self.path, self.say):
             try:
                 yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError):
                 self.say(f"metrics.jsonl: dropped a row that cannot be read: "
                          f"{json.dumps(row)[:60]!r}")
 

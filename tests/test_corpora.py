@@ -311,6 +311,7 @@ def test_strange_folders(tmp_path):
     write_edf(src / "zähler ü" / "größe.edf")
     write_edf(src / "twice.edf")
     shutil.copy(src / "twice.edf", src / "twice.EDF")
+    write_edf(src / "twice_eeg.edf")
     (src / "x.edf" / "loop").symlink_to(src)
     (src / "gone.edf").symlink_to(src / "nothing")
     os.mkfifo(src / "pipe.edf")
@@ -318,8 +319,8 @@ def test_strange_folders(tmp_path):
     assert sorted(report.read) == ["twice", "x.edf/inner", "zähler ü/größe"]
     why = {Path(path).name: reason for path, reason in report.refused}
     assert why["gone.edf"] == "gone.edf: No such file or directory" and "regular" in why["pipe.edf"]
-    assert len(why) == 3
-    assert "same name as" in why["twice.edf"] + why.get("twice.EDF", "")
+    assert len(why) == 4
+    assert "same name as" in why["twice.edf"] + why.get("twice.EDF", "") and "same name as" in why["twice_eeg.edf"]
     named = tmp_path / "named"
     write_edf(named / "good.edf")
     for name in (b"not \xff utf-8.edf", b"two\nlines.edf"):
@@ -410,6 +411,9 @@ def test_files_refused_for_one_reason_share_a_line(tmp_path):
     assert text.count("has no unit") == 1 and "5 files: Fp1 has no unit" in text
     assert "odd.edf: the header says 0 signals" in text and "6 refused:" in text
     assert len(corpora.read_report(tmp_path / "out")) == 6
+    for foreign in ('{"refused": 5}', '{"refused": [1]}', "[]"):
+        (tmp_path / "out" / "import.json").write_text(foreign)
+        assert corpora.read_report(tmp_path / "out") == []
 
 
 def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):

@@ -744,12 +744,12 @@ def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, refer
     with cut_at(3):
         train.run(loaded(corpus, tmp_path))
     whole = (tmp_path / "t/metrics.jsonl").read_bytes()
-    torn = b'{"kind": "tr\n17\n["step"]\n\xff\x00\x00\n{"kind": "train"}\n{"kind": "train", "step": null}\n'
+    torn = b'{"kind": "tr\n17\n["step"]\n\xff\x00\x00\n{"kind": "train"}\n{"kind": "train", "step": null}\n{"step": 1e999}\n'
     (tmp_path / "t/metrics.jsonl").write_bytes(torn + whole + b'{"kind": "train", "epo')
     with open(tmp_path / "t/saves.jsonl", "a") as file:
         file.write('{"kind": "sa')
     assert train.run(loaded(corpus, tmp_path), "true") == 0
-    assert capsys.readouterr().out.count("metrics.jsonl: dropped a row that cannot be read") == 7
+    assert capsys.readouterr().out.count("metrics.jsonl: dropped a row that cannot be read") == 8
     assert_same_run(tmp_path, reference)
 
 
@@ -1061,7 +1061,10 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     ("training.BATCH=3", "unknown key training.BATCH; the nearest is training.batch_size"),
     ("training.precision=fp8", "must be one of fp32, bf16, fp16"),
     ("training.mid_epoch_minutes=-1", "between 0 and 1000000"),
-    ("data.path=/nowhere/at/all", "python data.py import"),
+    ("data.path=/nowhere/at/all", "does not exist: python data.py import"),
+    ("data.path=/etc/passwd", "is no folder: python data.py import"),
+    ("training.init=/nowhere.pt", "training.init /nowhere.pt: No such file"),
+    ("training.init_sha256=ab", "training.init is not"),
     ("experiment.name=a/b", "plain folder name"),
     ("data.dev_patients=[nobody]", "nobody"),
     ("training.device=cuda", "sees no GPU"),
