@@ -524,7 +524,7 @@ def take_folder(out, recordings, source):
     ours = {output(out, r, EVENTS) for r in recordings}
     for folder, file in {path.parent: path for path in ours}.items():
         if any(path.suffix.lower() == ".edf" for path in folder.glob("*")):
-            raise Refused(f"--out {out}: {file.name} would lie beside EDF files, where it is read as "
+            raise Refused(f"--out {out}: {file.name} would lie beside EDF files and be read as "
                           "their labels: give another folder")
     foreign = sorted(set(out.rglob("*" + EVENTS)) - ours)
     if foreign:
