@@ -18,6 +18,7 @@ from eeg.disk import Refused, Stop, TemporaryFault
 
 # what torchrun tells each of its processes; deploy/slurm.sh sets the same
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LATE_SECONDS = 20                       # of waiting for the others, after which it is said
 
 
 def rank_and_size():
@@ -64,7 +65,7 @@ class Group:
         # no restart meets the addresses of the dead
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         line = f"process {self.rank} of {self.size} waits for the others at {place}"
-        late = threading.Timer(20, print, [line], {"file": sys.stderr, "flush": True})
+        late = threading.Timer(LATE_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
         late.daemon = True
         late.start()
         try:

@@ -13,9 +13,8 @@ import torch
 import checkpoint
 from run import config
 import forked
-from conftest import ROOT
-from helpers import EPOCH_STEPS, free_port, last, loaded, rest, rows, same, wait_for
-from model import SMALL
+from conftest import ROOT, once
+from helpers import EPOCH_STEPS, TINY, free_port, last, loaded, rest, rows, same, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,7 @@ def corpus(small_corpus):
     return small_corpus
 
 
-STILL = {**SMALL, "dropout": 0.0}                       # dropout draws from each process's own random state
+STILL = {**TINY, "dropout": 0.0}                       # dropout draws from each process's own random state
 
 
 # torchrun whose processes come out of forks, as itself does: nothing else of it is another
@@ -95,21 +94,31 @@ def prepare(corpus, results, **changes):
     (results / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.fixture(scope="session")
+def together(corpus, tmp_path_factory):
+    """The same by several processes that nothing stops: function of their number."""
+    def run(processes):
+        with once(tmp_path_factory, f"together{processes}") as (results, empty):
+            if empty:
+                prepare(corpus, results, training__mid_epoch_keep=0)
+                finish(torchrun(results, processes, real=processes == 2))
+        return results
+    return run
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(corpus, alone, tmp_path, processes):
-    prepare(corpus, tmp_path, training__mid_epoch_keep=0)
-    finish(torchrun(tmp_path, processes, real=processes == 2))
+def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(alone, together, processes):
+    results = together(processes)
     # rounding is a share of the gradient; AdamW would blow it up to the size of a step, where a gradient is near 0
-    mine, one = first_gradient(tmp_path), first_gradient(alone)
+    mine, one = first_gradient(results), first_gradient(alone)
     assert one.norm() > 0 and (mine - one).norm() < 1e-4 * one.norm()
-    assert_rows_agree(tmp_path, alone)
-    assert len(last(tmp_path)["rng"]) == processes
+    assert_rows_agree(results, alone)
+    assert len(last(results)["rng"]) == processes
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])     # sums of two have no order to lose
-def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, tmp_path, processes):
-    prepare(corpus, tmp_path / "whole")
-    finish(torchrun(tmp_path / "whole", processes))
+def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, together, tmp_path, processes):
+    whole = together(processes)
     prepare(corpus, tmp_path / "cut")
     gate = tmp_path / "gate"
     process = torchrun(tmp_path / "cut", processes, restarts=2, held=("after_step", 3, gate))
@@ -118,10 +127,10 @@ def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identi
     gate.touch()
     out = finish(process)
     assert "resuming" in out and "resumed: epoch" in out
-    mine, theirs = last(tmp_path / "cut"), last(tmp_path / "whole")
+    mine, theirs = last(tmp_path / "cut"), last(whole)
     for key in ("model", "optimizer", "scheduler", "rng", "stopping", "scores"):
         assert same(mine[key], theirs[key]), key
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "cut") == rows(whole)
 
 
 def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_path):
