@@ -401,7 +401,8 @@ def stored(state, section):
 def stored_settings(state):
     """(evaluation settings, where the threshold is from). Never tuned on the scored set itself."""
     config = stored(state, "evaluation")
-    tuned = (state.get("scores") or {}).get("threshold")
+    scored = state.get("scores")
+    tuned = scored.get("threshold") if isinstance(scored, dict) else None
     # a model of before the probability was smoothed has a threshold for what it was
     chosen = {"tune": False, "smooth_seconds": config.get("smooth_seconds", 0.0)}
     if tuned is not None:
@@ -465,10 +466,13 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
             print(line)
     for r in recordings:
         if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):
-            raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels, but the "
-                          f"checkpoint was trained on {state['montage']}, "
-                          f"{len(state['channels'])} channels: "
-                          f"import with --montage {state['montage']}")
+            how = f"--montage {state['montage']}"
+            if state["montage"] == "reduced":
+                how += f" --channels {','.join(state['channels'])}"
+            raise Refused(f"data {r.path}: {r.montage}, {len(r.channels)} channels "
+                          f"({r.channels[0]} ...), but the checkpoint was trained on "
+                          f"{state['montage']}, {len(state['channels'])} channels: "
+                          f"import with {how}")
     prepared = recordings[0].prepared
     if state.get("prepared", prepared) != prepared:
         here = corpora.describe(vars(recordings[0]))
@@ -500,8 +504,12 @@ def choose(recordings, split, config, path=None):
     """Those of one split: train and dev as the training drew them, eval as the corpus marks it.
     path: the folder that they lie in, where the training may have used several."""
     if split in ("train", "dev"):
-        seed = config["experiment"]["seed"]
-        train, dev = data.split_of(recordings, path, config["data"], seed)
+        try:
+            seed = config["experiment"]["seed"]
+            train, dev = data.split_of(recordings, path, config["data"], seed)
+        except (AttributeError, KeyError, TypeError):
+            raise Refused("the checkpoint's config does not say how recordings were split: leave "
+                          "--split away") from None
         return train if split == "train" else dev
     chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
@@ -522,10 +530,11 @@ def take_folder(out, recordings, source):
     except OSError as error:
         raise Refused(f"--out {out}: {error.strerror}") from None
     ours = {output(out, r, EVENTS) for r in recordings}
-    for folder, file in {path.parent: path for path in ours}.items():
-        if any(path.suffix.lower() == ".edf" for path in folder.glob("*")):
-            raise Refused(f"--out {out}: {file.name} would lie beside EDF files and be read as "
-                          "their labels: give another folder")
+    edfs = {path.with_suffix("") for path in out.rglob("*.*") if path.suffix.lower() == ".edf"}
+    beside = [output(out, r, EVENTS).name for r in recordings if out / r.name in edfs]
+    if beside:
+        raise Refused(f"--out {out}: {beside[0]} would lie beside its EDF and be read as its "
+                      "labels: give another folder")
     foreign = sorted(set(out.rglob("*" + EVENTS)) - ours)
     if foreign:
         raise Refused(f"--out {out} already holds the events of other recordings "
@@ -701,6 +710,8 @@ def prepare(args):
     if args.precision and args.precision != precision:
         precision = args.precision
         changed["precision"] = precision
+    if precision not in PRECISIONS:
+        raise Refused(f"the checkpoint's precision is {precision!r}: give --precision")
     return net, state, c, {
         "threshold": c["threshold"],
         "threshold_source": source,

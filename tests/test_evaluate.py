@@ -831,11 +831,17 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     bipolar["channels"] = list(edf.CHANNELS["bipolar"])
     bipolar["model"] = v3.V3(18, **v3.SMALL).state_dict()
     checkpoint.atomic_save(bipolar, tmp_path / "bipolar.pt")
+    reduced = checkpoint.load(corpus / "best.pt") | {"montage": "reduced", "channels": list(edf.CHANNELS["referential"])}
+    checkpoint.atomic_save(reduced, tmp_path / "reduced.pt")
+    reduced["config"]["training"] = {"precision": "fp8"}
+    checkpoint.atomic_save(reduced, tmp_path / "fp8.pt")
     good, imported = corpus / "best.pt", corpus / "imported"
     for weights, source, text in (
             (tmp_path / "no.pt", imported, "no.pt"), (tmp_path / "damaged.pt", imported, "damaged.pt"),
             (tmp_path / "other.pt", imported, "lacks model"), (tmp_path / "misfit.pt", imported, "model.py"),
             (tmp_path / "bipolar.pt", imported, "import with --montage bipolar"),
+            (tmp_path / "reduced.pt", imported, "import with --montage reduced --channels Fp1,F3"),
+            (tmp_path / "fp8.pt", imported, "give --precision"),
             (good, tmp_path / "nowhere", "nowhere"), (good, tmp_path / "empty", "neither"),
             (good, tmp_path / "bad.edf", "bad.edf")):
         code, lines = here("--checkpoint", weights, "--data", source, "--out", tmp_path / "out")
@@ -993,7 +999,7 @@ def test_an_interrupt_waits_for_the_end_of_a_picture():
 
 # ---- odd input ----
 
-@pytest.mark.parametrize("odd", [{"scores": None}, {"scores": {}}, {"evaluation": None},
+@pytest.mark.parametrize("odd", [{"scores": None}, {"scores": {}}, {"scores": 5}, {"evaluation": None},
                                  {"evaluation": {}}, {"scores": {"threshold": 0.4}}])
 def test_a_checkpoint_that_lacks_scores_or_settings_is_scored_with_the_defaults(corpus, tmp_path, odd):
     state = checkpoint.load(corpus / "best.pt")
@@ -1002,7 +1008,7 @@ def test_a_checkpoint_that_lacks_scores_or_settings_is_scored_with_the_defaults(
     else:
         state["scores"] = odd["scores"]
     c, source = evaluate.stored_settings(state)
-    assert c["threshold"] == ((state["scores"] or {}).get("threshold") or 0.86)
+    assert c["threshold"] == (state["scores"].get("threshold") or 0.86 if isinstance(state["scores"], dict) else 0.86)
     assert ("tuned" in source) and c["tune"] is False
 
 
@@ -1018,13 +1024,14 @@ def test_a_best_that_is_missing_names_the_newest_weights(tmp_path, corpus):
     assert code == 2 and lines == [f"evaluate.py: checkpoint {tmp_path / 'best.pt'}: No such file or directory"]
 
 
-@pytest.mark.parametrize("section, text", [("evaluation", "no keys"), ("model", "does not fit")])
+@pytest.mark.parametrize("section, text", [("evaluation", "no keys"), ("model", "does not fit"), ("data", "leave --split away"),
+                                           ("experiment", "leave --split away")])
 def test_a_checkpoint_whose_config_is_no_table_is_refused(corpus, tmp_path, section, text):
     state = checkpoint.load(corpus / "best.pt")
     state["config"][section] = ["what"]
     checkpoint.atomic_save(state, tmp_path / "odd.pt")
     code, lines = here("--checkpoint", tmp_path / "odd.pt", "--data", corpus / "imported",
-                       "--out", tmp_path / "out")
+                       "--out", tmp_path / "out", "--split", "dev")
     assert code == 2 and len(lines) == 1 and text in lines[0], lines
 
 
