@@ -347,16 +347,16 @@ async def finished(trial):
         assert steps(fake)[-1] == []
 
 
-async def preempted(trial):
-    """Two SIGINTs in a launch with resume=false: its replays resume, no step is lost, no retry is used."""
+async def preempted(trial, at=(10, 40)):
+    """SIGINTs at these steps in a launch with resume=false: its replays resume, no step is lost, no retry is used."""
     trial.config(toy={"seconds": 0.05})
     async with trial.modal() as fake:
-        signals = [asyncio.create_task(interrupt(fake, f"toy step {n}\n", i)) for i, n in enumerate((10, 40))]
+        signals = [asyncio.create_task(interrupt(fake, f"toy step {n}\n", i)) for i, n in enumerate(at)]
         code, out = await fake.launch()
         assert code == 0 and all(task.done() for task in signals), out
         expect_whole(trial, fake)
         assert only_input(fake).user_retries == 0
-        assert [a["left"] for a in trial.attempts()] == ["preempted", "preempted", "finished"]
+        assert [a["left"] for a in trial.attempts()] == ["preempted"] * len(at) + ["finished"]
 
 
 class Once:

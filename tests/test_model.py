@@ -485,7 +485,7 @@ def test_a_compiled_layer_has_the_gradients_of_an_eager_one():
 def test_a_run_under_compile_makes_one_graph_though_its_last_batch_is_smaller(small_corpus, tmp_path, monkeypatch, capfd):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    config = loaded(small_corpus, tmp_path, training__batch_size=3, training__epochs=1)
+    config = loaded(small_corpus, tmp_path, training__batch_size=3, training__epochs=1, model__tcn_blocks=2)
     config["training"]["compile"] = True
     assert training.run(config) == 0
     assert counter.frame_count == 1
