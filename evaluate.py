@@ -93,7 +93,6 @@ KEYS = {
 DEFAULTS = defaults(KEYS)
 # thresholds tried: even in log-odds, 0.018 to 0.999
 GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
-PIECE = 1 << 20                         # samples that are smoothed at a time
 EVENTS = "_events.tsv"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -166,23 +165,7 @@ def predict(net, recording, device, config, precision="fp32", poll=None, windows
                 total[start:start + n] += ramp[:n] * track[:n]
                 weight[start:start + n] += ramp[:n]
     np.minimum(np.divide(total, weight, out=total), 1, out=total)
-    return smoothed(total, round(c["smooth_seconds"] * FS))
-
-
-def smoothed(track, width):
-    """Moving mean of a track (samples,) over `width` samples, fewer at its ends; in pieces, since
-    sums over a day would be 500 MB."""
-    if width < 2:
-        return track
-    before, after = width // 2, width - width // 2
-    result = np.empty_like(track)
-    for begin in range(0, len(track), PIECE):
-        at = np.arange(begin, min(begin + PIECE, len(track)))
-        first, last = np.maximum(at - before, 0), np.minimum(at + after, len(track))
-        sums = np.cumsum(track[first[0]:last[-1]], dtype=np.float64)
-        sums = np.concatenate([[0.0], sums])
-        result[at] = (sums[last - first[0]] - sums[first - first[0]]) / (last - first)
-    return result
+    return events.smoothed(total, round(c["smooth_seconds"] * FS))
 
 
 @contextlib.contextmanager
@@ -618,47 +601,42 @@ def tell(records, detections, c):
     labelled = [s for s in records if s["labelled"]]
     ground = metrics.grounds(labelled)
     whole = scores(records, c)
+    found = list(zip(records, detections))
+    patients = [[pair for pair in found if pair[0]["patient"] == name]
+                for name in sorted({s["patient"] for s in records})]
     intervals, trade_off = {}, []
     if whole["event_f1"] is not None:
-        patients = metrics.by_patient(labelled)
+        counts = metrics.by_patient(labelled)
         thresholds = _thresholds(c)
-        trade_off = report.trade_off(patients, metrics.over_patients(patients), thresholds)
+        trade_off = report.trade_off(counts, metrics.over_patients(counts), thresholds)
         index = int(np.searchsorted(thresholds, c["threshold"]))
-        intervals = report.intervals_at(patients, metrics.COUNTED, index)
+        intervals = report.intervals_at(counts, metrics.COUNTED, index)
     return {
         **whole,
         "not_computed": metrics.undefined(records),
         "intervals": intervals,
         "recordings": len(records),
         "hours": sum(s["seconds"] for s in records) / 3600,
-        "patients": len({s["patient"] for s in records}),
+        "patients": len(patients),
         **{f"labelled_{key}": ground[key] for key in ("recordings", "hours", "patients")},
         "background_hours": ground["background_hours"],
         "seizures": ground["seizures"] if labelled else None,       # nothing is known, not 0
         "always_on_f1": None if math.isnan(ground["always_on_f1"]) else ground["always_on_f1"],
         "trade_off": trade_off,
-        "per_patient": _rows_of_patients(records, detections, c),
-        "per_recording": [_row([s], [n], c, recording=s["recording"])
-                          for s, n in zip(records, detections)],
+        "per_patient": [_row(mine, c, recordings=len(mine)) for mine in patients],
+        "per_recording": [_row([pair], c, recording=pair[0]["recording"]) for pair in found],
     }
 
 
-def _rows_of_patients(records, detections, c):
-    rows = []
-    for patient in sorted({s["patient"] for s in records}):
-        mine = [i for i, s in enumerate(records) if s["patient"] == patient]
-        row = _row([records[i] for i in mine], [detections[i] for i in mine], c)
-        rows.append(row | {"recordings": len(mine)})
-    return rows
-
-
-def _row(records, detections, c, **names):
+def _row(found, c, **names):
+    """Of some recordings: [(record, detections)]."""
+    records = [s for s, _ in found]
     labelled = [s for s in records if s["labelled"]]
     return names | {
         "patient": records[0]["patient"],
         "seconds": sum(s["seconds"] for s in records),
         "seizures": sum(s["seizures"] for s in labelled) if labelled else None,
-        "detections": sum(detections),
+        "detections": sum(count for _, count in found),
         **scores(records, c),
     }
 
@@ -739,11 +717,9 @@ def score_folder(args):
         take_folder(out, recordings, args.data)
         records, detections = evaluate(net, recordings, c, device, about["precision"], out,
                                        args.plot, args.save_probabilities)
-    trained_on = stored(state, "data").get("path", "")
-    same = args.data.resolve() in data.resolved(trained_on)
-    warning = ""
-    if args.split == "dev":
-        warning = splits.WARNINGS.get(stored(state, "data").get("split"), "")
+    used = stored(state, "data")
+    same = args.data.resolve() in data.resolved(used.get("path", ""))
+    warning = splits.WARNINGS.get(used.get("split"), "") if args.split == "dev" else ""
     result = tell(records, detections, c) | about | {
         "data": str(args.data),
         "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),

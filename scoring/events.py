@@ -1,8 +1,26 @@
-"""From a track of probabilities to events: runs of samples, hysteresis, merging, cutting.
+"""From a track of probabilities to events: smoothing, runs, hysteresis, merging, cutting.
 
 Events are int64 (N, 2), begin and end (exclusive) in samples, in order and apart.
 """
 import numpy as np
+
+PIECE = 1 << 20                         # samples that are smoothed at a time
+
+
+def smoothed(track, width):
+    """Moving mean of a track (samples,) over `width` samples, fewer at its ends; in pieces, since
+    sums over a day would be 500 MB."""
+    if width < 2:
+        return track
+    before, after = width // 2, width - width // 2
+    result = np.empty_like(track)
+    for begin in range(0, len(track), PIECE):
+        at = np.arange(begin, min(begin + PIECE, len(track)))
+        first, last = np.maximum(at - before, 0), np.minimum(at + after, len(track))
+        sums = np.cumsum(track[first[0]:last[-1]], dtype=np.float64)
+        sums = np.concatenate([[0.0], sums])
+        result[at] = (sums[last - first[0]] - sums[first - first[0]]) / (last - first)
+    return result
 
 
 def runs(mask):
