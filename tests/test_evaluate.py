@@ -120,7 +120,7 @@ def test_smoothing_is_a_moving_mean_of_what_there_is_whatever_the_pieces(width, 
     want = [track[max(0, i - width // 2):i + width - width // 2].astype(float).mean() for i in range(3000)]
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=1e-6)
-    assert events.smoothed(track, 1) is track and evaluate.smoothed(track[:1], width) == track[:1]
+    assert events.smoothed(track, 1) is track and events.smoothed(track[:1], width) == track[:1]
 
 
 def test_a_model_that_was_saved_before_the_probability_was_smoothed_is_scored_as_it_was():
