@@ -1448,6 +1448,8 @@ class Checkpointer:
             _check_keep(keep)
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be max or min, not {mode!r}")
+        if not mid_epoch_minutes >= 0:      # NaN would never be due
+            raise ValueError(f"mid_epoch_minutes must be 0 or more, not {mid_epoch_minutes}")
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         self.minutes = mid_epoch_minutes
         self.interval = checkpoint_interval
@@ -1816,6 +1818,8 @@ class Checkpointer:
         return not (self._failed and KINDS["last"].name in self._names)
 
     def _save(self, state, kind, names, measured, since):
+        if self._closed:                    # another process may hold the directory
+            raise ValueError("this Checkpointer is closed: save within its with block")
         began = since or time.monotonic()
         self._failed = None
         self.counter += 1

@@ -336,8 +336,17 @@ def test_what_training_waited_counts_from_where_packing_the_state_began(tmp_path
         assert writer.blocked >= 5 and any("training waited 5" in line for line in lines), lines
 
 
-@pytest.mark.parametrize("wrong", [{"mid_epoch_keep": -1}, {"checkpoint_keep": -1}, {"mid_epoch_keep": 1.5}, {"mode": "maximum"}])
+@pytest.mark.parametrize("wrong", [{"mid_epoch_keep": -1}, {"checkpoint_keep": -1}, {"mid_epoch_keep": 1.5}, {"mode": "maximum"},
+                                   {"mid_epoch_minutes": float("nan")}, {"mid_epoch_minutes": -1}])
 def test_settings_that_a_save_would_fail_on_are_refused_at_once(tmp_path, wrong):
     with pytest.raises(ValueError, match="must be"):
         checkpoint.Checkpointer(tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_save_after_the_end_is_refused_at_once_and_waits_for_nothing(tmp_path):
+    with saver(tmp_path) as s:
+        s.save_mid(state(1))
+    with pytest.raises(ValueError, match="this Checkpointer is closed"):
+        s.save_mid(state(2))
+    s.settle()
