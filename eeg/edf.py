@@ -513,7 +513,6 @@ class Recipe:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-
 @dataclass
 class Places:
     """Where a file holds what: {electrode: {signal: weight}}, {(electrode, electrode): signal},

@@ -191,13 +191,11 @@ train.Trainer.after_step = after_step
     assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] >= 1
 
 
-def nohup(command, **options):
-    return subprocess.Popen(["nohup", *command], **options)
-
-
 def test_a_signal_inherited_as_ignored_stays_ignored(corpus, tmp_path):
+    """As by nohup; through nohup itself: test_checkpointer.py."""
     loaded(corpus, tmp_path, training__epochs=500)
-    process = spawn(tmp_path / "config.yaml", minutes="30", start=nohup)
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    process = spawn_hooked(tmp_path / "config.yaml", ignored, minutes="30")
     wait_for(process, "batch 1/")
     process.send_signal(signal.SIGHUP)
     wait_for(process, "epoch 2/")
