@@ -681,10 +681,17 @@ def failing(folder, monkeypatch):
     monkeypatch.setattr(os, "preadv", preadv)
 
 
-@pytest.mark.parametrize("harm, reason", [
-    (touched, "was changed since the corpus was opened"), (truncated, "was changed since the corpus was opened"),
-    (vanished, "No such file or directory"), (failing, "Input/output error")])
-@pytest.mark.parametrize("moment", [2, 5])              # in an epoch; in the validation after it
+IN_EPOCH, IN_VALIDATION = 2, 5                          # step after which a recording fails
+CHANGED = "was changed since the corpus was opened"
+
+
+@pytest.mark.parametrize("moment, harm, reason", [
+    (IN_EPOCH, touched, CHANGED), (IN_EPOCH, failing, "Input/output error"),
+    (IN_VALIDATION, truncated, CHANGED), (IN_VALIDATION, vanished, "No such file or directory"),
+    pytest.param(IN_EPOCH, truncated, CHANGED, marks=pytest.mark.slow),
+    pytest.param(IN_EPOCH, vanished, "No such file or directory", marks=pytest.mark.slow),
+    pytest.param(IN_VALIDATION, touched, CHANGED, marks=pytest.mark.slow),
+    pytest.param(IN_VALIDATION, failing, "Input/output error", marks=pytest.mark.slow)])
 def test_a_recording_that_fails_under_the_run_stops_it_saved_in_one_line_and_put_back_it_goes_on(
         corpus, reference, tmp_path, capsys, monkeypatch, harm, reason, moment):
     shutil.copytree(corpus, tmp_path / "h5")
