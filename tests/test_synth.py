@@ -7,7 +7,7 @@ from eeg import corpora
 import data
 from eeg import edf
 from eeg import synth
-from conftest import microvolts
+from conftest import microvolts, once
 
 
 
@@ -38,15 +38,23 @@ def spectra(x):
     return np.concatenate([bands.mean(1), bands.max(1), bands.std(1)])
 
 
+@pytest.fixture(scope="session")
+def sixteen(tmp_path_factory):
+    """Folder of EDFs of 16 patients."""
+    with once(tmp_path_factory, "sixteen") as (folder, empty):
+        if empty:
+            synth.synth(folder, hours=1.6, patients=16, seed=11)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
+def pieces(sixteen, tmp_path_factory):
     """Of pieces of 4 s, wholly in a seizure or wholly out of it, of 16 patients: size, line length and peak; spectra;
     label; patient; recording."""
     folder = tmp_path_factory.mktemp("pieces")
-    synth.synth(folder / "edf", hours=1.6, patients=16, seed=11)
-    corpora.import_corpus(folder / "edf", folder / "h5", say=lambda text: None)
+    corpora.import_corpus(sixteen, folder, say=lambda text: None)
     found = []
-    for r in data.open_corpus(folder / "h5"):
+    for r in data.open_corpus(folder):
         x = microvolts(r) / r.norm
         for start in range(0, r.samples - 1024, 1024):
             piece, truth = x[:, start:start + 1024], r.labels(start, 1024).mean()
@@ -123,12 +131,11 @@ def marginals(folder, at_most):
     return dict(zip(names, np.array(found).T))
 
 
-def test_the_background_has_the_spectrum_size_correlation_and_line_length_of_real_recordings(shared, tmp_path):
+def test_the_background_has_the_spectrum_size_correlation_and_line_length_of_real_recordings(shared, sixteen, tmp_path):
     """The median of each lies between the 5th and the 95th percentile of the other, both ways."""
     corpora.import_corpus(shared / "eeg/recordings", tmp_path / "real", montage="bipolar", say=lambda text: None)
-    synth.synth(tmp_path / "edf", hours=1.2, patients=24, seed=5)
-    corpora.import_corpus(tmp_path / "edf", tmp_path / "h5", montage="bipolar", say=lambda text: None)
-    real, made = marginals(tmp_path / "real", 20), marginals(tmp_path / "h5", 8)
+    corpora.import_corpus(sixteen, tmp_path / "h5", montage="bipolar", say=lambda text: None)
+    real, made = marginals(tmp_path / "real", 20), marginals(tmp_path / "h5", 12)
     for name in real:
         low, median, high = np.percentile(real[name], [5, 50, 95])
         below, middle, above = np.percentile(made[name], [5, 50, 95])
