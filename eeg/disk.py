@@ -43,14 +43,14 @@ class TemporaryFault(Stop):
     """A fault that passes: the same start may succeed later."""
 
 
-def fault(error, where):
+def fault(error, where, kept="nothing was touched"):
     """The OSError `error` as Refused or TemporaryFault, in one line."""
     line = f"{error.filename or where}: {error.strerror or error}"
     if error.errno == errno.EEXIST:     # a file, or a link to what is not there now
         line += ", and is no folder"
     if error.errno is None or error.errno in LASTING:
         return Refused(line)
-    return TemporaryFault(f"{line}; nothing was touched: try again")
+    return TemporaryFault(f"{line}; {kept}: try again")
 
 
 # ---- held by one process, written durably ----

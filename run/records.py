@@ -108,6 +108,7 @@ class RunDirectory:
         self.checkpoints = self.directory / "checkpoints"
         self.rules = evaluate.rules(config["evaluation"])
         self.last_save = "none in this process"
+        self.kept = "nothing was touched"
         if self._restarted() and resume != "true":
             say("torchrun restarted this job: resuming")
             resume, fresh = "true", False
@@ -139,10 +140,9 @@ class RunDirectory:
         if isinstance(error, (checkpoint.CorruptCheckpoint, ValueError)):
             return Refused(str(error))
         if isinstance(error, OSError):
-            return fault(error, self.directory)
+            return fault(error, self.directory, self.kept)
         if isinstance(error, MemoryError):
-            return TemporaryFault(f"{self.directory}: out of memory; nothing was touched: try "
-                                  f"again")
+            return TemporaryFault(f"{self.directory}: out of memory; {self.kept}: try again")
         return error
 
     def _restarted(self):
@@ -179,6 +179,7 @@ class RunDirectory:
     def _move_aside(self):
         mirror = self.config["training"]["mirror"]
         move_aside(self.directory, self.say, mirror and Path(mirror, self.directory.name))
+        self.kept = "the old run was moved aside, whole"
 
     def _go_back(self, path):
         """The state of the checkpoint `path` instead of the newest; nothing is changed before it is

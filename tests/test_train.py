@@ -644,6 +644,11 @@ def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(
     with pytest.raises(train.TemporaryFault, match="t: No space left on device"):
         train.run(config, "true")
     assert {p: p.read_bytes() for p in files} == before
+    with pytest.raises(train.TemporaryFault, match="No space left on device; the old run was moved aside, whole"):
+        train.run(config, fresh=True)
+    shutil.rmtree(small_disk / "t")
+    (small_disk / "t.1").rename(small_disk / "t")
+    assert {p: p.read_bytes() for p in files} == before
     (small_disk / "filler").unlink()
     assert train.run(config, "true") == 0
     assert_same_run(small_disk, reference)
