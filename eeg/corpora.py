@@ -255,7 +255,7 @@ def _convert(source, task, target):
         "labelled": events is not None,
         "unlabelled": one_line(why) if events is None else "",
         "norm": signal.amplitude,
-        "source": str(source.path), "source_fs": signal.rate,
+        "source": str(source.path.absolute()), "source_fs": signal.rate,
         "layout": source.layout,
         "began": header.began,
         "release": task.release,
@@ -468,10 +468,11 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     with _lock(out):
         if not replace:
             refuse_mixture(out, recipe)
-        write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
-        _sweep(out)
         report = Report(refused=closed)
         sources = identify_all(files, root, layout, labels, report)
+        refuse_twice(out, sources)
+        write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
+        _sweep(out)
         # of a single EDF the folder around it may be anything
         said = _release(root, sources) if root == Path(src) else ""
         if said:
@@ -603,11 +604,24 @@ def refuse_mixture(out, recipe):
                             "--replace")
 
 
+def refuse_twice(out, sources):
+    """DataError where `out` holds one of the sources under another name, and perhaps patient, from
+    an import of one file or of a part of the corpus: it would count twice, train and validate."""
+    names = {source.name for source in sources}
+    paths = {os.path.realpath(source.path) for source in sources}
+    for path in out.rglob("*.h5"):
+        if path.relative_to(out).with_suffix("").as_posix() not in names:
+            made = _prepared(path)
+            if made and os.path.realpath(made["source"]) in paths:
+                raise DataError(f"{path} is {made['source']} under another name: delete it, or "
+                                "import into another folder")
+
+
 def _prepared(path):
     """What a recording says of its preparation; None where it says nothing."""
     try:
         with h5py.File(path, "r") as f:
-            return {key: f.attrs[key] for key in ("prepared", "montage", "channels")}
+            return {key: f.attrs[key] for key in ("prepared", "montage", "channels", "source")}
     except (OSError, KeyError):
         return None
 

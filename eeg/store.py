@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from eeg.disk import CHUNK, INDEX, file_state, replace_durably, write_json
-from eeg.edf import DataError
+from eeg.edf import FS, DataError
 
 FORMAT = 2                              # version of the HDF5 layout
 
@@ -104,9 +104,13 @@ def load_recording(path):
     chunks = -(-entry["samples"] // CHUNK)
     if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:
         raise DataError(f"{path}: its samples are not whole: import it again")
-    values = np.array([*entry["scale"], entry["norm"]])
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise DataError(f"{path}: scale or norm is not a positive number: import it again")
+    values = np.array([*entry["scale"], entry["norm"], entry["source_fs"]])
+    if not (np.isfinite(values) & (values > 0)).all() or entry["fs"] != FS:
+        raise DataError(f"{path}: scale, norm or rate is not what it may be: import it again")
+    for begin, end in entry["events"]:
+        if not 0 <= begin <= end <= entry["samples"] / FS + 1:
+            raise DataError(f"{path}: an event from {begin:g} s to {end:g} s does not lie inside "
+                            "it: import it again")
     return entry
 
 
@@ -130,7 +134,7 @@ def _entry(path, file):
         "source_fs": float(a["source_fs"]),
         "samples": eeg.shape[1],
         "offset": _first_chunk(path, eeg),
-        "events": file["events"][()].astype(float).tolist(),
+        "events": file["events"][()].astype(float).reshape(-1, 2).tolist(),
     }
     if not eeg.shape[0] == len(entry["channels"]) == len(entry["scale"]):
         raise DataError(f"{path}: {eeg.shape[0]} rows of samples for "

@@ -403,6 +403,17 @@ def test_a_corpus_of_a_wearables_channels_is_imported_and_gives_windows(tmp_path
     assert augmentation.mirror(("Cz", "F7-T3")).tolist() == [0, 1]  # nothing to change sides with
 
 
+def test_an_edf_never_stands_twice_in_a_folder_under_two_names(tmp_path):
+    write_edf(tmp_path / "src" / "anna" / "night1.edf")
+    imported(tmp_path / "src" / "anna" / "night1.edf", tmp_path / "out")        # of the patient night1
+    with pytest.raises(edf.DataError, match="out/night1.h5 is .*anna/night1.edf under another name"):
+        imported(tmp_path / "src", tmp_path / "out")
+    assert [r.name for r in data.open_corpus(tmp_path / "out")] == ["night1"]
+    (tmp_path / "out" / "night1.h5").unlink()
+    imported(tmp_path / "src", tmp_path / "out")
+    assert [(r.name, r.patient) for r in data.open_corpus(tmp_path / "out")] == [("anna/night1", "anna")]
+
+
 def test_files_refused_for_one_reason_share_a_line(tmp_path):
     for i in range(5):
         write_edf(tmp_path / "src" / f"{i}.edf", unit="")

@@ -101,6 +101,21 @@ def test_the_older_format_is_refused_with_the_reason(synthetic, tmp_path):
         data.open_corpus(tmp_path)
 
 
+@pytest.mark.parametrize("key, value", [("fs", 512), ("fs", 0), ("source_fs", np.nan), ("norm", -1.0), ("events", [[5.0, 3.0]]),
+                                        ("events", [[-5.0, 3.0]]), ("events", [[1e6, 2e6]]), ("events", [[np.nan, 3.0]]),
+                                        ("events", [1.0, 2.0, 3.0])])
+def test_values_that_no_import_writes_are_refused_where_they_are_read(synthetic, tmp_path, key, value):
+    shutil.copy(data.open_corpus(synthetic[1])[0].path, tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        if key == "events":
+            del file["events"]
+            file["events"] = value
+        else:
+            file.attrs[key] = value
+    with pytest.raises(edf.DataError, match="a.h5"):
+        data.open_corpus(tmp_path)
+
+
 def test_plain_h5py_opens_a_recording_that_equals_its_edf(tmp_path):
     """Other tools see (C, T), in uV what the EDF holds, filtered."""
     t = np.arange(60 * 256) / 256
