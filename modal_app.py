@@ -55,12 +55,15 @@ EXIT = {"finished": 0, "refused": 2, "time limit": 75}      # others: 1
 
 def options(words):
     """What `modal run modal_app.py` is asked for. Exits with 2 for words that are none."""
+    from eeg.corpora import LAYOUTS     # here: a container that trains needs neither
+    from eeg.edf import CHANNELS
     parser = argparse.ArgumentParser(prog="modal run modal_app.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--action", required=True, choices=["train", "evaluate", "smoke", "ls", "import"])
     add("--config", default="", metavar="FILE", help="of configs/modal by default")
     add("--resume", nargs="?", const="true", default="false", metavar="true|false|CHECKPOINT",
+        type=lambda word: word.lower() if word.lower() in ("true", "false") else word,
         help="a CHECKPOINT is a path on the Volume: /results/NAME/checkpoints/FILE")
     add("--fresh", nargs="?", const="true", default="false", choices=["true", "false"],
         help="move an existing run aside and start over")
@@ -72,8 +75,8 @@ def options(words):
     add("--source", default="", metavar="FROM", help="of --action import: s3://..., gs://..., "
         f"https://... with SHA256SUMS.txt, or a folder in {DATA} that holds raw EDF")
     add("--secret", default="", metavar="NAME", help="Modal secret with the keys of that bucket")
-    add("--layout", default="auto", metavar="LAYOUT", help="as data.py import takes it")
-    add("--montage", default="referential", metavar="MONTAGE", help="as data.py import takes it")
+    add("--layout", default="auto", choices=["auto", *LAYOUTS], help="as data.py import takes it")
+    add("--montage", default="referential", choices=[*CHANNELS], help="as data.py import takes it")
     return parser.parse_args(words)
 
 

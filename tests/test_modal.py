@@ -108,6 +108,7 @@ def test_help_names_every_option_and_its_choices():
     (["--config", "x.yaml"], "the following arguments are required: --action"),
     (["--action", "train", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
     (["--action", "evaluate", "--split", "test"], "argument --split: invalid choice: 'test'"),
+    (["--action", "import", "--montage", "reduced"], "argument --montage: invalid choice: 'reduced'"),
     (["--action", "train", "--gpu", "H100:some"], "GPU 'H100:some': write it as Modal does"),
 ])
 def test_wrong_options_get_one_clear_line_before_anything_is_started(arguments, line):
