@@ -203,7 +203,18 @@ def told(recordings, train, dev, kind):
         if labelled:
             lines.append(f"{corpus or 'corpus'}: left out: {_reasons(labelled)}")
         lines += no_labels((r.name, r.unlabelled) for r in out if not r.labelled)
-    return lines + _same_person(train, dev)
+    return lines + _same_person(train, dev) + _same_eeg(train, dev)
+
+
+def _same_eeg(train, dev):
+    """A warning on EEG of both sides, as where one corpus was imported into two folders: as long,
+    and as tall in each channel."""
+    known = {(r.samples, r.norm, r.scale.tobytes()): r for r in train}
+    twins = [(r, known.get((r.samples, r.norm, r.scale.tobytes()))) for r in dev]
+    twins = [(r, twin) for r, twin in twins if twin and twin.path != r.path]
+    return [f"warning: {how_many(len(twins), 'recording')} of the validation train too, under "
+            f"another name: {r.name} is {twin.name}: take one of them away"
+            for r, twin in twins[:1]]
 
 
 def _same_person(train, dev):

@@ -64,9 +64,11 @@ def tell_next(home, config, say):
     weights = best if best.exists() else home.checkpoints / "last.pt"
     say(f"picture: {near(home.directory / 'curves.png')}")
     paths = config["data"]["path"]
-    words = ["--data", *map(near, paths if isinstance(paths, list) else [paths])]
-    words = ["evaluate.py", "--checkpoint", near(weights), *words, "--split", "dev", "--plot"]
-    say(f"next: python {shlex.join(words)}")
+    for path in paths if isinstance(paths, list) else [paths]:
+        words = ["evaluate.py", "--checkpoint", near(weights), "--data", near(path)]
+        if path != paths:               # of several, each needs a folder
+            words += ["--out", near(home.directory / f"evaluation_{Path(path).name}")]
+        say(f"next: python {shlex.join([*words, '--split', 'dev', '--plot'])}")
 
 
 def near(path):

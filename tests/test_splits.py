@@ -1,4 +1,7 @@
 """splits.py, and several corpora in one run: who trains, who validates, who is left out."""
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -140,7 +143,10 @@ def test_a_run_on_two_corpora_says_what_is_used_and_resumes_to_the_same_end(two,
     changes = dict(data__path=two, data__full_per_partial=0.0, training__epochs=1)
     assert train.run(loaded("", tmp_path / "whole", **changes)) == 0
     out = capsys.readouterr().out
-    assert "one: train " in out and "other: train " in out and "validation patients: " in out
+    assert "one: train " in out and "other: train " in out and "validation patients: " in out and "train too" not in out
+    for path in two:                    # each line a command that evaluate.py takes
+        words = out.split(f"--data {path} ")[1].split("\n")[0].split()
+        assert words[0] == "--out" and words[1].endswith(f"t/evaluation_{Path(path).name}") and words[2:] == ["--split", "dev", "--plot"]
     original = train.Trainer.boundary
 
     def boundary(self):
@@ -165,6 +171,13 @@ def test_a_run_with_another_split_trains_and_says_so(two, tmp_path, capsys, chan
     changes = dict(data__full_per_partial=0.0, training__epochs=1, training__best_metric="loss")
     assert train.run(loaded(two[0], tmp_path, **changes, **change)) == 0
     assert ("scores say nothing about new patients" in capsys.readouterr().out) == ("data__split" in change)
+
+
+def test_eeg_that_trains_and_validates_under_two_names_is_said(two, tmp_path):
+    shutil.copytree(two[0], tmp_path / "again")
+    one, dev = splits.split(data.open_corpora([two[0], str(tmp_path / "again")]), C | {"dev_patients": ["one/001", "again/002"]}, 1)
+    lines = [line for line in splits.told(one + dev, one, dev, "patient") if "train too, under another name" in line]
+    assert len(lines) == 1 and "4 recordings" in lines[0] and ": again/sub-002/" in lines[0] and " is one/sub-002/" in lines[0]
 
 
 def test_evaluate_takes_the_split_of_training_of_one_folder_among_several(two, tmp_path):
