@@ -268,8 +268,7 @@ def _convert(source, task, target):
 
 
 def rename(header, renames):
-    """Give signals other labels: {label in the file: electrode or derivation}, in any case. What
-    the file itself calls so gives way."""
+    """Give signals other labels, in any case. What the file itself calls so gives way."""
     lower = {label.lower(): name for label, name in renames.items()}
     labels = header.signals["label"]
     given = {channel(lower[label.lower()]) for label in labels if label.lower() in lower}
@@ -473,17 +472,16 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         refuse_twice(out, sources)
         write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
         _sweep(out)
+        heads = [source.annotation for source in sources if source.layout == "tuh"]
         # of a single EDF the folder around it may be anything
-        said = _release(root, sources) if root == Path(src) else ""
+        said = annotations.release(root, heads) if root == Path(src) else ""
         if said:
             say(f"{src}: {said}")
         task = Task(out, recipe, texts, said, names, labels)
         _import_all(report, sources, task, workers, say, progress)
         entries(out)                                    # writes the index
         _write_report(out, files, report)
-    report.hints = hints(sources, layout, task, report)
-    if foreign:
-        report.hints.append(f"not read: {foreign}: convert or unpack them to .edf")
+    report.hints = hints(sources, layout, task, report, foreign)
     _table(report, task, say)
     return report
 
@@ -502,10 +500,6 @@ def _sweep(out):
             stale.unlink()
 
 
-def _release(root, sources):
-    """What the corpus says of its version; TUSZ's label files say their own."""
-    return annotations.release(root, [s.annotation for s in sources if s.layout == "tuh"])
-
 
 def _command(src, out, options):
     """The command line of this import, to be said where it was not finished."""
@@ -520,8 +514,7 @@ def _command(src, out, options):
 
 
 def check_finished(out):
-    """TemporaryFault where the import into a folder runs or was stopped: some of its recordings are
-    not there yet."""
+    """TemporaryFault where an import into a folder runs or was stopped: not all is there yet."""
     unfinished = _read_marks(out).get("unfinished")
     if not unfinished:
         return
@@ -670,8 +663,7 @@ def _size(path):
 
 
 def _outcomes(sources, task, workers):
-    """Outcomes of import_one in the order they come; in this process, or in `workers` fresh
-    ones."""
+    """Outcomes of import_one as they come; in this process, or in `workers` fresh ones."""
     if workers == 1:
         yield from (import_one(source, task) for source in sources)
         return
@@ -701,8 +693,8 @@ def _die_with_parent():
 
 # ---- import: what is said of it ----
 
-def hints(sources, layout, task, report):
-    """Lines on what the user may have meant otherwise."""
+def hints(sources, layout, task, report, foreign):
+    """Lines on what the user may have meant otherwise; `foreign`: recordings that are not read."""
     found = []
     row = LAYOUTS.get(layout)
     if row and not any(row.name.match(source.path.stem) for source in sources):
@@ -720,6 +712,8 @@ def hints(sources, layout, task, report):
     if alone and report.unlabelled:
         found.append(f"{len(alone)} annotation files belong to no EDF, {alone[0].name} for one: "
                      "they are read where they are named as the EDF")
+    if foreign:
+        found.append(f"not read: {foreign}: convert or unpack them to .edf")
     return found
 
 
@@ -780,8 +774,7 @@ def grouped(refused):
 
 
 def _write_report(out, files, report):
-    """Keep what was refused, for `info`; of files that were not among these, what an earlier import
-    said."""
+    """Keep what was refused, for `info`; of other files, what an earlier import said."""
     seen = {shown(path) for path in files}
     before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
     write_json(out / REPORT, {"refused": before + report.refused})
