@@ -712,7 +712,7 @@ def atomic_write(path: str | os.PathLike, buffers: Iterable[Any],
         os.replace(temp, path)
     except BaseException as error:
         _unlink(temp)
-        if getattr(error, "filename", None) == str(temp):
+        if isinstance(error, OSError) and error.filename == str(temp):
             error.filename = str(path)          # what the caller knows
         raise
     finally:

@@ -4,9 +4,10 @@
     python checkpoint.py ls results/v3          every file of one run, and of its second copy
     python checkpoint.py clean results/ [--yes]
 
-`ls` writes nothing. `clean` names what no resume needs, and removes it only with --yes, never of a
-run in use.
+`ls` writes nothing. `clean` names what no resume needs; only with --yes it writes, and removes,
+never of a run in use.
 """
+import contextlib
 import fcntl
 import os
 import socket
@@ -200,8 +201,11 @@ def age(seconds):
 def clean(directory, yes):
     """Name, or with `yes` remove, what no resume of one run needs; returns the bytes of it."""
     try:
-        # to the end: no run may begin between the look and the removal
-        held = checkpoint.lock(directory)
+        busy = not yes and holder(directory)
+        if busy:
+            raise checkpoint.InUse(directory, busy)
+        # to the end: no run may begin between the look and the removal; a look writes nothing
+        held = checkpoint.lock(directory) if yes else contextlib.nullcontext()
     except checkpoint.InUse as error:
         print(f"left alone: {error.strerror}")
         return 0

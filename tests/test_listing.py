@@ -104,7 +104,10 @@ def test_several_runs_are_a_line_each_and_one_that_fresh_moved_aside_is_called_s
                for line in lines.values())
     assert "an old run, moved aside" in lines["v3.1"] and "moved aside" not in lines["v3"]
     assert checkpoint.main(["ls", str(tmp_path), "-v"]) == 0 and capsys.readouterr().out.count("files on disk") == 3
+    for lock in tmp_path.rglob(".lock"):
+        lock.unlink()
     checkpoint.main(["clean", str(tmp_path)])
+    assert not list(tmp_path.rglob(".lock")), "a look writes nothing"
     out = capsys.readouterr().out
     assert "a whole old run, moved aside by --fresh" in out and "to free in all: 0.0 MB" in out.splitlines()[-1]
 
