@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from eeg import baseline, corpora, splits, store, synth
+from eeg import baseline, console, corpora, splits, store, synth
 from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.annotations import no_labels
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
@@ -750,6 +750,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    console.take_descriptors()
+    if args.command != "info":          # what it says is all that it does
+        console.install()
     try:
         return _run(args)
     except DataError as error:
@@ -779,7 +782,7 @@ def _run(args):
         info(args.out)
         if args.speed:
             speed(args.out)
-        sys.stdout.flush()
+        print(end="", flush=True)
     else:
         report = corpora.import_corpus(
             args.src, args.out, layout=args.layout, montage=args.montage, notch=args.notch,

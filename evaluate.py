@@ -789,6 +789,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    console.install()
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -657,7 +657,7 @@ def fit_and_tell(trainer, again):
         say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
     except edf.DataError as error:     # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
-    except (MemoryError, RuntimeError) as error:        # torch.OutOfMemoryError is one
+    except (ImportError, MemoryError, RuntimeError) as error:       # torch.OutOfMemoryError
         if not is_out_of_memory(error):
             raise
         say(f"stopped: out of memory with training.batch_size {trainer.settings['batch_size']}, "

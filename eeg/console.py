@@ -29,15 +29,8 @@ KEPT_TEXTS = 1000                       # that wait for a reader; older ones are
 
 def begin(name, work):
     """Descriptors 0 to 2 exist from now on. Ctrl-C ends the command `name`, whose `work` has not
-    begun yet, with one line.
-
-    A closed one would be given to the next file that is opened: a checkpoint, into which the next
-    message goes."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:                 # closed: open() takes the lowest free number
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    begun yet, with one line."""
+    take_descriptors()
 
     def leave(number, frame):
         os.write(2, f"\n{name}: stopped by SIGINT before {work} began\n".encode())
@@ -45,6 +38,16 @@ def begin(name, work):
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, leave)
+
+
+def take_descriptors():
+    """0 to 2: a closed one would be given to the next file that is opened, a checkpoint, into which
+    the next message goes."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:                 # closed: open() takes the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def install():

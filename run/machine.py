@@ -207,6 +207,8 @@ def machine_facts(group, settings):
 
 
 def is_out_of_memory(error):
-    """On a GPU it has a class of its own; on a CPU torch only says so."""
+    """On a GPU it has a class of its own; on a CPU torch, oneDNN and the loader of a library that
+    is imported late only say so."""
+    said = ("DefaultCPUAllocator", "could not create a primitive", "failed to map segment")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "DefaultCPUAllocator" in str(error))
+            or any(text in str(error) for text in said))

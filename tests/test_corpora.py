@@ -403,6 +403,14 @@ def test_a_corpus_of_a_wearables_channels_is_imported_and_gives_windows(tmp_path
     assert augmentation.mirror(("Cz", "F7-T3")).tolist() == [0, 1]  # nothing to change sides with
 
 
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true; exit ${PIPESTATUS[0]}"])
+def test_an_import_is_done_where_its_streams_are_closed_or_nobody_reads_them(tmp_path, streams):
+    write_edf(tmp_path / "src" / "anna" / "night1.edf")
+    line = f'"$0" "$1" import "$2/src" "$2/out" {streams}'
+    assert subprocess.run(["bash", "-c", line, sys.executable, ROOT / "data.py", tmp_path]).returncode == 0
+    assert [r.name for r in data.open_corpus(tmp_path / "out")] == ["anna/night1"]
+
+
 def test_an_edf_never_stands_twice_in_a_folder_under_two_names(tmp_path):
     write_edf(tmp_path / "src" / "anna" / "night1.edf")
     imported(tmp_path / "src" / "anna" / "night1.edf", tmp_path / "out")        # of the patient night1

@@ -988,6 +988,12 @@ def test_no_bar_is_drawn_where_nobody_watches(corpus, tmp_path):
     assert done.stderr == "evaluate: 2 of 2 recordings\n"
 
 
+def test_closed_streams_end_no_evaluation(corpus, tmp_path):
+    line = '"$0" "$1" --checkpoint "$2/best.pt" --data "$2/imported" --out "$3" <&- >&- 2>&-'
+    assert subprocess.run(["bash", "-c", line, sys.executable, ROOT / "evaluate.py", corpus, tmp_path]).returncode == 0
+    assert (tmp_path / "scores.json").exists()
+
+
 def test_an_interrupt_waits_for_the_end_of_a_picture():
     done = []
     with pytest.raises(KeyboardInterrupt):
