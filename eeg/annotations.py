@@ -266,7 +266,7 @@ def list_labels(text, name, texts=None):
         labels = parse_annotations(parse_list(text, name), texts or Texts())
     except NoTable:
         raise
-    except DataError as error:
+    except (DataError, csv.Error) as error:
         raise Unlabelled(f"{name}: {error}") from None
     if labels is None:
         raise Unlabelled(f"no text of {name} says that the recording was read for seizures")
@@ -279,18 +279,18 @@ def parse_list(text, name):
     lines = [line.lstrip("# ") for line in text.split("\n") if line.strip("# ")]
     for at, line in enumerate(lines[:10]):
         for delimiter in "\t,;":
-            columns = _columns(line.split(delimiter), name)
+            columns = _columns(line.split(delimiter))
             if {"onset", "text"} <= columns.keys():
                 last = line.count(delimiter)
                 # a quote ends with its line: a lone one swallows no row
                 rows = [next(csv.reader([row], delimiter=delimiter)) for row in lines[at + 1:]]
                 # MNE quotes nothing: what a text holds of delimiters ends the row
                 rows = [row[:last] + [delimiter.join(row[last:])] for row in rows]
-                return [found for row in rows for found in _list_row(row, columns, name)]
+                return [found for row in rows for found in _list_row(row, columns)]
     raise NoTable(f"{name} is no table of onsets and texts")
 
 
-def _columns(cells, name):
+def _columns(cells):
     """{kind of column: its places}."""
     found = {}
     for place, cell in enumerate(cells):
@@ -302,20 +302,20 @@ def _columns(cells, name):
         for place in (p for kind, places in found.items() if kind != "text" for p in places):
             unit = re.search(r"[(\[]\s*([^)\]]*)", cells[place])
             if unit and not re.match(r"s\b|sec|h+:|$", unit[1].lower()):
-                raise DataError(f"{name}: {cells[place].strip()} is not in seconds")
+                raise DataError(f"{cells[place].strip()} is not in seconds")
     return found
 
 
-def _list_row(row, columns, name):
+def _list_row(row, columns):
     """One annotation for each of its texts: a type and a comment say more together."""
     cells = {kind: row[places[0]].strip(' "') if places[0] < len(row) else ""
              for kind, places in columns.items()}
-    onset = float(number(cells["onset"], f"{name}: onset"))
+    onset = float(number(cells["onset"], "onset"))
     duration = None
     if cells.get("duration") not in (None, "", "n/a"):
-        duration = float(number(cells["duration"], f"{name}: duration"))
+        duration = float(number(cells["duration"], "duration"))
     elif cells.get("end") not in (None, "", "n/a"):
-        duration = float(number(cells["end"], f"{name}: end")) - onset
+        duration = float(number(cells["end"], "end")) - onset
     texts = dict.fromkeys(row[place].strip(' "') for place in columns["text"] if place < len(row))
     return [(onset, duration if duration and duration > 0 else None, text) for text in texts]
 

@@ -388,7 +388,8 @@ def test_training_names_the_recordings_without_labels():
     ("a_events.tsv", "onset\tduration\tvalue\n5\t4\tS 1\n", "a_events.tsv has no column eventType or trial_type"),
     ("a.txt", "Dear colleague,\nwe saw a seizure.\n", "a.txt is no table of onsets and texts"),
     ("a.csv", "x,y\n1,2\n", "a.csv is no table"),
-    ("a.csv", "Time,Event\n22:15:03,Seizure\n", "a.csv: onset is '22:15:03', not a number"),
+    ("a.csv", "Time,Event\n22:15:03,Seizure\n", "(a.csv: onset is '22:15:03', not a number"),
+    ("a.csv", "Onset,Annotation\n5," + 200_000 * "x" + "\n", "a.csv: field larger than"),
     ("a.lbl_bi", "version = lbl_v1.0.0\n", "not read as labels: a.lbl_bi"),
     ("a_annotations.xml", "<xml/>", "not read as labels: a_annotations.xml")])
 def test_label_files_and_exported_lists_beside_an_edf_are_read_or_named(tmp_path, name, content, events):
