@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import multiprocessing
+import json
 import os
 import re
 import shutil
@@ -86,6 +87,19 @@ def test_a_folder_that_cannot_be_written_opens_all_the_same(synthetic, tmp_path,
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(store, "write_json", refuse)
     assert data.fingerprint(data.open_corpus(tmp_path / "out")) == data.fingerprint(data.open_corpus(synthetic[1]))
+
+
+def test_a_flipped_digit_in_the_index_is_found_and_an_index_without_its_hash_is_read(synthetic, tmp_path):
+    shutil.copytree(synthetic[1], tmp_path / "out")
+    index = tmp_path / "out" / disk.INDEX
+    whole, right = index.read_text(), data.open_corpus(synthetic[1])
+    content = json.loads(whole)
+    digit = str(next(iter(content["recordings"].values()))["norm"])
+    index.write_text(whole.replace(digit, "9" + digit[1:] if digit[0] != "9" else "1" + digit[1:], 1))
+    assert [r.norm for r in data.open_corpus(tmp_path / "out")] == [r.norm for r in right] and index.read_text() == whole
+    del content["sha256"]
+    index.write_text(json.dumps(content))
+    assert store.read_index(index) == content["recordings"]
 
 
 def test_the_older_format_is_refused_with_the_reason(synthetic, tmp_path):
