@@ -97,10 +97,11 @@ def features(recording, block=64):
 
 class Classical:
     """Features as they are and, unless `relative` is False, beside the habit of the recording,
-    which a short one shares with all that it was trained on."""
+    which a short one shares with all that it was trained on. log_odds: these are smoothed, not the
+    probability."""
 
-    def __init__(self, recordings, estimator, relative=True):
-        self.relative = relative
+    def __init__(self, recordings, estimator, relative=True, log_odds=False):
+        self.relative, self.log_odds = relative, log_odds
         found = [(r, features(r)) for r in recordings]
         self.usual = np.median(np.concatenate([f for _, f in found]), 0)
         self.kept = {r.path: f for r, f in found}
@@ -122,6 +123,9 @@ class Classical:
         p = self.estimator.predict_proba(self.columns(recording))[:, 1]
         middles = np.arange(len(p)) + PIECE / FS / 2
         at = np.arange(recording.samples) / FS
+        if self.log_odds:
+            track = smoothed(np.interp(at, middles, np.log(p / (1 - p))), SMOOTH_SECONDS)
+            return (1 / (1 + np.exp(-track))).astype(np.float32)
         return smoothed(np.interp(at, middles, p).astype(np.float32), SMOOTH_SECONDS)
 
 
