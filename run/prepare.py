@@ -47,6 +47,11 @@ def expect_data(config):
         if not Path(path).is_dir() and not c["synth_hours"]:
             what = "is no folder" if os.path.exists(path) else "does not exist"
             raise Refused(f"data.path {path} {what}: python data.py import CORPUS_FOLDER {path}")
+        named = config["experiment"]
+        run = os.path.realpath(os.path.join(named["results"], named["name"]))
+        if os.path.commonpath([run, os.path.realpath(path)]) == run:
+            raise Refused(f"data.path {path} lies in the run directory {run}, which --fresh moves "
+                          f"aside: give experiment.name or experiment.results another name")
     several = rank_and_size()[1] > 1
     if c["copy_to"] and several and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "

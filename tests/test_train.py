@@ -1081,6 +1081,13 @@ def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, me
     assert not (tmp_path / "t").exists()
 
 
+def test_a_run_named_like_the_folder_of_its_data_is_refused_before_fresh_moves_it_aside(corpus, tmp_path, capsys):
+    loaded(corpus, tmp_path)
+    own = [f"experiment.results={Path(corpus).parent}", f"experiment.name={Path(corpus).name}"]
+    code = train.main(["--config", str(tmp_path / "config.yaml"), "--fresh", "--set", own[0], "--set", own[1]])
+    assert code == 2 and "lies in the run directory" in capsys.readouterr().err and Path(corpus, "index.json").exists()
+
+
 def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path):
     done = subprocess.run([*PYTHON, "--config", str(tmp_path / "no.yaml"), "--resume"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == f"train.py: config {tmp_path / 'no.yaml'}: No such file or directory"
