@@ -257,10 +257,6 @@ def train_one(number):
 
 def validate():
     return 0.5
-
-def pack():
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": checkpoint.random_states(),
-            "epoch": epoch, "batch": batch, "global_step": 0}
 """
 
 
