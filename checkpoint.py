@@ -2295,7 +2295,7 @@ def holder_of(fd: int) -> tuple[int, str] | None:
 # ---- command line ----
 
 COMMANDS = {            # name -> (module beside this file, what it does)
-    "ls": ("run.listing", "every run: its files, their health, and what a resume takes"),
+    "ls": ("run.listing", "each file, its health, what a resume takes; several runs: a line each"),
     "verify": ("", "exit 1, naming the file, where any .pt below is damaged"),
     "clean": ("run.listing", "what no resume needs; removed only with --yes"),
     "strip": ("run.share", "the weights of SRC alone, to DST, with a model card"),

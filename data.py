@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -715,15 +716,17 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("import", help="EDF files to one HDF5 file per recording")
     p.add_argument("src", help="corpus folder, any folder of EDF files, or one EDF")
-    p.add_argument("out")
-    p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto")
+    p.add_argument("out", help="folder of the recordings, new or of the same preparation")
+    p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto",
+                   help="corpus; auto tells it by the names of the files")
     p.add_argument("--montage", choices=MONTAGES, default="referential",
-                   help="19 electrodes, 18 double-banana derivations, or what --channels names")
+                   help="19 electrodes (default), 18 double-banana derivations, or what --channels "
+                        "names")
     p.add_argument("--channels", type=corpora.channel_names, default=(), metavar="F7-T3,...",
                    help="of --montage reduced: electrodes, pairs of them, or labels of the EDF; "
                         "| between alternatives, the best first")
     p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",
-                   help="mains to take out, Hz")
+                   help="mains to take out, Hz; default both")
     p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
                    help="unit where the EDF names none")
     p.add_argument("--seizure-label", action="append", default=[], metavar="TEXT",
@@ -737,12 +740,12 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
     p.add_argument("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
-    p.add_argument("out")
-    p.add_argument("--hours", type=float, default=1.0, help="in all")
-    p.add_argument("--patients", type=int, default=8)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("out", help="a new folder")
+    p.add_argument("--hours", type=float, default=1.0, help="in all; default 1")
+    p.add_argument("--patients", type=int, default=8, help="default 8")
+    p.add_argument("--seed", type=int, default=0, help="default 0")
     p = commands.add_parser("info", help="hours, patients, seizures, balance, refusals")
-    p.add_argument("out")
+    p.add_argument("out", help="folder that an import wrote")
     p.add_argument("--speed", action="store_true",
                    help="measure for 10 s how fast windows are read")
     return parser.parse_args()
@@ -778,6 +781,9 @@ def _run(args):
     """The exit code of a command."""
     if args.command == "synth":
         synth.synth(args.out, args.hours, args.patients, args.seed)
+        patients = console.how_many(args.patients, "patient")
+        print(f"{patients}, {args.hours:g} h, in {args.out}; "
+              f"next: python data.py import {shlex.quote(args.out)} OUT")
     elif args.command == "info":
         info(args.out)
         if args.speed:

@@ -665,7 +665,8 @@ def parse(argv):
     add("--save-probabilities", action="store_true",
         help="NAME_probability.npy per recording: float32 (samples,) at 256 Hz")
     add("--split", choices=("train", "dev", "eval"), help="only these recordings; default all")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto, the default: a GPU where torch sees one")
     return parser.parse_args(argv)
 
 

@@ -675,9 +675,12 @@ def settle_and_tell(trainer, again):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, epilog=describe(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--config", required=True, metavar="FILE",
+                        help="YAML: what differs from the defaults below")
     parser.add_argument("--resume", nargs="?", const="true", default="false", type=true_or_false,
-                        metavar="true|false|CHECKPOINT")
+                        metavar="true|false|CHECKPOINT",
+                        help="go on from the furthest good checkpoint, or from that file; alone it "
+                             "means true, without it false")
     parser.add_argument("--fresh", action="store_true",
                         help="move an existing run aside and start over")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",

@@ -44,7 +44,7 @@ def strip(source, target=None):
         kept["metric"] = metric
     _share(kept, target, source)
     print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of "
-          f"{os.path.getsize(source) / 1e6:.1f} MB")
+          f"{os.path.getsize(source) / 1e6:.1f} MB; its model card: {target.with_suffix('.md')}")
 
 
 def average(sources, target):
@@ -76,9 +76,10 @@ def average(sources, target):
     if isinstance(state.get("scores"), dict) and "threshold" in state["scores"]:
         # its other scores are not the average's
         kept["scores"] = {"threshold": state["scores"]["threshold"]}
-    names = [Path(source).name for source in sources]
-    _share({**kept, "model": model, "averaged": names}, Path(target), newest)
-    print(f"{target}: the mean of {len(sources)} checkpoints, counts and statistics of {newest}")
+    target, names = Path(target), [Path(source).name for source in sources]
+    _share({**kept, "model": model, "averaged": names}, target, newest)
+    print(f"{target}: the mean of {len(sources)} checkpoints; counts and running statistics are "
+          f"those of {newest}; its model card: {target.with_suffix('.md')}")
 
 
 def _is_weight(name, value):

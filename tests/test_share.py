@@ -20,6 +20,7 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     assert "no/x.pt: No such file" in capsys.readouterr().err.splitlines()[-1]
     assert tree(tmp_path) == before
     assert checkpoint.main(["strip", files[0]]) == 0 and checkpoint.main(["strip", files[0]]) == 2
+    assert f"its model card: {tmp_path}/a/best_weights.md\n" in capsys.readouterr().out
     card = (tmp_path / "a/best_weights.md").read_text()
     for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "Not a medical device", "chosen by: event_f1\n- at: 0.71"):
         assert text in card, card
@@ -41,6 +42,7 @@ def test_an_average_is_the_mean_of_weights_with_the_newest_buffers_and_refuses_o
     files = [str(tmp_path / f"run/mid_epoch_001_{step:06d}.pt") for step in (6, 1, 2)]
     out = str(tmp_path / "mean.pt")
     assert checkpoint.main(["average", *files, "--out", out]) == 0
+    assert f"running statistics are those of {files[0]}; its model card: {tmp_path}/mean.md\n" in capsys.readouterr().out
     got = checkpoint.load(out)
     assert got["model"]["w"].tolist() == [3.0] * 3 and got["model"]["w"].dtype == torch.bfloat16
     assert got["model"]["n.running_mean"].tolist() == [6.0] * 2 and got["model"]["n.num_batches_tracked"] == 6

@@ -7,7 +7,7 @@ from eeg import corpora
 import data
 from eeg import edf
 from eeg import synth
-from conftest import microvolts, once
+from conftest import command, microvolts, once
 
 
 
@@ -20,6 +20,11 @@ def test_synthetic_recordings_depend_on_the_seed_alone(synthetic, tmp_path):
         synth.synth(synthetic[0])
     with pytest.raises(edf.DataError, match="finite"):
         synth.synth(tmp_path / "endless", hours=float("inf"))
+
+
+def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path):
+    done = command("synth", tmp_path / "a b", "--hours", "0.01", "--patients", "1")
+    assert done.stdout == f"1 patient, 0.01 h, in {tmp_path}/a b; next: python data.py import '{tmp_path}/a b' OUT\n", done
 
 
 def auc(positive, negative):
