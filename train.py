@@ -147,7 +147,8 @@ class Trainer:
         self.loader = data.Loader(self.split.windows, device, self.config["experiment"]["seed"],
                                   c["augment"] and c["augmentations"], c["buffers"], c["readers"],
                                   getattr(model, "baseline", 0.0))
-        self.waits = False              # whether the advice on slow reading was given
+        self.slow = 0                   # rows in a row that waited for data
+        self.advised = False
         self.ahead = iter(())           # windows of the recordings that are validated
 
     def fit(self):
@@ -309,8 +310,10 @@ class Trainer:
         if share >= 0.005:
             line += f", waited {100 * share:.0f} % for data"
         self.say(line, shown=self.bar.disable)
-        if share > data.SLOW_SHARE and not self.waits:
-            self.waits = True
+        # not by one row: the first windows of a start are read while nothing trains
+        self.slow = self.slow + 1 if share > data.SLOW_SHARE else 0
+        if self.slow > 1 and not self.advised:
+            self.advised = True
             self.say(self.loader.advice(share))
 
 
@@ -513,8 +516,7 @@ class Trainer:
         else:
             self.say(f"resume: no random state of process {self.group.rank} in the checkpoint: "
                      f"seeded anew", every=True)
-        self.say(f"resumed: epoch {self.epoch}, {self.batch} batches trained in it, "
-                 f"step {self.step}")
+        self.say(f"resumed: epoch {self.epoch} batch {self.batch} step {self.step}")
 
     def _unpack_optimizer(self, state):
         saved = state["optimizer"]      # an older one may not have been fused

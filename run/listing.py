@@ -19,6 +19,7 @@ import yaml
 
 import checkpoint
 from checkpoint import KINDS, Candidate, candidates, checkpoints
+from eeg.console import how_many
 
 
 def command(args):
@@ -106,7 +107,7 @@ def summary(directory):
     newest = max(found, key=lambda c: c.order, default=None)
     best = Candidate(directory / KINDS["best"].name)
     metric = best.facts and best.facts["metric"]
-    names, size = disk_use(directory)
+    files, size = disk_use(directory)
     try:
         chosen = taken_by_resume(directory, second_place(directory))
         resume = f"a resume takes {chosen.label}" if chosen else "nothing to resume"
@@ -115,23 +116,22 @@ def summary(directory):
     parts = [
         f"newest: {newest}" if newest else "no sound checkpoint",
         "best: {name} {value:.4f}".format(**metric) if metric else "no best yet",
-        f"{names} files, {size / 1e6:.1f} MB", resume, in_use_text(directory),
+        f"{how_many(files, 'file')}, {size / 1e6:.1f} MB", resume, in_use_text(directory),
         "an old run, moved aside" if old_run(directory) else ""]
     return f"{directory}: " + "; ".join(part for part in parts if part)
 
 
 def disk_use(directory):
-    """(names, bytes on the disk) of the checkpoints of a directory: a file of several names counts
+    """(files, bytes on the disk) of the checkpoints of a directory: a file of several names counts
     once."""
     sizes = {}
-    paths = checkpoints(directory)
-    for path in paths:
+    for path in checkpoints(directory):
         try:
             info = os.lstat(path)
         except FileNotFoundError:
             continue                        # rotated away meanwhile
         sizes[info.st_ino] = info.st_size
-    return len(paths), sum(sizes.values())
+    return len(sizes), sum(sizes.values())
 
 
 def list_run(directory, say=print):
@@ -188,7 +188,8 @@ def _table(directory, chosen, say):
         say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
             f"{facts['global_step']:>9}  {metric:<22} "
             f"{info.st_size / 1e6:>7.1f} MB {age(time.time() - info.st_mtime):>7}  {health}")
-    say(f"    {count} names, {len(sizes)} files on disk, {sum(sizes.values()) / 1e6:.1f} MB in all")
+    say(f"    {how_many(count, 'name')}, {how_many(len(sizes), 'file')} on disk, "
+        f"{sum(sizes.values()) / 1e6:.1f} MB in all")
 
 
 def age(seconds):
@@ -221,7 +222,7 @@ def clean(directory, yes):
             freed += info.st_size if info.st_nlink == 1 else 0
             if yes:
                 os.unlink(path)
-        print(f"{directory}: {len(doomed)} files, {freed / 1e6:.1f} MB")
+        print(f"{directory}: {how_many(len(doomed), 'file')}, {freed / 1e6:.1f} MB")
     if old_run(directory):
         print(f"{directory.parent}: a whole old run, moved aside by --fresh: "
               f"{disk_use(directory)[1] / 1e6:.1f} MB; rm -r it when nothing of it is wanted")

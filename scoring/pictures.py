@@ -25,6 +25,7 @@ from PIL import Image
 from scipy.signal import butter, sosfiltfilt
 
 from eeg import edf
+from eeg.console import how_many
 from eeg.disk import read_json_lines
 from scoring import metrics
 
@@ -176,10 +177,11 @@ def _title(recording, places, most):
         name = "..." + name[-LONGEST:]
     title = f"{name}    {_elapsed(recording.seconds)}"
     if recording.labelled:
-        title += f",  {len(recording.events)} labelled seizures: {hits} found, {missed} missed"
-        title += f",  {kinds.count('false alarm')} false alarms"
+        seizures = how_many(len(recording.events), "labelled seizure")
+        title += f",  {seizures}: {hits} found, {missed} missed"
+        title += f",  {how_many(kinds.count('false alarm'), 'false alarm')}"
     else:
-        title += f",  unlabelled,  {kinds.count('detection')} detections"
+        title += f",  unlabelled,  {how_many(kinds.count('detection'), 'detection')}"
     if len(places) > most:
         title += f",  {most} of {len(places)} places shown"
     return title

@@ -77,7 +77,7 @@ def test_missed_seizures_come_first_then_false_alarms_then_those_found():
     shown = captions(sheet_of(track, [(31, 40), (200, 206)]))
     kinds = [line.split("   ")[1].split(",")[0] for line in shown[1:]]
     assert list(dict.fromkeys(kinds)) == ["missed seizure", "false alarm", "found seizure"]
-    assert "1 found, 1 missed,  1 false alarms" in shown[0]
+    assert "1 found, 1 missed,  1 false alarm" in shown[0]
 
 
 def test_a_missed_seizure_is_drawn_however_many_false_alarms_come_before_it():
