@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every measured claim, one after another on an otherwise idle machine; writes bench/RESULTS.md. Stops at the first that fails.
 #   pip install -r bench/requirements.txt && SEIZURETRANSFORMER=FOLDER bash bench/run_all.sh [SECTION ...]
-# sections: crash checkpoint resume loader model ddp learn race transfer also augment soak pairs, and real with REAL=FILE,
-# which bench/real.py has written to --out. FOLDER: see bench/model.py; without it that row is left out.
+# sections: crash checkpoint resume loader model ddp learn race transfer also augment soak pairs; by name alone clips, and real
+# with REAL=FILE that bench/real.py has written to --out. FOLDER: see bench/model.py; without it that row is left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p bench/results

@@ -1,4 +1,4 @@
-"""annotations.py: which seizures a label file or an EDF+ marks, and what is refused. Real files."""
+"""eeg/annotations.py: which seizures a label file or an EDF+ marks, and what is refused. Real files."""
 
 import numpy as np
 import pytest

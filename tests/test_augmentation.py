@@ -1,4 +1,4 @@
-"""Augmentation in data.py: each kind changes what it should, the same for every reader, process and resume."""
+"""eeg/augmentation.py: each kind changes what it should, the same for every reader, process and resume."""
 import numpy as np
 import pytest
 import torch

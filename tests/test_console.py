@@ -1,4 +1,4 @@
-"""The terminal of a command: closed, paused, in ASCII, or read by nobody."""
+"""eeg/console.py: the terminal of a command: closed, paused, in ASCII, or read by nobody."""
 import contextlib
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""corpora.py: layouts, annotations, and the conversion to HDF5. Real files and real processes."""
+"""eeg/corpora.py: layouts, annotations, and the conversion to HDF5. Real files and real processes."""
 
 import os
 import shutil

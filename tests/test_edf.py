@@ -1,4 +1,4 @@
-"""edf.py: what is read, what is refused. Real files; the oracles are mne and pyedflib."""
+"""eeg/edf.py: what is read, what is refused. Real files; the oracles are mne and pyedflib."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""V3: the chunked scan against a plain recurrence, the graph, numerical limits, what a checkpoint holds."""
+"""model.py: the chunked scan against a plain recurrence, the graph, numerical limits, what a checkpoint holds."""
 import functools
 import json
 import math

@@ -1,4 +1,4 @@
-"""pictures.py: recordings with their events as a clinician reads them, and the curves of a run."""
+"""scoring/pictures.py: recordings with their events as a clinician reads them, and the curves of a run."""
 import json
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""splits.py, and several corpora in one run: who trains, who validates, who is left out."""
+"""eeg/splits.py, and several corpora in one run: who trains, who validates, who is left out."""
 import shutil
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""synth.py: a pure function of the seed, and no easier than its own artefacts."""
+"""eeg/synth.py: a pure function of the seed, and no easier than its own artefacts."""
 import numpy as np
 import pytest
 from scipy import signal as dsp
