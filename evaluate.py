@@ -479,6 +479,8 @@ def _import(path, state, scratch, labels):
         channels=recipe.reduced, labels=labels).refused
     if not next(scratch.rglob("*.h5"), None):
         reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
+        if "--montage" in reasons:
+            reasons += f"; this checkpoint reads montage {recipe.montage} alone"
         raise Refused(f"no usable recording: {reasons}")
     return refused
 

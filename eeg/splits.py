@@ -57,7 +57,7 @@ def split(recordings, c, seed):
         return _fold(usable, unit, folds, c["fold"], seed)
     if kind == "recording":
         dev = _draw(usable, unit, c["dev_fraction"], seed)
-        return _divide(usable, unit, dev, "recordings")
+        return _divide(usable, unit, dev, "recording")
     return split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)
 
 
@@ -88,7 +88,7 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
         else:
             dev |= _draw(mine, patient_of, dev_fraction, seed)
         kept += mine
-    return _divide(kept, patient_of, dev, "patients")
+    return _divide(kept, patient_of, dev, "patient")
 
 
 def _own_dev(recordings):
@@ -107,14 +107,14 @@ def _divide(recordings, unit, dev, what):
     train = [r for r in recordings if unit(r) not in dev]
     chosen = [r for r in recordings if unit(r) in dev]
     count = len({unit(r) for r in recordings})
-    return _both(train, chosen, f"{count} labelled {what}")
+    return _both(train, chosen, how_many(count, f"labelled {what}"))
 
 
 def _both(train, dev, what):
     if not train or not dev:
-        raise DataError(f"{what}, {len(train)} recordings for training, {len(dev)} for validation: "
-                        "both are needed, of different patients; data.split: recording or time "
-                        "divides one patient's")
+        raise DataError(f"{what}, {how_many(len(train), 'recording')} for training, {len(dev)} for "
+                        "validation: both are needed, of different patients; for one patient "
+                        "set data.split to recording or time")
     return train, dev
 
 
@@ -153,7 +153,7 @@ def _fold(recordings, unit, folds, fold, seed):
         raise DataError(f"data.fold is {fold}: 1 to {folds}, data.folds")
     rng = np.random.default_rng([seed, 21])
     order = [group[i] for group in groups for i in rng.permutation(len(group))]
-    return _divide(recordings, unit, set(order[fold - 1::folds]), f"of {folds} folds")
+    return _divide(recordings, unit, set(order[fold - 1::folds]), "part")
 
 
 def _split_time(recordings, fraction):

@@ -14,7 +14,7 @@ import checkpoint
 from eeg import corpora
 import data
 from eeg import edf
-
+from eeg.console import how_many
 from eeg.disk import Refused, fault, hold
 import evaluate
 import model
@@ -76,6 +76,11 @@ def open_recordings(config, watch, say):
                                        lambda: watch.progressed("copied recording"))
                       for folder in folders(config)]
             path = copies if isinstance(path, list) else copies[0]
+        for folder in folders(config):
+            refused = len(corpora.read_report(folder))
+            if refused:
+                say(f"warning: {folder}: the import refused {how_many(refused, 'file')}: "
+                    f"python data.py info {folder} lists them")
         return data.open_corpora(path, c["same_person"])
     except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None

@@ -823,6 +823,7 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.pt").write_bytes((corpus / "best.pt").read_bytes()[:-5000])
     (tmp_path / "bad.edf").write_bytes(b"0       nothing")
+    write_edf(tmp_path / "banana.edf", labels=edf.CHANNELS["bipolar"])
     checkpoint.atomic_save({"epoch": 1}, tmp_path / "other.pt")
     state = checkpoint.load(corpus / "best.pt")
     state["config"]["model"] = {**state["config"]["model"], "node_width": 32}
@@ -843,7 +844,8 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
             (tmp_path / "reduced.pt", imported, "import with --montage reduced --channels Fp1,F3"),
             (tmp_path / "fp8.pt", imported, "give --precision"),
             (good, tmp_path / "nowhere", "nowhere"), (good, tmp_path / "empty", "neither"),
-            (good, tmp_path / "bad.edf", "bad.edf")):
+            (good, tmp_path / "bad.edf", "bad.edf"),
+            (good, tmp_path / "banana.edf", "this checkpoint reads montage referential alone")):
         code, lines = here("--checkpoint", weights, "--data", source, "--out", tmp_path / "out")
         assert code == 2 and len(lines) == 1 and text in lines[0], lines
     code, lines = here("--checkpoint", good, "--data", imported, "--out", tmp_path / "bad.edf" / "x")

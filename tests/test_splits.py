@@ -71,7 +71,7 @@ def test_folds_let_everyone_validate_once_and_deal_those_with_seizures_evenly():
 
 def test_one_patient_is_divided_by_recording_or_time_with_a_warning():
     alone = [fake("a", number=i) for i in range(4)]
-    with pytest.raises(edf.DataError, match="data.split: recording or time"):
+    with pytest.raises(edf.DataError, match="1 labelled patient, .* set data.split to recording or time"):
         splits.split(alone, C, 0)
     one, dev = splits.split(alone, C | {"split": "recording"}, 0)
     assert len(one) == 3 and len(dev) == 1

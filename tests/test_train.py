@@ -32,6 +32,7 @@ from conftest import ROOT, dies, ext4_image
 from helpers import EPOCH_STEPS, TINY, LIMIT, PYTHON, assert_same_run, free_port, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
+from eeg import corpora
 from eeg.disk import read_json_lines
 from run.records import MetricsFile
 
@@ -727,6 +728,16 @@ def test_a_run_on_a_copy_of_the_corpus_is_the_same_run(corpus, reference, tmp_pa
     assert train.run(config) == 0
     assert len(list((tmp_path / "disk").rglob("*.h5"))) == len(list(corpus.rglob("*.h5")))
     assert_same_run(tmp_path, reference)
+
+
+def test_files_that_the_import_refused_are_said_at_the_start_of_a_training(corpus, tmp_path, capsys):
+    shutil.copytree(corpus, tmp_path / "h5")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.edf").write_bytes(b"no EDF")
+    corpora.import_corpus(tmp_path / "src", tmp_path / "h5")
+    capsys.readouterr()
+    assert train.run(loaded(tmp_path / "h5", tmp_path, training__epochs=1)) == 0
+    assert f"h5: the import refused 1 file: python data.py info {tmp_path}/h5 lists them" in capsys.readouterr().out
 
 
 def test_waiting_for_data_is_said_once_with_what_to_do(corpus, tmp_path, capsys, monkeypatch):
