@@ -146,7 +146,7 @@ def deciding(name, recordings, part="validation (dev)"):
         return FALLBACK, (f"{name} cannot be computed on {part}: {why[name]}; "
                           f"{FALLBACK} decides best.pt instead of training.best_metric")
     if name in BY_EVENT and name not in ALWAYS and _always_on(grounds) <= max(FALSE_ALARMS):
-        return name, (f"{part} has {_background(grounds):.1f} h of background: a detector that is "
+        return name, (f"{part} has {_background(grounds):.2f} h of background: a detector that is "
                       f"always on has event_f1 {always_on_f1(grounds):.2f} there; "
                       f"training.best_metric {FALLBACK} would tell more")
     return name, ""
@@ -260,7 +260,7 @@ def _undefined(grounds, background):
     on = _always_on(grounds)
     for name, rate in AT_RATE.items():
         if hours < 24 / rate:
-            why[name] = f"{hours:.1f} h of background, {24 / rate:g} h needed"
+            why[name] = f"{hours:.2f} h of background, {24 / rate:g} h needed"
         elif on < 10 * rate:
             why[name] = f"a detector that is always on has {on:.0f} false alarms in 24 h"
     return why

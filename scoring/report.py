@@ -85,7 +85,11 @@ def some(rows, threshold):
 def validation_line(summary, name):
     """The numbers of a validation that matter, with their ground: loss, `name` (which decides
     best.pt), AUROC and false alarms."""
-    parts = [f"{key} {_shown(summary[key])}" for key in dict.fromkeys(("loss", name, "auroc"))]
+    parts = []
+    for key in dict.fromkeys(("loss", name, "auroc")):
+        parts.append(f"{key} {_shown(summary[key])}")
+        if key == "event_f1":           # says nothing without what looking at nothing gives
+            parts[-1] += f" (always on: {_shown(summary['always_on_f1'])})"
     parts.append(f"{_shown(summary['false_alarms_per_24h'])} false alarms in 24 h")
     return f"{', '.join(parts)}; {ground_line(summary)}"
 
@@ -96,7 +100,7 @@ def _shown(value):
 
 def ground_line(summary):
     """The ground of a summary: what its scores rest on."""
-    return (f"on {summary['hours']:.1f} h ({summary['background_hours']:.1f} h of background), "
+    return (f"on {summary['hours']:.2f} h ({summary['background_hours']:.2f} h of background), "
             f"{how_many(summary['seizures'], 'seizure')}, "
             f"mean over {how_many(summary['patients'], 'patient')}")
 

@@ -417,8 +417,8 @@ def test_sensitivity_at_a_false_alarm_rate_is_the_best_that_keeps_to_it():
     summary = evaluate.summarise([evaluate.score(track, p, FIXED)], FIXED)
     assert [summary[f"sensitivity_at_{x}fa"] for x in ("10", "5")] == pytest.approx([2 / 3, 2 / 3])
     why = metrics.undefined([evaluate.score(track, p, FIXED)])
-    assert why == {"sensitivity_at_2.5fa": "5.9 h of background, 9.6 h needed",
-                   "sensitivity_at_1fa": "5.9 h of background, 24 h needed"}
+    assert why == {"sensitivity_at_2.5fa": "5.88 h of background, 9.6 h needed",
+                   "sensitivity_at_1fa": "5.88 h of background, 24 h needed"}
     assert all(math.isnan(summary[name]) for name in why)
 
 
@@ -507,18 +507,26 @@ def test_sensitivity_at_every_rate_is_nothing_for_them_on_a_day_and_more(detecto
     assert metrics.undefined(records) == {}
 
 
+def test_an_event_f1_of_a_validation_stands_beside_that_of_a_detector_that_is_always_on():
+    summary = {"loss": 0.5, "event_f1": 0.8571, "always_on_f1": 0.8, "auroc": 0.9, "false_alarms_per_24h": 0.0,
+               "hours": 0.17, "background_hours": 0.04, "seizures": 5, "patients": 1}
+    assert report.validation_line(summary, "event_f1") == (
+        "loss 0.5, event_f1 0.8571 (always on: 0.8), auroc 0.9, 0 false alarms in 24 h; "
+        "on 0.17 h (0.04 h of background), 5 seizures, mean over 1 patient")
+
+
 def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
     clips = SETS["clips of 60 s"]
     for name in ("sensitivity_at_10fa", "sensitivity_at_1fa"):
         metric, why = evaluate.deciding(name, clips)
         assert metric == "average_precision"
-        assert why.startswith(f"{name} cannot be computed on validation (dev): 0.0 h of background")
+        assert why.startswith(f"{name} cannot be computed on validation (dev): 0.00 h of background")
     metric, why = evaluate.deciding("event_f1", clips)
     assert metric == "event_f1" and "a detector that is always on has event_f1 1.00 there" in why
     assert evaluate.deciding("event_f1", SETS["hours"]) == ("event_f1", "")
     assert evaluate.deciding("sensitivity_at_10fa", SETS["hours"]) == ("sensitivity_at_10fa", "")
     metric, why = evaluate.deciding("sensitivity_at_1fa", SETS["hours"])
-    assert metric == "average_precision" and "5.6 h of background, 24 h needed" in why
+    assert metric == "average_precision" and "5.62 h of background, 24 h needed" in why
     with pytest.raises(ValueError, match=r"validation \(dev\): there is no seizure in it"):
         evaluate.deciding("sensitivity_at_10fa", [Track("a", 9000)])
 
