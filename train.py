@@ -6,7 +6,7 @@ resume from.
                                                                     interruption
     torchrun --nproc_per_node=8 train.py --config configs/local/train.yaml --resume
 
---resume takes the furthest good checkpoint, or starts fresh and says so; --resume FILE goes back to
+--resume takes the latest good checkpoint, or starts fresh and says so; --resume FILE goes back to
 FILE and makes it the line that later resumes follow; --fresh moves the old run aside. Exit codes: 0
 finished, 2 refused, 70 stood still, 75 time limit reached and saved, 128+N stopped by signal N and
 saved, 1 anything else. Every key of a configuration stands at the end of this help.
@@ -681,7 +681,7 @@ def main(argv=None):
                         help="YAML: what differs from the defaults below")
     parser.add_argument("--resume", nargs="?", const="true", default="false", type=true_or_false,
                         metavar="true|false|CHECKPOINT",
-                        help="go on from the furthest good checkpoint, or from that file; alone it "
+                        help="go on from the latest good checkpoint, or from that file; alone it "
                              "means true, without it false")
     parser.add_argument("--fresh", action="store_true",
                         help="move an existing run aside and start over")
