@@ -700,15 +700,15 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
         counts = np.bincount(w.kind, minlength=3)
         say(f"  windows of 60 s every 10 s: {counts[0]} background, {counts[1]} partial, "
             f"{counts[2]} full ({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
-    for line in no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled):
-        say(f"  {line}")
-    for line in splits.contradictions((person(r.patient), r.patient_code) for r in recordings):
+    noted = corpora.grouped((r.name, r.notes) for r in recordings if r.notes)
+    for line in (*(f"note {line}" for line in noted),
+                 *no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled),
+                 *splits.contradictions((person(r.patient), r.patient_code) for r in recordings)):
         say(f"  {line}")
     refused = corpora.read_report(path)
     say(f"  refused: {len(refused)}")
     for file, why in refused:
         say(f"    {file}: {why}")
-
 
 
 def arguments() -> argparse.Namespace:

@@ -736,8 +736,8 @@ def _labels_alone(sources):
 
 
 def _table(report, task, say):
-    for name, what in report.notes:
-        say(f"note {name}: {what}")
+    for line in grouped(report.notes):
+        say(f"note {line}")
     if report.refused:
         say(f"{len(report.refused)} refused:")
         for line in grouped(report.refused):
@@ -762,7 +762,8 @@ def _table(report, task, say):
 
 
 def grouped(refused):
-    """Lines on refused files; more than MAX_LINES_PER_REASON for one reason share a line."""
+    """Lines on files and the reason of each; more than MAX_LINES_PER_REASON for one reason share a
+    line."""
     reasons = {}
     for path, why in refused:
         reasons.setdefault(why, []).append(path)

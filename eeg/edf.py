@@ -193,7 +193,7 @@ def _began(fixed):
 def _refuse_foreign(first, size):
     """Refuse what is not EDF at all, saying what it is."""
     if size == 0:
-        raise DataError("empty file (0 bytes)")
+        raise DataError("empty file (0 bytes): copy it again")
     if first.startswith(b"version https://git-lfs"):
         raise DataError("a Git LFS pointer, not the recording: run git lfs pull")
     if first.startswith(b"\xffBIOSEMI"):
@@ -226,7 +226,7 @@ def _check_size(header, said, size):
 
     if body < header.records * record:
         raise DataError(f"truncated: the header says {header.records} records, "
-                        f"the file holds {body / record:.1f}")
+                        f"the file holds {body / record:.1f}: copy it again")
     if body >= (header.records + 1) * record:
         raise DataError(f"the header says {header.records} records, "
                         f"the file holds {body // record}")

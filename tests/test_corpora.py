@@ -116,7 +116,7 @@ def test_siena_recording_whose_name_the_list_misspells(tmp_path):
 
 
 def test_command_line_codes_table_and_going_on(tmp_path):
-    write_edf(tmp_path / "src" / "p1" / "good.edf")
+    write_edf(tmp_path / "src" / "p1" / "good.edf", tail=b"more")
     write_edf(tmp_path / "src" / "p1" / "bad.edf", unit="")
     done = command("import", tmp_path / "src", tmp_path / "out")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -128,6 +128,8 @@ def test_command_line_codes_table_and_going_on(tmp_path):
     assert command("import", tmp_path / "src").returncode == 2
     told = command("info", tmp_path / "out")
     assert told.returncode == 0 and "refused: 1" in told.stdout and "bad.edf" in told.stdout
+    note = "note p1/good: 4 bytes after the last record left out\n"
+    assert note in done.stdout and "with notes: 1\n" in told.stdout and f"  {note}" in told.stdout
     one = imported(tmp_path / "src" / "p1" / "good.edf", tmp_path / "one")
     assert not one.refused
     assert [r.name for r in data.open_corpus(tmp_path / "one")] == ["good"]
