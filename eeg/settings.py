@@ -32,7 +32,10 @@ def defaults(keys):
 
 
 def nearest(name, names):
-    return difflib.get_close_matches(str(name).lower(), names, 1, 0)[0]
+    """The one of `names` that was meant: by its initials, as lr, or by its letters."""
+    name = str(name).lower()
+    short = [full for full in names if name == "".join(word[:1] for word in full.split("_"))]
+    return (short or difflib.get_close_matches(name, names, 1, 0))[0]
 
 
 # ---- reading ----

@@ -138,6 +138,7 @@ def test_a_checkpoint_with_a_key_that_this_version_does_not_know_is_refused():
     ("- 1", "the file must hold key: value pairs"),
     ("training:\n", "training must hold key: value pairs, not None"),
     ("1: 2", "unknown key 1; the nearest is"),
+    ("training: {lr: 1}", "the nearest is training.learning_rate"),
     ('experiment: {name: "a\\0b"}', "plain folder name"),
     ("experiment: {name: ..}", "plain folder name"),
 ])
