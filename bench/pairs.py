@@ -216,10 +216,12 @@ def unmount_mirror(run):
 
 def mount_mirror(run):
     """What was written below the mount point meanwhile is out of sight."""
-    away = run.nas.with_name("away")
+    away, below = run.nas.with_name("away"), run.nas.with_name("below")
     if away.exists():
-        shutil.rmtree(run.nas, ignore_errors=True)
+        if run.nas.exists():
+            run.nas.rename(below)           # at once: a run may be writing there
         away.rename(run.nas)
+        shutil.rmtree(below, ignore_errors=True)
 
 
 def put_older_home_back(run):
