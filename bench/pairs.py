@@ -242,8 +242,12 @@ def names_of_one(run, destroyed=False):
         found = [c for c in found if c.save not in best]
         if found:
             one = run.rng.choice([found[0], found[-1]])
+            try:
+                names = [c.path for c in found if os.path.samefile(c.path, one.path)]
+            except FileNotFoundError:       # rotated away meanwhile
+                return names_of_one(run, destroyed)
             run.damaged.add(one.save)
-            return [c.path for c in found if os.path.samefile(c.path, one.path)]
+            return names
     return []
 
 
