@@ -479,7 +479,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
             say(f"{src}: {said}")
         task = Task(out, recipe, texts, said, names, labels)
         _import_all(report, sources, task, workers, say, progress)
-        entries(out)                                    # writes the index
+        entries(out, made=True)                         # writes the index
         _write_report(out, files, report)
     report.hints = hints(sources, layout, task, report, foreign)
     _table(report, task, say)

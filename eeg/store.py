@@ -150,14 +150,15 @@ def digest(header):
 MAX_LOOKED_AT = 32                      # files of another time: read, not taken for a copy
 
 
-def entries(root):
+def entries(root, made=False):
     """{name: ((size, mtime_ns) of the file now, what load_recording says)} of every recording below
     an imported folder, sorted by name.
 
     The latter comes from the index that the import wrote beside the files and that travels with
     them: opening 6,500 recordings is one read. A file that is not in it, or of another size, is
-    read again. So are a few of another time; a copy changes the time of every file, and then each
-    is compared with the index's digest when its samples are first read."""
+    read again. So are a few of another time, and all of them where an import may have `made` them
+    anew; a copy changes the time of every file, and then each is compared with the index's digest
+    when its samples are first read."""
     index, fresh = read_index(root / INDEX), {}
     files = dict(sorted(_walk(root)))
     states = {name: file_state(os.stat(file)) for name, file in files.items()}
@@ -166,7 +167,7 @@ def entries(root):
         known = index.get(name)
         if not known or known["size"] != states[name][0]:
             fresh[name] = load_recording(file)
-        elif name in moved and len(moved) <= MAX_LOOKED_AT:
+        elif name in moved and (made or len(moved) <= MAX_LOOKED_AT):
             fresh[name] = _looked_at(file, known)
         else:
             fresh[name] = known

@@ -182,6 +182,21 @@ def test_import_resumes_and_notices_changes(tmp_path):
     assert [r.name for r in data.open_corpus(out)] == ["a_1", "c_1"]
 
 
+def test_many_recordings_made_anew_with_other_labels_are_those_that_a_training_reads(tmp_path):
+    """Their files have the sizes of before: more of them than are looked at when a folder is opened, as in a copy of it."""
+    src, out, many = tmp_path / "src", tmp_path / "out", store.MAX_LOOKED_AT + 1
+    write_edf(src / "a_1.edf", 10)
+    for number in range(2, many + 1):
+        shutil.copy(src / "a_1.edf", src / f"a_{number}.edf")
+    for onset in (2, 5):
+        for number in range(1, many + 1):
+            (src / f"a_{number}_events.tsv").write_text(tsv((onset, 1, "sz")))
+        assert len(imported(src, out).read) == many
+        recordings = data.open_corpus(out)
+        assert [r.events.tolist() for r in recordings] == [[[onset, onset + 1]]] * many
+        recordings[0].read(0, 100)
+
+
 def test_a_second_corpus_never_replaces_recordings_of_the_first(tmp_path):
     for corpus in "ab":
         write_edf(tmp_path / corpus / "sub-01" / "sub-01_eeg.edf", 10, size=30 + (corpus == "b"))
