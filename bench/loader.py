@@ -248,7 +248,7 @@ def sparse(path, hours):
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w", libver="latest") as f:
         f.attrs.update(attributes(path.stem))
-        f.create_dataset("events", data=np.array([(100.0, 190.0)]))
+        f.create_dataset("events", data=np.array([(10.0, 50.0)]))
         f.flush()
         store.make_dataset(f, 19, round(hours * 3600 * FS))
 
