@@ -166,6 +166,10 @@ def test_damaged_foreign_and_mixed_files_are_named(synthetic, tmp_path):
         f["something"] = 1
     with pytest.raises(edf.DataError, match="not a whole recording"):
         data.open_corpus(out)
+    victim.unlink()
+    os.mkfifo(victim)
+    with pytest.raises(edf.DataError, match=f"{victim.name} is no file"):
+        data.open_corpus(out)
     with pytest.raises(edf.DataError, match="no such folder"):
         data.open_corpus(tmp_path / "nowhere")
 
