@@ -34,14 +34,14 @@ import evaluate
 import model
 from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
-from run.config import add, describe, load as load_config
+from run.config import add, describe, load as load_config, run_directory
 from run.listing import list_run
 from run.machine import Group, autocast, data_parallel, is_out_of_memory, machine_facts
 from run.machine import prepare_torch, rank_and_size
 from run.messages import command_again, tell_next, tell_stopped, time_left, true_or_false
 from run.prepare import check           # noqa: F401 - for those who import train
 from run.prepare import Split, as_saved, build_model, expect_data, open_recordings, start_from
-from run.records import Log, RunDirectory, has_run, run_directory, tolerated
+from run.records import Log, RunDirectory, has_run, tolerated
 from run.records import holds_checkpoints, move_aside    # noqa: F401 - for those who import train
 from run.watch import Watchdog
 

@@ -538,8 +538,8 @@ SPEAKS = re.compile(
     r"\b(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon|"
     # Russian, Ukrainian, Greek, Chinese and Japanese (between seizures is none), Korean (taken
     # apart as `plain` does), Arabic, Persian, Hebrew
-    r"приступ|припад|судор|напад|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|\u1107\u1161\u11af\u110c\u1161\u11a8|"
-    r"نوبة|تشنج|התקף")
+    r"приступ|припад|судор|напад|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
+    r"\u1107\u1161\u11af\u110c\u1161\u11a8|نوبة|تشنج|התקף")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}

@@ -209,8 +209,10 @@ def told(recordings, train, dev, kind):
 def _same_eeg(train, dev):
     """A warning on EEG of both sides, as where one corpus was imported into two folders: as long,
     and as tall in each channel."""
-    known = {(r.samples, r.norm, r.scale.tobytes()): r for r in train}
-    twins = [(r, known.get((r.samples, r.norm, r.scale.tobytes()))) for r in dev]
+    def size_of(r):
+        return r.samples, r.norm, r.scale.tobytes()
+    known = {size_of(r): r for r in train}
+    twins = [(r, known.get(size_of(r))) for r in dev]
     twins = [(r, twin) for r, twin in twins if twin and twin.path != r.path]
     return [f"warning: {how_many(len(twins), 'recording')} of the validation train too, under "
             f"another name: {r.name} is {twin.name}: take one of them away"

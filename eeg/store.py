@@ -90,9 +90,9 @@ OLDER = {1: "a window lay in 19 places of a format 1 file, and reading it from a
 
 def load_recording(path):
     """What stands about a recording in its HDF5 file, checked, as plain values for the index."""
-    if not stat.S_ISREG(os.stat(path).st_mode):         # opening a pipe would wait for ever
-        raise DataError(f"{path} is no file: move it away")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):         # opening a pipe would wait for ever
+            raise DataError(f"{path} is no file: move it away")
         with h5py.File(path, "r") as f:
             entry = _entry(path, f)
         with open(path, "rb") as raw:

@@ -287,3 +287,8 @@ def shown(key):
     if highest == math.inf:
         return f"; at least {lowest}"
     return f"; {lowest:g} to {highest:,}"
+
+
+def run_directory(config):
+    """Its whole path: relative ones depend on where a command was started."""
+    return Path(config["experiment"]["results"], config["experiment"]["name"]).absolute()

@@ -20,6 +20,7 @@ import evaluate
 import model
 from eeg import splits
 from eeg import synth
+from run.config import run_directory
 from run.machine import Group, device_name, rank_and_size
 from run.watch import Watchdog
 
@@ -43,12 +44,11 @@ def expect_data(config):
         raise Refused("data.path is not set: the folder that data.py import wrote")
     if isinstance(c["path"], list) and c["synth_hours"]:
         raise Refused("data.synth_hours makes one folder, and data.path is a list of several")
+    run = os.path.realpath(run_directory(config))
     for path in folders(config):
         if not Path(path).is_dir() and not c["synth_hours"]:
             what = "is no folder" if os.path.exists(path) else "does not exist"
             raise Refused(f"data.path {path} {what}: python data.py import CORPUS_FOLDER {path}")
-        named = config["experiment"]
-        run = os.path.realpath(os.path.join(named["results"], named["name"]))
         if os.path.commonpath([run, os.path.realpath(path)]) == run:
             raise Refused(f"data.path {path} lies in the run directory {run}, which --fresh moves "
                           f"aside: give experiment.name or experiment.results another name")

@@ -19,7 +19,7 @@ import checkpoint
 import evaluate
 import model
 from eeg.disk import Refused, TemporaryFault, fault, read_json_lines, write_json
-from run.config import compare, effective
+from run.config import compare, effective, run_directory
 from run.mirror import Mirrored
 
 
@@ -324,11 +324,6 @@ class RunDirectory:
             self.say(f"stopped: {error.strerror}")
         finally:
             self.metrics.close()
-
-
-def run_directory(config):
-    """Its whole path: relative ones depend on where a command was started."""
-    return Path(config["experiment"]["results"], config["experiment"]["name"]).absolute()
 
 
 def holds_checkpoints(directory):
