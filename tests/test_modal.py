@@ -225,10 +225,10 @@ ONE, TWO, THREE = (["one", "false", "false"], ["two", "false", "false"], ["three
 
 
 def test_a_replayed_resume_false_resumes_and_a_finished_run_returns_at_once(runs):
-    [(end, log)] = runs.attempt(ONE, sends=signal.SIGINT, seconds=0.05)
+    [(end, before)] = runs.attempt(ONE, sends=signal.SIGINT, seconds=0.05)
     assert end.startswith("KeyboardInterrupt") and runs.records()[0]["left"] == "preempted"
     (end, log), *later = runs.attempt(ONE, ONE, ["two", "true", "false"])
-    assert "finished" in end and "from step 0" not in log and "toy step 1\n" not in log
+    assert "finished" in end and "from step 0" not in log and "toy step 1\n" not in log, f"{before}\n{log}"
     for end, log in later:
         assert '"finished"' in end and "it was already" in end and "toy step" not in log
     assert len(runs.records()) == 2
