@@ -258,7 +258,7 @@ def _patients(recordings, most=20):
     counts = Counter()
     for r in recordings:
         counts[patient_of(r)] += len(r.events)
-    shown = [f"{name} ({counts[name]} seizures)" for name in people[:most]]
+    shown = [f"{name} ({how_many(counts[name], 'seizure')})" for name in people[:most]]
     if len(people) > most:
         shown.append(f"and {len(people) - most} more")
     return ", ".join(shown)
