@@ -26,6 +26,7 @@ from eeg import annotations, console
 from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel, electrode
 from eeg.edf import prepare_edf, read_annotations, read_header
+from eeg.release import release
 from eeg.splits import contradictions, person, person_code
 from eeg.store import FORMAT, entries, read_index, write_recording
 
@@ -474,7 +475,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         _sweep(out)
         heads = [source.annotation for source in sources if source.layout == "tuh"]
         # of a single EDF the folder around it may be anything
-        said = annotations.release(root, heads) if root == Path(src) else ""
+        said = release(root, heads) if root == Path(src) else ""
         if said:
             say(f"{src}: {said}")
         task = Task(out, recipe, texts, said, names, labels)

@@ -16,10 +16,10 @@ from eeg.annotations import (
     parse_summary,
     read_beside,
     read_text,
-    release,
     siena_times,
     summary_labels,
 )
+from eeg.release import release
 from conftest import CSV, HEAD, command, imported, mark, plus, said, tsv, write_edf
 
 # ---- label files ----
