@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eeg.edf import DataError, number
+from eeg.edf import NUMBER, DataError, number
 
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
@@ -81,18 +81,26 @@ def table(text, name, delimiter, columns):
     # nobody quotes; a lone quote must not swallow rows
     rows = [[cell.strip() for cell in line.split(delimiter)] for line in _lines(text)]
     header = rows[0] if rows else []
-    missing = [column for column in columns if column not in header]
+    missing = [column for column in columns if header.count(column) != 1]
     if missing:
-        raise DataError(f"{name}: no column {', '.join(missing)} "
+        what = "several columns" if missing[0] in header else "no column"
+        raise DataError(f"{name}: {what} {', '.join(missing)} "
                         f"(it has {', '.join(header) or 'none'})")
-    needed = 1 + max(header.index(column) for column in columns)
+    try:
+        _refuse_cut(rows, 1 + max(map(header.index, columns)), text)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    return [dict(zip(header, row)) for row in rows[1:]]
+
+
+def _refuse_cut(rows, needed, text):
+    """Refuse a table, titles first, with a row of less than `needed` cells, or a last line without
+    its end: the file was cut here, more rows may have followed."""
     short = [row for row in rows[1:] if len(row) < needed]
-    # a last line without its end: the file was cut here, more rows may have followed
-    if len(rows[-1]) < len(header) and not text.endswith("\n"):
+    if len(rows[-1]) < len(rows[0]) and not text.endswith("\n"):
         short.append(rows[-1])
     if short:
-        raise DataError(f"{name}: incomplete row {delimiter.join(short[0])[:60]!r}")
-    return [dict(zip(header, row)) for row in rows[1:]]
+        raise DataError(f"incomplete row {' '.join(short[0])[:60]!r}")
 
 
 def _lines(text):
@@ -254,7 +262,10 @@ COLUMNS = {
     "end": {"end", "stop", "stop time", "end time", "offset"},
     "duration": {"duration", "length"},
     "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
-             "comment", "note", "type", "eventtype", "event type"}}
+             "comment", "note", "type", "eventtype", "event type"},
+    "file": {"file", "file name", "filename", "recording", "edf"}}
+# a cell that says nothing, or no
+NOTHING = re.compile(r"(no|none|nein|non|false|n/?a|nan|-*|0+([.,]0*)?)", re.I)
 
 
 def list_labels(text, name, texts=None):
@@ -274,48 +285,95 @@ def list_labels(text, name, texts=None):
 def parse_list(text, name):
     """[(onset in s, duration in s or None, text)] of a table with a column of onsets and one of
     texts, delimited by tabs, commas or semicolons."""
-    lines = [line.lstrip("# ") for line in text.split("\n") if line.strip("# ")]
+    lines = [line for line in text.split("\n") if line.strip("# ")]
     for at, line in enumerate(lines[:10]):
         for delimiter in "\t,;":
-            columns = _columns(line.split(delimiter))
+            titles = _cells(line.lstrip("# "), delimiter)
+            columns = _columns(titles)
             if {"onset", "text"} <= columns.keys():
-                last = line.count(delimiter)
-                # a quote ends with its line: a lone one swallows no row
-                rows = [next(csv.reader([row], delimiter=delimiter)) for row in lines[at + 1:]]
-                # MNE quotes nothing: what a text holds of delimiters ends the row
-                rows = [row[:last] + [delimiter.join(row[last:])] for row in rows]
-                return [found for row in rows for found in _list_row(row, columns)]
+                hidden = [row for row in lines[at + 1:] if row.startswith("#") and speaks(row)]
+                if hidden:
+                    raise DataError(f"{hidden[0][:60]!r} is commented out: delete the row or its #")
+                rows = [_cells(row, delimiter, len(titles)) for row in lines[at + 1:]
+                        if not row.startswith("#")]
+                needed = 1 + max(columns["onset"][0], columns["text"][0])
+                _refuse_cut([titles, *rows], needed, text)
+                _refuse_others(rows, columns, name)
+                return [found for row in rows for found in _list_row(row, titles, columns)]
     raise NoTable(f"{name} is no table of onsets and texts")
+
+
+def _cells(line, delimiter, count=None):
+    """Cells of a line, `count` at most. A quote ends with its line: a lone one swallows no row."""
+    cells = next(csv.reader([line], delimiter=delimiter))
+    if count and len(cells) > count:    # MNE quotes nothing: what a text holds of delimiters
+        cells[count - 1:] = [delimiter.join(cells[count - 1:])]
+    return [cell.strip(' "') for cell in cells]
 
 
 def _columns(cells):
     """{kind of column: its places}."""
     found = {}
     for place, cell in enumerate(cells):
-        title = " ".join(re.sub(r"[(\[].*|_|\"", " ", cell.lower()).split())
+        title = " ".join(re.sub(r"[(\[,].*|_", " ", cell.lower()).split())
         for kind, titles in COLUMNS.items():
             if title in titles:
                 found.setdefault(kind, []).append(place)
     if {"onset", "text"} <= found.keys():
-        for place in (p for kind, places in found.items() if kind != "text" for p in places):
-            unit = re.search(r"[(\[]\s*([^)\]]*)", cells[place])
+        for place in (p for kind in ("onset", "end", "duration") for p in found.get(kind, ())):
+            unit = re.search(r"[(\[,]\s*([^)\]]*)", cells[place])
             if unit and not re.match(r"s\b|sec|h+:|$", unit[1].lower()):
-                raise DataError(f"{cells[place].strip()} is not in seconds")
+                raise DataError(f"{cells[place]} is not in seconds")
     return found
 
 
-def _list_row(row, columns):
-    """One annotation for each of its texts: a type and a comment say more together."""
-    cells = {kind: row[places[0]].strip(' "') if places[0] < len(row) else ""
-             for kind, places in columns.items()}
-    onset = float(number(cells["onset"], "onset"))
-    duration = None
-    if cells.get("duration") not in (None, "", "n/a"):
-        duration = float(number(cells["duration"], "duration"))
-    elif cells.get("end") not in (None, "", "n/a"):
-        duration = float(number(cells["end"], "end")) - onset
-    texts = dict.fromkeys(row[place].strip(' "') for place in columns["text"] if place < len(row))
-    return [(onset, duration if duration and duration > 0 else None, text) for text in texts]
+def _refuse_others(rows, columns, name):
+    """Refuse a list that has rows of another recording than the one it lies beside."""
+    named = {row[place] for row in rows for place in columns.get("file", ()) if place < len(row)}
+    edfs = {cell for row in rows for cell in row if cell.lower().endswith(".edf")}
+    others = [cell for cell in sorted(edfs) if not name.lower().startswith(
+        re.split(r"[\\/]", cell.lower())[-1].removesuffix(".edf").removesuffix("_eeg"))]
+    if len(named) > 1 or others:
+        raise DataError(f"it has rows of {', '.join(others or sorted(named))[:60]}: one list for "
+                        "each recording")
+
+
+def _list_row(row, titles, columns):
+    """One annotation for each of its texts: a type and a comment say more together. Where they do
+    not speak of a seizure, what other columns say of one is a text too."""
+    onset, duration, end = (_number_of(row, columns.get(kind, ()), kind)
+                            for kind in ("onset", "duration", "end"))
+    if onset is None:
+        raise DataError(f"no onset in the row {' '.join(row)[:60]!r}")
+    length = duration or (end - onset if end else 0)
+    if length < 0 or duration and end and abs(onset + duration - end) > 1:
+        raise DataError(f"the times of the row {' '.join(row)[:60]!r} do not agree")
+    texts = [row[place] for place in columns["text"] if place < len(row)]
+    if not any(map(marks, texts)):
+        read = {place for places in columns.values() for place in places}
+        texts += [said for place, cell in enumerate(row) if place not in read
+                  and (said := _of_another(titles[place], cell))]
+    return [(onset, length or None, text) for text in dict.fromkeys(texts)]
+
+
+def _number_of(row, places, what):
+    """Number in the first column of a kind, None where it is empty; another must not say else."""
+    cells = [row[place] for place in places if place < len(row)]
+    if not cells or cells[0] in ("", "n/a"):
+        return None
+    value = float(number(cells[0], what))
+    for cell in cells[1:]:
+        if NUMBER.match(cell) and float(cell) != value:
+            raise DataError(f"{what} is {cells[0]} and {cell} in one row")
+    return value
+
+
+def _of_another(title, cell):
+    """What a cell of a column that is not read says of a seizure, by itself or by its title."""
+    if speaks(cell):
+        return cell
+    titled = speaks(title.lower().replace("onset", "")) and not NOTHING.fullmatch(cell)
+    return f"{title}={cell}" if titled else ""
 
 
 def channel_notes(path):
@@ -657,12 +715,17 @@ def parse_annotations(found, texts):
     labels = Labels()
     begun = []                          # of Start
     labelled = False
+    at = {}                             # (onset, duration) -> what is said of it
     # EDF+ repeats a text for each channel that it stands at
     once = dict.fromkeys((onset, duration, text.partition("@@")[0].strip())
                          for onset, duration, text in found)
     for onset, duration, text in sorted(once, key=lambda annotation: annotation[0]):
         meaning, pairs, number = texts.meaning(text)
         labelled = labelled or bool(meaning)
+        told = at.setdefault((onset, duration), {meaning})
+        told.add(meaning)
+        if told >= {"seizure", "background"}:
+            raise DataError(f"{text[:60]!r} at {onset:g} s, and the contrary of it")
         if meaning == "seizure" and duration:
             labels.events.append((onset, onset + duration))
         elif meaning in ("seizure", "start"):
