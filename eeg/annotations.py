@@ -583,15 +583,17 @@ DEFAULT_TEXTS = {                       # what a text means, whole, without its 
     "seizure": re.compile(rf"{_SEIZURE}|sz (foc|gen|uo)[a-z0-9 ]*|{'|'.join(sorted(SEIZURE))}"),
     "background": re.compile(rf"bckg|background|seizure free|anfallsfrei|"
                              rf"{_NO}({_SEIZURE}s?|anfalle?)")}
-# a text that speaks of a seizure; where its meaning is not known, nothing is known. Epileptiform
-# discharges and cycles per second (cps) are none
+# a text that speaks of a seizure, misspelt too; where its meaning is not known, nothing is known.
+# Epileptiform discharges and cycles per second (9 cps) are none
 SPEAKS = re.compile(
     r"seiz|\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
     r"[ck]ri[sz][ei]|(?<!inter)(?<!inter )i[ck]t(al|us)|[ck]onvuls|kramp|aanval|insult|toeval|"
-    r"napad|drgawk|zachvat|kohtaus|nobet|roham|gorcs|criza|atta(ck|que)|ataque|status epi|"
-    r"epilepti\w* (event|fit)|"
+    r"napad|drgawk|zachvat|attacc|kejang|co giat|kohtaus|nobet|roham|gorcs|criza|"
+    r"atta(ck|que)|ataque|status epi|siez|[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
+    r"\b(epi\w*|electro\w*|clinical) (event|episode)|\b(ncse|sps|fas)\b|(?<!\d )\bcps\b|"
+    r"[ck]lonus|gelasti|hypermotor|hyperkinet|"
     r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|btcs|\bfias\b|\baura\b|"
-    r"\b(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon|"
+    r"\ba?(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon|"
     # Russian, Ukrainian, Greek, Chinese and Japanese (between seizures is none), Korean (taken
     # apart as `plain` does), Arabic, Persian, Hebrew
     r"приступ|припад|судор|напад|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
@@ -634,8 +636,12 @@ class Texts:
         return {text: counts[text] for text in sorted(left, key=lambda t: not speaks(t))}
 
 
+# letters of another alphabet than the one they are read in: no European word has three in a row
+GARBLED = re.compile("[\x80-\xff]{3}")
+
+
 def speaks(text):
-    return SPEAKS.search(plain(text)) is not None
+    return bool(SPEAKS.search(plain(text)) or GARBLED.search(text))
 
 
 def marks(text):
@@ -664,7 +670,8 @@ def _numbered(said):
     """A plain text without its number, and the number: "2nd seizure start" is "seizure start", 2.
     With more than one it is left as it is."""
     words, numbers = [], []
-    for word in re.sub(r"\b(seizure|seiz|sz|anfall|crise)#?(\d+)\b", r"\1 \2", said).split():
+    bare = re.sub(r"\b(no|nr|n°|num|number)[.:]? ?(?=#?\d)", "", said)     # no. 1 is no negation
+    for word in re.sub(r"\b(seizure|seiz|sz|anfall|crise)#?(\d+)\b", r"\1 \2", bare).split():
         word = word.rstrip(":.,;")
         found = re.fullmatch(r"#?(\d{1,3})(st|nd|rd|th|er|e|eme|ere)?", word)
         if found or word in ORDINALS:
@@ -739,9 +746,10 @@ def parse_annotations(found, texts):
             begun.remove(start)
             labels.events.append((start.onset, onset))
         elif not meaning and speaks(text):
+            what = "is garbled" if GARBLED.search(text) else "speaks of a seizure"
             raise DataError(
-                f"{text[:60]!r} at {onset:g} s speaks of a seizure and is not known: say what it "
-                "means with --seizure-label or --background-label")
+                f"{text[:60]!r} at {onset:g} s {what} and is not known: say what it means with "
+                "--seizure-label or --background-label")
     for start in begun:
         raise DataError(_no_end(start))
     return labels if labelled else None

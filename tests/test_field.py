@@ -308,6 +308,9 @@ def test_numbers_of_a_pair_are_compared():
     assert "their numbers differ" in parse((1, None, "Sz 1 onset"), (5, None, "Sz 2 offset"))
     assert "their numbers differ" in parse((1, None, "first seizure start"), (5, None, "2nd seizure end"))
     assert parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz 1 offset"), (9, None, "Sz 2 offset")) == [(1, 5), (3, 9)]
+    for text in ("No. 2 seizure", "seizure no 2", "Nr.2: Seizure", "\u2116 2 seizure", "seizure n\xb02"):
+        assert parse((1, None, "background"), (5, 4, text)) == [(5, 9)], text
+    assert parse((1, None, "seizure no. 1 start"), (5, None, "No 1 seizure end")) == [(1, 5)]
     assert "may end" in parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz offset"))
 
 
@@ -328,7 +331,9 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "GTCS", "sGTKA", "fnsz left", "ESz", "SzStart left", "szr", "Absence 12 s", "Absencen", "Status epilepticus",
                                   "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
                                   "Anf. 2", "Krise?", "Приступ", "судороги", "επιληπτική κρίση", "癫痫发作", "発作開始", "발작", "نوبة صرع", "התקף",
-                                  "nöbet", "criză", "roham"])
+                                  "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
+                                  "gelastic", "clonus", "attacco", "clinical event", "Electrographic event", "Epi event", "no. 2 seizures",
+                                  "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
     beside = (1, 2, "Seizure"), (5, None, "background")
@@ -339,7 +344,7 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
 
 
 @pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no clinical seizures",
-                                  "inter-ictal", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "глаза открыты", "发作间期", "眼を開けた"])
+                                  "inter-ictal", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
