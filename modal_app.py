@@ -55,7 +55,7 @@ EXIT = {"finished": 0, "refused": 2, "time limit": 75}      # others: 1
 
 def options(words):
     """What `modal run modal_app.py` is asked for. Exits with 2 for words that are none."""
-    from eeg.corpora import LAYOUTS     # here: a container that trains needs neither
+    from eeg.layouts import LAYOUTS     # here: a container that trains needs neither
     from eeg.edf import CHANNELS
     parser = argparse.ArgumentParser(prog="modal run modal_app.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,9 +1,4 @@
-"""Corpora of EDF files: how each names its recordings and where its labels lie, and the resumable
-conversion to one HDF5 file per recording.
-
-A corpus layout is a row of LAYOUTS and, where its labels are of a new kind, a reader in
-annotations.py.
-"""
+"""Import of corpora of EDF files: the resumable conversion to one HDF5 file per recording."""
 import json
 import multiprocessing
 import os
@@ -17,7 +12,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import h5py
 import numpy as np
@@ -25,117 +19,21 @@ import numpy as np
 from eeg import annotations, console
 from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel, electrode
-from eeg.edf import prepare_edf, read_annotations, read_header
+from eeg.edf import prepare_edf, read_header
+from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
+from eeg.layouts import find_events, identify
 from eeg.release import release
 from eeg.splits import contradictions, person, person_code
 from eeg.store import FORMAT, entries, read_index, write_recording
 
 BYTES_PER_WORKER = 200_000_000          # of EDF that make a further process worth its start
 MAX_LINES_PER_REASON = 3                # of refused files; more share a line
-MAX_KEPT_TEXTS = 100                    # of a recording's EDF+ annotations
 MAX_LISTED_TEXTS = 20                   # in the table
 MAX_DRIFT_SECONDS = 1.0                 # of a clock, beyond which a label file may be off
-# what becomes of labels that cannot be read: the recording is refused, or it is unlabelled, or no
-# label is opened at all
-STRICT, LENIENT, NEVER = "strict", "lenient", "never"
-# recordings that are not read
-FOREIGN = (".edf.gz", ".edf.zip", ".bdf", ".rec", ".vhdr", ".set", ".fif", ".cnt", ".nwb", ".e")
-SPLITS = ("train", "dev", "eval")
 
 
 class Occupied(DataError):
     """The place of a recording holds one of another corpus, which stays."""
-
-
-# ---- layouts ----
-
-def beside(*endings):
-    """Finder of annotation files named like the EDF, with or without its _eeg."""
-    def find(path):
-        stems = dict.fromkeys((path.stem.removesuffix("_eeg"), path.stem))
-        return [path.with_name(stem + ending) for ending in endings for stem in stems]
-    return find
-
-
-def summary_beside(path):
-    patient = re.split("[a-z]?_", path.stem)[0]
-    return [path.with_name(f"{patient}-summary.txt"), *sorted(path.parent.glob("*-summary.txt"))]
-
-
-def seizure_list(path):
-    return sorted(path.parent.glob("Seizures-list*.txt"))
-
-
-class Layout(NamedTuple):
-    """How a corpus names a recording, where its labels lie, who reads them."""
-    name: re.Pattern                    # stem of the EDF; its first group is the patient
-    example: str
-    find: Callable                      # EDF path -> where its annotation may lie, the best first
-    read: Callable                      # (its path, Header, Texts) -> Labels, None: not named there
-    lower: bool = False                 # patients are written in small letters
-    split: bool = False                 # folders train, dev and eval are the corpus's own split
-
-
-LAYOUTS = {
-    "tuh": Layout(re.compile(r"([a-z]{8}|\d{8})_s\d{3}_t\d{3}$"), "aaaaaaaa_s001_t000.edf",
-                  beside(".csv_bi", ".csv", ".tse_bi", ".tse"), annotations.read_tuh,
-                  lower=True, split=True),
-    "chbmit": Layout(re.compile(r"(chb\d{2})[a-z]?_\d{2}\+?$", re.I), "chb01_03.edf",
-                     summary_beside, annotations.read_summary, lower=True),
-    "siena": Layout(re.compile(r"(PN\d{2})(-[\d.]*)?$", re.I), "PN00-1.edf",
-                    seizure_list, annotations.read_siena),
-    "bids": Layout(re.compile(r"sub-([A-Za-z0-9]+)(?:_[a-zA-Z]+-[A-Za-z0-9]+)*_eeg$"),
-                   "sub-01_run-00_eeg.edf", beside("_events.tsv"), annotations.read_events_tsv),
-    "seizeit": Layout(re.compile(r"(P_ID\d+)_r\d+$", re.I), "P_ID01_r1.edf",
-                      beside("_a1.tsv"), annotations.read_seizeit)}
-# an EDF of no known corpus
-OTHER = Layout(re.compile("(?!)"), "", beside(
-    "_events.tsv", ".csv_bi", ".csv", ".tse_bi", ".tse", "_annotations.csv", "_annotations.tsv",
-    "_annotations.txt", ".tsv", ".txt"), annotations.read_beside)
-# words before the first underscore that name no patient
-GENERIC = set("eeg edf rec recording patient pat pt subject subj sub proband file export".split())
-# folders that name none either: kinds of files, parts of a split, classes
-KINDS = GENERIC | set(
-    "edfs eegs recordings patients subjects files data raw train training dev val validation eval "
-    "test seizure seizures ictal interictal normal abnormal background".split())
-
-
-@dataclass
-class Source:
-    """One EDF of a corpus, what its place says about it, and its annotation file (None: none)."""
-    path: Path
-    name: str                           # of the recording: path below SRC without .edf
-    layout: str
-    patient: str
-    split: str
-    annotation: Path | None
-
-
-def identify(path, root, layout="auto"):
-    """Source of an EDF below `root`. auto: the layout is told by the file's name; other names are
-    taken as they come, with the annotation beside them (x_events.tsv, x.csv_bi, x.csv, ...) and the
-    patient named by the folder below `root` or, without one, by what stands before the first
-    underscore, words like EEG or train apart."""
-    relative = path.relative_to(root)
-    if layout == "auto":
-        layout = next((name for name, row in LAYOUTS.items() if row.name.match(path.stem)), "")
-    row = LAYOUTS.get(layout, OTHER)
-    named = row.name.match(path.stem)
-    if named:
-        patient = named[1].lower() if row.lower else named[1]
-    else:
-        words = path.stem.split("_")
-        folders = [part for part in relative.parts[:-1] if part.lower() not in KINDS]
-        named = folders or [word for word in words if word and word.lower() not in GENERIC] or words
-        patient = named[0]
-
-    split = ""
-    if row.split:
-        above = (*relative.parts[:-1], root.name, root.parent.name)
-        split = next((part for part in above if part in SPLITS), "")
-    # a dead link counts: labels that cannot be read are no reason to call a recording unlabelled
-    annotation = next((place for place in row.find(path) if os.path.lexists(place)), None)
-    return Source(path, relative.with_suffix("").as_posix(), layout, patient, split, annotation)
 
 
 # ---- import: one recording ----
@@ -245,7 +143,7 @@ def _convert(source, task, target):
             if task.labels == STRICT and len(events):
                 raise DataError(why)
             events = None
-        header.notes += _of_channels(source.path)
+        header.notes += channel_notes(source.path)
     except OSError as error:
         what = Path(error.filename).name + ": " if error.filename else ""
         raise DataError(what + (error.strerror or str(error))) from None
@@ -321,96 +219,6 @@ def read_renames(path):
     if not renames:
         raise DataError(f"--rename {path} names no electrode")
     return renames
-
-
-def find_events(source, header, task):
-    """(events float64 (N, 2) in s, or None for an unlabelled recording; {text of its EDF+
-    annotations: how often}; why it is unlabelled). An annotation file counts alone; where there is
-    none that is a table, what an EDF+ says inside."""
-    if task.labels == NEVER:
-        return None, {}, "labels were not opened"
-    unread = ""
-    if source.annotation:
-        try:
-            return _events_beside(source, header, task)
-        except annotations.NoTable as error:
-            unread = f"; {error}"
-        except annotations.Unlabelled as error:
-            return None, {}, str(error)
-        except (DataError, OSError) as error:
-            if task.labels == STRICT:
-                raise
-            return None, {}, f"{source.annotation.name} cannot be used: {error}"
-    events, texts, why = _events_inside(header, task)
-    others = [name for name in _unread_beside(source.path) if name not in unread]
-    if others:
-        unread += f"; not read as labels: {', '.join(others)}"
-    return events, texts, why + unread
-
-
-def _events_beside(source, header, task):
-    labels = LAYOUTS.get(source.layout, OTHER).read(source.annotation, header, task.texts)
-    if not labels:
-        return None, {}, f"{source.annotation.name} does not name it"
-    events = annotations.finish(labels, header.seconds)
-    header.notes += labels.notes + _passed_over(source, header, len(events))
-    return events, {}, ""
-
-
-def _passed_over(source, header, seizures):
-    """Notes on what the annotation file that counts alone keeps from being read."""
-    counts, notes = f"{source.annotation.name} counts alone", []
-    if source.layout not in LAYOUTS:
-        others = [path.name for path in OTHER.find(source.path)
-                  if path != source.annotation and path.exists()]
-        notes += [f"{counts}, not {', '.join(others)}"] if others else []
-    if not seizures:
-        try:
-            texts = [text for *_, text in read_annotations(header) if annotations.marks(text)]
-        except DataError:
-            texts = []
-        notes += [f"{counts}, not the {texts[0][:60]!r} inside the EDF+"] if texts else []
-    return notes
-
-
-def _events_inside(header, task):
-    events, found, why = None, [], "no annotations"
-    try:
-        found = read_annotations(header)
-        labels = annotations.parse_annotations(found, task.texts)
-        if found:
-            why = "no EDF+ annotation says that it was read for seizures"
-        if labels:
-            events = annotations.finish(labels, header.seconds)
-            header.notes += labels.notes
-    except DataError as damage:
-        why = f"its EDF+ annotations: {damage}"
-    counts = Counter(text.partition("@@")[0].strip()[:200] for _, _, text in found)
-    texts = sorted(counts, key=lambda text: (not annotations.speaks(text), -counts[text]))
-    return events, {text: counts[text] for text in texts[:MAX_KEPT_TEXTS]}, why
-
-
-NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", ".md5", ".sha256", *FOREIGN)
-
-
-def _unread_beside(path):
-    """Names of files beside an EDF that may hold its labels and are of no kind that is read."""
-    stem = path.stem.removesuffix("_eeg")
-    kinds = r"[-_](annot\w*|labels?|marker\w*|events?|seizures?)"
-    form = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?({kinds})?\.\w+", re.I)
-    return sorted(name for name in os.listdir(path.parent)
-                  if form.fullmatch(name) and not name.lower().endswith(NOT_LABELS))
-
-
-def _of_channels(path):
-    """What the BIDS channels.tsv beside an EDF says, as notes."""
-    table = path.with_name(path.stem.removesuffix("_eeg") + "_channels.tsv")
-    if not table.exists():
-        return []
-    try:
-        return annotations.channel_notes(table)
-    except (DataError, OSError) as error:
-        return [f"{table.name} is not read: {error}"]
 
 
 # ---- import: a corpus ----
