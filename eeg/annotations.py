@@ -47,7 +47,7 @@ def finish(labels, seconds):
     for onset, end in sorted(labels.events):
         what = f"event from {onset:g} s to {end:g} s"
         if onset < 0 or end <= onset:
-            raise DataError(what)
+            raise DataError(f"{what}: it begins before the recording, or does not last")
         if onset >= seconds:
             raise DataError(f"{what} lies beyond the recording's {seconds:g} s")
         if end > seconds + 0.02:

@@ -14,6 +14,7 @@ from typing import Callable, NamedTuple
 from eeg import annotations
 from eeg.edf import DataError, read_annotations
 
+NEAR_SECONDS = 10                       # of a seizure: a text so near may be on it
 MAX_KEPT_TEXTS = 100                    # of a recording's EDF+ annotations
 # what becomes of labels that cannot be read: the recording is refused, or it is unlabelled, or no
 # label is opened at all
@@ -135,7 +136,10 @@ def find_events(source, header, task):
                 raise
             return None, {}, f"{source.annotation.name} cannot be used: {error}"
     events, texts, why = _events_inside(header, task)
-    others = [name for name in _unread_beside(source.path) if name not in unread]
+    others = _unread_beside(source.path)
+    if events is not None and others:
+        header.notes.append(f"what its EDF+ says counts alone, not {', '.join(others)}")
+    others = [name for name in others if name not in unread]
     if others:
         unread += f"; not read as labels: {', '.join(others)}"
     return events, texts, why + unread
@@ -145,25 +149,45 @@ def _events_beside(source, header, task):
     labels = LAYOUTS.get(source.layout, OTHER).read(source.annotation, header, task.texts)
     if not labels:
         return None, {}, f"{source.annotation.name} does not name it"
-    events = annotations.finish(labels, header.seconds)
-    header.notes += labels.notes + _passed_over(source, header, len(events))
+    try:
+        events = annotations.finish(labels, header.seconds)
+    except DataError as error:
+        raise DataError(f"{source.annotation.name}: {error}") from None
+    header.notes += labels.notes + _passed_over(source, header, task, events)
     return events, {}, ""
 
 
-def _passed_over(source, header, seizures):
-    """Notes on what the annotation file that counts alone keeps from being read."""
-    counts, notes = f"{source.annotation.name} counts alone", []
-    if source.layout not in LAYOUTS:
-        others = [path.name for path in OTHER.find(source.path)
-                  if path != source.annotation and path.exists()]
-        notes += [f"{counts}, not {', '.join(others)}"] if others else []
-    if not seizures:
-        try:
-            texts = [text for *_, text in read_annotations(header) if annotations.marks(text)]
-        except DataError:
-            texts = []
-        notes += [f"{counts}, not the {texts[0][:60]!r} inside the EDF+"] if texts else []
-    return notes
+def _passed_over(source, header, task, events):
+    """Notes on what the annotation file that counts alone keeps from being read: other files, of a
+    known corpus only those that have another seizure, and a text inside the EDF+ that has one."""
+    row = LAYOUTS.get(source.layout, OTHER)
+    readers = {source.path.with_name(name): OTHER.read for name in _unread_beside(source.path)}
+    readers |= {path: row.read for path in row.find(source.path) if path.exists()}
+    readers.pop(source.annotation)
+    others = [path.name for path, read in readers.items()
+              if row is OTHER or _has_more(path, read, header, task, events)]
+    try:
+        others += [f"the {text[:60]!r} inside the EDF+"
+                   for onset, _, text in read_annotations(header) if annotations.marks(text)
+                   and not _overlaps(events, onset - NEAR_SECONDS, onset + NEAR_SECONDS)][:1]
+    except DataError:
+        pass                            # of texts that do not count: what counts was read
+    return [f"{source.annotation.name} counts alone, not {what}" for what in others]
+
+
+def _overlaps(events, onset, end):
+    return bool(((events[:, 0] < end) & (events[:, 1] > onset)).any())
+
+
+def _has_more(path, read, header, task, events):
+    """Whether a file has a seizure that `events` have not, or cannot be read where these are none.
+    TUSZ has an .lbl beside each .tse, with the same labels."""
+    try:
+        labels = read(path, header, task.texts)
+        found = annotations.finish(labels, header.seconds) if labels else []
+    except (DataError, OSError):
+        return not len(events) and ".lbl" not in path.suffix
+    return not all(_overlaps(events, *event) for event in found)
 
 
 def _events_inside(header, task):
@@ -191,7 +215,8 @@ def _unread_beside(path):
     stem = path.stem.removesuffix("_eeg")
     kinds = r"[-_](annot\w*|labels?|marker\w*|events?|seizures?)"
     form = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?({kinds})?\.\w+", re.I)
-    return sorted(name for name in os.listdir(path.parent)
+    same = [name for name in os.listdir(path.parent) if name[:len(stem)].lower() == stem.lower()]
+    return sorted(name for name in same
                   if form.fullmatch(name) and not name.lower().endswith(NOT_LABELS))
 
 

@@ -438,6 +438,34 @@ def test_what_an_annotation_file_that_counts_alone_keeps_from_being_read_is_said
     assert "inside the EDF+" not in said(tmp_path / "src", tmp_path / "out")[1]
 
 
+@pytest.mark.parametrize("stem, inside, files, lines", [
+    # labels inside an EDF+ keep from being read what lies beside it
+    ("a", [(1, "background")], {"a_seizures.csv": "x"}, ["what its EDF+ says counts alone, not a_seizures.csv"]),
+    ("a", [(1, "background")], {"a.csv": "Beginn;Text\n5;Anfall\n"}, ["what its EDF+ says counts alone, not a.csv"]),
+    ("a", [(1, "sz start"), (4, "sz end")], {"a.xml": "<x/>", "a.png": ""}, ["what its EDF+ says counts alone, not a.xml"]),
+    # files of another name or kind, and texts of another seizure
+    ("a", [], {"a_events.tsv": tsv((0, 20, "bckg")), "a_annotations.xml": "<x/>"}, ["a_events.tsv counts alone, not a_annotations.xml"]),
+    ("a", [(25, "Seizure")], {"a_events.tsv": tsv((2, 3, "sz"))}, ["a_events.tsv counts alone, not the 'Seizure' inside the EDF+"]),
+    ("a", [(25, "no seizure"), (12, "Seizure end")], {"a_events.tsv": tsv((2, 3, "sz"))}, []),
+    # of known corpora only what has another seizure
+    ("aaaaaaaa_s001_t000", [], {".csv_bi": CSV.format("30") + "TERM,0,30,bckg,1\n", ".csv": CSV.format("30") + "FP1-F7,5,9,fnsz,1\n"},
+     ["aaaaaaaa_s001_t000.csv_bi counts alone, not aaaaaaaa_s001_t000.csv"]),
+    ("aaaaaaaa_s001_t000", [], {".csv_bi": CSV.format("30") + "TERM,5,9,seiz,1\n", ".csv": CSV.format("30") + "FP1-F7,5,8,fnsz,1\nF7-T3,6,9,fnsz,1\n"}, []),
+    ("aaaaaaaa_s001_t000", [], {".tse_bi": "version = tse_v1.0.0\n0 30 bckg 1\n", ".lbl_bi": "version = lbl_v1.0.0\n"}, []),
+    ("sub-01_eeg", [], {"sub-01_events.tsv": tsv((0, 30, "bckg")), ".csv_bi": CSV.format("30") + "TERM,5,9,seiz,1\n"},
+     ["sub-01_events.tsv counts alone, not sub-01_eeg.csv_bi"]),
+    ("chb01_03", [], {"chb01-summary.txt": "File Name: chb01_03.edf\nNumber of Seizures in File: 0\n", ".edf.seizures": "x"},
+     ["chb01-summary.txt counts alone, not chb01_03.edf.seizures"])])
+def test_labels_that_are_not_read_beside_those_that_count_are_said(tmp_path, stem, inside, files, lines):
+    plus(tmp_path / "src" / f"{stem}.edf", range(30), "EDF+C", {onset: mark(onset, text) for onset, text in inside})
+    for name, content in files.items():
+        (tmp_path / "src" / (stem + name if name.startswith(".") else name)).write_text(content)
+    _, text = said(tmp_path / "src", tmp_path / "out")
+    r, = data.open_corpus(tmp_path / "out")
+    assert r.labelled and [note for note in r.notes.split("; ") if "counts alone" in note] == lines
+    assert all(line in text for line in lines)
+
+
 def test_what_a_bids_channels_file_says_and_the_import_does_not_act_on_is_noted(tmp_path):
     write_edf(tmp_path / "src" / "sub-01_eeg.edf", 5)
     (tmp_path / "src" / "sub-01_channels.tsv").write_text("name\ttype\tunits\tstatus\nFp1\tEEG\tmV\tbad\nF3\tEEG\tmV\tgood\n")
