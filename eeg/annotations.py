@@ -132,6 +132,8 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
         _note_length(labels, row.get("recordingDuration"), name)
         if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
             raise DataError(f"{name}: unknown eventType {kind!r}")
+        if not kind.startswith("sz") and (cells := [c for c in row.values() if marks(c)]):
+            raise DataError(f"{name}: {cells[0]!r} in a row that calls itself {kind}")
         span = _event(row, kind, name, labels.notes)
         if span and kind == "impd":
             tests.append(span)
@@ -376,18 +378,6 @@ def _of_another(title, cell):
     return f"{title}={cell}" if titled else ""
 
 
-def channel_notes(path):
-    """What a BIDS channels.tsv says that the import does not act on, in words."""
-    rows = table(read_text(path), path.name, "\t", ("name",))
-    bad = [row["name"] for row in rows if row.get("status", "").lower() == "bad"]
-    notes = [f"{path.name} calls {', '.join(bad)} bad: taken all the same"] if bad else []
-    units = sorted({row["units"] for row in rows
-                    if row.get("type", "EEG").upper() == "EEG" and row.get("units")})
-    if units:
-        notes.append(f"{path.name} gives units {', '.join(units)}: those of the EDF count")
-    return notes
-
-
 def read_seizeit(path, header, texts=None):
     return parse_seizeit(read_text(path), path.name)
 
@@ -424,27 +414,41 @@ def read_summary(path, header, texts=None):
 def parse_summary(text):
     """CHB-MIT chbNN-summary.txt: {file name: [its blocks of lines]}."""
     files = {}
-    for block in re.split(r"^File Name:", text, flags=re.M)[1:]:
+    for block in re.split(r"^[ \t]*File Name *:", text, flags=re.M | re.I)[1:]:
         files.setdefault(block.split("\n")[0].strip(), []).append(block)
     return files
 
 
+SUMMARY = re.compile(r"Number of Seizures in File *: *(?P<count>\d+)|"
+                     r"Seizure *(?P<number>\d*) *(?P<edge>Start|End) Time *: *(?P<time>\S+) sec.*",
+                     re.I)
+
+
 def summary_labels(blocks, name="summary"):
-    """Labels from the block of one file: "Seizure Start Time" or "Seizure 1 Start Time"."""
+    """Labels from the block of one file: "Seizure Start Time" or "Seizure 1 Start Time". Another
+    line on a seizure or a file is not understood."""
     block = blocks[0]
     file = block.split("\n")[0].strip()
     what = f"{name}, {file}"
     if len(blocks) > 1:
         raise DataError(f"{what}: named {len(blocks)} times")
-    count = re.search(r"^Number of Seizures in File:\s*(\d+)", block, re.M)
-    starts = re.findall(r"^Seizure(?: *\d+)? Start Time:\s*(\S+) sec", block, re.M)
-    ends = re.findall(r"^Seizure(?: *\d+)? End Time:\s*(\S+) sec", block, re.M)
-    if not count or not int(count[1]) == len(starts) == len(ends):
-        raise DataError(f"{what}: {count[1] if count else 'no'} seizures announced, "
+    lines = [line.strip() for line in block.split("\n")[1:]]
+    found = {line: SUMMARY.fullmatch(line) for line in lines}
+    odd = [line for line in lines if not found[line] and re.search(r"seiz|\.edf", line, re.I)]
+    if odd:
+        raise DataError(f"{what}: {odd[0]!r} is not understood")
+    found = [found[line] for line in lines if found[line]]
+    counts = [int(match["count"]) for match in found if match["count"]]
+    starts, ends = [[match for match in found if (match["edge"] or "").lower() == edge]
+                    for edge in ("start", "end")]
+    if counts != [len(starts)] or len(starts) != len(ends):
+        raise DataError(f"{what}: {', '.join(map(str, counts)) or 'no'} seizures announced, "
                         f"{len(starts)} begin, {len(ends)} end")
     labels = Labels()
     for start, end in zip(starts, ends):
-        labels.events.append((float(number(start, what)), float(number(end, what))))
+        if start["number"] != end["number"]:
+            raise DataError(f"{what}: {end[0]!r} does not end {start[0]!r}")
+        labels.events.append(tuple(float(number(edge["time"], what)) for edge in (start, end)))
 
     # clock times of the file are off by 10 s and more: only a gross difference counts
     begin = re.search(r"^File Start Time:\s*(\S+)", block, re.M)
@@ -462,12 +466,13 @@ SIENA = re.compile(r"\s*(File name|Registration start time|Registration end time
 def parse_siena(text, name="Seizures-list"):
     """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end",
     "start", "end": text}]}. One without "end" was not ended, one with "odd" is a line with a time
-    that is not understood."""
+    or a file that is not understood."""
     files, entry = {}, {}
     for line in [*text.split("\n"), "File name: "]:
         found = SIENA.match(line)
         if not found:
-            if entry and re.search(r"\d[.:]\d+[.:]\d", line):
+            timed = re.search(r"\d[.:]\d+[.:]\d|\.edf", line, re.I)
+            if entry and (timed or speaks(line) and re.search(r"\d[.:]\d", line)):
                 files[entry["file"]].append({"file": entry["file"], "odd": line.strip()})
             continue
         key = found[1].lower().removeprefix("seizure ").removesuffix(" time")
@@ -511,11 +516,12 @@ def read_siena(path, header, texts=None):
     number): a lone one left over is taken for the lone recording left over, and noted."""
     files = parse_siena(read_text(path), path.name)
     listed = {_siena_name(name): entries for name, entries in files.items()}
-    labels, key = Labels(slack=60.0), _siena_name(header.path.name)
+    labels, key, registered = Labels(slack=60.0), _siena_name(header.path.name), None
     if key not in listed:
         edfs = [other for other in header.path.parent.iterdir() if other.suffix.lower() == ".edf"]
-        others = {_siena_name(other.name) for other in edfs}
-        left = [name for name in listed if name not in others]
+        # of the same patient: a folder may hold several
+        others = {name for other in edfs if (name := _siena_name(other.name))[:4] == key[:4]}
+        left = [name for name in listed if name not in others and name[:4] == key[:4]]
         if len(left) != 1 or len(others - set(listed)) != 1:
             return None
         key = left[0]
@@ -526,7 +532,11 @@ def read_siena(path, header, texts=None):
             raise DataError(f"{path.name}, {entry['file']}: {entry['odd']!r} is not understood")
     for entry in _whole_entries(listed[key], labels):
         _correct_start(entry, path.name, header, labels)
-        _, length, onset, end = siena_times(entry, f"{path.name}, {entry['file']}")
+        where = f"{path.name}, {entry['file']}"
+        begin, length, onset, end = siena_times(entry, where)
+        registered = registered or (begin, length)
+        if max(abs(begin - registered[0]), abs(length - registered[1])) > labels.slack:
+            raise DataError(f"{where}: its registration times are of two recordings")
         labels.seconds = length
         labels.events.append((onset, end))
     return labels

@@ -40,7 +40,8 @@ def summary_beside(path):
 
 
 def seizure_list(path):
-    return sorted(path.parent.glob("Seizures-list*.txt"))
+    lists = sorted(path.parent.glob("Seizures-list*.txt"))
+    return sorted(lists, key=lambda place: path.stem[:4].upper() not in place.name.upper())
 
 
 class Layout(NamedTuple):
@@ -221,11 +222,19 @@ def _unread_beside(path):
 
 
 def channel_notes(path):
-    """What the BIDS channels.tsv beside an EDF says, as notes."""
-    table = path.with_name(path.stem.removesuffix("_eeg") + "_channels.tsv")
-    if not table.exists():
+    """What the BIDS channels.tsv beside an EDF says that the import does not act on, as notes."""
+    place = path.with_name(path.stem.removesuffix("_eeg") + "_channels.tsv")
+    if not place.exists():
         return []
     try:
-        return annotations.channel_notes(table)
+        text = annotations.read_text(place)
+        rows = annotations.table(text, place.name, "\t", ("name",))
     except (DataError, OSError) as error:
-        return [f"{table.name} is not read: {error}"]
+        return [f"{place.name} is not read: {error}"]
+    bad = [row["name"] for row in rows if row.get("status", "").lower() == "bad"]
+    notes = [f"{place.name} calls {', '.join(bad)} bad: taken all the same"] if bad else []
+    units = sorted({row["units"] for row in rows
+                    if row.get("type", "EEG").upper() == "EEG" and row.get("units")})
+    if units:
+        notes.append(f"{place.name} gives units {', '.join(units)}: those of the EDF count")
+    return notes

@@ -1,5 +1,7 @@
 """eeg/annotations.py: which seizures a label file or an EDF+ marks, and what is refused. Real files."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,10 @@ def test_szcore_events(shared):
         parse_events_tsv(HEAD)
     with pytest.raises(edf.DataError, match="eventType"):
         parse_events_tsv("onset\tduration\n1\t2\n")
+    titled = "onset\tduration\teventType\ttrial_type\n0\t30\tbckg\t{}\n"
+    assert parse_events_tsv(titled.format("no seizure")).events == []
+    with pytest.raises(edf.DataError, match="'focal seizure' in a row that calls itself bckg"):
+        parse_events_tsv(titled.format("focal seizure"))
     with pytest.raises(edf.DataError, match="impedance"):
         parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
     assert "impedance test" in parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
@@ -147,6 +153,18 @@ def test_chb_summaries_in_both_forms(shared):
     )
     with pytest.raises(edf.DataError, match="2 seizures announced"):
         summary_labels([block.format(2)])
+    one = block.format(1)
+    for odd, why in (
+        (one + "Seizure #2 Start: 12 seconds\n", "'Seizure #2 Start: 12 seconds' is not understood"),
+        (one + "Flie Name: b.edf\n", "'Flie Name: b.edf' is not understood"),
+        (one.replace("seconds", "minutes"), "'Seizure 1 Start Time:   3 minutes' is not understood"),
+        (one.replace("1 End", "2 End"), "'Seizure 2 End Time: 9 seconds' does not end 'Seizure 1"),
+        (block.format(0).replace("Seizure 1", "  Seizure 1"), "0 seizures announced, 1 begin, 1 end"),
+        (one + "Number of Seizures in File: 0\n", "1, 0 seizures announced"),
+    ):
+        with pytest.raises(edf.DataError, match=re.escape(why)):
+            summary_labels([odd])
+    assert sorted(parse_summary(f"File Name:{one}\n  File name : b.edf\n")) == ["a.edf", "b.edf"]
     no_clock = summary_labels([block.format(1).replace(" 1 ", " ")])
     assert no_clock.events == [(3.0, 9.0)] and no_clock.seconds is None
 
@@ -179,6 +197,13 @@ def test_siena_lists_are_read_over_midnight_and_contradictions_refused(shared):
         ("Seizure start time: 00.01.00\n", "no end time"),
         ("Start time: 00.01.00\nStart time: 00.02.00\nEnd time: 00.02.09\n", "no end time"),
         ("Seizure 1 start: 00.01.00\nSeizure 1 end: 00.01.09\n", "'Seizure 1 start: 00.01.00' is not"),
+        ("Sezure start time: 00.01\nSezure end time: 00.02\n", "'Sezure start time: 00.01' is not"),
+        ("Flie name: PN00-9.edf\n", "'Flie name: PN00-9.edf' is not"),
+        (
+            "Start time: 00.01.00\nEnd time: 00.01.09\nRegistration start time: 09.00.00\n"
+            "Registration end time: 09.05.00\nStart time: 09.01.00\nEnd time: 09.01.09\n",
+            "its registration times are of two recordings",
+        ),
     ],
 )
 def test_a_seizure_of_a_siena_list_that_is_not_ended_or_not_understood_is_no_background(
@@ -190,6 +215,27 @@ def test_a_seizure_of_a_siena_list_that_is_not_ended_or_not_understood_is_no_bac
     (tmp_path / "src" / "Seizures-list-PN00.txt").write_text(text)
     ((_, said_why),) = imported(tmp_path / "src", tmp_path / "out").refused
     assert why in said_why
+
+
+def test_siena_lists_of_several_patients_in_one_folder_are_told_apart(tmp_path):
+    """A recording that its own list does not name never has another patient's seizures."""
+    times = "Registration start time: 00.00.00\nRegistration end time: 00.05.00\n"
+    for patient, listed in (("PN00", "PN00-1 PN00-2"), ("PN01", "PN01-1 PNO1-2")):
+        text = "".join(
+            f"File name: {name}.edf\n{times}Start time: 00.0{minute}.00\nEnd time: 00.0{minute}.09\n"
+            for minute, name in enumerate(listed.split(), int(patient[-1]) + 1)
+        )
+        (tmp_path / "src" / f"Seizures-list-{patient}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "src" / f"Seizures-list-{patient}.txt").write_text(text)
+    for name in ("PN00-1", "PN01-1", "PN01-2", "PN02-1"):
+        write_edf(tmp_path / "src" / f"{name}.edf", 300)
+    assert not imported(tmp_path / "src", tmp_path / "out").refused
+    found = {
+        r.name: r.events.tolist() if r.labelled else None for r in data.open_corpus(tmp_path / "out")
+    }
+    assert found == {
+        "PN00-1": [[60, 69]], "PN01-1": [[120, 129]], "PN01-2": [[180, 189]], "PN02-1": None
+    }
 
 
 def test_seizeit_annotations(shared):
