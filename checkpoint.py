@@ -1188,8 +1188,8 @@ def in_line(facts: dict[str, Any], later: dict[str, Any]) -> bool:
     """Whether the save of `facts` is one that the save of `later` goes back to, or is itself.
 
     Each start of a process is a line of its own; a save names the starts before its own, and the
-    save at which each was left. Starts before an unnamed one, of an older version, are not known:
-    there the counter decides."""
+    save at which each was left. Starts before an unnamed one, of an older version or more than
+    MAX_STARTS ago, are not known: there the counter decides."""
     if facts["run"] != later["run"]:
         return False
     left = {start: counter for start, counter, _ in later["starts"]}
@@ -1577,8 +1577,9 @@ class Checkpointer:
                                     f"from")
         self.resumed = Path(path) if path else None
         self.run = facts["run"] or self.run
-        left = [facts["start"], facts["save_counter"], asked]
-        self.starts = [*facts["starts"], left][-MAX_STARTS:]
+        self.starts = [*facts["starts"], [facts["start"], facts["save_counter"], asked]]
+        if len(self.starts) > MAX_STARTS:           # an unnamed one stands for the first of them
+            self.starts[:2] = [["", self.starts[1][1], False]]
         self.counter = max(self.counter, facts["save_counter"])
         self.position = facts["position"]
         self.global_step = facts["global_step"]

@@ -58,6 +58,28 @@ def test_going_back_to_a_file_killed_anywhere_ends_with_the_best_of_the_line_tha
     assert crash.kill_sweep(tmp_path / "d", went_on, back, check, every=every) > 20 / every
 
 
+@pytest.mark.parametrize("second", [False, True], ids=["alone", "with a second copy"])
+def test_a_best_that_was_made_more_starts_ago_than_a_save_names_stays_the_best(tmp_path, monkeypatch, second):
+    monkeypatch.setattr(checkpoint, "MAX_STARTS", 4)
+    home, said = tmp_path / "results/v3/checkpoints", []
+    place = {"mirror": tmp_path / "nas"} if second else {}
+    with (Mirrored if second else saver)(home, say=said.append, **place) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.9)
+    for step in range(2, 12):
+        with (Mirrored if second else saver)(home, say=said.append, **place) as s:
+            s.resume()
+            assert metric(home / "best.pt") == 0.9
+            s.save_mid(state(step, epoch=2))
+            assert len(s.starts) <= 4
+    assert not any("abandoned" in line or "another start" in line for line in said)
+    with saver(home, checkpoint_keep=0) as s:           # a line that is left is still known as such
+        s.resume()
+        s.save_epoch(state(12, epoch=2), metric=0.95)
+    with saver(home) as s:
+        s.resume(home / "checkpoint_epoch_001.pt")
+    assert metric(home / "best.pt") == 0.9 and list(home.glob("abandoned_best_*.pt"))
+
+
 def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best(small_disk):
     directory = small_disk / "run"
     with saver(directory) as s:
