@@ -877,14 +877,23 @@ def load(path: str | os.PathLike, map_location: Any = "cpu") -> dict:
 
     Raises CorruptCheckpoint for bytes that were read and are wrong, OSError where they cannot be
     read now, MemoryError where there is no room for them."""
-    return _checked(path, map_location)
+    if isinstance(map_location, (str, torch.device)):
+        torch.empty(0, device=map_location)             # a GPU that is absent damages no file
+    with _open(path) as file:
+        before = os.fstat(file.fileno())
+        with _damage(path):
+            state = _read_state(file, map_location)
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise OSError(errno.EAGAIN, "changed while it was read", str(path))
+        return state
 
 
 def verify(path: str | os.PathLike) -> int:
     """Load all of `path` and let go of it: refuses (CorruptCheckpoint) what `load` would refuse.
 
     Returns its size in bytes."""
-    _checked(path, "cpu")
+    load(path)
     return os.path.getsize(path)
 
 
@@ -926,19 +935,6 @@ def _described(error):
         code = re.search(r"GLOBAL (\S+)", str(error))
         return f"weights_only loading refuses it: {f'it would run {code[1]}' if code else first}"
     return f"unreadable: {type(error).__name__}: {first}"
-
-
-def _checked(path, map_location):
-    if isinstance(map_location, (str, torch.device)):
-        torch.empty(0, device=map_location)             # a GPU that is absent damages no file
-    with _open(path) as file:
-        before = os.fstat(file.fileno())
-        with _damage(path):
-            state = _read_state(file, map_location)
-        after = os.fstat(file.fileno())
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise OSError(errno.EAGAIN, "changed while it was read", str(path))
-        return state
 
 
 def _read_state(file, map_location):
@@ -1012,6 +1008,17 @@ def _check_bytes(path):
         _check(file)
 
 
+def damage_of(path: str | os.PathLike) -> str:
+    """What is wrong with the bytes of a checkpoint; "" also where they cannot be read now."""
+    try:
+        _check_bytes(path)
+    except CorruptCheckpoint as damage:
+        return reason_of(damage)
+    except OSError:
+        pass
+    return ""
+
+
 def _digest(digest, file, begin, end):
     if begin > end:
         raise CorruptCheckpoint("overlapping or misplaced entries")
@@ -1064,7 +1071,7 @@ def peek(path: str | os.PathLike) -> dict[str, Any]:
     with _open(path) as file, _damage(path):
         size, comment = os.fstat(file.fileno()).st_size, _comment(file)
         state = _note(comment) if comment else None
-    state = _checked(path, "meta") if state is None else state
+    state = load(path, "meta") if state is None else state
     for key, value in _facts(state).items():
         if key in PROGRESS and (value is None or not 0 <= value < 2**63):
             raise CorruptCheckpoint(f"{path}: its {key} is {value!r}, not a count")
@@ -1219,15 +1226,12 @@ def choose(found: list[Candidate], open_: Callable[[Path], Any],
             continue
         try:
             opened = open_(candidate.path)
-        except CorruptCheckpoint as damage:
-            say(f"resume: skipped {candidate.label}: {reason_of(damage)}")
-            refused.append(candidate)
-        except OSError as error:
-            if error.errno in LASTING:
+        except (CorruptCheckpoint, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in LASTING:
+                _expect_another(candidate, error, usable[number + 1:], say)
+            else:
                 say(f"resume: skipped {candidate.label}: {reason_of(error)}")
                 refused.append(candidate)
-            else:
-                _expect_another(candidate, error, usable[number + 1:], say)
         else:
             chosen = candidate
             break
@@ -1365,7 +1369,9 @@ class Signals:
 
     def _note(self, number, frame):
         if os.getpid() != self.process:
-            self._note_in_child(number)
+            # a fork must not die of a Ctrl-C that its parent answers with a save; of a kill it must
+            if number == signal.SIGTERM:
+                self._act(number)
         elif not self.number:
             self.take(number)
             name = signal.Signals(number).name
@@ -1375,12 +1381,6 @@ class Signals:
             except OSError:
                 pass                        # after SIGHUP the terminal may be gone
         elif time.monotonic() - self.since >= 1:
-            self._act(number)
-
-    def _note_in_child(self, number):
-        """A forked process must not die of the Ctrl-C that its parent answers with a save, but of a
-        kill it must."""
-        if number == signal.SIGTERM:
             self._act(number)
 
     def _act(self, number):
@@ -1437,6 +1437,7 @@ class Checkpointer:
                                    (snapshots are turned away while that fails)
         failed 3 times and for save_patience_minutes ----> SaveFailed, in the training loop"""
 
+    mends_best = False                      # whether a damaged best.pt comes from a second copy
     def __init__(self, directory: str | os.PathLike, mid_epoch_minutes: float = 30.0,
                  mid_epoch_keep: int = 5, checkpoint_interval: int = 1, checkpoint_keep: int = 3,
                  mode: str = "max", on_saved: Callable[[Path], object] | None = None,
@@ -1596,42 +1597,53 @@ class Checkpointer:
         try:
             best = self._best_of_line()
             self._best = self._metric_of_best()
-            if ended:
-                self._name_last(ended[-1])
+            self._name_last(ended)
             for candidate in ended:
                 metric = candidate.facts["metric"]
                 later = not best or candidate.order > best.order    # else it was judged before
                 known = self._best is not None      # else best.pt cannot be read now: it stays
                 if metric and later and known and candidate.kind != "best" \
-                        and self._is_better(metric):
-                    self._name_again(candidate, KINDS["best"].name)
+                        and self._is_better(metric) \
+                        and self._name_again(candidate, KINDS["best"].name):
                     self._best = metric
         except (OSError, CorruptCheckpoint) as error:
             self.say(f"resume: last.pt and best.pt could not be named anew: {reason_of(error)}")
         self._best = self._metric_of_best()
 
     def _best_of_line(self):
-        """The Candidate best.pt, or None; set aside where this line has not made it."""
+        """The Candidate best.pt, or None; set aside where this line has not made it, and where it
+        is damaged: a metric without its weights is no bar."""
         best = Candidate(self.directory / KINDS["best"].name)
         if not best.facts:
             return None
+        aside, why = abandoned_name(best), "belongs to the abandoned line"
         if in_line(best.facts, self.line):
-            return best
-        aside = abandoned_name(best)
-        link_or_copy(best.path, aside, self.links)
-        _unlink(best.path)
-        self.say(f"resume: best.pt belongs to the abandoned line: renamed to {aside.name}")
+            damage = "" if self.mends_best else damage_of(best.path)
+            if not damage:
+                return best
+            aside, why = best.path.with_name("best.pt.damaged"), f"is damaged, {damage}"
+        os.replace(best.path, aside)        # a full disk takes no copy
+        _unlink(best.path)                  # else one file had both names already
+        _sync_directory(self.directory)
+        self.say(f"resume: best.pt {why}: renamed to {aside.name}")
         return None
 
-    def _name_last(self, newest):
+    def _name_last(self, ended):
         last = Candidate(self.directory / KINDS["last"].name)
-        if not last.facts or last.facts["save_counter"] < newest.facts["save_counter"]:
-            self._name_again(newest, last.path.name)
+        for candidate in reversed(ended):
+            if last.facts and last.order >= candidate.order \
+                    or self._name_again(candidate, last.path.name):
+                return
 
     def _name_again(self, candidate, name):
+        """False where the candidate is damaged: no more than its progress was read so far."""
+        damage = damage_of(candidate.path)
+        if damage:
+            self.say(f"resume: {candidate.path.name} is not named {name}: {damage}")
+            return False
         link_or_copy(candidate.path, self.directory / name, self.links)
-        self.say(f"resume: {name} is {candidate.path.name} again: the process that wrote it ended "
-                 f"before naming it so")
+        self.say(f"resume: {name} is {candidate.path.name} again, of the saves that are left")
+        return True
 
     # -- a loop over a DataLoader --
 

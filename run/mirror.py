@@ -83,15 +83,12 @@ def _check_all(there, say):
     for name in ("best.pt", "last.pt"):
         candidate = there.get(name)
         if candidate and candidate.facts and not candidate.damage:
-            try:
-                checkpoint.verify(candidate.path)
-            except checkpoint.CorruptCheckpoint as error:
-                say(f"mirror: {candidate.path} is damaged: {checkpoint.reason_of(error)}")
+            damage = checkpoint.damage_of(candidate.path)
+            if damage:
+                say(f"mirror: {candidate.path} is damaged: {damage}")
                 for other in there.values():
                     if os.path.samefile(other.path, candidate.path):
-                        other.damage = checkpoint.reason_of(error)
-            except OSError:
-                pass                        # cannot be read now: no damage
+                        other.damage = damage
 
 
 def _lacks(there, candidate, line, home):
@@ -140,6 +137,8 @@ class Mirrored(Checkpointer):
 
     Attributes of the copying thread are guarded by `changed`; whoever writes to the second copy
     holds `writing` and the lock of its folder."""
+
+    mends_best = True
 
     def __init__(self, directory, *arguments, mirror, records=("config.yaml", "metrics.jsonl"),
                  **options):

@@ -258,9 +258,12 @@ class RunDirectory:
                 best = {"value": metric["value"], "tie": metric.get("tie"), "epoch": facts["epoch"]}
         if best["value"] is None:
             best["waited"] = 0
-        if facts is None and stopping["value"] is not None:
+        lost = stopping["value"] is not None and checkpoint.better(
+            stopping["value"], best["value"], self.saver.mode)
+        if lost and (facts is None or best["epoch"]):
+            left = f"is now that of epoch {best['epoch']}" if best["epoch"] else "starts anew"
             self.say(f"resume: best.pt, of epoch {stopping['epoch']}, is in no place any more: the "
-                     f"best starts anew")
+                     f"best {left}")
         return stopping | best
 
     def _cut_records(self):

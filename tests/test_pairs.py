@@ -80,6 +80,48 @@ def test_a_best_that_was_made_more_starts_ago_than_a_save_names_stays_the_best(t
     assert metric(home / "best.pt") == 0.9 and list(home.glob("abandoned_best_*.pt"))
 
 
+def as_copied(directory):
+    """Every name a file of its own, as after `cp -r`."""
+    for path in directory.glob("*.pt"):
+        path.write_bytes(path.read_bytes())
+        shutil.copy(path, path.with_suffix(".copy"))
+        os.replace(path.with_suffix(".copy"), path)
+
+
+def test_no_damaged_file_becomes_last_or_best(tmp_path):
+    went_on(tmp_path)
+    as_copied(tmp_path)
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).unlink()
+    flip(tmp_path / "checkpoint_epoch_004.pt")
+    flip(tmp_path / "checkpoint_epoch_002.pt")
+    said = []
+    with saver(tmp_path, checkpoint_keep=0, say=said.append) as s:
+        assert s.resume()["global_step"] == 30
+    assert [checkpoint.peek(tmp_path / name)["epoch"] for name in ("last.pt", "best.pt")] == [3, 3]
+    assert checkpoint.verify(tmp_path / "last.pt") and checkpoint.verify(tmp_path / "best.pt")
+    assert any(line.startswith("resume: checkpoint_epoch_002.pt is not named best.pt") for line in said)
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["copied", "linked"])
+def test_a_damaged_best_is_set_aside_and_the_best_of_what_is_left_takes_its_place(tmp_path, linked):
+    went_on(tmp_path)
+    if not linked:
+        as_copied(tmp_path)
+    with open(tmp_path / "best.pt", "r+b") as file:     # all of its names
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    said = []
+    with saver(tmp_path, checkpoint_keep=0, say=said.append) as s:
+        assert s.resume()["global_step"] == 40
+        assert metric(tmp_path / "best.pt") == (0.6 if linked else 0.9)
+        assert checkpoint.verify(tmp_path / "best.pt")
+        assert s.save_epoch(state(50, epoch=5), metric=0.7) is linked
+    assert any("best.pt is damaged" in line and "best.pt.damaged" in line for line in said)
+
+
 def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best(small_disk):
     directory = small_disk / "run"
     with saver(directory) as s:

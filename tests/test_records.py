@@ -240,6 +240,16 @@ def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
     assert last(tmp_path, "best.pt")["epoch"] == 2
 
 
+def test_a_best_that_is_lost_with_its_epoch_is_said_beside_the_one_that_takes_its_place(tmp_path, corpus, capsys, monkeypatch):
+    with validations(monkeypatch, auroc=[0.9, 0.6, 0.7, 0.5]):
+        for epochs in (3, 4):
+            assert train.run(loaded(corpus, tmp_path, training__epochs=epochs, training__checkpoint_keep=2), "true") == 0
+            told = capsys.readouterr().out
+            (tmp_path / "t/checkpoints/best.pt").unlink(missing_ok=epochs == 4)
+    assert "best.pt, of epoch 1, is in no place any more: the best is now that of epoch 3" in told
+    assert last(tmp_path)["stopping"]["epoch"] == 3
+
+
 def test_a_best_under_other_rules_is_no_bar_and_patience_starts_over(tmp_path, corpus, capsys, monkeypatch):
     def trained(**changes):
         config = loaded(corpus, tmp_path, training__best_metric="event_f1", **changes)
