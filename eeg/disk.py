@@ -216,6 +216,8 @@ def copy_folder(path, folder, states, say=print, copied=lambda: None):
     except InUse as error:
         raise DataError(f"{target}: another process copies there: {error}") from None
     try:
+        for part in target.rglob("*.h5.copying"):          # a killed copy's, which fill the disk
+            part.unlink()
         strange = [str(p) for p in target.rglob("*.h5") if str(p.relative_to(target)) not in states]
         if strange:
             raise DataError(f"{strange[0]} is not in {path}: give data.copy_to a folder of its own")
@@ -250,8 +252,15 @@ def _copy_files(source, target, sizes, say, copied):
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         temp = place.with_name(place.name + ".copying")
-        shutil.copy2(source / name, temp)
-        replace_durably(temp, place)
+        try:
+            shutil.copy2(source / name, temp)
+            replace_durably(temp, place)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                error.filename = str(place)             # not the source
+            raise
+        finally:
+            temp.unlink(missing_ok=True)
         return sizes[name]
 
     pool = ThreadPoolExecutor(COPIERS, "copy")

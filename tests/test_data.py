@@ -541,3 +541,23 @@ def test_a_copy_without_room_is_refused_before_it_begins(synthetic, tmp_path, mo
     with pytest.raises(edf.DataError, match="GB to copy, 0.0 GB free"):
         data.copy_corpus(synthetic[1], tmp_path)
     assert not list(tmp_path.rglob("*.h5"))
+
+
+def test_what_a_killed_copy_left_takes_no_room_from_the_next_one_and_a_full_disk_is_named_not_the_source(tmp_path, small_disk):
+    source = tmp_path / "corpus"
+    source.mkdir()
+    for name in ("a.h5", "b.h5"):
+        (source / name).write_bytes(bytes(400_000))
+    states = {path.name: disk.file_state(path.stat()) for path in source.iterdir()}
+    (small_disk / "corpus").mkdir()
+    (small_disk / "corpus/a.h5.copying").write_bytes(bytes(300_000))
+
+    def fill(line):
+        (small_disk / "other").write_bytes(bytes(300_000))      # another program's, just before the copy
+    with pytest.raises(OSError) as full:
+        disk.copy_folder(source, small_disk, states, fill)
+    assert full.value.errno == errno.ENOSPC and full.value.filename.startswith(str(small_disk / "corpus"))
+    assert not list(small_disk.rglob("*.copying"))
+    (small_disk / "other").unlink()
+    disk.copy_folder(source, small_disk, states, lambda line: None)
+    assert all((small_disk / "corpus" / name).stat().st_size == 400_000 for name in states)
