@@ -18,6 +18,7 @@ from tqdm import tqdm
 import checkpoint
 import evaluate
 import model
+from eeg.console import how_many
 from eeg.disk import Refused, TemporaryFault, fault, read_json_lines, write_json
 from run.config import compare, effective, run_directory
 from run.mirror import Mirrored
@@ -275,7 +276,13 @@ class RunDirectory:
             return MetricsFile(self.directory, 0, True, self.own, self.say)
         facts = checkpoint.facts_of(self.state)
         ended = facts["kind"] == "epoch" or not self.state["batch"]
-        metrics = MetricsFile(self.directory, facts["global_step"], ended, self.own, self.say)
+        second = None
+        if isinstance(self.saver, Mirrored) and not self.saver.apart:
+            second = self.saver.place.parent / "metrics.jsonl"
+        step = facts["global_step"]
+        metrics = MetricsFile(self.directory, step, ended, self.own, self.say, second)
+        if step - metrics.ends >= self.state["config"]["training"].get("log_every", math.inf):
+            self.say(f"metrics.jsonl has no rows of steps {metrics.ends + 1} to {step}")
         metrics.event("resume", self.saver.resumed, facts)
         return metrics
 
@@ -398,30 +405,51 @@ class MetricsFile:
 
     step        the resumed one; rows beyond it go to metrics.abandoned.jsonl
     ended       the epoch ended with it, so that its validation row stays too
-    own()       whether the directory's path still leads to the folder of this run"""
+    own()       whether the directory's path still leads to the folder of this run
+    second      a copy of metrics.jsonl, whose rows replace those that are lost
+    ends        the step of the last row that a resume found, 0 for none"""
 
-    def __init__(self, directory, step, ended, own, say):
+    def __init__(self, directory, step, ended, own, say, second=None):
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
         self.own = own
         self.pending = []               # lines that a full or dead disk refused
         self.torn = False               # the last write failed: half a line may stand there
         # lines of this process, for a copy that lags behind a disk that dies
         self.newest = collections.deque(maxlen=10_000)
-        kept, dropped = [], []
-        for row in self._rows():
-            before = row["step"] < step
-            at = row["step"] == step and (ended or row["kind"] == "train")
-            (kept if before or at else dropped).append(row)
+        kept, dropped = self._parted(self.path, step, ended)
         if dropped:                     # trained again, or of a line that --resume FILE left
-            with open(directory / "metrics.abandoned.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in dropped)
+            append_rows(directory / "metrics.abandoned.jsonl", dropped)
+        if second:
+            kept = self._completed(kept, second, step, ended)
+        self.ends = max((row["step"] for row in kept), default=0)
         text = "".join(json.dumps(row) + "\n" for row in kept)
         self.size = checkpoint.atomic_write(self.path, [text.encode()])     # of the whole lines
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self.charts = Charts(directory / "tensorboard", kept, say)
 
-    def _rows(self):
-        for row in read_json_lines(self.path, self.say):
+    def _parted(self, path, step, ended):
+        """Rows of the file at `path` that a resume at `step` keeps, and the others."""
+        kept, dropped = [], []
+        for row in self._rows(path):
+            before = row["step"] < step
+            at = row["step"] == step and (ended or row["kind"] == "train")
+            (kept if before or at else dropped).append(row)
+        return kept, dropped
+
+    def _completed(self, kept, second, *place):
+        """`kept`, with rows of the second copy for those that it lacks."""
+        there = {(row["kind"], row["step"]) for row in kept}
+        lost = []
+        with contextlib.suppress(OSError):      # out of reach, as the copying thread says
+            lost = [row for row in self._parted(second, *place)[0]
+                    if (row["kind"], row["step"]) not in there]
+        if not lost:
+            return kept
+        self.say(f"metrics.jsonl lacked {how_many(len(lost), 'row')}: taken from {second}")
+        return sorted(kept + lost, key=lambda row: (row["step"], row["kind"]))
+
+    def _rows(self, path):
+        for row in read_json_lines(path, self.say):
             try:
                 yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
             except (ValueError, TypeError, KeyError, OverflowError):
@@ -491,8 +519,7 @@ class MetricsFile:
             row = {"kind": kind, "file": Path(path).name, "epoch": facts["epoch"],
                    "batch": facts["batch"], "step": facts["global_step"], "seconds": seconds,
                    "time": time.time()}
-            with open(self.directory / "saves.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_rows(self.directory / "saves.jsonl", [row])
 
     def sync(self):
         """On the disk before the checkpoint that counts on it; in the writer thread, an fsync takes
@@ -550,6 +577,17 @@ class Charts:
     def close(self):
         if self.writer:
             self._attempt(self.writer.close)
+
+
+def append_rows(path, rows):
+    """Add the dicts `rows` to the file at `path`; half a line that a full disk or a power cut has
+    left at its end goes."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def add_rows(path, rows):

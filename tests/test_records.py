@@ -229,6 +229,43 @@ def test_the_copied_file_says_nothing_of_eeg(tmp_path):
         assert word not in text, word
 
 
+@pytest.mark.parametrize("second", [True, False], ids=["with a second copy", "alone"])
+def test_rows_that_were_lost_before_a_resume_come_from_the_second_copy_or_are_said(tmp_path, corpus, capsys, second):
+    options = {"training__mirror": str(tmp_path / "nas")} if second else {}
+    with cut_at(EPOCH_STEPS + 6):
+        train.run(loaded(corpus, tmp_path, **options), "true")
+    before, path = rows(tmp_path), tmp_path / "t/metrics.jsonl"
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])
+    capsys.readouterr()
+    assert train.run(loaded(corpus, tmp_path, **options), "true") == 0
+    told, found = capsys.readouterr().out, rows(tmp_path)
+    at = found.index(before[-1]) + 1 if second else 2
+    assert found[:at] == (before if second else before[:2])
+    if second:
+        assert f"metrics.jsonl lacked {len(before) - 2} rows: taken from" in told and "has no rows" not in told
+        assert rows(tmp_path / "nas") == found
+    else:
+        assert f"metrics.jsonl has no rows of steps 3 to {before[-1]['step']}" in told
+    assert train.run(loaded(corpus, tmp_path, **options), "true") == 0
+    assert "metrics.jsonl" not in capsys.readouterr().out       # said once
+
+
+@pytest.mark.parametrize("name, torn", [("saves.jsonl", b'{"kind": "sa'), ("metrics.abandoned.jsonl", b"\0" * 5000)])
+def test_half_a_line_that_a_full_disk_left_spoils_no_later_one(tmp_path, corpus, name, torn):
+    path = tmp_path / "t" / name
+    config = loaded(corpus, tmp_path)
+    with cut_at(3):
+        train.run(config, "true")
+    path.write_bytes((path.read_bytes() if path.exists() else b'{"step": 0}\n') + torn)
+    kept = len([line for line in path.read_bytes().splitlines() if line.endswith(b"}")])
+    with open(tmp_path / "t/metrics.jsonl", "a") as file:       # a row that the resume cuts off
+        file.write('{"kind": "train", "step": 99}\n')
+    with cut_at(2):
+        train.run(config, "true")
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) > kept
+
+
 def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
     with cut_at(2 * EPOCH_STEPS):
         train.run(loaded(corpus, tmp_path), "true")
