@@ -40,7 +40,6 @@ import numpy as np
 
 from eeg import baseline, console, corpora, splits, store, synth
 from eeg.augmentation import AUGMENTED, Augmenter
-from eeg.annotations import no_labels
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
@@ -702,7 +701,7 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
             f"{counts[2]} full ({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
     noted = corpora.grouped((r.name, r.notes) for r in recordings if r.notes)
     for line in (*(f"note {line}" for line in noted),
-                 *no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled),
+                 *splits.no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled),
                  *splits.contradictions((person(r.patient), r.patient_code) for r in recordings)):
         say(f"  {line}")
     refused = corpora.read_report(path)
@@ -730,9 +729,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
                    help="unit where the EDF names none")
     p.add_argument("--seizure-label", action="append", default=[], metavar="TEXT",
-                   help="EDF+ annotation of a seizure; START..END for a pair; may be repeated")
+                   help="annotation of a seizure; START..END for a pair; may be repeated")
     p.add_argument("--background-label", action="append", default=[], metavar="TEXT",
-                   help="EDF+ annotation of a recording that was read and holds no other seizure")
+                   help="annotation of a recording that was read and holds no other seizure")
     p.add_argument("--rename", metavar="FILE",
                    help="two columns: label in the EDF, electrode; for channels of other names")
     p.add_argument("--replace", action="store_true",

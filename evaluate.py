@@ -445,7 +445,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
     else:
         recordings = data.open_corpus(path)
         unlabelled = [(r.name, r.unlabelled) for r in recordings if not r.labelled]
-        for line in annotations.no_labels(unlabelled):
+        for line in splits.no_labels(unlabelled):
             print(line)
     for r in recordings:
         if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):

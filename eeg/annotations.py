@@ -20,7 +20,12 @@ SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".spli
 
 
 class Unlabelled(DataError):
-    """A recording that can be read and has no labels. The message says why."""
+    """A recording that can be read and has no labels. The message says why; `texts` are those that
+    were read."""
+
+    def __init__(self, why, texts=()):
+        super().__init__(why)
+        self.texts = texts
 
 
 class NoTable(DataError):
@@ -30,11 +35,13 @@ class NoTable(DataError):
 @dataclass
 class Labels:
     """Seizures of one recording as (onset, end) in s; `seconds` is the recording's length by the
-    annotation, if it says so, and `slack` how far that may be from the signal's."""
+    annotation, if it says so, and `slack` how far that may be from the signal's; `texts` are those
+    of a list that was read."""
     events: list = field(default_factory=list)
     seconds: float | None = None
     slack: float = 2.0
     notes: list = field(default_factory=list)
+    texts: list = field(default_factory=list)
 
 
 def finish(labels, seconds):
@@ -273,14 +280,18 @@ NOTHING = re.compile(r"(no|none|nein|non|false|n/?a|nan|-*|0+([.,]0*)?)", re.I)
 def list_labels(text, name, texts=None):
     """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where
     it is no such table or its texts say nothing or contradict each other."""
+    found = []
     try:
-        labels = parse_annotations(parse_list(text, name), texts or Texts())
+        found = parse_list(text, name)
+        labels = parse_annotations(found, texts or Texts())
     except NoTable:
         raise
     except (DataError, csv.Error) as error:
-        raise Unlabelled(f"{name}: {error}") from None
+        raise Unlabelled(f"{name}: {error}", [text for *_, text in found]) from None
+    said = [text for *_, text in found]
     if labels is None:
-        raise Unlabelled(f"no text of {name} says that the recording was read for seizures")
+        raise Unlabelled(f"no text of {name} says that the recording was read for seizures", said)
+    labels.texts = said
     return labels
 
 
@@ -785,22 +796,3 @@ def _ended(begun, onset, text, pairs, number):
 def _no_end(start):
     return (f"{start.text!r} at {start.onset:g} s has no end: neither a duration nor a text that "
             "says so")
-
-
-# ---- what is said of it ----
-
-MAX_NAMED = 3                           # recordings without labels for one reason that are named
-
-
-def no_labels(recordings):
-    """Lines on the recordings without labels, from (name, why); several for one reason share a
-    line."""
-    reasons = {}
-    for name, why in recordings:
-        reasons.setdefault(why or "no annotations", []).append(name)
-    for why, names in reasons.items():
-        if len(names) > MAX_NAMED:
-            who = f"{len(names)} recordings, {names[0]} to {names[-1]}"
-        else:
-            who = ", ".join(names)
-        yield f"NO LABELS, not used for training or scoring: {who} ({why})"

@@ -23,7 +23,7 @@ from eeg.edf import prepare_edf, read_header
 from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
 from eeg.layouts import find_events, identify
 from eeg.release import release
-from eeg.splits import contradictions, person, person_code
+from eeg.splits import contradictions, no_labels, person, person_code
 from eeg.store import FORMAT, entries, read_index, write_recording
 
 BYTES_PER_WORKER = 200_000_000          # of EDF that make a further process worth its start
@@ -48,6 +48,10 @@ class Task:
     renames: dict = field(default_factory=dict)         # label in the file -> electrode
     labels: str = STRICT
 
+    @property
+    def meanings(self):
+        return json.dumps(vars(self.texts))
+
 
 @dataclass
 class Outcome:
@@ -60,7 +64,7 @@ class Outcome:
     labelled: bool = False
     unlabelled: str = ""                # why it has no labels
     patient_code: str = ""              # see splits.person_code
-    texts: dict = field(default_factory=dict)           # of EDF+ annotations -> how often
+    texts: dict = field(default_factory=dict)           # of annotations -> how often
 
 
 def shown(path):
@@ -81,15 +85,12 @@ def stamps(source):
 
 def origin(source, task):
     """Attributes that say what a recording is made of; while they are the same, it is kept."""
-    # the map of texts matters only where labels can come from the EDF itself
-    meanings = "" if source.annotation else json.dumps(vars(task.texts))
     return {
         "format": FORMAT,
         "prepared": task.recipe.hash,
         "patient": source.patient,
         "split": source.split,
         "source_state": json.dumps(stamps(source)),
-        "meanings": meanings,
         "renames": json.dumps(sorted(task.renames.items())) if task.renames else ""}
 
 
@@ -100,7 +101,10 @@ def finished(target, source, task):
         with h5py.File(target, "r") as f:
             made = dict(f.attrs)
             before = Path(made["source"])
-            if all(made.get(key, "") == value for key, value in origin(source, task).items()):
+            same = all(made.get(key, "") == value for key, value in origin(source, task).items())
+            # what texts mean matters where they gave the labels, or might give some
+            meanings = made.get("meanings", "")
+            if same and meanings in ([task.meanings, ""] if made["labelled"] else [task.meanings]):
                 return Outcome(
                     source, "kept", notes=made.get("notes", made.get("repaired", "")),
                     labelled=bool(made["labelled"]), unlabelled=made.get("unlabelled", ""),
@@ -159,6 +163,7 @@ def _convert(source, task, target):
         "began": header.began,
         "release": task.release,
         "annotations": json.dumps(texts),
+        "meanings": "" if events is not None and not texts else task.meanings,
         "patient_code": person_code(header),
         "notes": one_line("; ".join(dict.fromkeys(header.notes)))}
     write_recording(target, signal.eeg, np.empty((0, 2)) if events is None else events, attributes)
@@ -232,7 +237,7 @@ class Report:
     kept: int = 0                                       # finished by an earlier import
     unlabelled: list = field(default_factory=list)      # (name, why)
     seconds: float = 0.0                                # of EEG imported
-    texts: Counter = field(default_factory=Counter)     # of the EDF+ annotations that were read
+    texts: Counter = field(default_factory=Counter)     # of the annotations that were read
     people: list = field(default_factory=list)          # (patient, code by the header)
     hints: list = field(default_factory=list)           # what the user may have meant
 
@@ -511,8 +516,8 @@ def hints(sources, layout, task, report, foreign):
     there = set(map(annotations.plain, report.texts))
     absent = [text for text in task.texts.given() if text not in there]
     if absent:
-        found.append(f"no EDF+ annotation is {', '.join(map(repr, absent))}; "
-                     "an annotation file beside an EDF counts alone")
+        found.append(f"no annotation is {', '.join(map(repr, absent))}; "
+                     "a label file beside an EDF counts alone")
     notes = "; ".join(what for _, what in report.notes).lower()
     never = [label for label in task.renames if f"{label} renamed".lower() not in notes]
     if never:
@@ -553,7 +558,7 @@ def _table(report, task, say):
             say(f"  {line}")
     unused = task.texts.unused(dict(report.texts.most_common()))
     if unused:
-        say("EDF+ annotations that label nothing:")
+        say("annotations that label nothing:")
         for text in list(unused)[:MAX_LISTED_TEXTS]:
             say(f"  {unused[text]} x {text[:60]!r}")
         if len(unused) > MAX_LISTED_TEXTS:
@@ -561,7 +566,7 @@ def _table(report, task, say):
         say("  one that marks seizures: --seizure-label TEXT, or START..END for a pair; "
             "one that says a recording was read: --background-label TEXT")
     if task.labels != NEVER:
-        for line in annotations.no_labels(report.unlabelled):
+        for line in no_labels(report.unlabelled):
             say(line)
     for line in (*contradictions(report.people),
                  *(f"hint: {hint}" for hint in report.hints)):

@@ -15,7 +15,7 @@ from eeg import annotations
 from eeg.edf import DataError, read_annotations
 
 NEAR_SECONDS = 10                       # of a seizure: a text so near may be on it
-MAX_KEPT_TEXTS = 100                    # of a recording's EDF+ annotations
+MAX_KEPT_TEXTS = 100                    # of a recording's annotations
 # what becomes of labels that cannot be read: the recording is refused, or it is unlabelled, or no
 # label is opened at all
 STRICT, LENIENT, NEVER = "strict", "lenient", "never"
@@ -119,9 +119,9 @@ def identify(path, root, layout="auto"):
 # ---- labels of one recording ----
 
 def find_events(source, header, task):
-    """(events float64 (N, 2) in s, or None for an unlabelled recording; {text of its EDF+
-    annotations: how often}; why it is unlabelled). An annotation file counts alone; where there is
-    none that is a table, what an EDF+ says inside."""
+    """(events float64 (N, 2) in s, or None for an unlabelled recording; {text of its annotations,
+    where labels go by texts: how often}; why it is unlabelled). An annotation file counts alone;
+    where there is none that is a table, what an EDF+ says inside."""
     if task.labels == NEVER:
         return None, {}, "labels were not opened"
     unread = ""
@@ -131,7 +131,7 @@ def find_events(source, header, task):
         except annotations.NoTable as error:
             unread = f"; {error}"
         except annotations.Unlabelled as error:
-            return None, {}, str(error)
+            return None, _kept(error.texts), str(error)
         except (DataError, OSError) as error:
             if task.labels == STRICT:
                 raise
@@ -155,7 +155,7 @@ def _events_beside(source, header, task):
     except DataError as error:
         raise DataError(f"{source.annotation.name}: {error}") from None
     header.notes += labels.notes + _passed_over(source, header, task, events)
-    return events, {}, ""
+    return events, _kept(labels.texts), ""
 
 
 def _passed_over(source, header, task, events):
@@ -203,9 +203,14 @@ def _events_inside(header, task):
             header.notes += labels.notes
     except DataError as damage:
         why = f"its EDF+ annotations: {damage}"
-    counts = Counter(text.partition("@@")[0].strip()[:200] for _, _, text in found)
-    texts = sorted(counts, key=lambda text: (not annotations.speaks(text), -counts[text]))
-    return events, {text: counts[text] for text in texts[:MAX_KEPT_TEXTS]}, why
+    return events, _kept(text for *_, text in found), why
+
+
+def _kept(texts):
+    """{text: how often} of a recording, those that speak of a seizure first."""
+    counts = Counter(text.partition("@@")[0].strip()[:200] for text in texts)
+    first = sorted(counts, key=lambda text: (not annotations.speaks(text), -counts[text]))
+    return {text: counts[text] for text in first[:MAX_KEPT_TEXTS]}
 
 
 NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", ".md5", ".sha256", *FOREIGN)

@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from eeg.annotations import no_labels
 from eeg.console import how_many
 from eeg.disk import CHUNK
 from eeg.edf import DataError
 
+MAX_NAMED = 3                           # recordings without labels for one reason that are named
 SAME_PERSON = {"chb21": "chb01"}        # CHB-MIT recorded one patient twice, 1.5 years apart
 WARNINGS = {                            # of the splits that do not keep patients apart
     "recording": "data.split: recording: the same patients train and validate: scores say nothing "
@@ -204,6 +204,20 @@ def told(recordings, train, dev, kind):
             lines.append(f"{corpus or 'corpus'}: left out: {_reasons(labelled)}")
         lines += no_labels((r.name, r.unlabelled) for r in out if not r.labelled)
     return lines + _same_person(train, dev) + _same_eeg(train, dev)
+
+
+def no_labels(recordings):
+    """Lines on the recordings without labels, from (name, why); several for one reason share a
+    line."""
+    reasons = {}
+    for name, why in recordings:
+        reasons.setdefault(why or "no annotations", []).append(name)
+    for why, names in reasons.items():
+        if len(names) > MAX_NAMED:
+            who = f"{len(names)} recordings, {names[0]} to {names[-1]}"
+        else:
+            who = ", ".join(names)
+        yield f"NO LABELS, not used for training or scoring: {who} ({why})"
 
 
 def _same_eeg(train, dev):

@@ -350,7 +350,7 @@ def test_texts_given_by_the_user_label_and_a_change_of_them_is_noticed(tmp_path)
     assert (
         done.returncode == 0 and "3 read, 1 already there" in done.stdout
     ), done.stdout
-    assert "hint: no EDF+ annotation is 'never there'" in done.stdout
+    assert "hint: no annotation is 'never there'" in done.stdout
     assert [r.events.tolist() for r in data.open_corpus(out)] == [[[2, 5]], [[1, 4]], [], [[2, 5]]]
     assert all(r.labelled for r in data.open_corpus(out))
     for seizure, background in (

@@ -354,7 +354,7 @@ def test_texts_that_speak_of_a_seizure_come_first_in_the_list(tmp_path):
     plus(tmp_path / "src" / "P03_EEG.edf", range(100), "EDF+C", notes | {50: mark(50, "Ictal rhythm L", 5)})
     text = said(tmp_path / "src", tmp_path / "out")[1]
     lines = text.splitlines()
-    assert lines[lines.index("EDF+ annotations that label nothing:") + 1] == "  1 x 'Ictal rhythm L'"
+    assert lines[lines.index("annotations that label nothing:") + 1] == "  1 x 'Ictal rhythm L'"
     again = said(tmp_path / "src", tmp_path / "out")[1]
     told = []
     data.info(tmp_path / "out", told.append)
@@ -436,6 +436,25 @@ def test_what_an_annotation_file_that_counts_alone_keeps_from_being_read_is_said
     assert "a_events.tsv counts alone, not the 'Focal seizure' inside the EDF+" in text
     (tmp_path / "src" / "a_events.tsv").write_text(tsv((2, 3, "sz")))
     assert "inside the EDF+" not in said(tmp_path / "src", tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", "Onset,Duration,Annotation\n5,4,Anfallsmuster\n"),
+    ("a_events.tsv", "onset\tduration\ttrial_type\n5\t4\tAnfallsmuster\n"),
+    ("a.txt", "a letter")])
+def test_what_the_user_says_of_the_texts_of_a_list_is_heard_in_a_second_import(tmp_path, name, content):
+    """Also where the file is no list and the texts are inside the EDF+."""
+    plus(tmp_path / "src" / "a.edf", range(20), "EDF+C", {5: mark(5, "Anfallsmuster", 4)})
+    write_edf(tmp_path / "src" / "b.edf", 20)
+    (tmp_path / "src" / "b_events.tsv").write_text(tsv((2, 3, "sz")))
+    (tmp_path / "src" / name).write_text(content)
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    assert "annotations that label nothing:\n  1 x 'Anfallsmuster'" in text and "NO LABELS" in text
+    report, text = said(tmp_path / "src", tmp_path / "out", seizure_labels=["Anfallsmuster"])
+    assert report.read == ["a"] and report.kept == 1 and "NO LABELS" not in text and "hint" not in text
+    assert data.open_corpus(tmp_path / "out")[0].events.tolist() == [[5, 9]]
+    assert imported(tmp_path / "src", tmp_path / "out", seizure_labels=["Anfallsmuster"]).kept == 2
+    assert imported(tmp_path / "src", tmp_path / "out").read == ["a"]
 
 
 @pytest.mark.parametrize("stem, inside, files, lines", [
