@@ -137,7 +137,7 @@ def find_events(source, header, task):
                 raise
             return None, {}, f"{source.annotation.name} cannot be used: {error}"
     events, texts, why = _events_inside(header, task)
-    others = _unread_beside(source.path)
+    others = _unread_beside(source.path, lists=True)
     if events is not None and others:
         header.notes.append(f"what its EDF+ says counts alone, not {', '.join(others)}")
     others = [name for name in others if name not in unread]
@@ -216,14 +216,19 @@ def _kept(texts):
 NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", ".md5", ".sha256", *FOREIGN)
 
 
-def _unread_beside(path):
-    """Names of files beside an EDF that may hold its labels and are of no kind that is read."""
+def _unread_beside(path, lists=False):
+    """Names of files beside an EDF that may hold its labels and are of no kind that is read; with
+    `lists` also those of no EDF, which may be of the whole folder: labels.csv."""
     stem = path.stem.removesuffix("_eeg")
-    kinds = r"[-_](annot\w*|labels?|marker\w*|events?|seizures?)"
-    form = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?({kinds})?\.\w+", re.I)
-    same = [name for name in os.listdir(path.parent) if name[:len(stem)].lower() == stem.lower()]
-    return sorted(name for name in same
-                  if form.fullmatch(name) and not name.lower().endswith(NOT_LABELS))
+    kinds = r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal)[\w -]*"
+    own = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?([-_. ]{kinds})?\.\w+", re.I)
+    names = [name for name in os.listdir(path.parent) if not name.lower().endswith(NOT_LABELS)]
+    found = list(filter(own.fullmatch, names))
+    if lists:
+        edfs = tuple(other.stem for other in path.parent.glob("*.[eE][dD][fF]"))
+        found += [name for name in names
+                  if re.fullmatch(rf"{kinds}\.\w+", name, re.I) and not name.startswith(edfs)]
+    return sorted(found)
 
 
 def channel_notes(path):

@@ -460,6 +460,10 @@ def test_what_the_user_says_of_the_texts_of_a_list_is_heard_in_a_second_import(t
 @pytest.mark.parametrize("stem, inside, files, lines", [
     # labels inside an EDF+ keep from being read what lies beside it
     ("a", [(1, "background")], {"a_seizures.csv": "x"}, ["what its EDF+ says counts alone, not a_seizures.csv"]),
+    ("a", [(1, "background")], {"a-sz.csv": "x", "a_scoring 2.csv": "x", "b.csv": "x"},
+     ["what its EDF+ says counts alone, not a-sz.csv, a_scoring 2.csv"]),
+    ("sz_2", [(1, "background")], {"sz_2.edf.md5": "x", "labels.csv": "x", "Seizures 2024.xlsx": "x", "labels.md": "x"},
+     ["what its EDF+ says counts alone, not Seizures 2024.xlsx, labels.csv"]),
     ("a", [(1, "background")], {"a.csv": "Beginn;Text\n5;Anfall\n"}, ["what its EDF+ says counts alone, not a.csv"]),
     ("a", [(1, "sz start"), (4, "sz end")], {"a.xml": "<x/>", "a.png": ""}, ["what its EDF+ says counts alone, not a.xml"]),
     # files of another name or kind, and texts of another seizure
