@@ -35,11 +35,12 @@ class NoTable(DataError):
 @dataclass
 class Labels:
     """Seizures of one recording as (onset, end) in s; `seconds` is the recording's length by the
-    annotation, if it says so, and `slack` how far that may be from the signal's; `texts` are those
-    of a list that was read."""
+    annotation, if it says so, and `slack` how far that may be from the signal's; `background`
+    are its rows without a seizure, if it has any; `texts` are those of a list that was read."""
     events: list = field(default_factory=list)
     seconds: float | None = None
     slack: float = 2.0
+    background: list = field(default_factory=list)
     notes: list = field(default_factory=list)
     texts: list = field(default_factory=list)
 
@@ -50,6 +51,10 @@ def finish(labels, seconds):
     if labels.seconds is not None and abs(labels.seconds - seconds) > labels.slack:
         raise DataError(f"the annotation is of {labels.seconds:g} s, the signal has {seconds:g} s: "
                         "not the same recording")
+    told = max((end for _, end in labels.background + labels.events), default=0)
+    if labels.background and told < seconds - labels.slack:
+        labels.notes.append(f"its rows end at {told:g} s of {seconds:g} s: the rest is taken for "
+                            "background")
     spans = []
     for onset, end in sorted(labels.events):
         what = f"event from {onset:g} s to {end:g} s"
@@ -144,7 +149,9 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
         span = _event(row, kind, name, labels.notes)
         if span and kind == "impd":
             tests.append(span)
-        elif span and kind != "bckg":
+        elif span and kind == "bckg":
+            labels.background.append(span)
+        elif span:
             labels.events.append(span)
 
     for begin, end in tests:
@@ -229,7 +236,6 @@ def parse_tse(text, name="tse"):
 def _add_tuh_rows(labels, rows, name):
     """Seizures of (channel, start, stop, label). An empty row, 0.0000 to 0.0000, stands in some
     files of TUSZ before the good ones: left out."""
-    background = []
     for channel, begin, end, label in rows:
         start = float(number(begin, f"{name}: start_time"))
         stop = float(number(end, f"{name}: stop_time"))
@@ -242,13 +248,13 @@ def _add_tuh_rows(labels, rows, name):
         elif label != "bckg":
             labels.events.append((start, stop))
         elif channel == "TERM":
-            background.append((start, stop))
+            labels.background.append((start, stop))
     if len(labels.notes) == len(rows):
         raise DataError(f"{name} has no row" + " but empty ones" * bool(rows))
     if labels.notes and not labels.events and any(row[3] != "bckg" for row in rows):
         raise DataError(f"{name}: its only seizure is an empty row")
 
-    for begin, end in background:
+    for begin, end in labels.background:
         if any(min(stop, end) - max(start, begin) > 0.02 for start, stop in labels.events):
             raise DataError(f"{name}: bckg from {begin:g} s to {end:g} s overlaps a seizure")
 
@@ -281,16 +287,17 @@ def list_labels(text, name, texts=None):
     """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where
     it is no such table or its texts say nothing or contradict each other."""
     found = []
+    why = f"no text of {name} says that the recording was read for seizures"
     try:
         found = parse_list(text, name)
         labels = parse_annotations(found, texts or Texts())
     except NoTable:
         raise
     except (DataError, csv.Error) as error:
-        raise Unlabelled(f"{name}: {error}", [text for *_, text in found]) from None
+        labels, why = None, f"{name}: {error}"
     said = [text for *_, text in found]
     if labels is None:
-        raise Unlabelled(f"no text of {name} says that the recording was read for seizures", said)
+        raise Unlabelled(why, said)
     labels.texts = said
     return labels
 

@@ -88,6 +88,25 @@ def test_events_beyond_the_end_are_cut_and_said_or_refused():
         finish(parse_events_tsv(tsv((1, 5, "sz", 1, "n/a", "n/a", "600.00"))), 30.0)
 
 
+def test_rows_that_end_long_before_the_recording_are_noted():
+    """The file may have been cut between two rows, before a seizure."""
+    for labels in (
+        parse_csv(CSV.format(30) + "TERM,0,10,bckg,1\n"),
+        parse_csv(CSV.format(30) + "TERM,0,5,bckg,1\nTERM,5,10,seiz,1\n"),
+        parse_events_tsv(tsv((0, 10, "bckg"))),
+    ):
+        finish(labels, 30.0)
+        assert labels.notes == ["its rows end at 10 s of 30 s: the rest is taken for background"]
+    for labels in (
+        parse_csv(CSV.format(30) + "TERM,0,28.5,bckg,1\n"),
+        parse_csv(CSV.format(30) + "FP1-F7,5,9,fnsz,1\n"),
+        parse_events_tsv(tsv((5, 9, "sz"))),
+        parse_events_tsv(tsv((0, 5, "bckg"), (5, 25, "sz"))),
+    ):
+        finish(labels, 30.0)
+        assert not labels.notes
+
+
 def test_tusz_labels():
     text = (
         CSV.format("30.0000")
