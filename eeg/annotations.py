@@ -696,7 +696,7 @@ def _built_in(said):
 
 def _numbered(said):
     """A plain text without its number, and the number: "2nd seizure start" is "seizure start", 2.
-    With more than one it is left as it is."""
+    With more than one, or 0, it is left as it is."""
     words, numbers = [], []
     bare = re.sub(r"\b(no|nr|n°|num|number)[.:]? ?(?=#?\d)", "", said)     # no. 1 is no negation
     for word in re.sub(r"\b(seizure|seiz|sz|anfall|crise)#?(\d+)\b", r"\1 \2", bare).split():
@@ -706,7 +706,7 @@ def _numbered(said):
             numbers.append(int(found[1]) if found else ORDINALS[word])
         else:
             words.append(word)
-    if len(numbers) > 1:
+    if len(numbers) > 1 or numbers == [0]:
         return said, None
     return " ".join(words), numbers[0] if numbers else None
 
@@ -750,17 +750,15 @@ def parse_annotations(found, texts):
     labels = Labels()
     begun = []                          # of Start
     labelled = False
-    at = {}                             # (onset, duration) -> what is said of it
+    denied = []                         # (onset, end, text) without a seizure
     # EDF+ repeats a text for each channel that it stands at
     once = dict.fromkeys((onset, duration, text.partition("@@")[0].strip())
                          for onset, duration, text in found)
     for onset, duration, text in sorted(once, key=lambda annotation: annotation[0]):
         meaning, pairs, number = texts.meaning(text)
         labelled = labelled or bool(meaning)
-        told = at.setdefault((onset, duration), {meaning})
-        told.add(meaning)
-        if told >= {"seizure", "background"}:
-            raise DataError(f"{text[:60]!r} at {onset:g} s, and the contrary of it")
+        if meaning == "background" and duration:
+            denied.append((onset, onset + duration, text))
         if meaning == "seizure" and duration:
             labels.events.append((onset, onset + duration))
         elif meaning in ("seizure", "start"):
@@ -780,6 +778,13 @@ def parse_annotations(found, texts):
                 "--seizure-label or --background-label")
     for start in begun:
         raise DataError(_no_end(start))
+    for onset, end, text in denied:
+        for event in labels.events:
+            common = min(end, event[1]) - max(onset, event[0])
+            # background may be said of a whole recording, beside its seizures
+            if event == (onset, end) or speaks(text) and common > 0.02:
+                raise DataError(f"{text[:60]!r} from {onset:g} s to {end:g} s, and a seizure from "
+                                f"{event[0]:g} s to {event[1]:g} s")
     return labels if labelled else None
 
 

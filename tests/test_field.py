@@ -314,6 +314,14 @@ def test_numbers_of_a_pair_are_compared():
     assert "may end" in parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz offset"))
 
 
+def test_what_denies_a_seizure_must_not_overlap_one():
+    for denial in (0, 20, "no seizure"), (4, 2, "Seizure free"), (5, 4, "background"):
+        assert f"{denial[2]!r} from {denial[0]} s" in parse(denial, (5, 4, "Seizure")), denial
+    assert "'no sz' from 6 s" in parse((5, None, "Seizure start"), (6, 1, "no sz"), (9, None, "Seizure end"))
+    for denial in (0, 5, "no seizure"), (9, 5, "no seizure"), (6, None, "no seizure"), (0, 20, "background"):
+        assert parse(denial, (5, 4, "Seizure")) == [(5, 9)], denial
+
+
 def test_an_end_closes_whichever_start_is_open_built_in_or_given():
     focal = "Anfall Beginn (fokal li temporal)"
     pair = [f"{focal}..Anfall Ende"]
@@ -332,7 +340,7 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
                                   "Anf. 2", "Krise?", "Приступ", "судороги", "επιληπτική κρίση", "癫痫发作", "発作開始", "발작", "نوبة صرع", "התקף",
                                   "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
-                                  "gelastic", "clonus", "attacco", "clinical event", "Electrographic event", "Epi event", "no. 2 seizures",
+                                  "gelastic", "clonus", "attacco", "clinical event", "Seizure 0", "0 seizure", "sz: 0", "Electrographic event", "Epi event", "no. 2 seizures",
                                   "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
@@ -407,7 +415,7 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "Onset,Duration,Event,Seizure\n1,1,background,no\n5,4,event,yes\n", "'Seizure=yes' at 5 s speaks"),
     ("a.csv", "Onset,Duration,Text,Channel\n1,1,background,\n5,4,eyes open, seizure L,F7\n", "'seizure L,F7' at 5 s speaks"),
     ("a.csv", "Onset,Duration,Text,Type of seizure\n5,4,Seizure,focal\n", [[5, 9]]),
-    ("a.csv", "onset,duration,type,comment\n5,4,seizure,no seizure\n", "'no seizure' at 5 s, and the contrary"),
+    ("a.csv", "onset,duration,type,comment\n5,4,seizure,no seizure\n", "'no seizure' from 5 s to 9 s, and a seizure from 5 s to 9 s"),
     ("a.csv", "file,onset,duration,label\na.edf,5,4,Seizure\nb.edf,12,4,Seizure\n", "a.csv: it has rows of b.edf"),
     ("a.csv", "recording,onset,duration,label\n1,5,4,Seizure\n2,12,4,Seizure\n", "a.csv: it has rows of 1, 2"),
     ("a.csv", "path,onset,duration,label\nC:\\eeg\\A.EDF,5,4,Seizure\n", [[5, 9]]),
