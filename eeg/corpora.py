@@ -314,7 +314,6 @@ def _sweep(out):
             stale.unlink()
 
 
-
 def _command(src, out, options):
     """The command line of this import, to be said where it was not finished."""
     words = ["python", "data.py", "import", str(Path(src).absolute()), str(out.absolute())]

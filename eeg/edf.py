@@ -247,11 +247,13 @@ def _check_line_ends(path, extra):
 
 # time-stamped annotation list: onset, duration, texts, each closed by a byte of its own
 TAL = re.compile(rb"([+-]\d+(?:\.\d*)?)(?:\x15(\d+(?:\.\d*)?))?\x14((?:[^\x14]*\x14)*)")
+# as makers write it: "EDF Annotations" is the standard's
+ANNOTATIONS = re.compile(r"[be]df\+? ?annotations? ?\d*")
 
 
 def _annotation_signals(header):
     labels = [label.lower() for label in header.signals["label"]]
-    return [i for i, label in enumerate(labels) if label == "edf annotations"]
+    return [i for i, label in enumerate(labels) if ANNOTATIONS.fullmatch(label)]
 
 
 def record_onsets(header: Header, body: np.ndarray) -> np.ndarray | None:
@@ -679,7 +681,6 @@ def _missing(header, montage, missing, places):
         why += f": a corpus of what there is: --montage reduced --channels {','.join(there)}"
     return (f"{why}; for channels of other names: --rename FILE, two columns: label in the file, "
             "electrode")
-
 
 
 # degrees from the vertex, and around it

@@ -169,7 +169,7 @@ def probability_of(track, events, height=0.99):
     return p
 
 
-def plus(path, onsets, kind="EDF+D", annotations=(), **fields):
+def plus(path, onsets, kind="EDF+D", annotations=(), name="EDF Annotations", **fields):
     """EDF+ with an annotation signal that gives each record its onset, and {record: further
     bytes}."""
     eeg = np.random.default_rng(0).integers(-900, 900, (len(onsets), 19 * 256)).astype("<i2")
@@ -179,7 +179,7 @@ def plus(path, onsets, kind="EDF+D", annotations=(), **fields):
         rows.append(eeg[i].tobytes() + raw.ljust(64, b"\0")[:64])
     usual = dict(count={19: "32"}, reserved=kind, pmin={19: "-1"}, pmax={19: "1"}, unit={19: ""},
                  dmin={19: "-32768"})
-    return write_edf(path, len(onsets), labels=[*NAMES, "EDF Annotations"],
+    return write_edf(path, len(onsets), labels=[*NAMES, name],
                      eeg=np.zeros((20, len(onsets) * 256)), body=b"".join(rows), **(usual | fields))
 
 

@@ -302,6 +302,17 @@ def test_annotations_inside_edf_plus_label_a_recording(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name", ["EDF annotations", "EDF Annotation", "EDF+ Annotations", "EDF Annotations 1", "BDF Annotations"]
+)
+def test_an_annotation_signal_is_known_by_the_names_that_makers_give_it(tmp_path, name):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, "sz", 3)}, name)
+    plus(tmp_path / "src" / "b.edf", [0, 1, 2, 9, 10], "EDF+C", {2: mark(2, "sz", 3)}, name)
+    ((_, why),) = imported(tmp_path / "src", tmp_path / "out").refused
+    assert "gap of 6 s after 3 s" in why
+    assert data.open_corpus(tmp_path / "out")[0].events.tolist() == [[2, 5]]
+
+
+@pytest.mark.parametrize(
     "texts, why",
     [
         ({2: mark(2, "seizure")}, "'seizure' at 2 s has no end"),
