@@ -652,7 +652,7 @@ def fit_and_tell(trainer, again):
     except Diverged:
         good = None
         if home:
-            good = checkpoint.find_resume(home.checkpoints, lambda line: None)
+            good = checkpoint.find_resume(home.newest, lambda line: None)
         say(f"{MAX_NONFINITE} losses in a row were not finite; the last good checkpoint is {good}; "
             f"lower the learning rate")
     except checkpoint.SaveFailed as error:

@@ -44,7 +44,7 @@ def tell_stopped(trainer, again):
     why = f"stopped by {signal.Signals(number).name}" if number else "time limit reached"
     if home and not trainer.summary:
         with tolerated(say, home.checkpoints):
-            newest = checkpoint.find_resume(home.checkpoints, lambda line: None)
+            newest = checkpoint.find_resume(home.newest, lambda line: None)
             say(f"no epoch has been validated yet, so there is no best.pt; the newest weights: "
                 f"{near(newest)}")
     idle = trainer.starts_without_progress()
@@ -60,8 +60,11 @@ def tell_stopped(trainer, again):
 
 def tell_next(home, config, say):
     """What to type after a run that has finished."""
-    best = home.checkpoints / "best.pt"
-    weights = best if best.exists() else home.checkpoints / "last.pt"
+    best = home.newest / "best.pt"
+    weights = best if best.exists() else home.newest / "last.pt"
+    if home.newest != home.checkpoints:
+        say(f"{home.checkpoints} lacks the newest states, which are in {home.newest} alone: make "
+            f"room or mend the disk, then --resume brings them home")
     say(f"picture: {near(home.directory / 'curves.png')}")
     paths = config["data"]["path"]
     for path in paths if isinstance(paths, list) else [paths]:

@@ -167,6 +167,8 @@ class RunDirectory:
         if fresh:
             self._move_aside()
         self.saver = self._open_saver()
+        if not fresh:
+            self.kept = "no checkpoint was lost"    # names of them may be made anew
         state = self.saver.resume(resume)
         if state:
             self._check(state, "the checkpoint")
@@ -188,6 +190,7 @@ class RunDirectory:
         state = checkpoint.load(path)
         self._check(state, path)
         self.saver = self._open_saver()
+        self.kept = "no checkpoint was lost"
         self.saver.adopt(state | {"config": self.config}, path)
         self.say(f"resume: {path} as asked; later resumes follow this line")
         return state
@@ -294,6 +297,11 @@ class RunDirectory:
             return True                 # gone: writing fails by itself
         except OSError:
             return False                # no longer held: another start may be there already
+
+    @property
+    def newest(self):
+        """The folder of the newest states: the second copy's as long as the home takes none."""
+        return self.saver.place if getattr(self.saver, "away", False) else self.checkpoints
 
     def is_best(self, value, tie):
         """(whether such a validation is the best so far, its measurement)."""
