@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -187,7 +188,11 @@ class RunDirectory:
     def _go_back(self, path):
         """The state of the checkpoint `path` instead of the newest; nothing is changed before it is
         found fit."""
-        state = checkpoint.load(path)
+        try:
+            state = checkpoint.load(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise Refused(f"--resume {shlex.quote(str(path))}: {error.strerror}: name a "
+                          f"checkpoint, or none for the latest one") from None
         self._check(state, path)
         self.saver = self._open_saver()
         self.kept = "no checkpoint was lost"

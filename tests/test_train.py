@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -294,6 +295,15 @@ def test_resume_takes_its_word_in_any_case(corpus, tmp_path, capsys):
     assert train.main(["--config", path, "--resume", "FALSE"]) == 2
     assert train.main(["--config", path, "--resume", "True"]) == 0
     assert "this run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["", ".", "latest", "config.yaml/last.pt"])
+def test_a_resume_of_what_is_no_file_is_refused_with_the_word_that_was_given(corpus, tmp_path, capsys, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config", str(loaded_path(corpus, tmp_path)), "--resume", word]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train.py: --resume {shlex.quote(word)}: ") and line.endswith("or none for the latest one")
+    assert not (tmp_path / "t").exists()
 
 
 def test_ctrl_c_while_the_imports_run_is_one_line(tmp_path):
