@@ -20,6 +20,7 @@ import yaml
 import checkpoint
 from checkpoint import KINDS, Candidate, candidates, checkpoints
 from eeg.console import how_many
+from run.mirror import usable
 
 
 def command(args):
@@ -84,7 +85,7 @@ def taken_by_resume(directory, second, say=lambda line: None):
     found = candidates(directory)
     if second:
         try:
-            found = checkpoint.in_order(found + candidates(second, labelled=True))
+            found = checkpoint.in_order(found + usable(found, candidates(second, labelled=True)))
         except OSError as error:
             say(f"second copy: cannot be read now ({error.strerror})")
     return checkpoint.choose(found, checkpoint.verify, say)[0]

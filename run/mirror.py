@@ -46,6 +46,30 @@ def abandoned(facts, line) -> bool:
         start == facts["start"] and asked for start, _, asked in line["starts"])
 
 
+def longer(here, there):
+    """The facts of the save that a resume goes on from, of the newest ones of both places; None
+    where they are of two lines that no order tells apart."""
+    if in_line(there, here):
+        return here
+    if in_line(here, there):
+        return there
+    if abandoned(there, here):
+        return here
+    if any(start == there["start"] for start, _, _ in here["starts"]):
+        # the home went on from an older save while this copy was out of reach
+        return max(here, there, key=lambda facts: facts["save_counter"])
+    return None
+
+
+def usable(home, there):
+    """Those of `there`, the second copy's, that a resume may take beside the candidates `home`."""
+    here, newest = newest_of(home), newest_of(there)
+    if not here:
+        return [c for c in there if c.facts]
+    line = longer(here.facts, newest.facts) if newest else here.facts
+    return [c for c in there if c.facts and line and in_line(c.facts, line)]
+
+
 def sync(source, target, line, records=(), links=True, say=print, full=False, home=False):
     """Copy to the checkpoints folder `target` what it lacks of `source`: of each kind in COPIED the
     newest files that `line` has made, best.pt first and the newest state last. The files `records`,
@@ -184,7 +208,7 @@ class Mirrored(Checkpointer):
         self._bring_home(self._look_there())
         found = candidates(self.directory)
         if not self.apart:
-            found = checkpoint.in_order(found + self._candidates_there(found))
+            found = checkpoint.in_order(found + usable(found, self._look_there()))
         chosen, state = checkpoint.choose(found, checkpoint.load, self.say)
         if not chosen and self.unreachable:
             raise self.unreachable          # all damaged here; what lies there may be sound
@@ -222,12 +246,6 @@ class Mirrored(Checkpointer):
         """Saves from here on are later than every one in the second copy."""
         self.counter = max([self.counter, *(c.facts["save_counter"] for c in there if c.facts)])
 
-    def _candidates_there(self, home):
-        """Those of the second copy that may be resumed instead of a file at home."""
-        newest = newest_of(home)
-        line = newest.facts if newest else None
-        return [c for c in self._look_there() if c.facts and (not line or in_line(c.facts, line))]
-
     def _bring_home(self, there):
         """What the second copy alone has comes home, before anything is written; done again at the
         next start where a kill or a full disk interrupts it."""
@@ -241,7 +259,7 @@ class Mirrored(Checkpointer):
             line = (newest or there[0]).facts
         else:
             self._expect_own(there, here.facts["run"], home)
-            line = self._longer(here.facts, newest.facts if newest else here.facts)
+            line = longer(here.facts, newest.facts if newest else here.facts)
         if line is None:
             self._keep_apart("it holds another line of this run, from an earlier save on")
             return
@@ -260,20 +278,6 @@ class Mirrored(Checkpointer):
         if any(c.facts and c.save not in before for c in candidates(self.directory)):
             self.say(f"resume: brought home from the second copy in {self.place}")
         self._outrank(there)
-
-    def _longer(self, here, there):
-        """The facts of the save that a resume goes on from, of the newest ones of both places; None
-        where they are of two lines that no order tells apart."""
-        if in_line(there, here):
-            return here
-        if in_line(here, there):
-            return there
-        if abandoned(there, here):
-            return here
-        if any(start == there["start"] for start, _, _ in here["starts"]):
-            # the home went on from an older save while this copy was out of reach
-            return max(here, there, key=lambda facts: facts["save_counter"])
-        return None
 
     def _expect_own(self, there, run=None, home=()):
         """Raise OtherRun where the second copy is of another run."""

@@ -21,6 +21,7 @@ import tracer
 from conftest import ROOT
 from crash import sound, state
 from helpers import loaded, rest, spawn_hooked
+from run.listing import taken_by_resume
 from run.mirror import Mirrored
 from test_crash import recover, saver, temps
 from test_mirror import copied, flip, mirrored, names, quiet, spoil_full, until
@@ -314,8 +315,9 @@ def test_of_two_copies_of_a_run_with_one_second_copy_the_later_start_has_it_and_
     assert any("a later start of this run writes there: nothing is written" in line for line in said), said
     for name, step in (("a", 4), ("b", 5)):
         with begin(name) as s:
+            told = taken_by_resume(s.directory, place)      # what `ls` says
             got = s.resume()
-            assert (got["who"], got["global_step"]) == (name, step)
+            assert (got["who"], got["global_step"], told.facts["global_step"]) == (name, step, step)
 
 
 def test_a_second_copy_that_comes_back_over_one_made_meanwhile_is_written_again(tmp_path):
