@@ -368,7 +368,7 @@ def _list_row(row, titles, columns):
     length = duration or (end - onset if end else 0)
     if length < 0 or duration and end and abs(onset + duration - end) > 1:
         raise DataError(f"the times of the row {' '.join(row)[:60]!r} do not agree")
-    texts = [row[place] for place in columns["text"] if place < len(row)]
+    texts = [row[place] for place in columns["text"] if place < len(row) and row[place]]
     if not any(map(marks, texts)):
         read = {place for places in columns.values() for place in places}
         texts += [said for place, cell in enumerate(row) if place not in read

@@ -213,7 +213,9 @@ def _kept(texts):
     return {text: counts[text] for text in first[:MAX_KEPT_TEXTS]}
 
 
-NOT_LABELS = (".edf", ".json", ".h5", ".md", ".pdf", ".png", ".jpg", ".md5", ".sha256", *FOREIGN)
+# the .json of BIDS describe the EDF and the columns of its events
+NOT_LABELS = (".edf", "_eeg.json", "_events.json", ".h5", ".md", ".pdf", ".png", ".jpg", ".md5",
+              ".sha256", *FOREIGN)
 
 
 def _unread_beside(path, lists=False):
