@@ -2,7 +2,7 @@
 from the files beside its EDF or from the texts inside.
 
 A corpus layout is a row of LAYOUTS and, where its labels are of a new kind, a reader in
-annotations.py.
+annotations.py or lists.py.
 """
 import os
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from eeg import annotations
+from eeg import annotations, lists
 from eeg.edf import DataError, read_annotations
 
 NEAR_SECONDS = 10                       # of a seizure: a text so near may be on it
@@ -40,8 +40,8 @@ def summary_beside(path):
 
 
 def seizure_list(path):
-    lists = sorted(path.parent.glob("Seizures-list*.txt"))
-    return sorted(lists, key=lambda place: path.stem[:4].upper() not in place.name.upper())
+    found = sorted(path.parent.glob("Seizures-list*.txt"))
+    return sorted(found, key=lambda place: path.stem[:4].upper() not in place.name.upper())
 
 
 class Layout(NamedTuple):
@@ -59,9 +59,9 @@ LAYOUTS = {
                   beside(".csv_bi", ".csv", ".tse_bi", ".tse"), annotations.read_tuh,
                   lower=True, split=True),
     "chbmit": Layout(re.compile(r"(chb\d{2})[a-z]?_\d{2}\+?$", re.I), "chb01_03.edf",
-                     summary_beside, annotations.read_summary, lower=True),
+                     summary_beside, lists.read_summary, lower=True),
     "siena": Layout(re.compile(r"(PN\d{2})(-[\d.]*)?$", re.I), "PN00-1.edf",
-                    seizure_list, annotations.read_siena),
+                    seizure_list, lists.read_siena),
     "bids": Layout(re.compile(r"sub-([A-Za-z0-9]+)(?:_[a-zA-Z]+-[A-Za-z0-9]+)*_eeg$"),
                    "sub-01_run-00_eeg.edf", beside("_events.tsv"), annotations.read_events_tsv),
     "seizeit": Layout(re.compile(r"(P_ID\d+)_r\d+$", re.I), "P_ID01_r1.edf",
@@ -137,7 +137,7 @@ def find_events(source, header, task):
                 raise
             return None, {}, f"{source.annotation.name} cannot be used: {error}"
     events, texts, why = _events_inside(header, task)
-    others = _unread_beside(source.path, lists=True)
+    others = _unread_beside(source.path, of_folder=True)
     if events is not None and others:
         header.notes.append(f"what its EDF+ says counts alone, not {', '.join(others)}")
     others = [name for name in others if name not in unread]
@@ -218,15 +218,15 @@ NOT_LABELS = (".edf", "_eeg.json", "_events.json", ".h5", ".md", ".pdf", ".png",
               ".sha256", *FOREIGN)
 
 
-def _unread_beside(path, lists=False):
+def _unread_beside(path, of_folder=False):
     """Names of files beside an EDF that may hold its labels and are of no kind that is read; with
-    `lists` also those of no EDF, which may be of the whole folder: labels.csv."""
+    `of_folder` those of no EDF, too, which may be of the whole folder: labels.csv."""
     stem = path.stem.removesuffix("_eeg")
     kinds = r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal)[\w -]*"
     own = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?([-_. ]{kinds})?\.\w+", re.I)
     names = [name for name in os.listdir(path.parent) if not name.lower().endswith(NOT_LABELS)]
     found = list(filter(own.fullmatch, names))
-    if lists:
+    if of_folder:
         edfs = tuple(other.stem for other in path.parent.glob("*.[eE][dD][fF]"))
         found += [name for name in names
                   if re.fullmatch(rf"{kinds}\.\w+", name, re.I) and not name.startswith(edfs)]

@@ -1,4 +1,4 @@
-"""eeg/annotations.py: which seizures a label file or an EDF+ marks, and what is refused. Real files."""
+"""eeg/annotations.py, eeg/lists.py: which seizures a label file or an EDF+ marks, and what is refused. Real files."""
 
 import re
 
@@ -14,13 +14,10 @@ from eeg.annotations import (
     parse_csv,
     parse_events_tsv,
     parse_seizeit,
-    parse_siena,
-    parse_summary,
     read_beside,
     read_text,
-    siena_times,
-    summary_labels,
 )
+from eeg.lists import parse_siena, parse_summary, siena_times, summary_labels
 from eeg.release import release
 from conftest import CSV, HEAD, command, imported, mark, plus, said, tsv, write_edf
 

@@ -17,7 +17,7 @@ import forked
 import model
 import train
 from conftest import CSV, NAMES, ROOT, command, imported, mark, microvolts, plus, prepare, said, tsv, write_edf
-from eeg import annotations, corpora, disk, edf, splits
+from eeg import annotations, corpora, disk, edf, lists, splits
 from eeg.disk import TemporaryFault
 from helpers import loaded, rest
 from test_corpora import held_import
@@ -96,7 +96,7 @@ def test_the_oddities_of_sienas_lists_are_read_where_they_are_not_ambiguous(shar
     header = types.SimpleNamespace(path=path, start=start, seconds=float(seconds))
     listed = next(path.parent.glob("Seizures-list*.txt"))
     try:
-        labels = annotations.read_siena(listed, header)
+        labels = lists.read_siena(listed, header)
         found = None if labels is None else annotations.finish(labels, header.seconds).tolist()
     except edf.DataError as refusal:
         assert listed.name in str(refusal)
@@ -419,7 +419,10 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "onset,duration,type,comment\n5,4,seizure,no seizure\n", "'no seizure' from 5 s to 9 s, and a seizure from 5 s to 9 s"),
     ("a.csv", "file,onset,duration,label\na.edf,5,4,Seizure\nb.edf,12,4,Seizure\n", "a.csv: it has rows of b.edf"),
     ("a.csv", "recording,onset,duration,label\n1,5,4,Seizure\n2,12,4,Seizure\n", "a.csv: it has rows of 1, 2"),
-    ("a.csv", "path,onset,duration,label\nC:\\eeg\\A.EDF,5,4,Seizure\n", [[5, 9]]),
+    ("a.csv", "path,onset,duration,label\nC:\\sz\\A.EDF,5,4,Seizure\nC:\\sz\\A.EDF,1,1,background\n", [[5, 9]]),
+    ("a_events.tsv", "onset\tduration\teventType\n0\t20\tbckg\n#5\t4\tsz\n", "a_events.tsv: '#5\\t4\\tsz' is commented out"),
+    ("a.csv_bi", CSV.format("20") + "TERM,0,20,bckg,1\n#TERM,5,9,seiz,1\n", "is commented out"),
+    ("a.csv_bi", "# seizures, if any, by ab\n" + CSV.format("20") + "TERM,0,20,bckg,1\n", []),
     ("a.csv", '"Event, type","Onset","Duration","Text"\nx,5,4,Seizure\n', [[5, 9]]),
     ("a.csv", '"Onset, ms","Duration, ms","Text"\n5000,4000,Seizure\n', "Onset, ms is not in seconds"),
     ("a_events.tsv", "onset\tduration\teventType\teventType\n5\t4\tbckg\tsz\n", "several columns eventType"),

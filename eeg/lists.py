@@ -1,0 +1,187 @@
+"""Lists of a patient's seizures that name the EDF of each: CHB-MIT's summaries, by seconds, and
+Siena's, by the clock on the wall.
+"""
+import re
+
+from eeg.annotations import Labels, read_text, speaks
+from eeg.edf import DataError, number
+
+
+def clock(text, what):
+    """hh.mm.ss or hh:mm:ss, hours beyond 23 allowed, in s."""
+    found = re.fullmatch(r"(\d{1,2})[.:](\d{1,2})[.:](\d{1,2})", text.strip(), re.A)
+    if not found or int(found[2]) > 59 or int(found[3]) > 59:
+        raise DataError(f"{what} is {text.strip()!r}, not a time")
+    return int(found[1]) * 3600 + int(found[2]) * 60 + int(found[3])
+
+
+def read_summary(path, header, texts=None):
+    blocks = parse_summary(read_text(path)).get(header.path.name)
+    return summary_labels(blocks, path.name) if blocks else None
+
+
+def parse_summary(text):
+    """CHB-MIT chbNN-summary.txt: {file name: [its blocks of lines]}."""
+    files = {}
+    for block in re.split(r"^[ \t]*File Name *:", text, flags=re.M | re.I)[1:]:
+        files.setdefault(block.split("\n")[0].strip(), []).append(block)
+    return files
+
+
+SUMMARY = re.compile(
+    r"Number of Seizures in File\s*:\s*(?P<count>\d+)|"
+    r"Seizure\s*(?P<number>\d*)\s*(?P<edge>Start|End) Time\s*:\s*(?P<time>\S+) sec.*", re.I)
+
+
+def summary_labels(blocks, name="summary"):
+    """Labels from the block of one file: "Seizure Start Time" or "Seizure 1 Start Time". Another
+    line on a seizure or a file is not understood."""
+    block = blocks[0]
+    file = block.split("\n")[0].strip()
+    what = f"{name}, {file}"
+    if len(blocks) > 1:
+        raise DataError(f"{what}: named {len(blocks)} times")
+    lines = [line.strip() for line in block.split("\n")[1:]]
+    found = {line: SUMMARY.fullmatch(line) for line in lines}
+    odd = [line for line in lines if not found[line] and re.search(r"seiz|\.edf", line, re.I)]
+    if odd:
+        raise DataError(f"{what}: {odd[0]!r} is not understood")
+    found = [found[line] for line in lines if found[line]]
+    counts = [int(match["count"]) for match in found if match["count"]]
+    starts, ends = [[match for match in found if (match["edge"] or "").lower() == edge]
+                    for edge in ("start", "end")]
+    if counts != [len(starts)] or len(starts) != len(ends):
+        raise DataError(f"{what}: {', '.join(map(str, counts)) or 'no'} seizures announced, "
+                        f"{len(starts)} begin, {len(ends)} end")
+    labels = Labels()
+    for start, end in zip(starts, ends):
+        if start["number"] != end["number"]:
+            raise DataError(f"{what}: {end[0]!r} does not end {start[0]!r}")
+        labels.events.append(tuple(float(number(edge["time"], what)) for edge in (start, end)))
+
+    # clock times of the file are off by 10 s and more: only a gross difference counts
+    begin = re.search(r"^File Start Time:\s*(\S+)", block, re.M)
+    end = re.search(r"^File End Time:\s*(\S+)", block, re.M)
+    if begin and end:
+        labels.seconds = float((clock(end[1], what) - clock(begin[1], what)) % 86400)
+        labels.slack = max(60.0, labels.seconds / 2)
+    return labels
+
+
+SIENA = re.compile(r"\s*(File name|Registration start time|Registration end time|"
+                   r"(?:Seizure )?start time|(?:Seizure )?end time)\s*:\s*(.*?)\s*$", re.I)
+
+
+def parse_siena(text, name="Seizures-list"):
+    """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end",
+    "start", "end": text}]}. One without "end" was not ended, one with "odd" is a line with a time
+    or a file that is not understood."""
+    files, entry = {}, {}
+    for line in [*text.split("\n"), "File name: "]:
+        found = SIENA.match(line)
+        if not found:
+            timed = re.search(r"\d[.:]\d+[.:]\d|\.edf", line, re.I)
+            if entry and (timed or speaks(line) and re.search(r"\d[.:]\d", line)):
+                files[entry["file"]].append({"file": entry["file"], "odd": line.strip()})
+            continue
+        key = found[1].lower().removeprefix("seizure ").removesuffix(" time")
+        if "start" in entry and key in ("file name", "start"):
+            files[entry["file"]].append(entry)
+        if key == "file name":
+            entry = {"file": found[2]}
+            files.setdefault(found[2], [])
+            continue
+        if not entry:
+            raise DataError(f"{name}: {found[1]} stands before any file name")
+        entry = entry | {key: found[2]}
+        if key == "end":
+            files[entry["file"]].append(entry)
+            # the next seizure of this file has its own times
+            entry = {k: v for k, v in entry.items() if k not in ("start", "end")}
+    del files[""]
+    return files
+
+
+def siena_times(entry, what):
+    """(registration start in s of the day, its length, seizure onset and end in s after it)."""
+    for key in ("registration start", "registration end", "start", "end"):
+        if key not in entry:
+            raise DataError(f"{what}: no {key} time")
+    begin, last, onset, end = [clock(_bare(entry[key]), f"{what}: {key} time") for key in
+                               ("registration start", "registration end", "start", "end")]
+    length, onset, end = [(time - begin) % 86400 for time in (last, onset, end)]
+    if not onset < end <= length:
+        raise DataError(f"{what}: a seizure from {onset} s to {end} s in a recording of {length} s")
+    return begin, float(length), float(onset), float(end)
+
+
+def _bare(text):
+    """A time without text in brackets and without blanks: 1 6.49.25, 15.18.26 (CLINICAL ONSET)."""
+    return re.sub(r"\(.*?\)|\s", "", text)
+
+
+def read_siena(path, header, texts=None):
+    """Seizures of a Siena recording, from the wall clock. Some names are spelt wrongly (O for 0, no
+    number): a lone one left over is taken for the lone recording left over, and noted."""
+    files = parse_siena(read_text(path), path.name)
+    listed = {_siena_name(name): entries for name, entries in files.items()}
+    labels, key, registered = Labels(slack=60.0), _siena_name(header.path.name), None
+    if key not in listed:
+        edfs = [other for other in header.path.parent.iterdir() if other.suffix.lower() == ".edf"]
+        # of the same patient: a folder may hold several
+        others = {name for other in edfs if (name := _siena_name(other.name))[:4] == key[:4]}
+        left = [name for name in listed if name not in others and name[:4] == key[:4]]
+        if len(left) != 1 or len(others - set(listed)) != 1:
+            return None
+        key = left[0]
+        labels.notes.append(f"taken for {key} of {path.name}")
+
+    for entry in listed[key]:
+        if "odd" in entry:
+            raise DataError(f"{path.name}, {entry['file']}: {entry['odd']!r} is not understood")
+    for entry in _whole_entries(listed[key], labels):
+        _correct_start(entry, path.name, header, labels)
+        where = f"{path.name}, {entry['file']}"
+        begin, length, onset, end = siena_times(entry, where)
+        registered = registered or (begin, length)
+        if max(abs(begin - registered[0]), abs(length - registered[1])) > labels.slack:
+            raise DataError(f"{where}: its registration times are of two recordings")
+        labels.seconds = length
+        labels.events.append((onset, end))
+    return labels
+
+
+def _whole_entries(entries, labels):
+    """Copies of a file's entries; a block without registration times has those of the others."""
+    times = {}
+    for entry in entries:
+        times = {key: entry[key] for key in entry if key.startswith("registration")} | times
+    for entry in entries:
+        lacking = times.keys() - entry.keys()
+        if lacking:
+            labels.notes.append("a seizure listed without registration times: those of the other")
+        odd = [f"{entry[key]} read as {_bare(entry[key])}"
+               for key in entry if key != "file" and entry[key] != _bare(entry[key])]
+        labels.notes += [note for note in odd if note not in labels.notes]
+    return [times | entry for entry in entries]
+
+
+def _correct_start(entry, name, header, labels):
+    """The EDF's own start counts where it fits the list's end and the EDF's length better than the
+    list's start; else the list is of another recording. Midnight is no start: anonymised."""
+    start = clock(header.start, "start time of the EDF")
+    listed = entry.get("registration start", "")
+    begin = clock(_bare(listed), f"{name}: registration start time")
+    if not start or start == begin % 86400:
+        return
+    last = clock(_bare(entry.get("registration end", "")), f"{name}: registration end time")
+    by_edf, by_list = [abs((last - time) % 86400 - header.seconds) for time in (start, begin)]
+    if by_edf > labels.slack or by_edf >= by_list:
+        raise DataError(f"{name} says it begins at {listed}, its header {header.start}")
+    entry["registration start"] = header.start
+    labels.notes.append(f"{name} says it begins at {listed}: {header.start} by its header and "
+                        "its length")
+
+
+def _siena_name(name):
+    return name.upper().replace("O", "0").removesuffix(".EDF").rstrip("-")
