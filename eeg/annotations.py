@@ -439,7 +439,7 @@ DEFAULT_TEXTS = {                       # what a text means, whole, without its 
 # a text that speaks of a seizure, misspelt too; where its meaning is not known, nothing is known.
 # Epileptiform discharges and cycles per second (9 cps) are none
 SPEAKS = re.compile(
-    r"seiz|\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
+    r"seiz|eizur|\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
     r"[ck]ri[sz][ei]|(?<!inter)(?<!inter )i[ck]t(al|us)|[ck]onvuls|kramp|aanval|insult|toeval|"
     r"napad|drgawk|zachvat|attacc|kejang|co giat|kohtaus|nobet|roham|gorcs|criza|"
     r"atta(ck|que)|ataque|status epi|siez|[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
@@ -503,9 +503,9 @@ def marks(text):
 
 
 def plain(text):
-    """A text as it is compared: small letters without accents, dashes and _ as blanks, without the
-    channel that EDF+ puts behind @@."""
-    letters = unicodedata.normalize("NFKD", text.partition("@@")[0])
+    """A text as it is compared: small letters without accents and quotes, dashes and _ as blanks,
+    without the channel that EDF+ puts behind @@."""
+    letters = unicodedata.normalize("NFKD", text.partition("@@")[0].replace('"', ""))
     bare = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return " ".join(re.sub("[-_\u2010-\u2015]", " ", bare.lower()).split())
 

@@ -308,7 +308,7 @@ def test_numbers_of_a_pair_are_compared():
     assert "their numbers differ" in parse((1, None, "Sz 1 onset"), (5, None, "Sz 2 offset"))
     assert "their numbers differ" in parse((1, None, "first seizure start"), (5, None, "2nd seizure end"))
     assert parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz 1 offset"), (9, None, "Sz 2 offset")) == [(1, 5), (3, 9)]
-    for text in ("No. 2 seizure", "seizure no 2", "Nr.2: Seizure", "\u2116 2 seizure", "seizure n\xb02"):
+    for text in ("No. 2 seizure", "2 sei\"zure", "seizure no 2", "Nr.2: Seizure", "\u2116 2 seizure", "seizure n\xb02"):
         assert parse((1, None, "background"), (5, 4, text)) == [(5, 9)], text
     assert parse((1, None, "seizure no. 1 start"), (5, None, "No 1 seizure end")) == [(1, 5)]
     assert "may end" in parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz offset"))
@@ -339,7 +339,7 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "GTCS", "sGTKA", "fnsz left", "ESz", "SzStart left", "szr", "Absence 12 s", "Absencen", "Status epilepticus",
                                   "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
                                   "Anf. 2", "Krise?", "Приступ", "судороги", "επιληπτική κρίση", "癫痫发作", "発作開始", "발작", "نوبة صرع", "התקף",
-                                  "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
+                                  "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "eizure", "foc\"al seizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
                                   "gelastic", "clonus", "attacco", "clinical event", "Seizure 0", "0 seizure", "sz: 0", "Electrographic event", "Epi event", "no. 2 seizures",
                                   "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
@@ -500,6 +500,20 @@ def test_labels_that_are_not_read_beside_those_that_count_are_said(tmp_path, ste
     r, = data.open_corpus(tmp_path / "out")
     assert r.labelled and [note for note in r.notes.split("; ") if "counts alone" in note] == lines
     assert all(line in text for line in lines)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", "Onset,Duration,Annotation\n5,4,Seizure"), ("a_events.tsv", "onset\tduration\teventType\n5\t4\tsz"),
+    ("a.csv_bi", CSV.format("20") + "TERM,0,5,bckg,1\nTERM,5,9,seiz,1\nTERM,9,20,bckg,1")])
+def test_a_label_file_whose_last_line_has_no_end_may_have_been_cut_and_is_noted(tmp_path, name, content):
+    write_edf(tmp_path / "src" / "a.edf", 20)
+    for text, noted in ((content, True), (content + "\n", False), (content.encode("utf-16"), True),
+                        ((content + "\r\n").encode("utf-16"), False)):
+        (tmp_path / "src" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        imported(tmp_path / "src", tmp_path / "out")
+        r, = data.open_corpus(tmp_path / "out")
+        assert r.events.tolist() == [[5, 9]]
+        assert ("the last line of its label file has no end: it may have been cut" in r.notes) == noted, text
 
 
 def test_what_a_bids_channels_file_says_and_the_import_does_not_act_on_is_noted(tmp_path):
