@@ -1437,7 +1437,7 @@ class Checkpointer:
                                    (snapshots are turned away while that fails)
         failed 3 times and for save_patience_minutes ----> SaveFailed, in the training loop"""
 
-    mends_best = False                      # whether a damaged best.pt comes from a second copy
+    best_may_return = False                 # whether a damaged best.pt may come from a second copy
     def __init__(self, directory: str | os.PathLike, mid_epoch_minutes: float = 30.0,
                  mid_epoch_keep: int = 5, checkpoint_interval: int = 1, checkpoint_keep: int = 3,
                  mode: str = "max", on_saved: Callable[[Path], object] | None = None,
@@ -1618,7 +1618,7 @@ class Checkpointer:
             return None
         aside, why = abandoned_name(best), "belongs to the abandoned line"
         if in_line(best.facts, self.line):
-            damage = "" if self.mends_best else damage_of(best.path)
+            damage = "" if self.best_may_return else damage_of(best.path)
             if not damage:
                 return best
             aside, why = best.path.with_name("best.pt.damaged"), f"is damaged, {damage}"

@@ -162,8 +162,6 @@ class Mirrored(Checkpointer):
     Attributes of the copying thread are guarded by `changed`; whoever writes to the second copy
     holds `writing` and the lock of its folder."""
 
-    mends_best = True
-
     def __init__(self, directory, *arguments, mirror, records=("config.yaml", "metrics.jsonl"),
                  **options):
         home = Path(directory).absolute()
@@ -227,7 +225,7 @@ class Mirrored(Checkpointer):
         # a home that was lost gets the files and rows of the line that the file belongs to
         back = {copy: record for record, copy in self.records.items() if not record.exists()}
         with contextlib.suppress(checkpoint.CorruptCheckpoint):
-            sync(self.place, self.directory, line, back, self.links, self.say)
+            sync(self.place, self.directory, line, back, self.links, self.say, full=True)
         self._outrank(there)
         super().adopt(state, path)
 
@@ -441,6 +439,11 @@ class Mirrored(Checkpointer):
         except (OSError, OtherRun, checkpoint.CorruptCheckpoint) as error:
             self.say(f"mirror: {self.place}: {checkpoint.reason_of(error)}: what it alone has "
                      f"could not be brought home, it is tried again at the next save")
+
+    @property
+    def best_may_return(self):
+        """Not where the second copy has one: had it been sound, a resume would have taken it."""
+        return not os.path.lexists(self.place / "best.pt")
 
     def _metric_of_best(self):
         return None if self.away else super()._metric_of_best()

@@ -123,6 +123,34 @@ def test_a_damaged_best_is_set_aside_and_the_best_of_what_is_left_takes_its_plac
     assert any("best.pt is damaged" in line and "best.pt.damaged" in line for line in said)
 
 
+@pytest.mark.parametrize("there", ["damaged too", "sound", "out of reach"])
+@pytest.mark.parametrize("back", [False, True], ids=["resumed", "gone back to a file"])
+def test_a_damaged_best_is_set_aside_once_no_second_copy_can_mend_it(tmp_path, there, back):
+    s, said = mirrored(tmp_path, checkpoint_keep=0)
+    home, place = s.directory, s.place
+    with s:
+        for epoch, value in enumerate((0.5, 0.9, 0.4), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=value)
+        until(lambda: copied(s), said)
+    for path in (home / "best.pt", place / "best.pt")[:2 if there == "damaged too" else 1]:
+        flip(path)                              # on the home's disk all names of it
+    if there == "out of reach":
+        (tmp_path / "nas").rename(tmp_path / "off")
+    s, said = mirrored(tmp_path, checkpoint_keep=0)
+    with s:
+        s.resume(home / "last.pt" if back else True)
+        found = metric(home / "best.pt")
+        assert found == (0.9 if there != "damaged too" else 0.5), said
+        assert (checkpoint.damage_of(home / "best.pt") == "") is (there != "out of reach")
+    if there == "out of reach":
+        shutil.rmtree(tmp_path / "nas")
+        (tmp_path / "off").rename(tmp_path / "nas")
+        s, said = mirrored(tmp_path)
+        with s:
+            s.resume()
+            assert metric(home / "best.pt") == 0.9 and checkpoint.verify(home / "best.pt")
+
+
 def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best(small_disk):
     directory = small_disk / "run"
     with saver(directory) as s:
