@@ -174,7 +174,7 @@ class Mirrored(Checkpointer):
         self.apart = ""                     # why nothing is written there any more
         self.claimed = False
         self.checked = False                # whether this start has read its best.pt and last.pt
-        self.passed = None                  # facts of its newest save where home goes before it
+        self.passed = None                  # line of its latest save where home goes before it
         self.known = set()                  # runs that the home holds
         self.unreachable = None             # OSError of the look at the second copy at a resume
         self.away = False                   # the newest saves are in the second copy alone
@@ -265,8 +265,10 @@ class Mirrored(Checkpointer):
         for c in there:
             if c.fault and c.kind not in kinds:     # it may be the best, or the latest
                 raise OSError(c.fault.errno, c.fault.strerror, str(c.path))
-        if newest and here and line is here.facts:
-            self.passed = newest.facts
+        ahead = max((c for c in there if c.facts), key=lambda c: c.order)
+        if not in_line(ahead.facts, line):      # a best.pt that came there before its last.pt, too
+            names = "run", "start", "starts", "save_counter"
+            self.passed = {name: ahead.facts[name] for name in names}
         back = {copy: record for record, copy in self.records.items()}
         newer = newest and (here is None or newest.order > here.order)
         before = {c.save for c in home if c.facts}
@@ -372,19 +374,21 @@ class Mirrored(Checkpointer):
         there = candidates(self.place)
         self._expect_own(there)
         path = self.place / CLAIM
-        mine = {"run": self.run, "start": self.start}
         claim = {}
-        with contextlib.suppress(OSError, ValueError):
-            claim = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            claim = dict(json.loads(path.read_text()))
         # a copy that was out of reach comes back with the claim of a start before this one
-        earlier = {start for start, _, _ in self.starts}
-        if self.claimed and claim and claim.get("start") not in earlier | {self.start}:
+        ours = claim.get("start") in {start for start, _, _ in self.starts} | {self.start}
+        if self.claimed and claim and not ours:
             raise OtherLine("a later start of this run writes there")
+        if ours and not self.passed:        # of what an earlier start passed, something is left
+            self.passed = claim.get("passed")
         for c in there:
             known = c.facts and (in_line(c.facts, self.line) or abandoned(c.facts, self.line)
                                  or self.passed and in_line(c.facts, self.passed))
             if c.facts and not known and c.facts["run"] == self.run:
                 raise OtherLine(f"{c.path.name} there is of another start of this run, and newer")
+        mine = {"run": self.run, "start": self.start, "passed": self.passed}
         if claim != mine:
             checkpoint.atomic_write(path, [json.dumps(mine).encode()])
         self.claimed = True

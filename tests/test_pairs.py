@@ -151,6 +151,31 @@ def test_a_damaged_best_is_set_aside_once_no_second_copy_can_mend_it(tmp_path, t
             assert metric(home / "best.pt") == 0.9 and checkpoint.verify(home / "best.pt")
 
 
+def test_a_second_copy_that_got_the_best_and_not_yet_the_last_goes_on_when_home_is_lost(tmp_path):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1))
+        until(lambda: copied(s), said)
+        mid = next(s.place.glob("mid_epoch_*.pt")).read_bytes()
+        s.save_epoch(state(2, epoch=1), metric=0.9)
+    for path in s.place.glob("*.pt"):           # as a kill leaves it after the first of its files
+        if path.name != "best.pt":
+            path.unlink()
+    (s.place / "mid_epoch_001_000001.pt").write_bytes(mid)
+    shutil.rmtree(tmp_path / "results")
+    for step in (2, 3):
+        s, said = mirrored(tmp_path)
+        with s:
+            assert s.resume()["global_step"] == step - 1
+            s.save_mid(state(step))
+            until(lambda: copied(s) or s.apart, said)
+        assert not s.apart and recover(s.place) == step, said
+    with mirrored(tmp_path)[0] as s:
+        s.resume()
+        s.save_epoch(state(4, epoch=1), metric=0.5)
+    assert metric(s.place / "best.pt") == 0.5 and [metric(p) for p in s.place.glob("abandoned_best_*.pt")] == [0.9]
+
+
 def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best(small_disk):
     directory = small_disk / "run"
     with saver(directory) as s:
