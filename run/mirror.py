@@ -203,10 +203,11 @@ class Mirrored(Checkpointer):
             if resume is False:
                 self._expect_own(self._look_there(), home=candidates(self.directory))
             return super().resume(resume)
-        self._bring_home(self._look_there())
+        there = self._look_there()
+        self._bring_home(there)
         found = candidates(self.directory)
         if not self.apart:
-            found = checkpoint.in_order(found + usable(found, self._look_there()))
+            found = checkpoint.in_order(found + usable(found, there))
         chosen, state = checkpoint.choose(found, checkpoint.load, self.say)
         if not chosen and self.unreachable:
             raise self.unreachable          # all damaged here; what lies there may be sound
@@ -215,8 +216,17 @@ class Mirrored(Checkpointer):
             chosen.path = self.directory / chosen.path.name
         state = self._go_on(chosen, state)
         if state:
+            self._pass(there)
             self._offer()                   # it may lack what was saved just before a kill
         return state
+
+    def _pass(self, there):
+        """Remember the latest save of the second copy where the run goes on before it: damaged, or
+        a best.pt that was copied before the state that follows."""
+        ahead = max((c for c in there if c.facts), key=lambda c: c.order, default=None)
+        if ahead and not self.apart and not in_line(ahead.facts, self.line):
+            names = "run", "start", "starts", "save_counter"
+            self.passed = {name: ahead.facts[name] for name in names}
 
     def adopt(self, state, path=None):
         there = self._look_there()
@@ -265,10 +275,6 @@ class Mirrored(Checkpointer):
         for c in there:
             if c.fault and c.kind not in kinds:     # it may be the best, or the latest
                 raise OSError(c.fault.errno, c.fault.strerror, str(c.path))
-        ahead = max((c for c in there if c.facts), key=lambda c: c.order)
-        if not in_line(ahead.facts, line):      # a best.pt that came there before its last.pt, too
-            names = "run", "start", "starts", "save_counter"
-            self.passed = {name: ahead.facts[name] for name in names}
         back = {copy: record for record, copy in self.records.items()}
         newer = newest and (here is None or newest.order > here.order)
         before = {c.save for c in home if c.facts}

@@ -176,6 +176,27 @@ def test_a_second_copy_that_got_the_best_and_not_yet_the_last_goes_on_when_home_
     assert metric(s.place / "best.pt") == 0.5 and [metric(p) for p in s.place.glob("abandoned_best_*.pt")] == [0.9]
 
 
+@pytest.mark.parametrize("lost", [True, False], ids=["home lost", "home damaged too"])
+def test_a_second_copy_whose_newest_state_is_damaged_is_written_again(tmp_path, lost):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1))
+        s.save_mid(state(2))
+        until(lambda: copied(s), said)
+    flip(s.place / "mid_epoch_001_000002.pt")
+    if lost:
+        shutil.rmtree(tmp_path / "results")
+    else:
+        flip(s.directory / "mid_epoch_001_000002.pt")
+    for step in (3, 4):
+        s, said = mirrored(tmp_path)
+        with s:
+            assert s.resume()["global_step"] == (1 if step == 3 else 3)
+            s.save_mid(state(step))
+            until(lambda: copied(s) or s.apart, said)
+        assert not s.apart and recover(s.place) == step, said
+
+
 def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best(small_disk):
     directory = small_disk / "run"
     with saver(directory) as s:
