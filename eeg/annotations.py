@@ -108,13 +108,15 @@ def table(text, name, delimiter, columns):
 
 
 def _refuse_cut(rows, needed, text):
-    """Refuse a table, titles first, with a row of less than `needed` cells, or a last line without
-    its end: the file was cut here, more rows may have followed."""
-    short = [row for row in rows[1:] if len(row) < needed]
+    """Refuse a table, titles first, with a row of less than `needed` cells, or of more than the
+    titles, two in one line; or a last line without its end: the file was cut here, more rows may
+    have followed."""
+    short = [row for row in rows[1:] if len(row) < needed or any(row[len(rows[0]):])]
     if len(rows[-1]) < len(rows[0]) and not text.endswith("\n"):
         short.append(rows[-1])
     if short:
-        raise DataError(f"incomplete row {' '.join(short[0])[:60]!r}")
+        what = "incomplete row" if len(short[0]) <= len(rows[0]) else "more cells than titles in"
+        raise DataError(f"{what} {' '.join(short[0])[:60]!r}")
 
 
 def _refuse_hidden(lines):
@@ -438,8 +440,11 @@ DEFAULT_TEXTS = {                       # what a text means, whole, without its 
                              rf"{_NO}({_SEIZURE}s?|anfalle?)")}
 # a text that speaks of a seizure, misspelt too; where its meaning is not known, nothing is known.
 # Epileptiform discharges and cycles per second (9 cps) are none
+_MISSPELT = "|".join("seizure"[:i] + ".?" + "seizure"[i + 1:] for i in range(7))
 SPEAKS = re.compile(
-    r"seiz|eizur|\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
+    _MISSPELT +
+    r"|seiz|\bs z\b|"
+    r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
     r"[ck]ri[sz][ei]|(?<!inter)(?<!inter )i[ck]t(al|us)|[ck]onvuls|kramp|aanval|insult|toeval|"
     r"napad|drgawk|zachvat|attacc|kejang|co giat|kohtaus|nobet|roham|gorcs|criza|"
     r"atta(ck|que)|ataque|status epi|siez|[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
@@ -494,7 +499,8 @@ GARBLED = re.compile("[\x80-\xff]{3}")
 
 
 def speaks(text):
-    return bool(SPEAKS.search(plain(text)) or GARBLED.search(text))
+    said = plain(text)
+    return bool(SPEAKS.search(said) or "seizure" in said.replace(" ", "") or GARBLED.search(text))
 
 
 def marks(text):

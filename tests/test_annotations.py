@@ -121,6 +121,7 @@ def test_tusz_labels():
         ("", "no row"),
         ("TERM,0,30,bckg,1\nTERM,5,9,seiz,1\n", "overlaps"),
         ("TERM,a,9,seiz,1\n", "not a number"),
+        ("TERM,0,19,bckg,1TERM,19,21,seiz,1\n", "more cells than titles in 'TERM 0 19 bckg 1TERM"),
     ):
         with pytest.raises(edf.DataError, match=reason):
             parse_csv(CSV.format("30") + rows)

@@ -339,7 +339,7 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "GTCS", "sGTKA", "fnsz left", "ESz", "SzStart left", "szr", "Absence 12 s", "Absencen", "Status epilepticus",
                                   "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
                                   "Anf. 2", "Krise?", "Приступ", "судороги", "επιληπτική κρίση", "癫痫发作", "発作開始", "발작", "نوبة صرع", "התקף",
-                                  "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "eizure", "foc\"al seizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
+                                  "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "eizure", "seiure", "sebzure", "sei zure", "S Z", "foc\"al seizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
                                   "gelastic", "clonus", "attacco", "clinical event", "Seizure 0", "0 seizure", "sz: 0", "Electrographic event", "Epi event", "no. 2 seizures",
                                   "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
