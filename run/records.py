@@ -111,6 +111,7 @@ class RunDirectory:
         self.rules = evaluate.rules(config["evaluation"])
         self.last_save = "none in this process"
         self.kept = "nothing was touched"
+        self.origin = None              # run directory of a file of another run that was asked for
         if self._restarted() and resume != "true":
             say("torchrun restarted this job: resuming")
             resume, fresh = "true", False
@@ -196,6 +197,9 @@ class RunDirectory:
         self._check(state, path)
         self.saver = self._open_saver()
         self.kept = "no checkpoint was lost"
+        runs = {c.facts["run"] for c in checkpoint.candidates(self.checkpoints) if c.facts}
+        if runs and checkpoint.facts_of(state)["run"] not in runs:
+            self.origin = Path(path).absolute().parent.parent
         self.saver.adopt(state | {"config": self.config}, path)
         self.say(f"resume: {path} as asked; later resumes follow this line")
         return state
@@ -287,6 +291,9 @@ class RunDirectory:
         second = None
         if isinstance(self.saver, Mirrored) and not self.saver.apart:
             second = self.saver.place.parent / "metrics.jsonl"
+        if self.origin:                 # the rows here are of another run
+            MetricsFile(self.directory, -1, False, self.own, self.say).close()
+            second = self.origin / "metrics.jsonl"
         step = facts["global_step"]
         metrics = MetricsFile(self.directory, step, ended, self.own, self.say, second)
         if step - metrics.ends >= self.state["config"]["training"].get("log_every", math.inf):

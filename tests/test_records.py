@@ -266,6 +266,21 @@ def test_half_a_line_that_a_full_disk_left_spoils_no_later_one(tmp_path, corpus,
     assert len([json.loads(line) for line in path.read_text().splitlines()]) > kept
 
 
+def test_going_back_to_a_file_of_another_run_brings_its_rows_and_sets_those_of_this_one_aside(tmp_path, corpus):
+    with cut_at(EPOCH_STEPS + 5):
+        train.run(loaded(corpus, tmp_path), "true")
+    with cut_at(4):                             # begun anew by mistake
+        train.run(loaded(corpus, tmp_path, training__learning_rate=0.01), fresh=True)
+    wrong = rows(tmp_path)
+    newest = checkpoint.find_resume(tmp_path / "t.1/checkpoints")
+    assert train.run(loaded(corpus, tmp_path), str(newest)) == 0
+    found, old = rows(tmp_path), [json.loads(line) for line in (tmp_path / "t.1/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found if row["kind"] == "train"] == list(range(1, 2 * EPOCH_STEPS + 1))
+    assert [row.get("loss") for row in found[:len(old)]] == [row.get("loss") for row in old]
+    aside = [json.loads(line) for line in (tmp_path / "t/metrics.abandoned.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in aside] == [row["loss"] for row in wrong]
+
+
 def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
     with cut_at(2 * EPOCH_STEPS):
         train.run(loaded(corpus, tmp_path), "true")
