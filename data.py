@@ -151,8 +151,9 @@ class Recording:
         now = file_state(os.fstat(handle))
         if self.state and now != tuple(self.state):
             raise DataError(f"{self.path} was changed since the corpus was opened")
-        if self.digest:
-            if store.digest(os.pread(handle, self.offset, 0)) != self.digest:
+        expected = self.digest          # another reader may empty it meanwhile
+        if expected:
+            if store.digest(os.pread(handle, self.offset, 0)) != expected:
                 raise DataError(f"{self.path} is not the recording that the index describes: "
                                 "import it again")
             self.digest = ""            # once is enough: from now on its time would tell

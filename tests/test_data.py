@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -77,6 +78,21 @@ def test_a_file_that_is_not_the_one_of_the_index_is_refused_when_it_is_read(synt
     assert recordings[1].read(0, 9).any()
     with pytest.raises(edf.DataError, match="00.h5 is not the recording that the index describes: import it again"):
         recordings[0].read(0, 9)
+
+
+def test_readers_that_are_the_first_at_a_copied_recording_at_once_all_believe_it(synthetic, tmp_path):
+    many(synthetic, tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.h5"):
+        os.utime(path, (1, 1))
+    together = threading.Barrier(16)
+
+    def read(recording):
+        together.wait()
+        recording.read(0, 9)
+    with ThreadPoolExecutor(16) as pool:
+        for recording in data.open_corpus(tmp_path / "out"):
+            list(pool.map(read, [recording] * 16))          # raises what one of them raised
+            assert not recording.digest
 
 
 def test_a_folder_that_cannot_be_written_opens_all_the_same(synthetic, tmp_path, monkeypatch):
