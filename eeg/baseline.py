@@ -7,8 +7,9 @@ a change.
 Divided by it, band by band, every patient, electrode and amplifier has the same quiet EEG, and what
 a detector sees is the change that line length relative to its median, and a reader, judge by. The
 baseline is the median over pieces of 4 s, which seizures of less than half of the recording do
-not move. Of a short recording it is drawn towards the usual EEG, as the amplitude is (data.py), so
-that the first minutes of a live one can be judged as well.
+not move; pieces in which a channel is flat, as without contact, say nothing of it. Of a short
+recording it is drawn towards the usual EEG, as the amplitude is (data.py), so that the first
+minutes of a live one can be judged as well.
 """
 import numpy as np
 
@@ -51,10 +52,19 @@ def log_baseline(read, samples):
         return None
     count = samples // CHUNK
     if not count:
-        return np.median(log_power(read(0, samples)), 0)
+        return _median(log_power(read(0, samples)))
     chosen = np.unique(np.linspace(0, count - 1, PIECES).round().astype(int))
     powers = [log_power(read(i * CHUNK, CHUNK)) for i in chosen.tolist()]
-    return np.median(np.concatenate(powers), 0)
+    return _median(np.concatenate(powers))
+
+
+def _median(powers):
+    """Over the pieces (pieces, C, BANDS) that are not flat, of each channel that has any."""
+    flat = powers.max(-1, keepdims=True) < np.log(2 * FLOOR)
+    if not flat.any():
+        return np.median(powers, 0)
+    alive = np.ma.array(powers, mask=np.broadcast_to(flat & ~flat.all(0), powers.shape))
+    return np.ma.median(alive, 0).data
 
 
 def log_gain(baseline, seconds):

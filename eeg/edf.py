@@ -760,6 +760,14 @@ def sparse(row: np.ndarray) -> np.ndarray:
     return row[::len(row) // 30_000 | 1]
 
 
+def live(row: np.ndarray, step: float) -> np.ndarray:
+    """The seconds of a row, uV at 256 Hz, that are not flat: a pause of the amplifier says nothing
+    of its EEG. The whole row where all of it is flat."""
+    seconds = row[:len(row) // FS * FS].reshape(-1, FS)
+    lives = abs(seconds).max(1) > step / 2
+    return row if lives.all() or not lives.any() else seconds[lives].reshape(-1)
+
+
 def quantise(row: np.ndarray, step: float) -> tuple[np.ndarray, np.float32]:
     """float32 uV -> (int16, uV per unit); half a unit never exceeds the amplifier's `step`, at the
     cost of clipping spikes that the filter made taller than the amplifier's own range."""
@@ -800,7 +808,7 @@ def prepare_edf(header: Header, recipe: Recipe) -> Signal:
         x = prepare_row(microvolts, rate, NOTCH[recipe.notch])
         step = max((abs(weight * gains[i][0]) for i, weight in row.items() if weight), default=1.0)
         eeg[c], scale[c] = quantise(x, step)
-        amplitudes.append(1.4826 * float(np.median(abs(sparse(x)))))
+        amplitudes.append(1.4826 * float(np.median(abs(sparse(live(x, step))))))
     return Signal(eeg, scale, _typical(header, amplitudes, recipe.channels), float(rate))
 
 

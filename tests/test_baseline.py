@@ -57,6 +57,17 @@ def test_a_seizure_is_no_part_of_the_baseline_that_it_stands_out_from():
     assert inside.std() > 3 * equalised(x[:, 150 * FS:180 * FS], gain_of(x)).std()
 
 
+def test_where_most_of_a_recording_is_flat_the_rest_is_its_baseline():
+    x = noise(1800)
+    paused = x.copy()
+    paused[0, 300 * FS:] = 0            # an electrode that fell off
+    assert np.abs(gain_of(paused) - gain_of(x)).max() < 0.3
+    paused[:, 300 * FS:] = 0            # and the amplifier's plug
+    assert np.abs(gain_of(paused) - gain_of(x)).max() < 0.3
+    paused[1] = 0
+    assert (gain_of(paused)[1] == baseline.MOST).all()
+
+
 def test_a_clip_of_ten_seconds_keeps_its_own_size_and_a_shorter_one_all_of_it():
     loud = 5 * noise(10)
     assert np.abs(gain_of(loud)).max() < 0.25 < np.abs(gain_of(5 * noise(1200))).max()

@@ -624,6 +624,16 @@ def test_the_hole_that_a_broken_copy_leaves_is_noted(tmp_path):
     )
 
 
+def test_the_pause_of_an_amplifier_changes_nothing_of_the_amplitude_of_its_eeg(tmp_path):
+    eeg = np.random.default_rng(1).normal(0, 300, (19, 100 * 256))
+    whole = prepare(write_edf(tmp_path / "a.edf", 100, eeg=eeg)).norm
+    for share in (0.3, 0.45, 0.8):
+        paused = eeg.copy()
+        paused[:, :round(share * 100) * 256] = 0
+        norm = prepare(write_edf(tmp_path / "b.edf", 100, eeg=paused)).norm
+        assert norm == pytest.approx(whole, rel=0.1)        # most of it flat was refused, "the unit is wrong"
+
+
 def test_annotations_only_and_foreign_files_are_refused(tmp_path):
     only = write_edf(
         tmp_path / "a.edf",
