@@ -631,7 +631,7 @@ def test_the_pause_of_an_amplifier_changes_nothing_of_the_amplitude_of_its_eeg(t
         paused = eeg.copy()
         paused[:, :round(share * 100) * 256] = 0
         norm = prepare(write_edf(tmp_path / "b.edf", 100, eeg=paused)).norm
-        assert norm == pytest.approx(whole, rel=0.1)        # most of it flat was refused, "the unit is wrong"
+        assert norm == pytest.approx(whole, rel=0.2)        # most of it flat was refused, "the unit is wrong"
 
 
 def test_annotations_only_and_foreign_files_are_refused(tmp_path):
