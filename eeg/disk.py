@@ -208,8 +208,8 @@ def copy_folder(path, folder, states, say=print, copied=lambda: None):
     without room, or where other recordings lie in the way. copied() is called after each file."""
     source = Path(path).resolve()
     target = Path(folder).resolve() / source.name
-    if target == source:
-        raise DataError(f"data.copy_to {folder} is where {path} lies already")
+    if source in (target, *target.parents):
+        raise DataError(f"data.copy_to {folder} lies within {path}, or is where it lies already")
     target.mkdir(parents=True, exist_ok=True)
     try:
         held = hold(target)

@@ -550,6 +550,9 @@ def test_a_copy_goes_on_where_it_stopped_and_says_what_stands_in_its_way(synthet
         data.copy_corpus(synthetic[1], tmp_path)
     with pytest.raises(edf.DataError, match="lies already"):
         data.copy_corpus(synthetic[1], synthetic[1].parent)
+    with pytest.raises(edf.DataError, match="lies within"):     # the next start would train on both
+        data.copy_corpus(synthetic[1], synthetic[1] / "fast")
+    assert not (synthetic[1] / "fast").exists()
 
 
 def test_a_copy_without_room_is_refused_before_it_begins(synthetic, tmp_path, monkeypatch):
