@@ -1414,7 +1414,7 @@ class Checkpointer:
                         comes after 2 at most
     mid_epoch_keep, checkpoint_keep   newest files kept of each kind (0 = all)
     checkpoint_interval epochs between checkpoint_epoch_EEE.pt
-    mode                "max" or "min": which metric is better
+    mode                "max" or "min": which metric is better; or {its name: that of each}
     on_saved            called with the path in the writer thread once a file is durable; its
                         exception stops the run
     before_save         called in the writer thread with the directory before a file is written
@@ -1440,14 +1440,14 @@ class Checkpointer:
     best_may_return = False                 # whether a damaged best.pt may come from a second copy
     def __init__(self, directory: str | os.PathLike, mid_epoch_minutes: float = 30.0,
                  mid_epoch_keep: int = 5, checkpoint_interval: int = 1, checkpoint_keep: int = 3,
-                 mode: str = "max", on_saved: Callable[[Path], object] | None = None,
+                 mode: str | dict = "max", on_saved: Callable[[Path], object] | None = None,
                  before_save: Callable[[Path], object] | None = None, background: bool = True,
                  say: Callable[[str], object] = print, save_patience_minutes: float = 60.0,
                  check_finite: bool = True) -> None:
         self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
         for keep in self.keep.values():
             _check_keep(keep)
-        if mode not in ("max", "min"):
+        if mode not in ("max", "min") and not isinstance(mode, dict):
             raise ValueError(f"mode must be max or min, not {mode!r}")
         if not mid_epoch_minutes >= 0:      # NaN would never be due
             raise ValueError(f"mid_epoch_minutes must be 0 or more, not {mid_epoch_minutes}")
@@ -1805,7 +1805,8 @@ class Checkpointer:
             return not math.isnan(measured["value"])
         if measured["value"] == best["value"] and "tie" in measured and "tie" in best:
             return better(measured["tie"], best["tie"])
-        return better(measured["value"], best["value"], self.mode)
+        mode = self.mode if isinstance(self.mode, str) else self.mode.get(best["name"], "max")
+        return better(measured["value"], best["value"], mode)
 
     def _metric_of_best(self):
         """What best.pt holds, {} for nothing that compares; None where it cannot be read."""
@@ -2140,10 +2141,8 @@ def measurement(value: float, name: str = "metric", tie: float | None = None,
 
 def better(value: float, best: float | None, mode: str = "max") -> bool:
     """Strictly better; a NaN never is, and anything beats a NaN or None."""
-    if math.isnan(value):
-        return False
-    if best is None or math.isnan(best):
-        return True
+    if best is None or math.isnan(best) or math.isnan(value):
+        return not math.isnan(value)
     return value > best if mode == "max" else value < best
 
 

@@ -210,7 +210,7 @@ class RunDirectory:
             "mid_epoch_minutes": self.minutes, "mid_epoch_keep": self.mid_keep,
             "checkpoint_interval": s["checkpoint_interval"],
             "checkpoint_keep": s["checkpoint_keep"],
-            "mode": evaluate.METRICS[s["best_metric"]],
+            "mode": evaluate.METRICS,   # a resume may find saves of another best_metric
             "save_patience_minutes": s["save_patience_minutes"], "say": self.say}
         if s["mirror"]:
             return Mirrored(self.checkpoints, mirror=s["mirror"], **options)
@@ -272,7 +272,7 @@ class RunDirectory:
         if best["value"] is None:
             best["waited"] = 0
         lost = stopping["value"] is not None and checkpoint.better(
-            stopping["value"], best["value"], self.saver.mode)
+            stopping["value"], best["value"], evaluate.METRICS[stopping["metric"]])
         if lost and (facts is None or best["epoch"]):
             left = f"is now that of epoch {best['epoch']}" if best["epoch"] else "starts anew"
             self.say(f"resume: best.pt, of epoch {stopping['epoch']}, is in no place any more: the "

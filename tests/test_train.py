@@ -954,6 +954,17 @@ def test_after_a_resume_from_a_file_the_log_and_best_pt_agree_on_what_is_best(co
     assert [checkpoint.peek(path)["metric"]["value"] for path in aside] == [0.9]
 
 
+def test_a_resume_by_a_metric_that_is_better_the_other_way_round_keeps_the_best_until_an_epoch_is_measured_by_it(
+        corpus, tmp_path, capsys, monkeypatch):
+    config = loaded(corpus, tmp_path, training__epochs=3)
+    with validations(monkeypatch, auroc=[0.9, 0.7, 0.5]):
+        assert train.run(config) == 0
+    config = loaded(corpus, tmp_path, training__epochs=3, training__best_metric="loss")
+    assert train.run(config, resume="true") == 0
+    assert best(tmp_path)["metric"]["value"] == 0.9         # the smallest AUROC was taken for the best
+    assert "best.pt is" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("other", [{"config": 5}, {"config": {"lr": 1}}, {"optimizer": [1]}, {"model": None}])
 def test_a_checkpoint_of_another_form_is_refused_in_one_line_and_nothing_is_begun(corpus, tmp_path, capsys, other):
     state = {"epoch": 1, "batch": 2, "model": {}, "optimizer": {}, "sampler": {}, "rng": [], "data": "", "config": {"training": {}}}
