@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Recording:
     skipped: int = 0                    # chunks of the file before the first sample, of a part
     corpus: str = ""                    # folder's name, in a run on several
     digest: str = ""                    # what header must still prove that the file is the index's
+    gain: np.ndarray | None = field(default=None, init=False)       # log_gain, once it was asked
 
     @property
     def seconds(self) -> float:
@@ -98,15 +99,17 @@ class Recording:
         """Events in samples: int64 (N, 2)."""
         return np.clip(np.rint(self.events * self.fs), 0, self.samples).astype(np.int64)
 
-    @functools.cached_property
+    @property
     def log_gain(self) -> np.ndarray:
         """What brings its baseline to the usual one: float32 (C, BANDS). Reads 10 min, once."""
         def microvolts(start, n):
             return self.read(start, n) * self.scale[:, None]
-        own = baseline.log_baseline(microvolts, self.samples)
-        if own is None:
-            return np.zeros((len(self.channels), len(baseline.MIDDLES)), np.float32)
-        return baseline.log_gain(own, self.seconds)
+        # a cached_property would have one lock, in which readers wait for all other recordings
+        if self.gain is None:
+            own = baseline.log_baseline(microvolts, self.samples)
+            none = np.zeros((len(self.channels), len(baseline.MIDDLES)), np.float32)
+            self.gain = none if own is None else baseline.log_gain(own, self.seconds)
+        return self.gain
 
     def reference(self, share: float) -> tuple[float, np.ndarray]:
         """(uV that the EEG is divided by, log gain (C, BANDS) on its bands) for a detector that

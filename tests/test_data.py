@@ -457,6 +457,21 @@ def test_readers_wait_for_the_disk_together(corpus, monkeypatch):
     assert len(list(ahead)) == 16
 
 
+def test_readers_take_the_baselines_of_several_recordings_at_once(synthetic, monkeypatch):
+    """Four are being read at once, or the barrier breaks."""
+    recordings, plain, meeting = data.open_corpus(synthetic[1])[:4], data.Recording.read, threading.Barrier(4)
+    alone = [r.log_gain for r in data.open_corpus(synthetic[1])[:4]]
+
+    def read(recording, start, n):
+        if not start:
+            meeting.wait(60)
+        return plain(recording, start, n)
+    monkeypatch.setattr(data.Recording, "read", read)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda r: r.log_gain, recordings))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together))
+
+
 def test_a_window_is_one_read(corpus, monkeypatch):
     sizes, plain = [], os.preadv
 
