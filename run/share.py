@@ -124,21 +124,21 @@ def model_card(state, target, source):
     config = _dict(state.get("config"))
     data, evaluation = _dict(config.get("data")), _dict(config.get("evaluation"))
     scores, metric = _dict(state.get("scores")), _dict(state.get("metric"))
-    patients = ", ".join(map(str, data.get("dev_patients") or []))
     folders = data.get("path") or []
-    if isinstance(folders, str):
+    if not isinstance(folders, list):
         folders = [folders]
     rows = {
         "run": _dict(config.get("experiment")).get("name"),
         "from": Path(source).name,
         "epoch": state.get("epoch"),
         "step": state.get("global_step"),
-        "averaged": ", ".join(state.get("averaged", [])),
+        "averaged": _listed(state.get("averaged")),
         # the names alone: a whole path tells strangers about the machine
-        "data": ", ".join(Path(folder).name for folder in folders),
-        "validation patients": patients or "the corpus's own, or drawn by the seed",
+        "data": _listed([Path(str(folder)).name for folder in folders]),
+        "validation patients": _listed(data.get("dev_patients"))
+        or "the corpus's own, or drawn by the seed",
         "montage": state.get("montage"),
-        "channels": ", ".join(map(str, state.get("channels", []))),
+        "channels": _listed(state.get("channels")),
         "threshold": scores.get("threshold", evaluation.get("threshold")),
         "chosen by": metric.get("name"),
         "at": metric.get("value"),
@@ -155,6 +155,11 @@ def model_card(state, target, source):
               "these weights; on other patients, hospitals and recording systems expect worse, and",
               "measure it before use.", ""]
     return "\n".join(lines)
+
+
+def _listed(value):
+    """What a card shows of a list; another loop's state may hold a number under its name."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _dict(value):

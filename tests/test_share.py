@@ -27,6 +27,16 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     assert "optimizer" not in checkpoint.load(tmp_path / "a/best_weights.pt")
 
 
+def test_a_card_takes_what_another_loop_keeps_under_the_names_of_ours(tmp_path):
+    for number, other in enumerate((19, "19 of them", ["Fz", 3], None)):
+        path = tmp_path / f"{number}.pt"
+        checkpoint.atomic_save({"model": {"w": torch.ones(1)}, "channels": other, "averaged": other, "config": {
+            "data": {"path": other, "dev_patients": other}}}, path)
+        assert checkpoint.main(["strip", str(path)]) == 0
+    assert "- channels: 19\n" in (tmp_path / "0_weights.md").read_text()
+    assert "- channels: Fz, 3\n" in (tmp_path / "2_weights.md").read_text()
+
+
 def test_an_average_is_the_mean_of_weights_with_the_newest_buffers_and_refuses_other_runs_shapes_and_twins(tmp_path, capsys):
     def put(s, step, **more):
         model = {"w": torch.full((3,), float(step), dtype=torch.bfloat16), "n.running_mean": torch.full((2,), float(step)),
