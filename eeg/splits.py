@@ -147,7 +147,7 @@ def _fold(recordings, unit, folds, fold, seed):
     evenly."""
     groups = _groups(recordings, unit)
     count = len(groups[0]) + len(groups[1])
-    if not 2 <= folds <= count:
+    if count > 1 and not 2 <= folds <= count:
         raise DataError(f"data.folds is {folds}: 2 to {count}, for {count} there are")
     if not 1 <= fold <= folds:
         raise DataError(f"data.fold is {fold}: 1 to {folds}, data.folds")

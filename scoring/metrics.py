@@ -141,8 +141,10 @@ def deciding(name, recordings, part="validation (dev)"):
     instead of `name`, since no epoch would ever be the best otherwise; of an event score it is said
     how little it tells. Raises ValueError where FALLBACK cannot be computed either."""
     grounds, why = _undefined_on(recordings)
+    if name in why and FALLBACK in why:
+        raise ValueError(f"{name} cannot be computed on {part}: {why[name]}; name other "
+                         "patients with data.dev_patients, or set training.best_metric: loss")
     if name in why:
-        check_metric(FALLBACK, recordings, part)
         return FALLBACK, (f"{name} cannot be computed on {part}: {why[name]}; "
                           f"{FALLBACK} decides best.pt instead of training.best_metric")
     if name in BY_EVENT and name not in ALWAYS and _always_on(grounds) <= max(FALSE_ALARMS):

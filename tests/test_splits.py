@@ -53,6 +53,11 @@ def test_chb21_is_chb01_in_a_folder_too():
     assert patients(dev) == {"chbmit/chb01"} and len(dev) == 2
 
 
+def test_folds_of_a_lone_patient_are_refused_with_the_way_out():
+    with pytest.raises(edf.DataError, match="1 labelled part, .*for one patient set data.split"):
+        splits.split([fake("a")], C | {"folds": 2}, 1)
+
+
 def test_folds_let_everyone_validate_once_and_deal_those_with_seizures_evenly():
     people = [fake(f"p{i}", events=((10, 40),) if i < 4 else ()) for i in range(10)]
     seen = []
