@@ -122,12 +122,10 @@ class NotFinite(ArithmeticError):
 
 
 class InUse(OSError):
-    """Another live process holds this directory: `pid` on `host`, both None where it is not known.
-    """
+    """Another live process holds this directory: `pid` on `host`, both None where not known."""
 
     def __init__(self, directory: str | os.PathLike, holder: tuple[int, str] | None) -> None:
-        self.pid = holder[0] if holder else None
-        self.host = holder[1] if holder else None
+        self.pid, self.host = holder or (None, None)
         owner = f"process {self.pid} on {self.host}" if holder else "another process"
         advice = "stop it first"
         if (self.pid, self.host) == (os.getpid(), socket.gethostname()):
@@ -1407,7 +1405,7 @@ def _obey(parent):
 
 # ---- policy: when to save, what to keep, the background writer ----
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """When to save, what to keep, and the background writer, of a directory held by one process.
 
     mid_epoch_minutes   between timed snapshots (0 = after every step); the first of a process
@@ -1438,6 +1436,7 @@ class Checkpointer:
         failed 3 times and for save_patience_minutes ----> SaveFailed, in the training loop"""
 
     best_may_return = False                 # whether a damaged best.pt may come from a second copy
+
     def __init__(self, directory: str | os.PathLike, mid_epoch_minutes: float = 30.0,
                  mid_epoch_keep: int = 5, checkpoint_interval: int = 1, checkpoint_keep: int = 3,
                  mode: str | dict = "max", on_saved: Callable[[Path], object] | None = None,
@@ -1467,6 +1466,7 @@ class Checkpointer:
         self._names: list[str] = []         # of the image
         self._measured = None               # metric of the image
         self._best = None                   # metric of best.pt, {}: none; None: never read
+        self.best = self.directory / KINDS["best"].name     # or the epoch that lacks this name yet
         self._writing = None                # future of the save in progress
         self._failed: Any = None            # error of the image's save: it is in memory alone
         self._failures = 0                  # in a row
@@ -1586,64 +1586,78 @@ class Checkpointer:
         self.global_step = facts["global_step"]
 
     def _name_line(self):
-        """Derive last.pt and best.pt of the line that goes on.
+        """Derive last.pt and best.pt of the line that goes on, at every resume.
 
         A kill may have come between an epoch's file and its other names; a rollback leaves a
-        best.pt that belongs to the abandoned line. Done at every resume, so that no kill in here
-        matters; a disk that refuses costs no more than a name, which the next epoch gives."""
+        best.pt that belongs to the abandoned line."""
+        self._try(self._set_best_aside, self._name_best, self._name_last)
+
+    def _try(self, *steps):
+        """A disk that refuses costs a name, which the next epoch gives."""
+        try:
+            for step in steps:
+                step()
+        except (OSError, CorruptCheckpoint) as error:
+            self.say(f"checkpoints: best.pt could not be named anew: {reason_of(error)}")
+
+    def _ended(self):
+        """Candidates of this line that end an epoch, oldest first."""
         ended = [c for c in candidates(self.directory)
                  if c.facts and c.facts["kind"] == "epoch" and in_line(c.facts, self.line)]
-        ended.sort(key=lambda c: c.order)
-        try:
-            best = self._best_of_line()
-            self._best = self._metric_of_best()
-            self._name_last(ended)
-            for candidate in ended:
-                metric = candidate.facts["metric"]
-                later = not best or candidate.order > best.order    # else it was judged before
-                known = self._best is not None      # else best.pt cannot be read now: it stays
-                if metric and later and known and candidate.kind != "best" \
-                        and self._is_better(metric) \
-                        and self._name_again(candidate, KINDS["best"].name):
-                    self._best = metric
-        except (OSError, CorruptCheckpoint) as error:
-            self.say(f"resume: last.pt and best.pt could not be named anew: {reason_of(error)}")
-        self._best = self._metric_of_best()
+        return sorted(ended, key=lambda c: c.order)
 
-    def _best_of_line(self):
-        """The Candidate best.pt, or None; set aside where this line has not made it, and where it
-        is damaged: a metric without its weights is no bar."""
+    def _set_best_aside(self):
+        """Rename best.pt where this line has not made it, and where it is damaged: a metric without
+        its weights is no bar."""
         best = Candidate(self.directory / KINDS["best"].name)
         if not best.facts:
-            return None
+            return
         aside, why = abandoned_name(best), "belongs to the abandoned line"
         if in_line(best.facts, self.line):
             damage = "" if self.best_may_return else damage_of(best.path)
             if not damage:
-                return best
+                return
             aside, why = best.path.with_name("best.pt.damaged"), f"is damaged, {damage}"
         os.replace(best.path, aside)        # a full disk takes no copy
         _unlink(best.path)                  # else one file had both names already
         _sync_directory(self.directory)
         self.say(f"resume: best.pt {why}: renamed to {aside.name}")
-        return None
 
-    def _name_last(self, ended):
+    def _name_best(self):
+        """Name best.pt the best epoch of this line that ended after it and lacks that name. Until
+        the disk takes it, that epoch is the bar all the same, and its file stays."""
+        best, stored = Candidate(self.directory / KINDS["best"].name), self._metric_of_best()
+        if stored is None:
+            return
+        self._best, self.best = stored, best.path
+        for candidate in self._ended():
+            metric = candidate.facts["metric"]
+            later = not best.facts or candidate.order > best.order      # else it was judged before
+            if metric and later and candidate.kind != "best" and self._is_better(metric) \
+                    and self._is_sound(candidate, best.path.name):
+                self._best, self.best = metric, candidate.path
+        if self.best != best.path:
+            self._name_again(self.best, best.path.name)
+            self.best = best.path
+
+    def _name_last(self):
         last = Candidate(self.directory / KINDS["last"].name)
-        for candidate in reversed(ended):
-            if last.facts and last.order >= candidate.order \
-                    or self._name_again(candidate, last.path.name):
+        for candidate in reversed(self._ended()):
+            if last.facts and last.order >= candidate.order:
                 return
+            if self._is_sound(candidate, last.path.name):
+                return self._name_again(candidate.path, last.path.name)
 
-    def _name_again(self, candidate, name):
-        """False where the candidate is damaged: no more than its progress was read so far."""
+    def _is_sound(self, candidate, name):
+        """Whether its bytes are: no more than its progress was read so far."""
         damage = damage_of(candidate.path)
         if damage:
             self.say(f"resume: {candidate.path.name} is not named {name}: {damage}")
-            return False
-        link_or_copy(candidate.path, self.directory / name, self.links)
-        self.say(f"resume: {name} is {candidate.path.name} again, of the saves that are left")
-        return True
+        return not damage
+
+    def _name_again(self, path, name):
+        link_or_copy(path, self.directory / name, self.links)
+        self.say(f"checkpoints: {name} is {path.name} again, of the saves that are left")
 
     # -- a loop over a DataLoader --
 
@@ -1789,9 +1803,7 @@ class Checkpointer:
                          f"later epoch's: {reason_of(self._failed)}")
             if measured is None:
                 return False
-            stored = self._metric_of_best()
-            if stored is not None:
-                self._best = stored
+            self._try(self._name_best)
             if self._best is None:
                 self.say("checkpoints: best.pt stays: what it holds was never read")
                 return False
@@ -1881,7 +1893,10 @@ class Checkpointer:
         size = atomic_write(first, self._image.file())
         for name in names[1:]:
             link_or_copy(first, self.directory / name, self.links)
-        self._report(names, blocked, time.monotonic() - began, size)
+        wrote = time.monotonic() - began
+        self._slowest = max(self._slowest, blocked + wrote)
+        self.say(f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited "
+                 f"{blocked * 1e3:.0f} ms, durable in {wrote:.2f} s{self._remark()}")
         self._call_hook(first)
         for kind, keep in self.keep.items():
             self._rotate(kind, keep)
@@ -1889,10 +1904,7 @@ class Checkpointer:
     def is_own_directory(self) -> bool:
         """Whether the path of the directory still leads to the one that is held: it may have been
         moved away, or a disk mounted over it. FileNotFoundError where nothing is there."""
-        if self._lock.is_at(self.directory):
-            return True
-        deleted = not os.path.lexists(self._lock.path)
-        return deleted and self._lock.is_in(self.directory)
+        return self._lock.is_at(self.directory)
 
     def _expect_own_directory(self):
         """Raise Moved where another run may be in this one's place."""
@@ -1923,14 +1935,9 @@ class Checkpointer:
             raise RuntimeError(f"on_saved failed for {path.name}: {error}") from error
 
     def _rotate(self, kind, keep):
-        protect = [self.resumed] if self.resumed else []
+        protect = [path for path in (self.resumed, self.best) if path]
         for path in rotate(self.directory, KINDS[kind].glob, keep, protect):
             self.say(f"checkpoints: rotated out {path.name}")
-
-    def _report(self, names, blocked, wrote, size):
-        self._slowest = max(self._slowest, blocked + wrote)
-        self.say(f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited "
-                 f"{blocked * 1e3:.0f} ms, durable in {wrote:.2f} s{self._remark()}")
 
     def _remark(self):
         """What a save's line says besides."""
@@ -2015,9 +2022,6 @@ class Checkpointer:
     def _end(self):
         self._writer.shutdown()
         self._lock.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()
@@ -2131,12 +2135,9 @@ def _mixed(*numbers):
 def measurement(value: float, name: str = "metric", tie: float | None = None,
                 rules: str | None = None) -> dict[str, Any]:
     """A metric as a checkpoint holds it. rules: a short text for the rules it was computed by."""
-    found = {"name": name, "value": float(value)}
-    if tie is not None:
-        found["tie"] = float(tie)
-    if rules is not None:
-        found["rules"] = rules
-    return found
+    found = {"name": name, "value": float(value), "tie": None if tie is None else float(tie),
+             "rules": rules}
+    return {key: part for key, part in found.items() if part is not None}
 
 
 def better(value: float, best: float | None, mode: str = "max") -> bool:
@@ -2213,7 +2214,7 @@ def _free_bytes(directory):
 
 # ---- a directory held by one process ----
 
-class Lock:
+class Lock(contextlib.AbstractContextManager):
     """A directory held by this process: until `close`, or until its death. Nothing forked from it
     holds on."""
 
@@ -2226,17 +2227,13 @@ class Lock:
         self.held.add(self)
 
     def is_at(self, directory: str | os.PathLike) -> bool:
-        """Whether the lock file of `directory` is the one that is held. FileNotFoundError where the
-        directory is gone."""
-        os.stat(directory)
+        """Whether `directory` is the one that was locked, also where its lock file was deleted.
+        FileNotFoundError where it is gone."""
+        there = os.stat(directory)
         try:
-            return os.path.samestat(os.stat(Path(directory, self.path.name)), os.fstat(self.fd))
+            return os.path.samestat(os.lstat(Path(directory, self.path.name)), os.fstat(self.fd))
         except FileNotFoundError:
-            return False
-
-    def is_in(self, directory: str | os.PathLike) -> bool:
-        """Whether `directory` is the one that was locked."""
-        return os.path.samestat(os.stat(directory), self.directory)
+            return os.path.samestat(there, self.directory)
 
     def close(self) -> None:
         if self not in self.held:
@@ -2256,9 +2253,6 @@ class Lock:
         for lock in cls.held:
             os.close(lock.fd)
         cls.held.clear()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()

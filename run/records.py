@@ -262,7 +262,7 @@ class RunDirectory:
         best = {"value": None, "tie": None, "epoch": 0}
         facts = None
         with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
-            facts = checkpoint.peek(self.checkpoints / "best.pt")
+            facts = checkpoint.peek(self.saver.best)
             metric = facts["metric"] or {}
             if metric.get("rules", self.rules) != self.rules:
                 self.say("resume: evaluation settings changed: best.pt was measured by other "

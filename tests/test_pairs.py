@@ -208,6 +208,40 @@ def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best
     assert sound(checkpoint.load(directory / "best.pt")) == 2 and recover(directory) == 3
 
 
+def test_a_best_that_a_resume_has_no_room_to_name_is_the_bar_and_stays(small_disk, monkeypatch):
+    monkeypatch.setattr(checkpoint, "links_work", lambda directory: False)
+    directory = small_disk / "run"
+    with saver(directory) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        s.save_epoch(state(2, epoch=2), metric=0.9)
+    for name in ("last.pt", "best.pt"):         # as killed before the second epoch got its other names
+        shutil.copy(directory / "checkpoint_epoch_001.pt", directory / name)
+    empty, said = spoil_full(small_disk), []
+    with saver(directory, say=said.append) as s:
+        s.resume()
+        assert metric(directory / "best.pt") == 0.5 and metric(s.best) == 0.9
+        assert any("best.pt could not be named anew: No space left" in line for line in said)
+        empty()
+        assert not s.save_epoch(state(3, epoch=3), metric=0.6)
+    assert metric(directory / "best.pt") == 0.9
+
+
+def test_a_best_that_was_written_and_not_named_before_it_was_given_up_stays_the_best(small_disk, monkeypatch):
+    monkeypatch.setattr(checkpoint, "links_work", lambda directory: False)
+    directory, filler = small_disk / "run", small_disk / "filler"
+    with saver(directory, checkpoint_keep=1) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        room = os.statvfs(small_disk)
+        filler.write_bytes(bytes(room.f_bavail * room.f_frsize - (directory / "last.pt").stat().st_size * 3 // 2))
+        assert s.save_epoch(state(2, epoch=2), metric=0.9) and metric(directory / "best.pt") == 0.5
+        assert metric(directory / "checkpoint_epoch_002.pt") == 0.9
+        assert not s.save_epoch(state(3, epoch=3), metric=0.6)          # nor is there room for this one
+        filler.unlink()
+    with saver(directory, checkpoint_keep=1) as s:
+        assert s.resume()["global_step"] == 3
+    assert metric(directory / "best.pt") == 0.9
+
+
 def test_a_last_snapshot_waits_for_the_epoch_that_waits_for_room(small_disk):
     directory = small_disk / "run"
     with saver(directory) as s:
