@@ -111,7 +111,6 @@ class RunDirectory:
         self.rules = evaluate.rules(config["evaluation"])
         self.last_save = "none in this process"
         self.kept = "nothing was touched"
-        self.origin = None              # run directory of a file of another run that was asked for
         if self._restarted() and resume != "true":
             say("torchrun restarted this job: resuming")
             resume, fresh = "true", False
@@ -197,12 +196,22 @@ class RunDirectory:
         self._check(state, path)
         self.saver = self._open_saver()
         self.kept = "no checkpoint was lost"
-        runs = {c.facts["run"] for c in checkpoint.candidates(self.checkpoints) if c.facts}
-        if runs and checkpoint.facts_of(state)["run"] not in runs:
-            self.origin = Path(path).absolute().parent.parent
-        self.saver.adopt(state | {"config": self.config}, path)
+        # saved with it: a kill may come before the rows are cut. Its config is the one that it was
+        # trained by, which tells the next start what has changed
+        state["rows"] = self._rows_of(state, Path(path).absolute())
+        self.saver.adopt(state, path)
         self.say(f"resume: {path} as asked; later resumes follow this line")
         return state
+
+    def _rows_of(self, state, path):
+        """The file with the rows that led to the checkpoint `path`; "" for those of this run."""
+        there = path.parent.parent / "metrics.jsonl"
+        second = getattr(self.saver, "place", self.checkpoints)
+        own = {self.checkpoints.resolve(), second.resolve()}
+        if there.exists() and path.parent.resolve() not in own:
+            return str(there)
+        runs = {c.facts["run"] for c in checkpoint.candidates(self.checkpoints) if c.facts}
+        return os.devnull if runs and checkpoint.facts_of(state)["run"] not in runs else ""
 
     def _open_saver(self):
         s = self.config["training"]
@@ -291,9 +300,10 @@ class RunDirectory:
         second = None
         if isinstance(self.saver, Mirrored) and not self.saver.apart:
             second = self.saver.place.parent / "metrics.jsonl"
-        if self.origin:                 # the rows here are of another run
+        rows = self.state.get("rows")
+        if rows and os.path.exists(rows):           # those here are of another run or another line
             MetricsFile(self.directory, -1, False, self.own, self.say).close()
-            second = self.origin / "metrics.jsonl"
+            second = Path(rows)
         step = facts["global_step"]
         metrics = MetricsFile(self.directory, step, ended, self.own, self.say, second)
         if step - metrics.ends >= self.state["config"]["training"].get("log_every", math.inf):

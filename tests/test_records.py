@@ -12,7 +12,7 @@ import forked
 import train
 from conftest import ROOT
 from eeg.disk import Refused, TemporaryFault
-from helpers import EPOCH_STEPS, last, loaded, rows
+from helpers import EPOCH_STEPS, assert_same_run, last, loaded, rows
 from run.watch import Watchdog
 from run.records import MetricsFile, RunDirectory, move_aside, refused_lock
 from test_mirror import flip
@@ -203,14 +203,16 @@ class Killed(Exception):
     pass
 
 
+def killed(*arguments):
+    raise Killed
+
+
 def test_going_back_to_a_file_interrupted_before_its_records_are_cut_loses_no_row(corpus, tmp_path, monkeypatch):
     config = loaded(corpus, tmp_path, training__epochs=3, training__checkpoint_keep=0)
     assert train.run(config) == 0
     before = rows(tmp_path)
     path = tmp_path / "t/checkpoints/checkpoint_epoch_001.pt"
 
-    def killed(*arguments):
-        raise Killed
     monkeypatch.setattr(checkpoint.Checkpointer, "save_mid", killed)     # the first save of the new line
     with pytest.raises(Killed):
         train.run(loaded(corpus, tmp_path, training__epochs=3, training__checkpoint_keep=0), str(path))
@@ -279,6 +281,24 @@ def test_going_back_to_a_file_of_another_run_brings_its_rows_and_sets_those_of_t
     assert [row.get("loss") for row in found[:len(old)]] == [row.get("loss") for row in old]
     aside = [json.loads(line) for line in (tmp_path / "t/metrics.abandoned.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in aside] == [row["loss"] for row in wrong]
+
+
+@pytest.mark.parametrize("batch_size", [4, 6])
+def test_going_back_to_a_file_killed_before_the_rows_are_cut_ends_as_if_it_had_not_been(tmp_path, corpus, monkeypatch, batch_size):
+    now = {"training__batch_size": batch_size}
+    for results in (tmp_path / "killed", tmp_path / "whole"):
+        with cut_at(EPOCH_STEPS + 5):
+            train.run(loaded(corpus, results), "true")
+        with cut_at(4):                         # begun anew by mistake
+            train.run(loaded(corpus, results, training__learning_rate=0.01), fresh=True)
+        old = str(results / "t.1/checkpoints/checkpoint_epoch_001.pt")
+        if results.name == "killed":
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(RunDirectory, "_cut_records", killed)
+                train.run(loaded(corpus, results, **now), old)
+            old = "true"
+        assert train.run(loaded(corpus, results, **now), old) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
