@@ -167,6 +167,8 @@ class RunDirectory:
         overwritten."""
         if fresh:
             self._move_aside()
+        else:
+            self._expect_disk()
         self.saver = self._open_saver()
         if not fresh:
             self.kept = "no checkpoint was lost"    # names of them may be made anew
@@ -179,6 +181,16 @@ class RunDirectory:
             self._move_aside()
             self.saver = self._open_saver()
         return None
+
+    def _expect_disk(self):
+        """Raise TemporaryFault where the folder of checkpoints is the bare mount point of a disk
+        that is away: not even the lock file of the saves before is there."""
+        if has_run(self.config) or not self.checkpoints.is_dir() or os.listdir(self.checkpoints):
+            return
+        path = self.directory / "saves.jsonl"
+        if any(row.get("kind") == "save" for row in read_json_lines(path, self.say)):
+            raise TemporaryFault(f"{self.checkpoints} is empty, and {path} lists saves: mount its "
+                                 f"disk and try again; --fresh begins anew")
 
     def _move_aside(self):
         mirror = self.config["training"]["mirror"]
@@ -382,20 +394,26 @@ def has_run(config):
 
 def move_aside(directory, say, second=None):
     """Rename a run's folder, and its second copy, to NAME.1, or the next number that is free in
-    both places; both or none. Of a link the folder that it leads to is renamed, and the new run
-    goes there, to the same disk. Raises InUse where a process works there, Refused where a folder
-    cannot be renamed."""
+    both places; both or none. Of a link, that of the checkpoints too, the folder that it leads to
+    is renamed, and the new run goes there, to the same disk. Raises InUse where a process works
+    there, Refused where a folder cannot be renamed."""
     # the second copy first: an empty home beside it would resume the old run from it
     folders = [Path(folder) for folder in (second, directory) if folder and Path(folder).is_dir()]
     places = [folder.resolve() if folder.is_symlink() else folder for folder in folders]
+    linked = {place: (place / "checkpoints").resolve() for place in places
+              if (place / "checkpoints").is_symlink()}
     number = 1
-    while any(os.path.lexists(f"{folder}.{number}") for folder in folders + places):
+    while any(os.path.lexists(f"{folder}.{number}")
+              for folder in (*folders, *places, *linked.values())):
         number += 1
     with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
                 held.enter_context(checkpoint.lock(folder / "checkpoints", say))
         try:
+            for place in linked.values():
+                os.rename(place, f"{place}.{number}")
+                undo.callback(os.rename, f"{place}.{number}", place)
             for folder, place in zip(folders, places):
                 os.rename(place, f"{place}.{number}")
                 undo.callback(os.rename, f"{place}.{number}", place)
@@ -409,7 +427,20 @@ def move_aside(directory, say, second=None):
     for folder, place in zip(folders, places):
         if place != folder:
             place.mkdir()
+        if place in linked:
+            relink(place, number, linked[place])
         say(f"moved the old run aside: {folder} -> {folder}.{number}")
+
+
+def relink(place, number, target):
+    """The checkpoints of the run at `place` lay in `target`, by a link: those of the run that was
+    moved aside are `target`.number now, and those of the new one go to a new `target`."""
+    old = Path(f"{place}.{number}", "checkpoints")
+    old.unlink()
+    old.symlink_to(f"{target}.{number}")
+    target.mkdir()
+    place.mkdir(exist_ok=True)
+    (place / "checkpoints").symlink_to(target)
 
 
 @contextlib.contextmanager

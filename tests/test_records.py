@@ -174,6 +174,43 @@ def test_of_a_linked_run_the_folder_is_moved_aside_and_the_link_leads_the_new_ru
     assert (tmp_path / "t.1" / "checkpoints" / "last.pt").read_bytes() == b"old"
 
 
+def test_of_linked_checkpoints_the_folder_is_moved_aside_and_a_link_leads_those_of_the_new_run_to_the_same_disk(tmp_path):
+    big, home = tmp_path / "big/t", tmp_path / "results/t"
+    big.mkdir(parents=True)
+    home.mkdir(parents=True)
+    (home / "checkpoints").symlink_to("../../big/t")
+    for number in (1, 2):
+        (big / "last.pt").write_bytes(b"run %d" % number)
+        move_aside(home, print)
+        assert (home / "checkpoints").resolve() == big and not list(big.iterdir())
+        assert (tmp_path / f"results/t.{number}/checkpoints").resolve() == tmp_path / f"big/t.{number}"
+        assert (tmp_path / f"results/t.{number}/checkpoints/last.pt").read_bytes() == b"run %d" % number
+
+
+def test_linked_checkpoints_that_cannot_be_renamed_are_a_refusal_and_nothing_is_moved(tmp_path, small_disk):
+    home = tmp_path / "results/t"
+    home.mkdir(parents=True)
+    (home / "checkpoints").symlink_to(small_disk)
+    with pytest.raises(Refused, match="cannot be moved aside"):
+        move_aside(home, print)
+    assert (home / "checkpoints").resolve() == small_disk and os.listdir(tmp_path / "results") == ["t"]
+
+
+def test_a_run_whose_disk_of_checkpoints_is_not_mounted_begins_nothing_in_the_bare_mount_point(tmp_path, corpus):
+    with cut_at(3):
+        train.run(loaded(corpus, tmp_path), "true")
+    before, place = rows(tmp_path), tmp_path / "t/checkpoints"
+    place.rename(tmp_path / "disk")
+    place.mkdir()
+    for resume in ("true", "false"):
+        with pytest.raises(TemporaryFault, match="is empty, and .* lists saves: mount its disk"):
+            train.run(loaded(corpus, tmp_path), resume)
+        assert not os.listdir(place) and rows(tmp_path) == before
+    place.rmdir()
+    (tmp_path / "disk").rename(place)
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+
+
 @pytest.mark.parametrize("holder, kind", [((os.getpid(), "another-host"), TemporaryFault), (None, TemporaryFault),
                                           ((999_999, os.uname().nodename), TemporaryFault),
                                           ((os.getppid(), os.uname().nodename), Refused)])
