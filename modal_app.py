@@ -315,6 +315,8 @@ def work(run, config, launch, resume, fresh, longest, gpu):
     signals = trainer.Signals()
     record = new_record(config, run, launch, gpu)
     publish = Publisher(run, len(attempts(run)) + 1, record, signals, config)
+    publish.write()                                     # else a replay would begin anew
+    (run / "done.json").unlink(missing_ok=True)         # of a line that --resume FILE may leave
     publish("the start")
     print(f"attempt {publish.number} in {record['task']}: from step {record['progress'][0]}")
     way = "failed"
@@ -532,7 +534,7 @@ def tolerated(what):
 
 class Publisher:
     """Commits the Volumes with the record of this attempt: at start and end, after each save. A
-    commit that fails ends nothing."""
+    commit that fails ends nothing, nor does a record that a full Volume does not take."""
 
     def __init__(self, run, number, record, signals, config):
         self.run, self.number, self.record, self.signals = run, number, record, signals
@@ -543,7 +545,8 @@ class Publisher:
         """train.py's on_saved hook."""
         self.record["saved"] = path.name
         self(path.name)
-        print(bill(self.run))
+        with tolerated("bill"):
+            print(bill(self.run))
 
     def write(self):
         self.record["seen"] = time.time()
@@ -551,7 +554,8 @@ class Publisher:
         put(self.run / "attempts" / f"{self.number:03d}.json", self.record)
 
     def __call__(self, what):
-        self.write()
+        with tolerated(f"record of {what}"):
+            self.write()
         # on the way out the exit commit comes by itself, and the grace is short
         if self.signals.number:
             return
@@ -572,7 +576,8 @@ class Publisher:
     def end(self, way):
         """The last word of this attempt. Raises RuntimeError where a result cannot be published."""
         if way in ("preempted", "cancelled"):           # the exit commit comes by itself
-            self.write()
+            with tolerated("record of the end"):
+                self.write()
             return
         self("the end")
         if self.failures and way == "finished":

@@ -93,7 +93,8 @@ def following(path, saved):
 
     def follow():
         while not ended.wait(0.5):
-            look()
+            with contextlib.suppress(OSError):          # out of reach: looked at again
+                look()
 
     thread = threading.Thread(target=follow, name="saves", daemon=True)
     thread.start()

@@ -103,7 +103,7 @@ def fit(config, toy, settings, resume, on_saved, caught):
     with checkpoint.Checkpointer(directory / "checkpoints", settings["mid_epoch_minutes"], on_saved=on_saved,
                                  say=say) as saver:
         say(f"toy: resume {resume}")
-        state = saver.resume() if resume != "false" else None
+        state = saver.resume({"true": True, "false": False}.get(resume, resume))
         step, (epoch, batch) = 0, saver.position
         if state:
             model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])

@@ -234,6 +234,30 @@ def test_a_replayed_resume_false_resumes_and_a_finished_run_returns_at_once(runs
     assert len(runs.records()) == 2
 
 
+def test_a_run_that_went_back_to_a_file_after_its_end_is_not_believed_to_be_finished(runs):
+    runs.attempt(ONE)
+    file = str(runs.directory / "checkpoints/checkpoint_epoch_001.pt")
+    [(end, _)] = runs.attempt(["two", file, "false"], crash_at=30)
+    assert end.startswith("RuntimeError ValueError: the toy crashes here")
+    [(end, log)] = runs.attempt(["three", "true", "false"])
+    assert '"finished"' in end and "it was already" not in end and "toy step 60\n" in log
+
+
+def test_a_record_that_a_volume_does_not_take_ends_no_training_and_a_preemption_stays_one(tmp_path, capsys):
+    run = tmp_path / "toy"
+    run.mkdir()
+    (run / "attempts").write_text("in the way of the folder")
+    record = {"launch": "one", "call": None, "app": "a", "saved": ""}
+    publish = modal_app.Publisher(run, 1, record, argparse.Namespace(number=0), {"training": {}})
+    publish.saved(run / "checkpoints/last.pt")
+    publish.end("preempted")
+    told = capsys.readouterr().out
+    assert "record of last.pt failed: FileExistsError" in told and "committed last.pt" in told
+    assert "record of the end failed" in told
+    with pytest.raises(FileExistsError):        # without its first record a replay would begin anew
+        publish.write()
+
+
 def test_another_launch_is_refused_unless_it_resumes_and_fresh_moves_the_old_run_aside(runs):
     first, second, third = runs.attempt(ONE, TWO, THREE)
     assert '"refused"' in second[0] and "--resume true" in second[0]
@@ -424,6 +448,11 @@ def test_the_saves_of_another_process_are_followed(tmp_path):
     path, seen = tmp_path / "saves.jsonl", []
     path.write_text('{"kind": "save", "file": "last.pt"}\n')
     with elastic.following(path, seen.append):
+        path.rename(tmp_path / "away")
+        path.mkdir()                            # out of reach for longer than a look takes
+        time.sleep(1.2)
+        path.rmdir()
+        (tmp_path / "away").rename(path)
         with open(path, "a") as file:
             file.write('{"kind": "resume", "file": "last.pt"}\n{"kind": "save", "file": "best.pt"}\n{"kind"')
         wait = time.monotonic() + 60
