@@ -93,8 +93,10 @@ class Watchdog:
     def _end(self):
         text = self._report()
         # each in a thread of its own: what stands still may be the disk of the file and the log
-        finished_within(REPORT_SECONDS, self._keep, text)
-        words = f"{text}standstill: written to {self.path}; --resume goes on"
+        kept: list[str] = []
+        finished_within(REPORT_SECONDS, self._keep, text, kept)
+        where = kept[0] if kept else f"{self.path} could not be written"
+        words = f"{text}standstill: {where}; --resume goes on"
         if not finished_within(REPORT_SECONDS, self._tell, words):
             finished_within(REPORT_SECONDS, os.write, 2, f"{words}\n".encode())
         if self.count > 1:
@@ -119,9 +121,14 @@ class Watchdog:
                 f"(allowed: {self.allowed() / 60:.1f}); last done: {self.last}; {self.facts()}")
         return f"{line}\n{stacks()}"
 
-    def _keep(self, text):
-        with contextlib.suppress(OSError), open(self.path, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    def _keep(self, text, kept):
+        """Write to the file, and into the list `kept` that it is there, or why not."""
+        try:
+            with open(self.path, "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            kept.append(f"written to {self.path}")
+        except OSError as error:
+            kept.append(f"{self.path} could not be written ({error.strerror})")
 
     def _tell(self, text):
         self.say(text, every=True)

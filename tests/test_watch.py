@@ -10,6 +10,7 @@ import pytest
 import forked
 from conftest import ROOT
 from helpers import rest
+from test_mirror import spoil_full
 
 START = """
 import ctypes, sys, time
@@ -85,10 +86,16 @@ def test_a_main_thread_stuck_in_c_ends_with_70_and_every_stack_in_the_log_and_th
         assert "waiting_in_c" in text and text.count("(most recent call first)") >= 2 and f"process id {process.pid}" in text
 
 
-def test_a_report_that_cannot_be_written_does_not_keep_the_process_alive(tmp_path):
-    process = start(STUCK, tmp_path, 1.0, tmp_path / "gone" / "hang.txt")
+@pytest.mark.parametrize("why", ["No such file or directory", "No space left on device"])
+def test_a_report_that_cannot_be_written_does_not_keep_the_process_alive_and_is_said(small_disk, why):
+    folder = small_disk / "gone"
+    if "space" in why:
+        folder.mkdir()
+        spoil_full(folder)
+    process = start(STUCK, small_disk, 1.0, folder / "hang.txt")
     out = rest(process)
     assert process.returncode == 70 and "last done: step; step 7" in out
+    assert f"hang.txt could not be written ({why})" in out and "written to" not in out
 
 
 @pytest.mark.parametrize("what", ["file", "file and log"])
@@ -97,6 +104,7 @@ def test_a_disk_that_does_not_answer_holds_up_neither_the_stacks_nor_the_end(tmp
     out = rest(process)
     assert process.returncode == 70, out
     assert out.count("nothing has ended for") == 1 and "(most recent call first)" in out
+    assert "hang.txt could not be written" in out
 
 
 def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
