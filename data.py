@@ -242,13 +242,20 @@ def resolved(paths: Paths) -> list[Path]:
 
 def split_of(recordings: list[Recording], path: str | os.PathLike | None, c: dict,
              seed: int) -> tuple:
-    """(train, dev) of the recordings in the folder `path`, as a run with the section `data` c
-    divided them: one of several folders is divided together with the others."""
+    """(train, dev, fingerprint of all that was divided) of the recordings in the folder `path`, as
+    a run with the section `data` c divided them: one of several folders together with the
+    others."""
     place = Path(path).resolve() if path else None
     if not isinstance(c.get("path"), list) or place not in resolved(c["path"]):
-        return splits.split(recordings, c, seed)
+        here = {r.patient for r in recordings}
+        for line in c.get("same_person", ()):
+            if here.issuperset(name.strip() for name in line.split("=")):
+                _join(recordings, line)
+        train, dev = splits.split(recordings, c, seed)
+        return train, dev, fingerprint(train + dev)
     parts = splits.split(open_corpora(c["path"], c.get("same_person", ())), c, seed)
-    return tuple([r for r in part if r.corpus == place.name] for part in parts)
+    mine = [[r for r in part if r.corpus == place.name] for part in parts]
+    return *mine, fingerprint(sum(parts, []))
 
 
 def _named(recordings, folder):

@@ -94,6 +94,8 @@ DEFAULTS = defaults(KEYS)
 # thresholds tried: even in log-odds, 0.018 to 0.999
 GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
 EVENTS = "_events.tsv"
+DIVIDED_ANEW = ("these recordings or their labels are not those of the training: train and dev "
+                "were drawn anew, and patients who trained may be among those of dev")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -485,21 +487,28 @@ def _import(path, state, scratch, labels):
     return refused
 
 
-def choose(recordings, split, config, path=None):
-    """Those of one split: train and dev as the training drew them, eval as the corpus marks it.
-    path: the folder that they lie in, where the training may have used several."""
+def choose(recordings, split, state, path=None):
+    """(those of one split, a warning on them or ""): train and dev as the training drew them, eval
+    as the corpus marks it. path: the folder that they lie in, where the training may have used
+    several."""
+    config, warning = state["config"], ""
     if split in ("train", "dev"):
         try:
             seed = config["experiment"]["seed"]
-            train, dev = data.split_of(recordings, path, config["data"], seed)
+            train, dev, divided = data.split_of(recordings, path, config["data"], seed)
         except (AttributeError, KeyError, TypeError):
             raise Refused("the checkpoint's config does not say how recordings were split: leave "
                           "--split away") from None
-        return train if split == "train" else dev
-    chosen = [r for r in recordings if not split or r.split == split]
+        chosen = train if split == "train" else dev
+        if split == "dev":
+            warning = splits.WARNINGS.get(config["data"].get("split"), "")
+        if divided != state.get("data", divided):
+            warning = DIVIDED_ANEW
+    else:
+        chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
         raise Refused(f"no recording belongs to the split {split}")
-    return chosen
+    return chosen, warning
 
 
 def output(out, recording, ending):
@@ -716,13 +725,12 @@ def score_folder(args):
     device = next(net.parameters()).device
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
-        recordings = choose(recordings, args.split, state["config"], args.data)
+        recordings, warning = choose(recordings, args.split, state, args.data)
         take_folder(out, recordings, args.data)
         records, detections = evaluate(net, recordings, c, device, about["precision"], out,
                                        args.plot, args.save_probabilities)
     used = stored(state, "data")
     same = args.data.resolve() in data.resolved(used.get("path", ""))
-    warning = splits.WARNINGS.get(used.get("split"), "") if args.split == "dev" else ""
     result = tell(records, detections, c) | about | {
         "data": str(args.data),
         "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),

@@ -808,6 +808,21 @@ def test_the_dev_split_is_the_one_training_validated_on(corpus, tmp_path):
     assert not scores["includes_training"]
 
 
+def test_a_corpus_that_has_grown_or_shrunk_since_the_training_is_divided_anew_and_that_is_said(corpus, tmp_path, capsys):
+    state, recordings = checkpoint.load(corpus / "best.pt"), data.open_corpus(corpus / "imported")
+    state["data"] = data.fingerprint(recordings)
+    checkpoint.atomic_save(state, tmp_path / "same.pt")
+    checkpoint.main(["strip", str(tmp_path / "same.pt")])
+    state["data"] = data.fingerprint(recordings[1:])
+    checkpoint.atomic_save(state, tmp_path / "fewer.pt")
+    for name, said in (("same", False), ("same_weights", False), ("fewer", True)):
+        capsys.readouterr()
+        assert here("--checkpoint", tmp_path / f"{name}.pt", "--data", corpus / "imported", "--split", "dev",
+                    "--out", tmp_path / name)[0] == 0
+        scores = json.loads((tmp_path / name / "scores.json").read_text())
+        assert ("patients who trained" in capsys.readouterr().out) == ("drawn anew" in scores["split_warning"]) == said
+
+
 def test_scores_that_include_the_training_recordings_say_so(corpus, tmp_path, capsys):
     state = checkpoint.load(corpus / "best.pt")
     state["config"]["data"]["path"] = str(corpus / "imported")

@@ -185,11 +185,22 @@ def test_eeg_that_trains_and_validates_under_two_names_is_said(two, tmp_path):
     assert len(lines) == 1 and "4 recordings" in lines[0] and ": again/sub-002/" in lines[0] and " is one/sub-002/" in lines[0]
 
 
+def test_evaluate_divides_a_folder_with_the_persons_that_the_training_was_told_of(two):
+    import evaluate
+    for one in ("002", "003"):
+        same = [f"{one} = 001", "anna = berta"]         # the latter of another corpus
+        c = C | {"path": two[0], "dev_fraction": 0.5, "same_person": same}
+        _, dev = splits.split(data.open_corpora(two[0], same[:1]), c, 1)
+        chosen, _ = evaluate.choose(data.open_corpus(two[0]), "dev", {"config": {"data": c, "experiment": {"seed": 1}}}, two[0])
+        assert [r.name for r in chosen] == [r.name for r in dev]
+
+
 def test_evaluate_takes_the_split_of_training_of_one_folder_among_several(two, tmp_path):
     import evaluate
     config = {"data": C | {"path": two, "dev_fraction": 0.4}, "experiment": {"seed": 1}}
     everyone = splits.split(data.open_corpora(two), config["data"], 1)
     for path, name in zip(two, ("one", "other")):
         for split, part in zip(("train", "dev"), everyone):
-            chosen = evaluate.choose(data.open_corpus(path), split, config, path)
-            assert [r.name for r in chosen] == [r.name for r in part if r.corpus == name] and chosen
+            state = {"config": config, "data": data.fingerprint(sum(everyone, []))}
+            chosen, warning = evaluate.choose(data.open_corpus(path), split, state, path)
+            assert [r.name for r in chosen] == [r.name for r in part if r.corpus == name] and chosen and not warning
