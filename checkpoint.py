@@ -125,7 +125,8 @@ class InUse(OSError):
     """Another live process holds this directory: `pid` on `host`, both None where not known."""
 
     def __init__(self, directory: str | os.PathLike, holder: tuple[int, str] | None) -> None:
-        self.pid, self.host = holder or (None, None)
+        self.pid = holder[0] if holder else None
+        self.host = holder[1] if holder else None
         owner = f"process {self.pid} on {self.host}" if holder else "another process"
         advice = "stop it first"
         if (self.pid, self.host) == (os.getpid(), socket.gethostname()):
