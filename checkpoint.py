@@ -1470,8 +1470,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.best = self.directory / KINDS["best"].name     # or the epoch that lacks this name yet
         self._writing = None                # future of the save in progress
         self._failed: Any = None            # error of the image's save: it is in memory alone
-        self._failures = 0                  # in a row
-        self._failing_since = 0.0
+        self._failures, self._failing_since = 0, 0.0        # in a row, and since when
         self._closed = False
         self._turn = threading.RLock()
         self._signals = Signals()           # heard only within signals()

@@ -593,11 +593,9 @@ def parse_annotations(found, texts):
         if meaning == "seizure" and duration:
             labels.events.append((onset, onset + duration))
         elif meaning in ("seizure", "start"):
-            start = Start(onset, text, pairs, number)
-            for other in begun:
-                if other.pairs & pairs and (number is None or other.number in (None, number)):
-                    raise DataError(_no_end(other))
-            begun.append(start)
+            _refuse_unended(start for start in begun if start.pairs & pairs
+                            and (number is None or start.number in (None, number)))
+            begun.append(Start(onset, text, pairs, number))
         elif meaning == "end":
             start = _ended(begun, onset, text, pairs, number)
             begun.remove(start)
@@ -607,15 +605,8 @@ def parse_annotations(found, texts):
             raise DataError(
                 f"{text[:60]!r} at {onset:g} s {what} and is not known: say what it means with "
                 "--seizure-label or --background-label")
-    for start in begun:
-        raise DataError(_no_end(start))
-    for onset, end, text in denied:
-        for event in labels.events:
-            common = min(end, event[1]) - max(onset, event[0])
-            # background may be said of a whole recording, beside its seizures
-            if event == (onset, end) or speaks(text) and common > 0.02:
-                raise DataError(f"{text[:60]!r} from {onset:g} s to {end:g} s, and a seizure from "
-                                f"{event[0]:g} s to {event[1]:g} s")
+    _refuse_unended(begun)
+    _refuse_denied(labels.events, denied)
     return labels if labelled else None
 
 
@@ -636,6 +627,18 @@ def _ended(begun, onset, text, pairs, number):
     return same[0]
 
 
-def _no_end(start):
-    return (f"{start.text!r} at {start.onset:g} s has no end: neither a duration nor a text that "
-            "says so")
+def _refuse_unended(starts):
+    for start in starts:
+        raise DataError(f"{start.text!r} at {start.onset:g} s has no end: neither a duration nor a "
+                        "text that says so")
+
+
+def _refuse_denied(events, denied):
+    """Refuse a seizure where a text (onset, end, text) says that there is none."""
+    for onset, end, text in denied:
+        for event in events:
+            common = min(end, event[1]) - max(onset, event[0])
+            # background may be said of a whole recording, beside its seizures
+            if event == (onset, end) or speaks(text) and common > 0.02:
+                raise DataError(f"{text[:60]!r} from {onset:g} s to {end:g} s, and a seizure from "
+                                f"{event[0]:g} s to {event[1]:g} s")

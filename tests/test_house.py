@@ -106,3 +106,11 @@ def test_a_missing_type_is_found_in_arguments_and_in_what_is_returned(tmp_path):
 def test_public_functions_of_what_others_copy_or_build_upon_have_type_hints(name):
     found = unhinted(ROOT / name)
     assert not found, f"{name}: {', '.join(found)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_no_function_is_longer_than_forty_lines(path):
+    """Its signature and docstring counted."""
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse((ROOT / path).read_text()))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert not {name: lines for name, lines in long.items() if lines > 40}
