@@ -69,13 +69,6 @@ def pieces(sixteen, tmp_path_factory):
     return [np.array(column) for column in zip(*found)]
 
 
-def against_own_median(x, recording):
-    relative = x.copy()
-    for name in np.unique(recording):
-        relative[recording == name] -= np.median(relative[recording == name], 0)
-    return relative
-
-
 def learnt_by_others(x, y, patient):
     """What ridge regression on 12 of the 16 patients says of the pieces of the other 4."""
     x = np.c_[(x - x.mean(0)) / x.std(0), np.ones(len(x))]
@@ -89,9 +82,9 @@ def learnt_by_others(x, y, patient):
 
 def test_seizures_are_told_by_their_spectra_across_patients_better_than_by_size_or_line_length(pieces):
     """What every seizure shares with artefacts, its size, tells it worse."""
-    simple, x, y, patient, recording = pieces
+    simple, x, y, patient, _ = pieces
     told = [auc(column[y == 1], column[y == 0]) for column in simple.T]
-    score = learnt_by_others(against_own_median(x, recording), y, patient)
+    score = learnt_by_others(x, y, patient)
     learnt = []
     for k in range(4):
         test = (patient - 1) // 4 == k
@@ -106,7 +99,10 @@ def test_within_a_recording_line_length_and_spectra_reach_about_what_they_reach_
     (bench/real.py)."""
     simple, x, y, patient, recording = pieces
     mixed = [name for name in np.unique(recording) if 0 < y[recording == name].mean() < 1]
-    score = learnt_by_others(against_own_median(x, recording), y, patient)
+    relative = x.copy()
+    for name in np.unique(recording):
+        relative[recording == name] -= np.median(relative[recording == name], 0)
+    score = learnt_by_others(relative, y, patient)
     reached = []
     for track in (simple[:, 1], score):
         within = [auc(track[(recording == n) & (y == 1)], track[(recording == n) & (y == 0)]) for n in mixed]
