@@ -1467,7 +1467,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._names: list[str] = []         # of the image
         self._measured = None               # metric of the image
         self._best = None                   # metric of best.pt, {}: none; None: never read
-        self.best = self.directory / KINDS["best"].name     # or the epoch that lacks this name yet
+        self.best_path = self.directory / KINDS["best"].name   # or the epoch that lacks the name
         self._writing = None                # future of the save in progress
         self._failed: Any = None            # error of the image's save: it is in memory alone
         self._failures, self._failing_since = 0, 0.0        # in a row, and since when
@@ -1629,16 +1629,16 @@ class Checkpointer(contextlib.AbstractContextManager):
         best, stored = Candidate(self.directory / KINDS["best"].name), self._metric_of_best()
         if stored is None:
             return
-        self._best, self.best = stored, best.path
+        self._best, self.best_path = stored, best.path
         for candidate in self._ended():
             metric = candidate.facts["metric"]
             later = not best.facts or candidate.order > best.order      # else it was judged before
             if metric and later and candidate.kind != "best" and self._is_better(metric) \
                     and self._is_sound(candidate, best.path.name):
-                self._best, self.best = metric, candidate.path
-        if self.best != best.path:
-            self._name_again(self.best, best.path.name)
-            self.best = best.path
+                self._best, self.best_path = metric, candidate.path
+        if self.best_path != best.path:
+            self._name_again(self.best_path, best.path.name)
+            self.best_path = best.path
 
     def _name_last(self):
         last = Candidate(self.directory / KINDS["last"].name)
@@ -1935,7 +1935,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             raise RuntimeError(f"on_saved failed for {path.name}: {error}") from error
 
     def _rotate(self, kind, keep):
-        protect = [path for path in (self.resumed, self.best) if path]
+        protect = [path for path in (self.resumed, self.best_path) if path]
         for path in rotate(self.directory, KINDS[kind].glob, keep, protect):
             self.say(f"checkpoints: rotated out {path.name}")
 
@@ -2142,8 +2142,10 @@ def measurement(value: float, name: str = "metric", tie: float | None = None,
 
 def better(value: float, best: float | None, mode: str = "max") -> bool:
     """Strictly better; a NaN never is, and anything beats a NaN or None."""
-    if best is None or math.isnan(best) or math.isnan(value):
-        return not math.isnan(value)
+    if math.isnan(value):
+        return False
+    if best is None or math.isnan(best):
+        return True
     return value > best if mode == "max" else value < best
 
 

@@ -225,8 +225,7 @@ class Mirrored(Checkpointer):
         a best.pt that was copied before the state that follows."""
         ahead = max((c for c in there if c.facts), key=lambda c: c.order, default=None)
         if ahead and not self.apart and not in_line(ahead.facts, self.line):
-            names = "run", "start", "starts", "save_counter"
-            self.passed = {name: ahead.facts[name] for name in names}
+            self.passed = {name: ahead.facts[name] for name in self.line}
 
     def adopt(self, state, path=None):
         there = self._look_there()

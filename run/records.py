@@ -283,7 +283,7 @@ class RunDirectory:
         best = {"value": None, "tie": None, "epoch": 0}
         facts = None
         with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
-            facts = checkpoint.peek(self.saver.best)
+            facts = checkpoint.peek(self.saver.best_path)
             metric = facts["metric"] or {}
             if metric.get("rules", self.rules) != self.rules:
                 self.say("resume: evaluation settings changed: best.pt was measured by other "

@@ -219,7 +219,7 @@ def test_a_best_that_a_resume_has_no_room_to_name_is_the_bar_and_stays(small_dis
     empty, said = spoil_full(small_disk), []
     with saver(directory, say=said.append) as s:
         s.resume()
-        assert metric(directory / "best.pt") == 0.5 and metric(s.best) == 0.9
+        assert metric(directory / "best.pt") == 0.5 and metric(s.best_path) == 0.9
         assert any("best.pt could not be named anew: No space left" in line for line in said)
         empty()
         assert not s.save_epoch(state(3, epoch=3), metric=0.6)
