@@ -1521,6 +1521,11 @@ class Checkpointer(contextlib.AbstractContextManager):
                 self.counter = max(self.counter, candidate.facts["save_counter"])
         self._best = self._metric_of_best()
 
+    @property
+    def places(self) -> list[Path]:
+        """The folders that hold states of this run, that with the newest ones first."""
+        return [self.directory]
+
     # -- going on --
 
     def resume(self, resume: bool | str | os.PathLike = True) -> dict[str, Any] | None:

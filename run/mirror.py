@@ -194,6 +194,12 @@ class Mirrored(Checkpointer):
                 self.say(f"checkpoints: the mirror {self.folder} is on the disk of the run, and "
                          f"would be lost with it: is the other disk mounted?")
 
+    @property
+    def places(self):
+        if self.away:
+            return [self.place, self.directory]
+        return [self.directory] if self.apart else [self.directory, self.place]
+
     # -- going on --
 
     def resume(self, resume=True):

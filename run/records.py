@@ -218,8 +218,7 @@ class RunDirectory:
     def _rows_of(self, state, path):
         """The file with the rows that led to the checkpoint `path`; "" for those of this run."""
         there = path.parent.parent / "metrics.jsonl"
-        second = getattr(self.saver, "place", self.checkpoints)
-        own = {self.checkpoints.resolve(), second.resolve()}
+        own = {place.resolve() for place in self.saver.places}
         if there.exists() and path.parent.resolve() not in own:
             return str(there)
         runs = {c.facts["run"] for c in checkpoint.candidates(self.checkpoints) if c.facts}
@@ -309,15 +308,13 @@ class RunDirectory:
             return MetricsFile(self.directory, 0, True, self.own, self.say)
         facts = checkpoint.facts_of(self.state)
         ended = facts["kind"] == "epoch" or not self.state["batch"]
-        second = None
-        if isinstance(self.saver, Mirrored) and not self.saver.apart:
-            second = self.saver.place.parent / "metrics.jsonl"
+        seconds = [place.parent / "metrics.jsonl" for place in self.saver.places[1:]]
         rows = self.state.get("rows")
-        if rows and os.path.exists(rows):           # those here are of another run or another line
-            MetricsFile(self.directory, -1, False, self.own, self.say).close()
-            second = Path(rows)
+        others = bool(rows and os.path.exists(rows))    # those here are of another run or line
+        if others:
+            seconds = [Path(rows)]
         step = facts["global_step"]
-        metrics = MetricsFile(self.directory, step, ended, self.own, self.say, second)
+        metrics = MetricsFile(self.directory, step, ended, self.own, self.say, seconds, others)
         if step - metrics.ends >= self.state["config"]["training"].get("log_every", math.inf):
             self.say(f"metrics.jsonl has no rows of steps {metrics.ends + 1} to {step}")
         metrics.event("resume", self.saver.resumed, facts)
@@ -335,7 +332,7 @@ class RunDirectory:
     @property
     def newest(self):
         """The folder of the newest states: the second copy's as long as the home takes none."""
-        return self.saver.place if getattr(self.saver, "away", False) else self.checkpoints
+        return self.saver.places[0]
 
     def is_best(self, value, tie):
         """(whether such a validation is the best so far, its measurement)."""
@@ -467,20 +464,21 @@ class MetricsFile:
     step        the resumed one; rows beyond it go to metrics.abandoned.jsonl
     ended       the epoch ended with it, so that its validation row stays too
     own()       whether the directory's path still leads to the folder of this run
-    second      a copy of metrics.jsonl, whose rows replace those that are lost
+    seconds     copies of metrics.jsonl, whose rows replace those that are lost
+    others      the rows here are of another run or line: none of them stays
     ends        the step of the last row that a resume found, 0 for none"""
 
-    def __init__(self, directory, step, ended, own, say, second=None):
+    def __init__(self, directory, step, ended, own, say, seconds=(), others=False):
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
         self.own = own
         self.pending = []               # lines that a full or dead disk refused
         self.torn = False               # the last write failed: half a line may stand there
         # lines of this process, for a copy that lags behind a disk that dies
         self.newest = collections.deque(maxlen=10_000)
-        kept, dropped = self._parted(self.path, step, ended)
+        kept, dropped = self._parted(self.path, -1 if others else step, ended)
         if dropped:                     # trained again, or of a line that --resume FILE left
             append_rows(directory / "metrics.abandoned.jsonl", dropped)
-        if second:
+        for second in seconds:
             kept = self._completed(kept, second, step, ended)
         self.ends = max((row["step"] for row in kept), default=0)
         text = "".join(json.dumps(row) + "\n" for row in kept)
