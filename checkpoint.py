@@ -1273,9 +1273,9 @@ def find_resume(checkpoints_directory: str | os.PathLike,
     return chosen.path if chosen else None
 
 
-def _check_keep(keep):
-    if not isinstance(keep, int) or keep < 0:
-        raise ValueError(f"keep must be a whole number, 0 (all) or more, not {keep!r}")
+def _check_count(name, count):
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or more, not {count!r}")
 
 
 def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
@@ -1284,7 +1284,7 @@ def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
 
     Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect`
     (they count as kept), what cannot be parsed, and files of another run than the newest one's."""
-    _check_keep(keep)
+    _check_count("keep", keep)
     if keep == 0:
         return []
     found = [Candidate(path) for path in Path(directory).glob(glob_pattern)]
@@ -1412,7 +1412,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     mid_epoch_minutes   between timed snapshots (0 = after every step); the first of a process
                         comes after 2 at most
     mid_epoch_keep, checkpoint_keep   newest files kept of each kind (0 = all)
-    checkpoint_interval epochs between checkpoint_epoch_EEE.pt
+    checkpoint_interval epochs between checkpoint_epoch_EEE.pt (0 = none)
     mode                "max" or "min": which metric is better; or {its name: that of each}
     on_saved            called with the path in the writer thread once a file is durable; its
                         exception stops the run
@@ -1445,8 +1445,9 @@ class Checkpointer(contextlib.AbstractContextManager):
                  say: Callable[[str], object] = print, save_patience_minutes: float = 60.0,
                  check_finite: bool = True) -> None:
         self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
-        for keep in self.keep.values():
-            _check_keep(keep)
+        for name, count in (("mid_epoch_keep", mid_epoch_keep), ("checkpoint_keep", checkpoint_keep),
+                            ("checkpoint_interval", checkpoint_interval)):
+            _check_count(name, count)
         if mode not in ("max", "min") and not isinstance(mode, dict):
             raise ValueError(f"mode must be max or min, not {mode!r}")
         if not mid_epoch_minutes >= 0:      # NaN would never be due
@@ -1919,8 +1920,9 @@ class Checkpointer(contextlib.AbstractContextManager):
                                           f"holds: it was moved away, or a disk mounted over it")
             if not os.path.lexists(self._lock.path):
                 self._lock = lock(self.directory, self.say)
-        except FileNotFoundError:           # gone: the save says so
-            pass
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: "
+                                                  f"{self.directory}") from None
 
     def _make_room(self, names):
         """Copies instead of links need room: the oldest snapshots go first, newer durable ones
@@ -1984,7 +1986,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         line = f"save failed ({self._failures} in a row): {reason_of(error)}"
         if getattr(error, "errno", None) == errno.ENOSPC:
             needed, free = self._image.end / 1e6, _free_bytes(self.directory) / 1e6
-            line += f" ({needed:.0f} MB needed, {free:.0f} MB free)"
+            line += f" ({needed:.1f} MB needed, {free:.1f} MB free)"
         self.say(f"{line}; every earlier checkpoint is as it was")
         # time mends a disk, but no weights that are not finite
         patience = 0 if isinstance(error, NotFinite) else 60 * self.patience
@@ -2405,13 +2407,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _elsewhere(module):
     """The module of Holdfast that does what this file alone does not."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not module.startswith(error.name or " "):
-            raise
-        raise ValueError(f"this command needs {module.replace('.', '/')}.py of Holdfast beside "
-                         f"checkpoint.py; verify works without it") from None
+    # beside a copied file, an import could run a run.py of the user's own
+    file = f"{module.replace('.', '/')}.py"
+    if not (Path(__file__).resolve().parent / file).is_file():
+        raise ValueError(f"this command needs {file} of Holdfast beside checkpoint.py; verify "
+                         f"works without it")
+    return importlib.import_module(module)
 
 
 if __name__ == "__main__":

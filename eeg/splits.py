@@ -148,7 +148,7 @@ def _fold(recordings, unit, folds, fold, seed):
     groups = _groups(recordings, unit)
     count = len(groups[0]) + len(groups[1])
     if count > 1 and not 2 <= folds <= count:
-        raise DataError(f"data.folds is {folds}: 2 to {count}, for {count} there are")
+        raise DataError(f"data.folds is {folds}: 2 to {count}, as {count} have labels")
     if not 1 <= fold <= folds:
         raise DataError(f"data.fold is {fold}: 1 to {folds}, data.folds")
     rng = np.random.default_rng([seed, 21])

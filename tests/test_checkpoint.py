@@ -491,7 +491,7 @@ def test_three_failed_saves_in_a_row_stop_and_one_success_forgives(tmp_path, cap
             for step in (4, 5, 6):
                 s.save_mid(state(step))
                 s.wait()
-    assert "save failed (2 in a row): No such file or directory" in capsys.readouterr().out
+    assert f"save failed (2 in a row): No such file or directory: {home};" in capsys.readouterr().out
     assert recover(tmp_path / "gone") == 3
 
 
@@ -558,7 +558,7 @@ def test_a_full_disk_says_what_is_needed_and_free_and_training_goes_on_when_room
         assert {path.name: path.read_bytes() for path in small_disk.glob("*.pt")} == before
         (small_disk / "filler").unlink()
         s.save_mid(big | {"batch": 4, "global_step": 4})
-    assert "No space left on device (0 MB needed, 0 MB free); every earlier checkpoint is as it was" in capsys.readouterr().out
+    assert "No space left on device (0.3 MB needed, 0.2 MB free); every earlier checkpoint is as it was" in capsys.readouterr().out
     assert names(small_disk) == ["mid_epoch_001_000004.pt"]
 
 

@@ -143,7 +143,7 @@ def test_a_finished_script_has_nothing_left_to_do(tmp_path):
 
 # ---- the recipes ----
 
-RECIPES = {"Every N steps", "The k best by a metric", "best.pt by an interval of evaluation, without epochs",
+RECIPES = {"Every N steps", "Gradient accumulation", "The k best by a metric", "best.pt by an interval of evaluation, without epochs",
            "Weights of an old torch.save file into a fresh run", "Several optimizers", "A GAN", "torch.compile", "DDP"}
 
 
@@ -165,6 +165,12 @@ def test_every_n_steps_a_file_is_saved_and_kept(tmp_path):
     names = {path.name for path in (folder / "checkpoints").glob("mid*")}
     steps = range(4, 31, 4)
     assert names == {f"mid_epoch_{1 + (n - 1) // 10:03d}_{1 + (n - 1) % 10:06d}.pt" for n in steps}
+
+
+def test_gradients_that_were_accumulated_are_not_lost_by_a_kill_or_a_sigterm_between_two_steps(tmp_path):
+    whole, _ = ends_alike(tmp_path, recipe("Gradient accumulation"), (6, 13), EPOCHS=3)
+    assert checkpoint.load(whole / "checkpoints/last.pt")["schedule"]["last_epoch"] == 9      # three steps of ten batches
+    ends_alike(tmp_path / "asked", recipe("Gradient accumulation"), (6,), number=signal.SIGTERM, EPOCHS=2)
 
 
 def test_the_k_best_are_those_of_the_lowest_metric_also_after_a_kill(tmp_path):
@@ -511,3 +517,12 @@ def test_a_second_saver_of_a_process_is_told_in_a_line_to_close_the_first(tmp_pa
     line = "is in use by this process: close the earlier Checkpointer first"
     assert str(refused.value).endswith(f"{tmp_path} {line}") and f"`... {line}`" in PAGE
     Checkpointer(tmp_path).close()
+
+
+@pytest.mark.parametrize("command", ["ls", "clean", "strip", "average"])
+def test_a_command_of_holdfast_runs_no_run_of_the_repository_that_a_copy_lies_in(tmp_path, command):
+    folder = placed(tmp_path, "")
+    (folder / "run.py").write_text("open('trained', 'w').close()\n")
+    done = forked.run([sys.executable, "checkpoint.py", command, "script.py"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"checkpoint.py: this command needs run/\w+\.py of Holdfast .*\n", done.stderr)
+    assert not (folder / "trained").exists()

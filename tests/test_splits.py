@@ -68,7 +68,7 @@ def test_folds_let_everyone_validate_once_and_deal_those_with_seizures_evenly():
     assert sorted(seen) == sorted(patients(people))
     out = [patients(splits.split(people, C | {"folds": 10, "fold": k}, 1)[1]) for k in range(1, 11)]
     assert sorted(map(len, out)) == [1] * 10 and set.union(*out) == patients(people)      # leave one out
-    for wrong, reason in (({"folds": 11}, "2 to 10"), ({"folds": 4, "fold": 5}, "1 to 4"), ({"fold": 2}, "data.folds is 0"),
+    for wrong, reason in (({"folds": 11}, "2 to 10, as 10 have labels"), ({"folds": 4, "fold": 5}, "1 to 4"), ({"fold": 2}, "data.folds is 0"),
                           ({"folds": 2, "split": "time"}, "needs data.split")):
         with pytest.raises(edf.DataError, match=reason):
             splits.split(people, C | wrong, 1)
