@@ -28,7 +28,7 @@ SHOWN = ("auroc", "average_precision", "sample_f1", "event_f1", "event_sensitivi
 
 # ---- corpora ----
 
-def synthetic(work, name, hours, patients, seed, montage="referential"):
+def synthetic(work, name, hours, patients, seed, montage="referential", channels=()):
     """Recordings of a synthetic corpus below `work`, made where they are not there yet."""
     folder = work / f"{name}_{montage}"
     if not folder.is_dir():
@@ -36,12 +36,12 @@ def synthetic(work, name, hours, patients, seed, montage="referential"):
         if not source.is_dir():
             synth.synth(work / f"{name}_edf.part", hours=hours, patients=patients, seed=seed)
             os.replace(work / f"{name}_edf.part", source)
-        imported(source, folder, montage)
+        imported(source, folder, montage, channels)
     return data.open_corpus(folder)
 
 
-def imported(source, folder, montage):
-    corpora.import_corpus(source, f"{folder}.part", montage=montage,
+def imported(source, folder, montage, channels=()):
+    corpora.import_corpus(source, f"{folder}.part", montage=montage, channels=channels,
                           say=lambda line: print(line, file=sys.stderr))   # no result of the bench
     os.replace(f"{folder}.part", folder)
 
