@@ -232,15 +232,30 @@ def test_a_compiled_model_has_the_names_of_the_plain_one_and_goes_on_from_its_fi
     assert checkpoint.load(part / "checkpoints/last.pt")["global_step"] == 20
 
 
+def torchrun(folder, *kill, restarts=0):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             "--max-restarts", str(restarts), "watch.py", "script.py", *map(str, kill), "0"]
+    return forked.run(words, cwd=folder, capture_output=True, text=True, start_new_session=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_meet_and_go_on(tmp_path):
+    step = "            train(x, y)\n"
+    given = step + """
+            if rank == 1 and number == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] < "4":
+                os.kill(os.getpid(), 9)
+"""
+    code = recipe("DDP").replace(step, given)
+    folder = placed(tmp_path, code, EPOCHS=5)
+    done = torchrun(folder, 0, 0, 0, restarts=4)
+    assert done.returncode == 0 and done.stdout.count("resume: chose") == 4, done.stderr
+    assert checkpoint.load(folder / "checkpoints/last.pt")["global_step"] == 25
+
+
 @pytest.mark.slow
 def test_two_processes_of_ddp_end_bit_identical_after_a_kill_and_after_a_sigterm(tmp_path):
     code = recipe("DDP")
     whole, cut = (placed(tmp_path / name, code, EPOCHS=3) for name in ("whole", "cut"))
-
-    def torchrun(folder, *kill):
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                 "watch.py", "script.py", *map(str, kill), "0"]
-        return forked.run(words, cwd=folder, capture_output=True, text=True, start_new_session=True)
 
     done = torchrun(whole, 0, 0, 0)
     assert done.returncode == 0, done.stderr
