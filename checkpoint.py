@@ -1445,9 +1445,9 @@ class Checkpointer(contextlib.AbstractContextManager):
                  say: Callable[[str], object] = print, save_patience_minutes: float = 60.0,
                  check_finite: bool = True) -> None:
         self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
-        for name, count in (("mid_epoch_keep", mid_epoch_keep), ("checkpoint_keep", checkpoint_keep),
-                            ("checkpoint_interval", checkpoint_interval)):
-            _check_count(name, count)
+        _check_count("mid_epoch_keep", mid_epoch_keep)
+        _check_count("checkpoint_keep", checkpoint_keep)
+        _check_count("checkpoint_interval", checkpoint_interval)
         if mode not in ("max", "min") and not isinstance(mode, dict):
             raise ValueError(f"mode must be max or min, not {mode!r}")
         if not mid_epoch_minutes >= 0:      # NaN would never be due
