@@ -604,7 +604,7 @@ def parse_annotations(found, texts):
             what = "is garbled" if GARBLED.search(text) else "speaks of a seizure"
             raise DataError(
                 f"{text[:60]!r} at {onset:g} s {what} and is not known: say what it means with "
-                "--seizure-label or --background-label")
+                "--seizure-label or --background-label of data.py import")
     _refuse_unended(begun)
     _refuse_denied(labels.events, denied)
     return labels if labelled else None

@@ -562,8 +562,8 @@ def _table(report, task, say):
             say(f"  {unused[text]} x {text[:60]!r}")
         if len(unused) > MAX_LISTED_TEXTS:
             say(f"  and {len(unused) - MAX_LISTED_TEXTS} other texts")
-        say("  one that marks seizures: --seizure-label TEXT, or START..END for a pair; "
-            "one that says a recording was read: --background-label TEXT")
+        say("  one that marks seizures: data.py import --seizure-label TEXT, or START..END for a "
+            "pair; one that says a recording was read: --background-label TEXT")
     if task.labels != NEVER:
         for line in no_labels(report.unlabelled):
             say(line)

@@ -391,7 +391,7 @@ def calibration(header: Header, body: np.ndarray, i: int, blank_unit: str) -> tu
 
     unit = field["unit"] or blank_unit
     if not unit:
-        raise DataError(f"{name} has no unit: say which with --blank-unit uV")
+        raise DataError(f"{name} has no unit: say which with data.py import --blank-unit uV")
     # MV would be a million volts; no one means them, and no one knows what was meant
     if unit[:2] in ("MV", "Mv") or _unit(unit) not in MICROVOLTS:
         raise DataError(f"{name} is in {unit!r}, not in uV, mV, nV or V")
@@ -674,13 +674,14 @@ def _missing(header, montage, missing, places):
         missing = _missing_pairs(places)
     why = f"channels missing: {', '.join(missing)} ({_labels(header)})"
     if _of_cap(header.signals["label"]):
-        return (f"{why}: places of a cap, no names of the 10-20 system: --rename FILE says which "
-                "electrode each is, in two columns: label in the file, electrode")
+        return (f"{why}: places of a cap, no names of the 10-20 system: data.py import --rename "
+                "FILE says which electrode each is, in two columns: label in the file, electrode")
     if len(places.electrodes) + len(places.pairs) in range(1, 15):
         there = ["-".join(pair) for pair in places.pairs] or list(places.electrodes)
-        why += f": a corpus of what there is: --montage reduced --channels {','.join(there)}"
-    return (f"{why}; for channels of other names: --rename FILE, two columns: label in the file, "
-            "electrode")
+        why += (": a corpus of what there is: data.py import --montage reduced --channels "
+                f"{','.join(there)}")
+    return (f"{why}; for channels of other names: data.py import --rename FILE, two columns: label "
+            "in the file, electrode")
 
 
 # degrees from the vertex, and around it

@@ -135,7 +135,7 @@ def find_events(source, header, task):
         except (DataError, OSError) as error:
             if task.labels == STRICT:
                 raise
-            return None, {}, f"{source.annotation.name} cannot be used: {error}"
+            return None, {}, f"labels that cannot be used: {error}"
     events, texts, why = _events_inside(header, task)
     others = _unread_beside(source.path, of_folder=True)
     if events is not None and others:

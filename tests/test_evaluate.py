@@ -877,6 +877,25 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
 
 
+def test_an_option_that_is_the_imports_is_named_with_the_import(corpus, tmp_path, capsys):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    write_edf(folder / "anna_1.edf")
+    (folder / "anna_1.csv").write_text("Onset,Duration,Annotation\n3,2,Ictal event\n")
+    write_edf(folder / "ben_1.edf", unit="")
+    write_edf(folder / "eva_1.edf", labels=["A1", "B2", *NAMES[2:]])
+    write_edf(folder / "dan_1.edf", labels=NAMES[:4])
+    write_edf(folder / "cap_1.edf", labels=[f"EEG {number:03d}" for number in range(1, 20)])
+    (folder / "ole_1.edf").write_bytes((folder / "anna_1.edf").read_bytes())
+    (folder / "ole_1_events.tsv").write_text("onset\tduration\teventType\n3\t2\tspkz\n")
+    assert here("--checkpoint", corpus / "best.pt", "--data", folder, "--out", tmp_path / "out")[0] == 0
+    said = capsys.readouterr().out
+    assert "labels that cannot be used: ole_1_events.tsv: unknown eventType 'spkz'" in said
+    named = [line for line in said.splitlines() if " --" in line]
+    assert len(named) >= 5 and all("data.py import" in line for line in named), named
+    assert all(option in said for option in ("--seizure-label", "--rename", "--blank-unit", "--montage reduced --channels"))
+
+
 def test_what_the_command_line_overrides_is_used_and_said(corpus, tmp_path):
     given = ("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path)
     assert here(*given, "--threshold", "0.3", "--set", "evaluation.overlap_seconds=5",
