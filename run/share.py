@@ -6,6 +6,7 @@ checkpoints, each with a model card beside it.
 
 Nothing that exists is replaced.
 """
+import math
 import os
 from pathlib import Path
 
@@ -148,7 +149,8 @@ def model_card(state, target, source):
     numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and k != "threshold"}
     if numbers:
         lines += ["", "## Scores on the validation patients", "", "| score | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
+        lines += [f"| {name} | {'not computable' if math.isnan(value) else f'{value:.4g}'} |"
+                  for name, value in numbers.items()]
     lines += ["", "## Intended use", "",
               "Research on the detection of epileptic seizures in scalp EEG. Not a medical device:",
               "not for diagnosis, alarms or treatment. The scores above were seen by the choice of",

@@ -11,7 +11,7 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     for name in ("a", "b", "c"):
         with saver(tmp_path / name) as s:
             s.save_epoch({**state(1, epoch=4), "config": {"data": {"path": "tusz"}, "evaluation": {"threshold": 0.86}},
-                          "scores": {"event_f1": 0.71, "threshold": 0.9}}, metric=0.71, name="event_f1")
+                          "scores": {"event_f1": 0.71, "auroc": float("nan"), "threshold": 0.9}}, metric=0.71, name="event_f1")
     files = [str(tmp_path / name / "best.pt") for name in ("a", "b", "c")]
     before = tree(tmp_path)
     assert checkpoint.main(["strip", *files]) == checkpoint.main(["strip", *files[:2]]) == 2
@@ -22,7 +22,7 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     assert checkpoint.main(["strip", files[0]]) == 0 and checkpoint.main(["strip", files[0]]) == 2
     assert f"its model card: {tmp_path}/a/best_weights.md\n" in capsys.readouterr().out
     card = (tmp_path / "a/best_weights.md").read_text()
-    for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "Not a medical device", "chosen by: event_f1\n- at: 0.71"):
+    for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "| auroc | not computable |", "Not a medical device", "chosen by: event_f1\n- at: 0.71"):
         assert text in card, card
     assert "optimizer" not in checkpoint.load(tmp_path / "a/best_weights.pt")
 
