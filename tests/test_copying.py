@@ -243,12 +243,13 @@ def test_processes_that_torchrun_starts_again_meet_and_go_on(tmp_path):
     step = "            train(x, y)\n"
     given = step + """
             if rank == 1 and number == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] < "4":
-                os.kill(os.getpid(), 9)
+                os.kill(os.getpid(), 9 if os.environ["TORCHELASTIC_RESTART_COUNT"] < "3" else 15)
 """
     code = recipe("DDP").replace(step, given)
     folder = placed(tmp_path, code, EPOCHS=5)
     done = torchrun(folder, 0, 0, 0, restarts=4)
     assert done.returncode == 0 and done.stdout.count("resume: chose") == 4, done.stderr
+    assert "exitcode: 143" in done.stderr, "a signal to one process stops all of them, saved"
     assert checkpoint.load(folder / "checkpoints/last.pt")["global_step"] == 25
 
 
