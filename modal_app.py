@@ -28,7 +28,8 @@ from eeg import console
 from eeg.disk import Refused, Stop, TemporaryFault
 from run.attempts import DATA, DOLLARS_AS_OF, MIRROR, RESULTS, TIME_IS_UP
 from run.attempts import attempts, bill, billed, card_and_count, get, hourly, hours_of_attempt
-from run.attempts import money, of_launch, progress, put, run_directory, spent, why_over
+from run.attempts import money, next_number, of_launch, progress, put, run_directory, spent
+from run.attempts import why_over
 
 GPU = "A100-80GB"                       # "A100-80GB,H100": what is free first; "A100-80GB:8": eight
 CPU, MEMORY = 8, 32                     # cores, GiB
@@ -193,7 +194,8 @@ def smoke(config, launch, resume="false", fresh="false", planned=None, gpu=GPU):
     return result("finished", "ready")
 
 
-@app.function(gpu=SCORE_GPU, timeout=TIMEOUT * 3600, **machine)
+# scored from the beginning each time: what always fails is paid three times, not eleven
+@app.function(gpu=SCORE_GPU, timeout=TIMEOUT * 3600, **machine | {"retries": 2})
 def evaluate(config, split="all"):
     import evaluate as scorer
     from run.prepare import folders
@@ -282,15 +284,13 @@ def attempt(config, launch, resume, fresh, longest, gpu):
 
     Only the first attempt of a launch may refuse: what was right then is not wrong later, so that
     a later refusal is a fault that passes (a Volume not mounted, a file that could not be read)."""
-    run, begun = run_directory(config), False
+    run, begun, end = run_directory(config), False, time.monotonic() + 3600 * longest
     try:
         reload()                                        # before anything on the Volume is opened
         wait_for_predecessor(run)
         begun = bool(of_launch(run, launch))
-        verdict = decided(run, config, launch, resume)
-        if verdict is None:
-            claim(run, launch)
-            verdict = work(run, config, launch, resume, fresh, longest, gpu)
+        over = why_over(run, launch, config["training"]["time_limit_hours"])
+        verdict = result(*over) if over else work(run, config, launch, resume, fresh, end, gpu)
     except Stop as stop:
         if begun or isinstance(stop, TemporaryFault):
             raise RuntimeError(f"a fault that may pass: {stop}") from None
@@ -303,20 +303,23 @@ def attempt(config, launch, resume, fresh, longest, gpu):
     return verdict
 
 
-def work(run, config, launch, resume, fresh, longest, gpu):
-    """Train in this container, with the attempt's record on the Volume from start to end."""
+def work(run, config, launch, resume, fresh, end, gpu):
+    """Train in this container until `end` of time.monotonic() at the latest, with the attempt's
+    record on the Volume from start to end."""
     import train as trainer
-    # done.json knows the run by what was asked for
-    asked, config = config, copy.deepcopy(config)
+    config = copy.deepcopy(config)
     config["training"]["device"] = gpu_or_raise(config, gpu)
-    resume = take(trainer, config, run, launch, resume, fresh)
+    before = of_launch(run, launch)
+    # all that takes long is done: the record follows before another launch looks again
+    claim(run, launch)
+    resume = take(trainer, config, run, before, resume, fresh)
+    longest = (end - time.monotonic()) / 3600
     limit, last = hours_of_attempt(run, launch, config["training"]["time_limit_hours"], longest)
     config["training"]["time_limit_hours"] = limit
     signals = trainer.Signals()
     record = new_record(config, run, launch, gpu)
-    publish = Publisher(run, len(attempts(run)) + 1, record, signals, config)
+    publish = Publisher(run, next_number(run), record, signals, config)
     publish.write()                                     # else a replay would begin anew
-    (run / "done.json").unlink(missing_ok=True)         # of a line that --resume FILE may leave
     publish("the start")
     print(f"attempt {publish.number} in {record['task']}: from step {record['progress'][0]}")
     way = "failed"
@@ -336,8 +339,6 @@ def work(run, config, launch, resume, fresh, longest, gpu):
         # the grace outlasts a commit
         with console.signals_wait(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             record["left"] = way
-            if way == "finished":
-                put(run / "done.json", {"launch": launch, "config": asked})
             publish.end(way)
     return leave(way)
 
@@ -357,27 +358,28 @@ def claim(run, launch):
     A Volume knows no lock. Of two launches that begin at once both write their claim, wait until
     the other's would be visible, and look again: the last one stands, and whoever was slower than
     that meets the record of an attempt."""
-    owner = get(run / "launch.json")
-    if owner.get("launch") == launch:
+    owner, before = run / "launch.json", attempts(run)
+    if get(owner).get("launch") == launch:
         return
-    expect_alone(run, launch)
-    put(run / "launch.json", claimed(launch))
+    if owner.exists():                  # else a person has removed it, who knows
+        expect_alone(run, launch, [get(owner), *before[-1:]])
+    put(owner, claimed(launch))
     persist("commit of the claim", lambda: commit(results))
     time.sleep(SETTLE)
     reload()
-    expect_alone(run, launch)
+    expect_alone(run, launch, [get(owner), *(a for a in attempts(run) if a not in before)])
 
 
 def claimed(launch):
     return {"launch": launch, "call": modal.current_function_call_id(), "app": app.app_id}
 
 
-def expect_alone(run, launch):
-    """Refuse while the call of another launch may still write here. What cannot be told is refused
-    too: two writers are worse."""
-    for record in [get(run / "launch.json"), *attempts(run)[-1:]]:
+def expect_alone(run, launch, others):
+    """Refuse while the call of another launch, which left one of these records, may still write
+    here. What cannot be told is refused too: two writers are worse."""
+    for record in others:
         call = record.get("call")
-        if not call or record["launch"] == launch or call == modal.current_function_call_id():
+        if not call or call == modal.current_function_call_id() or record.get("launch") == launch:
             continue
         state = call_state(call)
         if state == "working":
@@ -389,12 +391,12 @@ def expect_alone(run, launch):
                 f"when it is stopped, `modal volume rm holdfast-results /{run.name}/launch.json`")
 
 
-def take(trainer, config, run, launch, resume, fresh):
-    """How train.py is to begin in the run directory: what its --resume takes.
+def take(trainer, config, run, before, resume, fresh):
+    """How train.py is to begin in the run directory: what its --resume takes. before: the attempts
+    of this launch.
 
     The arguments are part of the input and come again with every attempt: a fresh start happens
     once, and a file is gone back to until this launch has saved."""
-    before = of_launch(run, launch)
     if any(a.get("saved") for a in before) or before and resume in ("true", "false"):
         return "true"
     if resume == fresh == "false":
@@ -539,7 +541,7 @@ class Publisher:
     def __init__(self, run, number, record, signals, config):
         self.run, self.number, self.record, self.signals = run, number, record, signals
         self.mirrored = bool(config["training"].get("mirror"))
-        self.failures, self.good = 0, time.time()
+        self.failures, self.good = 0, time.monotonic()
 
     def saved(self, path):
         """train.py's on_saved hook."""
@@ -559,28 +561,30 @@ class Publisher:
         # on the way out the exit commit comes by itself, and the grace is short
         if self.signals.number:
             return
-        began = time.time()
+        began = time.monotonic()
         try:
             commit(results)
         except Exception as error:
             self.failures += 1
             print(f"commit of {what} failed ({self.failures} in a row): {error}; the last good one "
-                  f"is {time.time() - self.good:.0f} s old; the next save tries again")
+                  f"is {time.monotonic() - self.good:.0f} s old; the next save tries again")
         else:
-            self.failures, self.good = 0, time.time()
+            self.failures, self.good = 0, time.monotonic()
             print(f"committed {what} in {self.good - began:.1f} s")
         if self.mirrored:
             with tolerated(f"commit of the mirror after {what}"):
                 commit(mirror)
 
     def end(self, way):
-        """The last word of this attempt. Raises RuntimeError where a result cannot be published."""
+        """The last word of this attempt. Raises RuntimeError where what a result or the next
+        attempt relies on cannot be published."""
         if way in ("preempted", "cancelled"):           # the exit commit comes by itself
             with tolerated("record of the end"):
                 self.write()
             return
         self("the end")
-        if self.failures and way == "finished":
+        unpublished = self.failures or self.signals.number
+        if unpublished and way in ("finished", "time limit", "handed over"):
             persist("commit of the end", lambda: commit(results))
 
 
@@ -595,15 +599,6 @@ def wait_for_predecessor(run):
                   f"up to {GRACE} s for what it may still commit")
         time.sleep(pause)
         reload()
-
-
-def decided(run, config, launch, resume):
-    """A result where nothing is to do or there is no sense in trying, else None."""
-    done = get(run / "done.json")
-    if done and (done["launch"] == launch or resume == "true" and done["config"] == config):
-        return result("finished", "it was already: raise training.epochs to go on")
-    over = why_over(run, launch, config["training"]["time_limit_hours"])
-    return result(*over) if over else None
 
 
 # What FunctionCall.get raises where no answer came: whether the call goes on is not known. All
@@ -642,7 +637,11 @@ def main(*words):
         refuse("--source belongs to --action import")
     if asked.action == "ls":
         return close(ls.remote())
-    settings = checked(asked)
+    try:
+        settings = checked(asked)
+        plan = planned(settings) if asked.action == "smoke" else None
+    except Stop as stop:
+        refuse(stop)
     launch = uuid.uuid4().hex[:12]
     tell(asked)
     if asked.action == "import":
@@ -654,8 +653,7 @@ def main(*words):
     elif asked.action == "train":
         call = train.spawn(settings, launch, asked.resume, asked.fresh, TRAIN_GPU)
     else:
-        call = smoke.spawn(settings, launch, asked.resume, asked.fresh, planned(settings),
-                           TRAIN_GPU)
+        call = smoke.spawn(settings, launch, asked.resume, asked.fresh, plan, TRAIN_GPU)
     guide(call, settings["experiment"]["name"])
     await_result(call)
 
@@ -682,22 +680,22 @@ def checked(asked):
     from run.launch import checked as checked_for
     name = "smoke.yaml" if asked.action == "smoke" else "train.yaml"
     path = asked.config or HERE / "configs" / "modal" / name
-    try:
-        config = checked_for(trainer.load_config(path, asked.set), path, asked, listing)
-    except trainer.Stop as stop:
-        refuse(stop)
+    config = checked_for(trainer.load_config(path, asked.set), path, asked, listing)
     if config["training"]["device"] == "cpu":
         print(f"config {path}: training.device is cpu: the GPU is paid and stands idle")
     return config
 
 
 def listing(path, recursive=False):
-    """Names in a folder of a Volume, as committed; none where it does not exist."""
+    """Names in a folder of a Volume, as committed, those of folders with a slash at their end; none
+    where it does not exist."""
+    ends = {modal.volume.FileEntryType.DIRECTORY: "/"}
     for mount, volume in {RESULTS: results, DATA: recordings, MIRROR: mirror}.items():
         inside = os.path.relpath(path, mount)
         if not inside.startswith(".."):
             with contextlib.suppress(modal.exception.NotFoundError):
-                return [Path(e.path).name for e in volume.listdir(inside, recursive=recursive)]
+                return [Path(entry.path).name + ends.get(entry.type, "")
+                        for entry in volume.listdir(inside, recursive=recursive)]
     return []
 
 

@@ -2,7 +2,6 @@
 
     launch.json          the launch that owns the run: its id, its call and its app
     attempts/NNN.json    one container each: where it began, when it last saved, how it left
-    done.json            written last
 
 Knows nothing of Modal's client: the same files are read by a container and by a test. Without torch
 at import: the launching side starts fast.
@@ -40,11 +39,34 @@ def put(path, value):
 
 
 def get(path):
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The dict in a JSON file; {} where there is none, or a torn one."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def record_files(run):
+    """The files of all attempts, in order."""
+    found = [path for path in (run / "attempts").glob("*.json") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def next_number(run):
+    return max([int(path.stem) for path in record_files(run)], default=0) + 1
 
 
 def attempts(run):
-    return [get(path) for path in sorted((run / "attempts").glob("*.json"))]
+    """The records of all attempts, in order.
+
+    One that cannot be read ends nothing. Its container belonged to the launch that owns the run, as
+    far as anybody knows, has saved and may still work: so nothing is begun anew over it."""
+    owner = get(run / "launch.json").get("launch", "")
+    return [{"launch": owner, "call": None, "left": "", "saved": "?", "progress": None,
+             "began": 0.0, "seen": 0.0, "dollars": 0.0, "epochs": 0,
+             "task": f"the container of {path.name}, a record that cannot be read,"} | get(path)
+            for path in record_files(run)]
 
 
 def of_launch(run, launch):
@@ -65,7 +87,7 @@ def progress(run):
         with contextlib.suppress(checkpoint.CorruptCheckpoint, OSError):
             state = checkpoint.load(candidate.path)
             facts, validated = checkpoint.facts_of(state), len(state.get("validation") or ())
-            return [state["global_step"], facts["kind"] == "epoch", validated]
+            return [facts["global_step"], facts["kind"] == "epoch", validated]
     return [0, False, 0]
 
 
@@ -80,7 +102,7 @@ def why_stuck(before, launch, reached):
     ends = [a["began"] for a in before[1:]] + [time.time()]
     vain = short = 0
     for record, end in zip(before, ends):
-        if record["launch"] != launch or record["left"] == "preempted":
+        if record["launch"] != launch or record["left"] == "preempted" or not record["progress"]:
             continue
         if record["progress"] != reached:
             vain = short = 0
@@ -98,7 +120,10 @@ def why_stuck(before, launch, reached):
 def why_over(run, launch, limit):
     """(status, why) where there is no sense in another attempt, else None. limit: hours of the
     whole run, 0 for none."""
-    if limit and sum(map(hours, of_launch(run, launch))) >= limit:
+    mine = of_launch(run, launch)
+    if any(record["left"] == "finished" for record in mine):
+        return "finished", "it was already"
+    if limit and sum(map(hours, mine)) >= limit:
         return "time limit", TIME_IS_UP
     why = why_stuck(attempts(run), launch, progress(run))
     return ("stuck", why) if why else None
@@ -172,11 +197,15 @@ def bill(run):
     tried, dollars = attempts(run), spent(run)
     line = (f"{run.name}: {sum(map(hours, tried)):.2f} h in {len(tried)} attempts, "
             f"{money(dollars, ' so far')}")
+    known = [record for record in tried if record["epochs"]]
+    unread = [path.name for path in record_files(run) if not get(path)]
+    if unread:
+        line += f", without {', '.join(unread)} of attempts/, which cannot be read"
     epoch, seconds = speed(run)
-    if not tried or not seconds:
+    if not known or not seconds:
         return line
-    left = max(0.0, tried[-1]["epochs"] - epoch) * seconds / 3600
-    whole = None if dollars is None else dollars + left * tried[-1]["dollars"]
+    left = max(0.0, known[-1]["epochs"] - epoch) * seconds / 3600
+    whole = None if dollars is None else dollars + left * known[-1]["dollars"]
     return (f"{line}; {seconds / 3600:.2f} h per epoch as measured: {left:.1f} h left, "
             f"{money(whole, ' for the whole run')}")
 

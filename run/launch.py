@@ -4,7 +4,8 @@ there, recordings, weights and checkpoints that are not on its Volumes.
     config = checked(load(path), path, asked, listing)
 
 `asked` is a command line: action, resume, fresh, source. listing(path) names what a folder of
-a Volume holds, [] where there is none; with recursive=True also what its folders hold.
+a Volume holds, folders with a slash at their end, [] where there is none; with recursive=True also
+what its folders hold.
 """
 import os
 from pathlib import Path
@@ -95,8 +96,8 @@ def expect_file(what, path, listing):
     for mount, name in NAMES.items():
         if not outside(path, mount):
             if Path(path).name not in listing(os.path.dirname(path)):
-                raise Refused(f"{what} {path} is not on the Volume: modal volume put {name} FILE "
-                              f"/{os.path.relpath(path, mount)}")
+                raise Refused(f"{what} {path} is no file on the Volume: modal volume put {name} "
+                              f"FILE /{os.path.relpath(path, mount)}")
             return
     raise Refused(f"{what} must be a file on a Volume ({', '.join(NAMES)}), not {path!r}")
 

@@ -343,7 +343,7 @@ async def finished(trial):
         versions = {fake.volumes[m.volume_id].name: fake.volumes[m.volume_id].version for m in function.volume_mounts}
         assert versions["holdfast-results"] == 1 and versions["holdfast-mirror"] == 2, versions
         code, out = await fake.launch(resume="true")
-        assert code == 0 and "it was already" in out, out
+        assert code == 0 and "modal_app.py: finished" in out, out
         assert steps(fake)[-1] == []
 
 
@@ -521,6 +521,44 @@ async def two_at_once(trial):
         assert len(trial.attempts()) == 1, trial.attempts()
 
 
+async def late_claim(trial):
+    """Of two launches at once, one of which can publish its claim only after the other has looked for it, one trains;
+    also where that one has moved the run aside, with the records that both have seen."""
+    trial.config(toy={"hold": 5}, training={"device": "auto"})
+    (trial.volume("holdfast-results") / "toy" / "attempts").mkdir(parents=True)
+    old = {"launch": "old", "call": None, "left": "failed", "progress": [0, False, 0], "began": 0, "seen": 0, "dollars": 1}
+    for number in (1, 2, 3):
+        (trial.committed() / "attempts" / f"{number:03d}.json").write_text(json.dumps(old))
+    trial.change(r"SETTLE = \d+ ", "SETTLE = 8 ", expected=False)
+    trial.change(r"\ndef card\(\):", "\nasked = []\n\n\ndef card():")
+    trial.card('asked.append(time.sleep(0 if asked else 25)) or "NVIDIA A100-SXM4-80GB"')       # a slow start
+    original, first, late = stand_in().FakeModal.VolumeCommit, [], []
+
+    async def commit(self, stream):
+        first[:] = first or [(self.bound_task.id, time.monotonic())]
+        if self.bound_task.id == first[0][0]:
+            while not late:                 # until the other one has looked, too
+                await asyncio.sleep(0.05)
+        elif not late or time.monotonic() < late[0] + 10:
+            late[:] = late or [time.monotonic()]
+            raise stand_in().GRPCError(stand_in().Status.FAILED_PRECONDITION, "volume busy")
+        await original(self, stream)
+
+    stand_in().FakeModal.VolumeCommit = commit
+    try:
+        async with trial.modal() as fake:
+            both = [asyncio.create_task(fake.launch("--fresh", "true")) for _ in range(2)]
+            done, _ = await asyncio.wait(both, timeout=200, return_when=asyncio.FIRST_COMPLETED)
+            assert len(done) == 1, steps(fake)
+            release(fake)
+            ends = await asyncio.gather(*both)
+            assert sorted(code for code, _ in ends) == [0, 2] and "stop its app first" in str(ends), ends
+            expect_whole(trial, fake)
+            assert len(trial.attempts()) == 1 and "commit of the claim failed" in str(ends), ends
+    finally:
+        stand_in().FakeModal.VolumeCommit = original
+
+
 async def two_launches(trial):
     """A second launch of a run that a call works on is refused; the death of the client does not matter."""
     trial.config(toy={"hold": 5})
@@ -642,7 +680,8 @@ async def unknown_card(trial):
 
 
 async def cannot_ask(trial):
-    """A second launch that cannot learn whether the first still works is refused, and told what to do."""
+    """A second launch that cannot learn whether the first still works is refused, and told what to do; done, it goes
+    on."""
     trial.config(toy={"hold": 5})
     original = stand_in().FakeModal.FunctionGetOutputs
 
@@ -657,9 +696,13 @@ async def cannot_ask(trial):
             await launch_and_leave(trial, fake)
             code, out = await fake.launch(resume="true")
             assert code == 2 and "cannot be told" in out and "modal app list" in out, out
+            assert "modal volume rm holdfast-results /toy/launch.json" in out, out
             release(fake)
             await fake.drain()
             expect_whole(trial, fake)
+            (trial.committed() / "launch.json").unlink()
+            code, out = await fake.launch(resume="true")
+            assert code == 0, out
     finally:
         stand_in().FakeModal.FunctionGetOutputs = original
 
@@ -803,7 +846,7 @@ async def refused_unpaid(trial):
     async with trial.modal() as fake:
         trial.config(training={"init": "/data/weights.pt"})
         code, out = await fake.launch()
-        assert code == 2 and "training.init /data/weights.pt is not on the Volume" in out, out
+        assert code == 2 and "training.init /data/weights.pt is no file on the Volume" in out, out
         trial.config(training={"init": "weights.pt"})
         code, out = await fake.launch()
         assert code == 2 and "training.init must be a file on a Volume" in out, out
@@ -813,6 +856,11 @@ async def refused_unpaid(trial):
         trial.config()
         code, out = await fake.launch(action="evaluate")
         assert code == 2 and "holds no best.pt" in out, out
+        (trial.volume("holdfast-results") / "toy" / "checkpoints").mkdir(parents=True)
+        code, out = await fake.launch(resume="/results/toy/checkpoints")
+        assert code == 2 and "--resume /results/toy/checkpoints is no file on the Volume" in out, out
+        code, out = await fake.launch(action="smoke")       # the toy has no configs/modal/train.yaml to foretell
+        assert code == 2 and "train.yaml: " in out and "Traceback" not in out, out
         assert not fake.tasks
 
 
@@ -836,7 +884,7 @@ async def as_on_one_machine(trial):
         code, out = await typed("--resume", file)
         assert code == 0 and f"toy: resume {file}" in out, out
         code, out = await typed("--resume", file.replace("001", "009"))
-        assert code == 2 and "is not on the Volume" in out, out
+        assert code == 2 and "is no file on the Volume" in out, out
         expect_whole(trial, fake)
         code, out = await typed("--fresh")
         assert code == 0 and (trial.committed().parent / "toy.1").is_dir(), out
@@ -898,7 +946,7 @@ async def imported_from_a_bucket(trial):
 
 
 CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail, no_reload,
-         never_reload, two_launches, two_at_once, other_actions, no_gpu, short_deaths, time_limit, unknown_card,
+         never_reload, two_launches, two_at_once, late_claim, other_actions, no_gpu, short_deaths, time_limit, unknown_card,
          cannot_ask, evaluate_commits, connection_lost, second_signal, refused_unpaid, as_on_one_machine, ready,
          not_ready, fresh_with_mirror, two_cards, imported_there, imported_from_a_bucket, real_training]
 

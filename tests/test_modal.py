@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,7 +159,7 @@ VOLUMES = {                             # what lies on the Volumes of the tests 
 
 @pytest.fixture
 def volumes(tmp_path):
-    """What a launch sees of the Volumes: names in a folder."""
+    """What a launch sees of the Volumes: names in a folder, those of folders with a slash at their end."""
     for name in VOLUMES:
         path = tmp_path / "volumes" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,8 @@ def volumes(tmp_path):
 
     def listing(path, recursive=False):
         folder = Path(tmp_path, "volumes", str(path).lstrip("/"))
-        return [p.name for p in (folder.rglob("*") if recursive else folder.glob("*"))]
+        found = folder.rglob("*") if recursive else folder.glob("*")
+        return [f"{p.name}/" if p.is_dir() else p.name for p in found]
     return listing
 
 
@@ -185,9 +187,10 @@ NEW, GOOD = RUN % "new", RUN % "good"
     ("experiment: {results: /results}\ndata: {path: /data/raw}", {}, "holds raw EDF"),
     ("experiment: {results: /results}\ndata: {path: [/data/tusz, /data/empty]}", {}, "holds no recordings"),
     (NEW + "training: {mirror: /results/m}", {}, "training.mirror must be a folder in /mirror"),
-    (NEW + "training: {init: /data/tusz/w.pt}", {}, "training.init /data/tusz/w.pt is not on the Volume"),
+    (NEW + "training: {init: /data/tusz/w.pt}", {}, "training.init /data/tusz/w.pt is no file on the Volume"),
     (NEW + "training: {init: w.pt}", {}, "training.init must be a file on a Volume"),
-    (NEW, {"resume": "/results/new/checkpoints/last.pt"}, "--resume /results/new/checkpoints/last.pt is not on"),
+    (NEW, {"resume": "/results/new/checkpoints/last.pt"}, "--resume /results/new/checkpoints/last.pt is no file on"),
+    (NEW, {"resume": "/results/good/checkpoints"}, "--resume /results/good/checkpoints is no file on the Volume"),
     (NEW, {"resume": "true", "fresh": "true"}, "--fresh and --resume exclude each other"),
     (NEW, {"action": "evaluate"}, "holds no best.pt to evaluate"),
     (GOOD, {}, "holds checkpoints: --resume true goes on, --fresh true starts over"),
@@ -227,11 +230,83 @@ ONE, TWO, THREE = (["one", "false", "false"], ["two", "false", "false"], ["three
 def test_a_replayed_resume_false_resumes_and_a_finished_run_returns_at_once(runs):
     [(end, before)] = runs.attempt(ONE, sends=signal.SIGINT, seconds=0.05)
     assert end.startswith("KeyboardInterrupt") and runs.records()[0]["left"] == "preempted"
-    (end, log), *later = runs.attempt(ONE, ONE, ["two", "true", "false"])
+    (end, log), again, another = runs.attempt(ONE, ONE, ["two", "true", "false"])
     assert "finished" in end and "from step 0" not in log and "toy step 1\n" not in log, f"{before}\n{log}"
-    for end, log in later:
-        assert '"finished"' in end and "it was already" in end and "toy step" not in log
-    assert len(runs.records()) == 2
+    assert "it was already" in again[0] and "toy starts" not in again[1]
+    assert '"finished"' in another[0] and "toy step" not in another[1]
+    assert len(runs.records()) == 3
+
+
+@pytest.mark.parametrize("file, text", [
+    ("attempts/001.json", ""), ("attempts/001.json", "[1]"), ("launch.json", '{"launch": "o')])
+def test_a_record_that_is_torn_costs_no_work_and_the_next_container_goes_on(file, text, runs):
+    """Not even with --fresh, which comes again with every attempt."""
+    runs.attempt(THREE, sends=signal.SIGINT, seconds=0.05)
+    (runs.directory / file).write_text(text)
+    [(end, log)] = runs.attempt(THREE)
+    assert '"finished"' in end and "toy step 1\n" not in log and "toy step 60\n" in log, log
+    assert ("without 001.json of attempts/, which cannot be read" in log) == (file != "launch.json"), log
+    assert not (runs.results / "toy.2").exists()
+
+
+def test_a_torn_record_keeps_the_work_of_a_run_that_went_back_to_a_file(runs):
+    runs.attempt(ONE)
+    back = ["two", str(runs.directory / "checkpoints/checkpoint_epoch_001.pt"), "false"]
+    runs.attempt(back, crash_at=50)
+    (runs.directory / "attempts" / "002.json").write_text("")
+    [(end, log)] = runs.attempt(back)
+    assert '"finished"' in end and "from step 40" in log, log
+
+
+def test_a_record_is_written_over_no_other_where_one_is_gone(runs):
+    runs.attempt(ONE, ONE, crash_at=30)
+    (runs.directory / "attempts" / "001.json").unlink()
+    runs.attempt(["two", "true", "false"])
+    assert [(p.name, records.get(p)["launch"]) for p in records.record_files(runs.directory)] == [
+        ("002.json", "one"), ("003.json", "two")]
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_trained_anew(runs):
+    runs.attempt(ONE)
+    shutil.rmtree(runs.directory / "checkpoints")
+    [(end, log)] = runs.attempt(["two", "true", "false"])
+    assert '"finished"' in end and "toy step 1\n" in log and "toy step 60\n" in log
+
+
+def test_a_checkpoint_of_another_program_is_no_progress(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"weights": torch.ones(3)}, tmp_path / "checkpoints" / "last.pt")
+    assert records.progress(tmp_path) == [0, False, 0]
+
+
+def test_a_run_that_finishes_on_a_volume_that_takes_no_record_any_more_is_finished(runs):
+    """And is not tried again, paid each time."""
+    runs.trial.change(r'record\["left"\] = way', 'record["left"] = way; globals()["put"] = full')
+    runs.trial.change(r"\ndef card\(\):", """
+def full(path, value):
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+
+def card():""")
+    [(end, log)] = runs.attempt(ONE)
+    assert '"finished"' in end and "record of the end failed" in log, log
+
+
+@pytest.mark.parametrize("way, number, fails", [("finished", signal.SIGINT, 0), ("time limit", 0, 1), ("handed over", 0, 2)])
+def test_what_a_result_or_the_next_attempt_relies_on_is_published_before_the_end(way, number, fails, tmp_path, monkeypatch):
+    commits = []
+
+    def commit(volume):
+        commits.append(len(commits) >= fails)
+        if not commits[-1]:
+            raise OSError("volume busy")
+
+    monkeypatch.setattr(modal_app, "commit", commit)
+    record = {"launch": "one", "call": None, "app": "a", "saved": "", "left": way}
+    publish = modal_app.Publisher(tmp_path, 1, record, argparse.Namespace(number=number), {"training": {}})
+    publish.end(way)
+    assert commits[-1:] == [True] and records.attempts(tmp_path)[0]["left"] == way
 
 
 def test_a_run_that_went_back_to_a_file_after_its_end_is_not_believed_to_be_finished(runs):
@@ -269,6 +344,13 @@ def test_a_cancelled_call_saves_and_ends_as_cancelled(runs):
     [(end, log)] = runs.attempt(ONE, sends=signal.SIGUSR1, seconds=0.05)
     assert end.startswith("InputCancellation") and "saved mid_epoch" in log
     assert runs.records()[0]["left"] == "cancelled"
+
+
+def test_the_hand_over_comes_in_time_where_the_start_took_long(runs):
+    runs.trial.change(r"MARGIN = 0.25 ", f"MARGIN = {24 - 4 / 3600} ")
+    runs.trial.change(r"    reload\(\)   ", "    time.sleep(4)  ")
+    [(end, log)] = runs.attempt(ONE, seconds=0.05)
+    assert end.startswith("RuntimeError time limit") and log.count("toy step") == 1, log
 
 
 def test_the_hand_over_before_the_timeout_is_an_exception_and_costs_no_step(runs):
