@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import modal
 
 from eeg import console
-from eeg.disk import Refused, Stop, TemporaryFault
+from eeg.disk import Refused, Stop, TemporaryFault, fault
 from run.attempts import DATA, DOLLARS_AS_OF, MIRROR, RESULTS, TIME_IS_UP
 from run.attempts import attempts, bill, billed, card_and_count, get, hourly, hours_of_attempt
 from run.attempts import money, next_number, of_launch, progress, put, run_directory, spent
@@ -162,9 +162,13 @@ mirror = modal.Volume.from_name("holdfast-mirror", create_if_missing=True, versi
 recordings = modal.Volume.from_name("holdfast-data", create_if_missing=True)
 app = modal.App("holdfast", image=image)
 TRAIN_GPU, SCORE_GPU = gpu_of(GPU), gpu_of(EVALUATE_GPU)
-retried = {"single_use_containers": True,
-           "retries": modal.Retries(max_retries=RETRIES, initial_delay=RETRY_DELAY,
-                                    backoff_coefficient=1.0)}
+
+
+def retries(most):
+    return modal.Retries(max_retries=most, initial_delay=RETRY_DELAY, backoff_coefficient=1.0)
+
+
+retried = {"single_use_containers": True, "retries": retries(RETRIES)}
 machine = {"cpu": CPU, "memory": MEMORY * 1024, **retried,
            "volumes": {RESULTS: results, MIRROR: mirror,
                        DATA: recordings.with_mount_options(read_only=True)}}
@@ -195,7 +199,7 @@ def smoke(config, launch, resume="false", fresh="false", planned=None, gpu=GPU):
 
 
 # scored from the beginning each time: what always fails is paid three times, not eleven
-@app.function(gpu=SCORE_GPU, timeout=TIMEOUT * 3600, **machine | {"retries": 2})
+@app.function(gpu=SCORE_GPU, timeout=TIMEOUT * 3600, **machine | {"retries": retries(2)})
 def evaluate(config, split="all"):
     import evaluate as scorer
     from run.prepare import folders
@@ -297,7 +301,9 @@ def attempt(config, launch, resume, fresh, longest, gpu):
         verdict = result("refused", str(stop))
     except RuntimeError:
         raise
-    except Exception as error:      # one type, which tells another launch that this call has ended
+    except OSError as error:        # one type, which tells another launch that this call has ended
+        raise RuntimeError(str(fault(error, run, "what was committed stays"))) from error
+    except Exception as error:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     print(f"{run.name}: {verdict['status']} {verdict['why']}")
     return verdict
@@ -310,6 +316,8 @@ def work(run, config, launch, resume, fresh, end, gpu):
     config = copy.deepcopy(config)
     config["training"]["device"] = gpu_or_raise(config, gpu)
     before = of_launch(run, launch)
+    if fresh == "true" and not before:
+        trainer.check(config, print)    # refused while the old run stands
     # all that takes long is done: the record follows before another launch looks again
     claim(run, launch)
     resume = take(trainer, config, run, before, resume, fresh)
@@ -402,7 +410,6 @@ def take(trainer, config, run, before, resume, fresh):
     if resume == fresh == "false":
         expect_free(trainer, config, run)
     elif fresh == "true":
-        trainer.check(config, print)
         second = config["training"].get("mirror")
         trainer.move_aside(run, print, Path(second, run.name) if second else None)
         if second:
