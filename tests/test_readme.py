@@ -196,7 +196,7 @@ def test_prices_limits_and_volumes_of_the_modal_chapter_are_those_of_the_code():
     assert c["EVALUATE_GPU"] == "L4" and c["DOLLARS_AS_OF"] in text
     assert f"{c['GPU']} with {c['CPU']} cores and {c['MEMORY']} GiB" in text
     assert f"{c['TIMEOUT']} h limit | saves {60 * c['MARGIN']:.0f} minutes before it" in text
-    assert f"{c['RETRIES'] + 1} times ({c['RETRIES'] + 1} days)" in text
+    assert f"{c['RETRIES']} times ({c['RETRIES'] + 1} days in all)" in text
     assert f"waits up to {c['GRACE']} s" in text and f"within {c['SHORT']} minutes" in text
     assert f"waits {c['SETTLE']} s and looks again" in text and f"asked up to {c['GPU_TRIES']} times" in text
     assert f"asked again for {c['PATIENCE'] / 60:.0f} minutes" in text and c["COMMIT_EVERY"] == 60
