@@ -46,6 +46,7 @@ GPU_TRIES = 10                          # times that a container asks its GPU, 2
 COMMIT_EVERY = 60                       # s between the commits of an import
 
 HERE = Path(__file__).parent
+BEGAN = time.monotonic()                # of this container: the platform counts from here
 LEFT = {                                # by train.py's exit codes
     0: "finished", 2: "refused", 75: "handed over", 138: "cancelled",
     129: "preempted", 130: "preempted", 143: "preempted"}
@@ -288,13 +289,13 @@ def attempt(config, launch, resume, fresh, longest, gpu):
 
     Only the first attempt of a launch may refuse: what was right then is not wrong later, so that
     a later refusal is a fault that passes (a Volume not mounted, a file that could not be read)."""
-    run, begun, end = run_directory(config), False, time.monotonic() + 3600 * longest
+    run, begun = run_directory(config), False
     try:
         reload()                                        # before anything on the Volume is opened
         wait_for_predecessor(run)
         begun = bool(of_launch(run, launch))
         over = why_over(run, launch, config["training"]["time_limit_hours"])
-        verdict = result(*over) if over else work(run, config, launch, resume, fresh, end, gpu)
+        verdict = result(*over) if over else work(run, config, launch, resume, fresh, longest, gpu)
     except Stop as stop:
         if begun or isinstance(stop, TemporaryFault):
             raise RuntimeError(f"a fault that may pass: {stop}") from None
@@ -309,9 +310,8 @@ def attempt(config, launch, resume, fresh, longest, gpu):
     return verdict
 
 
-def work(run, config, launch, resume, fresh, end, gpu):
-    """Train in this container until `end` of time.monotonic() at the latest, with the attempt's
-    record on the Volume from start to end."""
+def work(run, config, launch, resume, fresh, longest, gpu):
+    """Train in this container, with the attempt's record on the Volume from start to end."""
     import train as trainer
     config = copy.deepcopy(config)
     config["training"]["device"] = gpu_or_raise(config, gpu)
@@ -321,7 +321,7 @@ def work(run, config, launch, resume, fresh, end, gpu):
     # all that takes long is done: the record follows before another launch looks again
     claim(run, launch)
     resume = take(trainer, config, run, before, resume, fresh)
-    longest = (end - time.monotonic()) / 3600
+    longest -= (time.monotonic() - BEGAN) // 60 / 60    # a Volume may have kept it waiting
     limit, last = hours_of_attempt(run, launch, config["training"]["time_limit_hours"], longest)
     config["training"]["time_limit_hours"] = limit
     signals = trainer.Signals()
@@ -371,15 +371,16 @@ def claim(run, launch):
         return
     if owner.exists():                  # else a person has removed it, who knows
         expect_alone(run, launch, [get(owner), *before[-1:]])
-    put(owner, claimed(launch))
+    put(owner, claimed(run, launch))
     persist("commit of the claim", lambda: commit(results))
     time.sleep(SETTLE)
     reload()
     expect_alone(run, launch, [get(owner), *(a for a in attempts(run) if a not in before)])
 
 
-def claimed(launch):
-    return {"launch": launch, "call": modal.current_function_call_id(), "app": app.app_id}
+def claimed(run, launch):
+    return {"run": run.name, "launch": launch, "call": modal.current_function_call_id(),
+            "app": app.app_id}
 
 
 def expect_alone(run, launch, others):
@@ -388,6 +389,8 @@ def expect_alone(run, launch, others):
     for record in others:
         call = record.get("call")
         if not call or call == modal.current_function_call_id() or record.get("launch") == launch:
+            continue
+        if record.get("run", run.name) != run.name:     # this is a copy: that one works there
             continue
         state = call_state(call)
         if state == "working":
@@ -430,7 +433,7 @@ def expect_free(trainer, config, run):
 def new_record(config, run, launch, gpu):
     """What the Volume keeps of one attempt; `left`, `saved` and `seen` follow."""
     paid = billed(gpu, card())
-    return claimed(launch) | {
+    return claimed(run, launch) | {
         "left": "", "saved": "", "gpu": paid or "unknown",
         "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
         "progress": progress(run), "epochs": config["training"]["epochs"],
@@ -452,7 +455,6 @@ def leave(way):
     if way == "time limit":
         return result(way, TIME_IS_UP)
     return result(way)
-
 
 
 def card():
@@ -559,7 +561,8 @@ class Publisher:
 
     def write(self):
         self.record["seen"] = time.time()
-        put(self.run / "launch.json", {key: self.record[key] for key in ("launch", "call", "app")})
+        owner = {key: self.record[key] for key in ("run", "launch", "call", "app")}
+        put(self.run / "launch.json", owner)
         put(self.run / "attempts" / f"{self.number:03d}.json", self.record)
 
     def __call__(self, what):

@@ -59,16 +59,11 @@ def report(checks, say):
 
 # ---- the machine ----
 
-def card():
-    """Name of the GPU, or ""."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
 def check_card(device):
     """The card, its driver beside what torch's CUDA needs, and its speed in bf16."""
     count = torch.cuda.device_count()
-    yield (f"torch {torch.__version__}, CUDA {torch.version.cuda}, "
-           f"{count} x {card() or 'no card'}"), ""
+    name = torch.cuda.get_device_name() if count else "no card"
+    yield f"torch {torch.__version__}, CUDA {torch.version.cuda}, {count} x {name}", ""
     if device == "cuda":
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         answer = subprocess.run(asked, text=True, capture_output=True, check=True).stdout

@@ -8,6 +8,7 @@ at import: the launching side starts fast.
 """
 import contextlib
 import json
+import math
 import re
 import statistics
 import time
@@ -130,12 +131,10 @@ def why_over(run, launch, limit):
 
 
 def hours_of_attempt(run, launch, limit, longest):
-    """(hours that this attempt may train, whether the run is over with them): what is left of the
-    run's `limit`, at most `longest`."""
-    if not limit:
-        return longest, False
-    left = limit - sum(map(hours, of_launch(run, launch)))
-    return min(longest, max(left, 1e-6)), left <= longest
+    """(hours that this attempt may train, never 0, whether the run is over with them): what is left
+    of the run's `limit`, at most `longest`."""
+    left = limit - sum(map(hours, of_launch(run, launch))) if limit else math.inf
+    return max(min(longest, left), 1e-6), left <= longest
 
 
 # ---- money ----

@@ -4,7 +4,6 @@ one process a GPU, and the exit code that train.py alone would give.
     code = train_on(8, config, "true", saved=print, signals=signals)
 """
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from eeg.disk import read_json_lines
 from run.machine import cores
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -107,8 +107,4 @@ def following(path, saved):
 
 def saves(path):
     """Rows of saves.jsonl that tell of a save; one that is being written is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if row["kind"] == "save"]
+    return [row for row in read_json_lines(path, lambda line: None) if row.get("kind") == "save"]

@@ -560,15 +560,20 @@ async def late_claim(trial):
 
 
 async def two_launches(trial):
-    """A second launch of a run that a call works on is refused; the death of the client does not matter."""
+    """A second launch of a run that a call works on is refused, that of a copy of it is not; the death of the client
+    does not matter."""
     trial.config(toy={"hold": 5})
     async with trial.modal() as fake:
         await launch_and_leave(trial, fake)
         code, out = await fake.launch(resume="true")
         assert code == 2 and "stop its app first" in out, out
+        shutil.copytree(trial.committed(), trial.committed().with_name("copy"))
+        trial.config(experiment={"name": "copy"})
+        code, out = await fake.launch(resume="true")
+        assert code == 0, out
         release(fake)
         await fake.drain()
-        expect_whole(trial, fake)
+        expect_whole(trial, fake, redone=EPOCHS * BATCHES)
 
 
 async def other_actions(trial):
