@@ -287,7 +287,7 @@ def test_rotation_keeps_the_newest_saves_whatever_their_dates_names_and_neighbou
     assert names(tmp_path) == ["mid_epoch_001_000001.pt", "mid_epoch_001_000002.pt", "mid_epoch_001_000008.pt",
                                "mid_epoch_001_000077.pt", "mid_epoch_007_000001.pt"] and len(gone) == 5
     assert checkpoint.rotate(tmp_path, "mid_epoch_*.pt", 0) == []
-    with pytest.raises(ValueError, match="0 .all. or more"):
+    with pytest.raises(ValueError, match="keep must be a whole number, 0 or more"):
         checkpoint.rotate(tmp_path, "mid_epoch_*.pt", -1)
 
 
