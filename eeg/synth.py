@@ -51,6 +51,11 @@ SEIZURES = (
     Seizure("convulsion", 0.10, False, (40, 100), (9, 14), (0.9, 2), (3, 12), "spike"),
 )
 
+# Share of seizures in which muscle and movement show. In those of SeizeIT2 (Bhagubai et al.,
+# Scientific Data 2025) power rises most below 2 Hz and above 30 Hz: by 1.9 and 2.1 (natural log,
+# median), between 4 and 13 Hz by 1.1
+MOTOR = 0.75
+
 # Rhythms that are no seizures: steady in frequency and place. share: of patients who have it;
 # rate: per minute of them.
 Rhythm = namedtuple("Rhythm", "name share rate seconds hz size places wave")
@@ -78,6 +83,7 @@ ARTEFACTS = (
     Artefact("chewing", 0.15, (5, 40), (0.8, 4)),
     Artefact("pop", 0.4, (1, 6), (4, 20)),
     Artefact("sway", 0.3, (4, 40), (1.5, 6)),           # movement, breathing
+    Artefact("moving", 0.25, (2, 40), (1.5, 8)),        # head and body: slow waves and muscle
     Artefact("patting", 0.06, (4, 25), (1, 4)),         # rhythmic, by hand
     Artefact("sweat", 0.05, (60, 200), (1.5, 5)),
     Artefact("loose", 0.08, (5, 60), (3, 15)),          # one electrode without contact
@@ -432,6 +438,10 @@ def artefact(rng, name, length):
     if name == "sway":
         turn = 2 * np.pi * rng.uniform(0.2, 1) * t + rng.uniform(0, 6)
         return field(rng, edge, 1), bump * np.sin(turn)
+    if name == "moving":
+        slow = rhythm(rng, length, rng.uniform(0.5, 2), 1)
+        muscle = np.diff(rng.standard_normal(length + 1)) * rng.uniform(0.1, 0.8)
+        return field(rng, edge, 1) * rng.uniform(0.3, 1, 19), plateau * (slow + muscle)
     if name == "patting":
         phase = 2 * np.pi * rng.uniform(1.5, 5) * t + np.cumsum(rng.standard_normal(length)) * 0.02
         return field(rng, edge, 1.5), plateau * cycle(phase, rng.choice(["rhythm", "spike"]), 0.4)
@@ -524,8 +534,9 @@ def add_seizure(rng, patient, kind, eeg, size, begin, end):
         drift = np.cumsum(rng.standard_normal(len(course))) * rng.uniform(0.002, 0.03)
         apart = phase + drift + rng.uniform(-1, 1)
         spread_over(rng, kind, place, eeg, begin, course, apart, envelope * joins, sharp)
-    if kind.name == "convulsion" or rng.random() < 0.25:
+    if kind.name == "convulsion" or rng.random() < MOTOR:
         add_tension(rng, kind, eeg, size, begin, end, phase)
+        add_motion(rng, eeg, size, begin, end)
     add_aftermath(rng, kind, eeg, size, end)
 
 
@@ -576,14 +587,25 @@ def quieten(rng, kind, eeg, begin, end):
 
 def add_tension(rng, kind, eeg, size, begin, end, phase):
     """Muscle over a seizure: tonic, then in time with its rhythm."""
-    limits = (0.5, 4) if kind.name == "convulsion" else (0.1, 1)
-    begin, phase = begin + len(phase) // 5, phase[len(phase) // 5:]
+    limits = (0.5, 6) if kind.name == "convulsion" else (0.2, 4)
+    late = round(len(phase) * rng.uniform(0, 0.3))
+    begin, phase = begin + late, phase[late:]
     noise = np.diff(rng.standard_normal((19, end - begin + 1), np.float32), axis=1)
-    tonic = np.clip(1 - 2 * np.linspace(0, 1, end - begin), 0, 1)
+    tonic = waxing(rng, end - begin)
+    if kind.name == "convulsion":
+        tonic = np.clip(1 - 2 * np.linspace(0, 1, end - begin), 0, 1)
     beat = np.clip(np.cos(phase), 0, None) ** 2
     where = 0.3 + np.abs(field(rng, draw_direction(rng), 1))
     loud = (tonic + (1 - tonic) * beat) * size * spread(rng, limits)
     eeg[:, begin:end] += where[:, None] * loud.astype(np.float32) * noise
+
+
+def add_motion(rng, eeg, size, begin, end):
+    """Head and body move: slow waves of no rhythm, seen widely, that come and go."""
+    wave = rhythm(rng, end - begin, rng.uniform(0.5, 2), rng.uniform(0.5, 1.5))
+    wave *= waxing(rng, end - begin) * size * spread(rng, (0.6, 4))
+    where = field(rng, draw_direction(rng), rng.uniform(0.5, 2))
+    add(eeg, where * rng.uniform(0.3, 1, 19), begin, wave)     # each electrode's lead by itself
 
 
 def add_aftermath(rng, kind, eeg, size, end):
