@@ -266,10 +266,13 @@ def ls():
 
 def standing(run):
     """Call, app and state of a run, its dollars, and the command that stops it."""
-    owner, last = get(run / "launch.json"), attempts(run)[-1:]
-    state = call_state(owner.get("call"))
-    if state == "ended" and last:       # the last that worked: a claim alone left nothing here
-        owner, left = last[0], last[0]["left"] or "died without a word"
+    last = attempts(run)[-1:]
+    for owner in (get(run / "launch.json"), *last):     # who only claimed it left no record
+        state = call_state(owner.get("call"))
+        if state != "ended":
+            break
+    if state == "ended" and last:
+        left = owner["left"] or "died without a word"
         state = left if left == "finished" else f"ended ({left})"
     line = (f"call {owner.get('call')}, app {owner.get('app', '?')}: {state}, "
             f"{money(spent(run))}")

@@ -309,6 +309,14 @@ def test_what_a_result_or_the_next_attempt_relies_on_is_published_before_the_end
     assert commits[-1:] == [True] and records.attempts(tmp_path)[0]["left"] == way
 
 
+def test_a_run_that_works_is_listed_so_where_another_launch_claimed_it_and_was_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(modal_app, "call_state", {"fc-1": "working", "fc-2": "ended"}.get)
+    records.put(tmp_path / "attempts" / "001.json", {"launch": "one", "call": "fc-1", "app": "ap-1"})
+    records.put(tmp_path / "launch.json", {"launch": "two", "call": "fc-2", "app": "ap-2"})
+    assert modal_app.standing(tmp_path) == (
+        "call fc-1, app ap-1: working, about $0.00; stop: modal app stop ap-1")
+
+
 def test_a_run_that_went_back_to_a_file_after_its_end_is_not_believed_to_be_finished(runs):
     runs.attempt(ONE)
     file = str(runs.directory / "checkpoints/checkpoint_epoch_001.pt")
