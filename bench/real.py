@@ -81,7 +81,7 @@ def fit_v3(place, seed, overrides):
         saved = sorted(place.folder.glob("v3/checkpoints/checkpoint_epoch_*.pt"))
         weights = saved[-1]
         if saved[0].name != "checkpoint_epoch_001.pt":      # rotated away: there were more
-            weights = place.folder / "mean.pt"
+            weights = weights.with_name("mean.pt")
             share.average(saved, weights)
     minutes = spent(began)
     return Fitted("", *networks.v3_track(weights), 0.0, minutes)
