@@ -19,6 +19,9 @@ from eeg.edf import NUMBER, DataError, number
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
 
 
+SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
+
+
 class Unlabelled(DataError):
     """A recording that can be read and has no labels. The message says why; `texts` are those that
     were read."""
@@ -69,6 +72,9 @@ def finish(labels, seconds):
             spans[-1][1] = max(spans[-1][1], end)
         else:
             spans.append([onset, end])
+    for onset, end in spans:
+        if end - onset < SHORTEST:
+            raise DataError(f"event from {onset:g} s to {end:g} s: a moment, not a seizure")
     return np.array(spans, np.float64).reshape(-1, 2)
 
 
@@ -91,7 +97,7 @@ def read_text(path):
 def table(text, name, delimiter, columns):
     """Rows of a delimited table as dicts; its header must hold `columns`."""
     # nobody quotes; a lone quote must not swallow rows
-    rows = [[cell.strip() for cell in line.split(delimiter)] for line in _lines(text)]
+    rows = [[cell.strip() for cell in line.split(delimiter)] for line in _lines(text, name)]
     header = rows[0] if rows else []
     missing = [column for column in columns if header.count(column) != 1]
     if missing:
@@ -126,8 +132,12 @@ def _refuse_hidden(lines):
             raise DataError(f"{line[:60]!r} is commented out: delete the row or its #")
 
 
-def _lines(text):
-    """Lines of a table: neither empty nor a comment."""
+def _lines(text, name):
+    """Lines of a table: neither empty nor a comment. A comment that is a row by its two times is
+    refused, as _refuse_hidden does."""
+    for line in text.split("\n"):
+        if re.match(r"#\s*\d[\d.]*[\t ]+\d[\d.]*[\t ]+[A-Za-z]", line) and "bckg" not in line:
+            raise DataError(f"{name}: {line[:60]!r} is commented out: delete the row or its #")
     return [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
 
 
@@ -138,7 +148,7 @@ def read_events_tsv(path, header, texts=None):
 def parse_events_tsv(text, name="events.tsv", texts=None):
     """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance
     test) are not. A BIDS file without that column, of a task for one, is a list of texts."""
-    titles = next(iter(_lines(text)), "")
+    titles = next(iter(_lines(text, name)), "")
     if "eventType" not in titles:
         try:
             return list_labels(text, name, texts)
@@ -235,7 +245,7 @@ def parse_csv(text, name="csv"):
 
 def parse_tse(text, name="tse"):
     """TUSZ until v1.5: .tse or .tse_bi, rows of start, stop, label, probability."""
-    lines = [line.split() for line in _lines(text) if not line.startswith("version")]
+    lines = [line.split() for line in _lines(text, name) if not line.startswith("version")]
     short = [line for line in lines if len(line) < 3]
     if short:
         raise DataError(f"{name}: incomplete row {' '.join(short[0])[:60]!r}")
@@ -412,7 +422,7 @@ def read_seizeit(path, header, texts=None):
 def parse_seizeit(text, name="a1.tsv"):
     """SeizeIT1 annotation: onset, end (s), type, comment. An end may be None: no labels then."""
     labels = Labels()
-    for row in (line.split("\t") for line in _lines(text)):
+    for row in (line.split("\t") for line in _lines(text, name)):
         if len(row) < 3:
             raise DataError(f"{name}: incomplete row {' '.join(row)!r}")
         if row[1].strip() == "None":
@@ -431,11 +441,15 @@ _OF = r" ?((of|des|de|di|the|la|della|van) )*"
 _START = (r"(starts?|started|begins?|beginning|beginn|anfang|onset|on|debut|inicio|inizio|"
           r"poczatek)")
 _END = r"(ends?|ended|stops?|stopped|offset|off|ende|fin|fine|einde|koniec)"
-_NO = r"(no|keine?|pas de|sin|ohne) ((clinical|electrographic|further) )?"
+# "no clinical seizure" and "no further seizure" leave room for one
+_NO = r"(no|keine?|pas de|sin|ohne) (electrographic )?"
+# of SzCORE's types, sz_foc_ia_m_automatisms
+_TYPE = (r"(i?a|ua|n?m|u[cm]|f2b|auto\w+|\w*(tonic|clonic|clonia|spasms?)|hyper\w+|behaviou?r\w*|"
+         r"cognitive|emotional|sensory|a?typical|absence|unclassified)")
 DEFAULT_TEXTS = {                       # what a text means, whole, without its number (_numbered)
     "start": re.compile(rf"{_ITS}{_OF}{_START}|{_START}{_OF}{_ITS}"),
     "end": re.compile(rf"{_ITS}{_OF}{_END}|{_END}{_OF}{_ITS}"),
-    "seizure": re.compile(rf"{_SEIZURE}|sz (foc|gen|uo)[a-z0-9 ]*|{'|'.join(sorted(SEIZURE))}"),
+    "seizure": re.compile(rf"{_SEIZURE}|sz (foc|gen|uo)( {_TYPE})*|{'|'.join(sorted(SEIZURE))}"),
     "background": re.compile(rf"bckg|background|seizure free|anfallsfrei|"
                              rf"{_NO}({_SEIZURE}s?|anfalle?)")}
 # a text that speaks of a seizure, misspelt too; where its meaning is not known, nothing is known.
@@ -445,17 +459,21 @@ SPEAKS = re.compile(
     _MISSPELT +
     r"|seiz|\bs z\b|"
     r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
-    r"[ck]ri[sz][ei]|(?<!inter)(?<!inter )i[ck]t(al|us)|[ck]onvuls|kramp|aanval|insult|toeval|"
-    r"napad|drgawk|zachvat|attacc|kejang|co giat|kohtaus|nobet|roham|gorcs|criza|"
-    r"atta(ck|que)|ataque|status epi|siez|[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
+    r"[ck]ri[sz][aei]|(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
+    r"[ck]onvul[sz]|kram[bp]|stuip|aanval|insult|toeval|napad|drgawk|padaczk|zachvat|attacc|"
+    r"kejang|serangan|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|nobet|roham|gorcs|lekme|"
+    r"priepuol|traukul|epi\w*hoog|\bspells?\b|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
+    r"[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
     r"\b(epi\w*|electro\w*|clinical) (event|episode)|\b(ncse|sps|fas)\b|(?<!\d )\bcps\b|"
     r"[ck]lonus|gelasti|hypermotor|hyperkinet|"
-    r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|btcs|\bfias\b|\baura\b|"
+    r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|b?tcs\b|"
+    r"\btka\b|\bfias\b|\baura\b|"
     r"\ba?(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon|"
-    # Russian, Ukrainian, Greek, Chinese and Japanese (between seizures is none), Korean (taken
-    # apart as `plain` does), Arabic, Persian, Hebrew
-    r"приступ|припад|судор|напад|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
-    r"\u1107\u1161\u11af\u110c\u1161\u11a8|نوبة|تشنج|התקף")
+    # Russian, Ukrainian, Bulgarian, Greek, Chinese and Japanese (between seizures is none), Korean
+    # (taken apart as `plain` does), Arabic, Persian, Hebrew, Hindi, Thai
+    r"прист[уъ]п|припад|судо[рм]|напад|гърч|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
+    r"[痉痙][挛攣]|けいれん|ケイレン|\u1107\u1161\u11af\u110c\u1161\u11a8|"
+    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|התקף|פרכוס|दौर|मिर्गी|ชัก")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}
@@ -494,8 +512,9 @@ class Texts:
         return {text: counts[text] for text in sorted(left, key=lambda t: not speaks(t))}
 
 
-# letters of another alphabet than the one they are read in: no European word has three in a row
-GARBLED = re.compile("[\x80-\xff]{3}")
+# letters of another alphabet than the one they are read in: no European word has three in a row,
+# nor UTF-8's two for one letter
+GARBLED = re.compile("[\x80-\xff]{3}|[\xc3-\xc5][\x80-\xbf]")
 
 
 def speaks(text):
@@ -509,10 +528,11 @@ def marks(text):
 
 
 def plain(text):
-    """A text as it is compared: small letters without accents and quotes, dashes and _ as blanks,
-    without the channel that EDF+ puts behind @@."""
+    """A text as it is compared: small letters without accents, quotes and marks that are not seen,
+    dashes and _ as blanks, without the channel that EDF+ puts behind @@."""
     letters = unicodedata.normalize("NFKD", text.partition("@@")[0].replace('"', ""))
-    bare = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    bare = "".join(letter for letter in letters
+                   if not unicodedata.combining(letter) and unicodedata.category(letter) != "Cf")
     return " ".join(re.sub("[-_\u2010-\u2015]", " ", bare.lower()).split())
 
 

@@ -259,6 +259,8 @@ def test_seizeit_annotations(shared):
     text = (shared / "eeg" / "layouts" / "seizeit" / "P_ID64" / "P_ID64_r3_a1.tsv").read_text()
     assert parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
     assert parse_seizeit("# Source: SeizeIt1\n \n").events == []
+    with pytest.raises(edf.DataError, match="commented out"):
+        parse_seizeit("# Source: SeizeIt1\n#781\t807\tFIA\tHem:L\n")
     with pytest.raises(edf.DataError, match="no end"):
         parse_seizeit("8971\tNone\tFIA\tHem:L\n")
 

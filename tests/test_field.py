@@ -314,6 +314,23 @@ def test_numbers_of_a_pair_are_compared():
     assert "may end" in parse((1, None, "Sz 1 onset"), (3, None, "Sz 2 onset"), (5, None, "Sz offset"))
 
 
+def test_a_seizure_as_short_as_a_sample_is_a_moment_whose_end_is_not_known(tmp_path):
+    plus(tmp_path / "src" / "a.edf", range(10), "EDF+C", {2: mark(2, "Seizure", 0.004)})
+    write_edf(tmp_path / "src" / "b.edf", 10)
+    (tmp_path / "src" / "b_events.tsv").write_text(tsv((2, 0.004, "sz")))
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    why = "event from 2 s to 2.004 s: a moment, not a seizure"
+    assert f"NO LABELS, not used for training or scoring: a (its EDF+ annotations: {why})" in text and not report.read[1:]
+    assert report.refused[0][1] == f"b_events.tsv: {why}"
+
+
+@pytest.mark.parametrize("text", [
+    "sz_foc_a_m_automatisms", "sz_foc_ia_nm_behavior", "sz_foc_f2b", "sz_uo_m_epilepticSpasms", "sz_gen_nm_atypical", "sz_gen_m_myoclonicTonicClonic",
+    "sz_gen_nm_eyelidMyoclonia", "Sei\xadzure", "Seizure\u200b"])
+def test_types_of_szcore_and_texts_with_marks_that_are_not_seen_are_seizures(text):
+    assert parse((3, 4, text)) == [(3, 7)]
+
+
 def test_what_denies_a_seizure_must_not_overlap_one():
     for denial in (0, 20, "no seizure"), (4, 2, "Seizure free"), (5, 4, "background"):
         assert f"{denial[2]!r} from {denial[0]} s" in parse(denial, (5, 4, "Seizure")), denial
@@ -340,7 +357,10 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
                                   "Anf. 2", "Krise?", "Приступ", "судороги", "επιληπτική κρίση", "癫痫发作", "発作開始", "발작", "نوبة صرع", "התקף",
                                   "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "eizure", "seiure", "sebzure", "sei zure", "S Z", "foc\"al seizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
-                                  "gelastic", "clonus", "attacco", "clinical event", "Seizure 0", "0 seizure", "sz: 0", "Electrographic event", "Epi event", "no. 2 seizures",
+                                  "gelastic", "clonus", "attacco", "clinical event", "Seizure 0", "0 seizure", "sz: 0", "Electrographic event", "no clinical seizures", "no further seizures",
+                                  "sz_foc_start", "sz gen unlikely", "sz_foc: ruled out", "d\xe9but critique", "scarica critica", "evento cr\xedtico", "ikt. Muster", "ict start", "TKA", "TCS", "stuip", "ataky",
+                                  "kriza", "konvulzija", "krambid", "l\u0113kme", "priepuolis", "kouristus", "serangan", "\u0111\u1ed9ng kinh", "padaczka", "staring spell", "An\xadfall L", "пристъп", "гърч", "судома",
+                                  "痙攣", "痉挛", "けいれん", "경련", "दौरा", "ชัก", "פרכוס", "صرع", "n\xc3\xb6bet", "z\xc3\xa1chvat", "Epi event", "no. 2 seizures",
                                   "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
@@ -351,8 +371,8 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
     assert parse(*beside, (9, 3, text), seizure=[text]) == [(1, 3), (9, 12)]
 
 
-@pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no clinical seizures",
-                                  "inter-ictal", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
+@pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no electrographic seizures",
+                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
@@ -422,6 +442,8 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "path,onset,duration,label\nC:\\sz\\A.EDF,5,4,Seizure\nC:\\sz\\A.EDF,1,1,background\n", [[5, 9]]),
     ("a_events.tsv", "onset\tduration\teventType\n0\t20\tbckg\n#5\t4\tsz\n", "a_events.tsv: '#5\\t4\\tsz' is commented out"),
     ("a.csv_bi", CSV.format("20") + "TERM,0,20,bckg,1\n#TERM,5,9,seiz,1\n", "is commented out"),
+    ("a.tse", "version = tse_v1.0.0\n\n0.0 20.0 bckg 1.0\n# 5.0 9.0 cpsz 0.9\n", "'# 5.0 9.0 cpsz 0.9' is commented out"),
+    ("a.tse", "version = tse_v1.0.0\n# seizures, 2 at most\n0.0 20.0 bckg 1.0\n", []),
     ("a.csv_bi", "# seizures, if any, by ab\n" + CSV.format("20") + "TERM,0,20,bckg,1\n", []),
     ("a.csv", '"Event, type","Onset","Duration","Text"\nx,5,4,Seizure\n', [[5, 9]]),
     ("a.csv", '"Onset, ms","Duration, ms","Text"\n5000,4000,Seizure\n', "Onset, ms is not in seconds"),
