@@ -165,7 +165,11 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
         _note_length(labels, row.get("recordingDuration"), name)
         if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
             raise DataError(f"{name}: unknown eventType {kind!r}")
-        if not kind.startswith("sz") and (cells := [c for c in row.values() if marks(c)]):
+        if kind.startswith("sz"):
+            cells = judgements(row, row.values())
+        else:
+            cells = [cell for cell in row.values() if marks(cell)]
+        if cells:
             raise DataError(f"{name}: {cells[0]!r} in a row that calls itself {kind}")
         span = _event(row, kind, name, labels.notes)
         if span and kind == "impd":
@@ -299,7 +303,11 @@ COLUMNS = {
     "duration": {"duration", "length"},
     "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
              "comment", "note", "type", "eventtype", "event type"},
-    "file": {"file", "file name", "filename", "recording", "edf"}}
+    "file": {"file", "file name", "filename", "recording", "record", "run", "edf", "session",
+             "patient", "patient id", "subject", "subject id"}}
+# other columns that may say of a row that it does not count, or which edge of a seizure it is
+JUDGES = re.compile("comment|note|remark|review|confirm|verif|valid|accept|certain|status|phase|"
+                    "state|edge|marker")
 # a cell that says nothing, or no
 NOTHING = re.compile(r"(no|none|nein|non|false|n/?a|nan|-*|0+([.,]0*)?)", re.I)
 
@@ -333,7 +341,9 @@ def parse_list(text, name):
             columns = _columns(titles)
             if {"onset", "text"} <= columns.keys():
                 _refuse_hidden(lines[at + 1:])
-                rows = [_cells(row, delimiter, len(titles)) for row in lines[at + 1:]
+                # MNE quotes nothing: what a last text holds of delimiters
+                count = len(titles) if len(titles) - 1 in columns["text"] else None
+                rows = [_cells(row, delimiter, count) for row in lines[at + 1:]
                         if not row.startswith("#")]
                 needed = 1 + max(columns["onset"][0], columns["text"][0])
                 _refuse_cut([titles, *rows], needed, text)
@@ -345,7 +355,7 @@ def parse_list(text, name):
 def _cells(line, delimiter, count=None):
     """Cells of a line, `count` at most. A quote ends with its line: a lone one swallows no row."""
     cells = next(csv.reader([line], delimiter=delimiter))
-    if count and len(cells) > count:    # MNE quotes nothing: what a text holds of delimiters
+    if count and len(cells) > count:
         cells[count - 1:] = [delimiter.join(cells[count - 1:])]
     return [cell.strip(' "') for cell in cells]
 
@@ -354,9 +364,8 @@ def _columns(cells):
     """{kind of column: its places}."""
     found = {}
     for place, cell in enumerate(cells):
-        title = " ".join(re.sub(r"[(\[,].*|_", " ", cell.lower()).split())
         for kind, titles in COLUMNS.items():
-            if title in titles:
+            if _title(cell) in titles:
                 found.setdefault(kind, []).append(place)
     if {"onset", "text"} <= found.keys():
         for place in (p for kind in ("onset", "end", "duration") for p in found.get(kind, ())):
@@ -366,9 +375,14 @@ def _columns(cells):
     return found
 
 
+def _title(cell):
+    return " ".join(re.sub(r"[(\[,].*|_", " ", cell.lower()).split())
+
+
 def _refuse_others(rows, columns, name):
     """Refuse a list that has rows of another recording than the one it lies beside."""
-    named = {row[place] for row in rows for place in columns.get("file", ()) if place < len(row)}
+    named = max(({row[place] for row in rows if place < len(row)}
+                 for place in columns.get("file", ())), key=len, default=())
     edfs = {cell for row in rows for cell in row if cell.lower().endswith(".edf")}
     others = [cell for cell in sorted(edfs) if not name.lower().startswith(
         re.split(r"[\\/]", cell.lower())[-1].removesuffix(".edf").removesuffix("_eeg"))]
@@ -379,7 +393,8 @@ def _refuse_others(rows, columns, name):
 
 def _list_row(row, titles, columns):
     """One annotation for each of its texts: a type and a comment say more together. Where they do
-    not speak of a seizure, what other columns say of one is a text too."""
+    not speak of a seizure, what other columns say of one is a text too; where they do, what judges
+    them belongs to them."""
     onset, duration, end = (_number_of(row, columns.get(kind, ()), kind)
                             for kind in ("onset", "duration", "end"))
     if onset is None:
@@ -392,7 +407,25 @@ def _list_row(row, titles, columns):
         read = {place for places in columns.values() for place in places}
         texts += [said for place, cell in enumerate(row) if place not in read
                   and (said := _of_another(titles[place], cell))]
+    judged = judgements(titles, row)
+    if any(marks(text) and text not in judged for text in texts):
+        texts = [" ".join([text, *judged]) if marks(text) else text
+                 for text in texts if text not in judged]
     return [(onset, length or None, text) for text in dict.fromkeys(texts)]
+
+
+def judgements(titles, row):
+    """Cells of a row on a seizure that say that there is none, or that it is doubtful, or that the
+    row is its start or end."""
+    found = []
+    for title, cell in zip(map(_title, titles), row):
+        said = plain(cell)
+        if (title in COLUMNS["text"] or JUDGES.search(title)) and (
+                DOUBTS.fullmatch(said) or EDGES.fullmatch(said)
+                or _built_in(said)[0] == "background"
+                or CONFIRMS.search(title) and DENIED.fullmatch(said)):
+            found.append(cell)
+    return found
 
 
 def _number_of(row, places, what):
@@ -474,6 +507,14 @@ SPEAKS = re.compile(
     r"прист[уъ]п|припад|судо[рм]|напад|гърч|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
     r"[痉痙][挛攣]|けいれん|ケイレン|\u1107\u1161\u11af\u110c\u1161\u11a8|"
     r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|התקף|פרכוס|दौर|मिर्गी|ชัก")
+# cells beside a seizure's text
+EDGES = re.compile(f"{_START}|{_END}")
+DOUBTS = re.compile(
+    r"\?+|(\w+ )?(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|questionab|equivoc|"
+    r"art[ei]fa[ck]t|false|reject|exclu|discard|fraglich|unklar|unsicher|moglich|verdacht|douteu|"
+    r"dubbi|dudos)\w*( \w+)?|not( \w+){0,3}")
+CONFIRMS = re.compile(r"confirm|verif|valid|accept|\bcertain")
+DENIED = re.compile(r"no?|nein|non|false|0([.,]0*)?")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}
