@@ -238,12 +238,15 @@ def read_tuh(path, header, texts=None):
 def parse_csv(text, name="csv"):
     """TUSZ .csv_bi (one TERM channel) or .csv (a row per derivation): the union of its seizures."""
     labels = Labels()
-    duration = re.search(r"^#\s*duration\s*=\s*(\S+)\s*secs", text, re.M)
+    duration = re.search(r"^#\s*duration\s*=\s*(\S+)\s*secs", text, re.M | re.I)
     if duration:
         labels.seconds = float(number(duration[1], f"{name}: duration"))
     rows = table(text, name, ",", ("channel", "start_time", "stop_time", "label"))
     _add_tuh_rows(labels, [(row["channel"], row["start_time"], row["stop_time"], row["label"])
                            for row in rows], name)
+    of = re.search(r"^#\s*bname\s*=\s*(\S+)", text, re.M)
+    if of and not name.startswith(of[1]):
+        labels.notes.append(f"{name} says that it is of {of[1]}")
     return labels
 
 
@@ -494,7 +497,7 @@ SPEAKS = re.compile(
     r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
     r"[ck]ri[sz][aei]|(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
     r"[ck]onvul[sz]|kram[bp]|stuip|aanval|insult|toeval|napad|drgawk|padaczk|zachvat|attacc|"
-    r"kejang|serangan|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|nobet|roham|gorcs|lekme|"
+    r"kejang|\bserang|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|nobet|roham|gorcs|lekme|"
     r"priepuol|traukul|epi\w*hoog|\bspells?\b|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
     r"[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
     r"\b(epi\w*|electro\w*|clinical) (event|episode)|\b(ncse|sps|fas)\b|(?<!\d )\bcps\b|"

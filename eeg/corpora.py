@@ -129,6 +129,15 @@ def import_one(source, task):
         return Outcome(source, "refused", one_line(refusal))
 
 
+def _off(header):
+    """How the clock of an EDF's records differs from its samples, by which a label file may go."""
+    if abs(header.begins) > MAX_DRIFT_SECONDS:
+        return f"its first record is at {header.begins:.4g} s by its own clock"
+    if abs(header.drift) > MAX_DRIFT_SECONDS:
+        return f"the clock of its records is {header.drift:.3g} s off at the end"
+    return ""
+
+
 def _convert(source, task, target):
     try:
         if shown(source.path) != str(source.path):
@@ -141,9 +150,8 @@ def _convert(source, task, target):
         rename(header, task.renames)
         events, texts, why = find_events(source, header, task)
         signal = prepare_edf(header, task.recipe)
-        if events is not None and source.annotation and abs(header.drift) > MAX_DRIFT_SECONDS:
-            why = (f"the clock of its records is {header.drift:.3g} s off at the end, and which "
-                   f"clock {source.annotation.name} goes by is not known")
+        if events is not None and source.annotation and (off := _off(header)):
+            why = f"{off}, and which clock {source.annotation.name} goes by is not known"
             if task.labels == STRICT and len(events):
                 raise DataError(why)
             events = None
@@ -272,7 +280,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     texts = annotations.user_texts(seizure_labels, background_labels)
     _check_usage(layout, workers)
     names = read_renames(renames) if renames else {}
-    files, root, closed, foreign = find_edf(src)
+    files, root, closed, others = find_edf(src)
     out = Path(out)
     again = _command(src, out, {
         "layout": layout, "montage": montage, "notch": notch, "blank-unit": blank_unit,
@@ -295,7 +303,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         _import_all(report, sources, task, workers, say, progress)
         entries(out, made=True)                         # writes the index
         _write_report(out, files, report)
-    report.hints = hints(sources, layout, task, report, foreign)
+    report.hints = hints(sources, layout, task, report, others)
     _table(report, task, say)
     return report
 
@@ -353,11 +361,16 @@ def _lock(out):
 
 
 def find_edf(src):
-    """(EDF files below src, root, [(folder, why it cannot be listed)], recordings of other kinds in
-    words); links are followed, each folder once."""
+    """(EDF files below src, root, [(folder, why it cannot be listed)], the other files there, of a
+    single EDF those of its folder but recordings of other kinds); links are followed, each folder
+    once."""
     src = Path(src)
     if src.is_file() or src.is_symlink() and not src.is_dir():
-        return [src], src.parent, [], ""
+        try:
+            beside = [path for path in sorted(src.parent.iterdir()) if path != src]
+        except OSError:                 # a folder that may not be listed: it matters for hints only
+            beside = []
+        return [src], src.parent, [], [path for path in beside if not _foreign([path])]
     if not src.is_dir():
         raise DataError(f"{src}: no such file or folder")
     paths, seen, closed = [], set(), []
@@ -373,14 +386,20 @@ def find_edf(src):
         folders.sort()
         paths += [Path(folder, name) for name in files]
     # ._x.edf is what macOS writes beside x.edf on a foreign disk: no recording
-    found = [path for path in paths
-             if path.suffix.lower() == ".edf" and not path.name.startswith("._")]
-    kinds = Counter(kind for path in paths for kind in FOREIGN if path.name.lower().endswith(kind))
-    foreign = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    paths = [path for path in paths if not path.name.startswith("._")]
+    found = [path for path in paths if path.suffix.lower() == ".edf"]
     if not found and not closed:
-        what = f" ({foreign}: convert or unpack them to .edf)" if foreign else ""
+        foreign = _foreign(paths)
+        what = f" ({foreign})" if foreign else ""
         raise DataError(f"{src}: no EDF file in it{what}")
-    return sorted(found), src, closed, foreign
+    return sorted(found), src, closed, sorted(set(paths) - set(found))
+
+
+def _foreign(paths):
+    """Recordings of other kinds among files, in words."""
+    kinds = Counter(kind for path in paths for kind in FOREIGN if path.name.lower().endswith(kind))
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return f"{counts}: convert or unpack them to .edf" if counts else ""
 
 
 def identify_all(files, root, layout, labels, report):
@@ -506,8 +525,8 @@ def _die_with_parent():
 
 # ---- import: what is said of it ----
 
-def hints(sources, layout, task, report, foreign):
-    """Lines on what the user may have meant otherwise; `foreign`: recordings that are not read."""
+def hints(sources, layout, task, report, others):
+    """Lines on what the user may have meant otherwise; `others`: files that are no such EDF."""
     found = []
     row = LAYOUTS.get(layout)
     if row and not any(row.name.match(source.path.stem) for source in sources):
@@ -521,30 +540,39 @@ def hints(sources, layout, task, report, foreign):
     never = [label for label in task.renames if f"{label} renamed".lower() not in notes]
     if never:
         found.append(f"no imported file has a channel {', '.join(never[:5])} of --rename")
-    alone = _labels_alone(sources)
-    if alone and report.unlabelled:
+    alone = _labels_alone(sources, others)
+    if alone and task.labels != NEVER:
         found.append(f"{len(alone)} annotation files belong to no EDF, {alone[0].name} for one: "
-                     "they are read where they are named as the EDF")
+                     "they are read where they lie beside the EDF and are named as it is")
+    foreign = _foreign(others)
     if foreign:
-        found.append(f"not read: {foreign}: convert or unpack them to .edf")
+        found.append(f"not read: {foreign}")
     return found
 
 
-ANNOTATION = re.compile(r"(.*?)(_events\.tsv|\.csv_bi|\.tse|\.tse_bi|_a1\.tsv)$")
+ANNOTATION = re.compile(
+    r"(.*?)(_events\.tsv|\.csv_bi|\.tse|\.tse_bi|_a1\.tsv|_annotations\.(csv|tsv|txt))$")
+PATIENT_LIST = re.compile(r"chb\d+-summary\.txt|Seizures-list.*\.txt")
 
 
-def _labels_alone(sources):
-    """Annotation files beside unlabelled EDFs whose own EDF is not there."""
-    folders = {source.path.parent for source in sources if not source.annotation}
+def _labels_alone(sources, others):
+    """Annotation files that lie beside no EDF of their name, and lists that no EDF has."""
+    recorded = (".edf", *FOREIGN)
+    stems = {(path.parent, path.name[:-len(kind)].removesuffix("_eeg"))
+             for path in (*(source.path for source in sources), *others)
+             for kind in recorded if path.name.lower().endswith(kind)}
+    names, read = {stem for _, stem in stems}, {source.annotation for source in sources}
     alone = []
-    for folder in sorted(folders):
-        files = sorted(folder.iterdir())
-        # of a single EDF that is imported the others count too
-        stems = {file.stem.removesuffix("_eeg") for file in files if file.suffix.lower() == ".edf"}
-        for file in files:
-            named = ANNOTATION.match(file.name)
-            if named and named[1].removesuffix("_eeg") not in stems:
-                alone.append(file)
+    for path in others:
+        named = ANNOTATION.match(path.name)
+        stem = named[1].removesuffix("_eeg") if named else path.stem
+        if PATIENT_LIST.fullmatch(path.name):
+            lost = path not in read
+        else:
+            lost = (path.parent, stem) not in stems and (
+                named or path.suffix in (".csv", ".tsv", ".txt") and stem in names)
+        if lost:
+            alone.append(path)
     return alone
 
 

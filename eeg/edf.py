@@ -74,6 +74,7 @@ class Header:
     plus: str                           # "", "EDF+C" or "EDF+D"
     notes: list                         # what was read otherwise than it is written
     patient: str = ""                   # field of the patient, as written: never to be printed
+    begins: float = 0.0                 # s after its start, of the first record by its own clock
     drift: float = 0.0                  # s that the clock of its records is late at its end
 
     @property
@@ -343,6 +344,7 @@ def check_gaps(header: Header, body: np.ndarray) -> None:
         at = (gaps[0] + 1) * length
         raise DataError(f"gap of {late[gaps[0]]:.4g} s after {at:g} s: "
                         "cut it into continuous files")
+    header.begins = float(onsets[0])
     header.drift = _drift(header, onsets)
     if abs(header.drift) > MAX_LATE_SECONDS:
         header.notes.append(f"the clock of its records is {header.drift:+.3g} s off at the end")

@@ -226,14 +226,18 @@ def _unread_beside(path, of_folder=False):
     """Names of files beside an EDF that may hold its labels and are of no kind that is read; with
     `of_folder` those of no EDF, too, which may be of the whole folder: labels.csv."""
     stem = path.stem.removesuffix("_eeg")
-    kinds = r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal)[\w -]*"
-    own = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?([-_. ]{kinds})?\.\w+", re.I)
-    names = [name for name in os.listdir(path.parent) if not name.lower().endswith(NOT_LABELS)]
-    found = list(filter(own.fullmatch, names))
+    kinds = (r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal|rater|review|a\d\b)"
+             r"[\w -]*(\.\w+)+")
+    own = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?([-_. ](.*[-_. ])?{kinds}|(\.\w+)+)", re.I)
+    names = os.listdir(path.parent)
+    edfs = [name[:-4].removesuffix("_eeg") for name in names if name.lower().endswith(".edf")]
+    # night_2_events.tsv is of night_2, not of night
+    longer = tuple(other for other in edfs if len(other) > len(stem) and other.startswith(stem))
+    names = [name for name in names if not name.lower().endswith(NOT_LABELS)]
+    found = [name for name in names if own.fullmatch(name) and not name.startswith(longer)]
     if of_folder:
-        edfs = tuple(other.stem for other in path.parent.glob("*.[eE][dD][fF]"))
         found += [name for name in names
-                  if re.fullmatch(rf"{kinds}\.\w+", name, re.I) and not name.startswith(edfs)]
+                  if re.fullmatch(kinds, name, re.I) and not name.startswith(tuple(edfs))]
     return sorted(found)
 
 

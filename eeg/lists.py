@@ -3,7 +3,7 @@ Siena's, by the clock on the wall.
 """
 import re
 
-from eeg.annotations import Labels, read_text, speaks
+from eeg.annotations import Labels, Unlabelled, read_text, speaks
 from eeg.edf import DataError, number
 
 
@@ -43,7 +43,8 @@ def summary_labels(blocks, name="summary"):
         raise DataError(f"{what}: named {len(blocks)} times")
     lines = [line.strip() for line in block.split("\n")[1:]]
     found = {line: SUMMARY.fullmatch(line) for line in lines}
-    odd = [line for line in lines if not found[line] and re.search(r"seiz|\.edf", line, re.I)]
+    odd = [line for line in lines if not found[line]
+           and (speaks(line) or re.search(r"\.edf|\d *sec", line, re.I))]
     if odd:
         raise DataError(f"{what}: {odd[0]!r} is not understood")
     found = [found[line] for line in lines if found[line]]
@@ -72,6 +73,10 @@ SIENA = re.compile(r"\s*(File name|Registration start time|Registration end time
                    r"(?:Seizure )?start time|(?:Seizure )?end time)\s*:\s*(.*?)\s*$", re.I)
 
 
+# Seizure n 2 (in sleep):
+HEADING = re.compile(r"^\s*seizures? *(n|no|nr|number)?\W*\d+\W*(\(.*\)\W*)?$", re.I)
+
+
 def parse_siena(text, name="Seizures-list"):
     """Siena Seizures-list-PNxx.txt: {file name: [{"registration start", "registration end",
     "start", "end": text}]}. One without "end" was not ended, one with "odd" is a line with a time
@@ -81,7 +86,7 @@ def parse_siena(text, name="Seizures-list"):
         found = SIENA.match(line)
         if not found:
             timed = re.search(r"\d[.:]\d+[.:]\d|\.edf", line, re.I)
-            if entry and (timed or speaks(line) and re.search(r"\d[.:]\d", line)):
+            if entry and (timed or speaks(HEADING.sub("", line)) and re.search(r"\d", line)):
                 files[entry["file"]].append({"file": entry["file"], "odd": line.strip()})
             continue
         key = found[1].lower().removeprefix("seizure ").removesuffix(" time")
@@ -136,6 +141,8 @@ def read_siena(path, header, texts=None):
         key = left[0]
         labels.notes.append(f"taken for {key} of {path.name}")
 
+    if not listed[key]:
+        raise Unlabelled(f"{path.name} names it without a seizure's times")
     for entry in listed[key]:
         if "odd" in entry:
             raise DataError(f"{path.name}, {entry['file']}: {entry['odd']!r} is not understood")

@@ -129,6 +129,14 @@ def test_tusz_labels():
         finish(parse_csv(text), 300.0)
 
 
+def test_a_heading_of_tusz_is_read_in_capitals_and_that_of_another_recording_is_noted():
+    rows = "TERM,5,9,seiz,1\n"
+    with pytest.raises(edf.DataError, match="not the same recording"):
+        finish(parse_csv(CSV.format(300).replace("duration", "Duration") + rows), 30.0)
+    assert parse_csv("# bname = b\n" + CSV.format(30) + rows, "a.csv_bi").notes == ["a.csv_bi says that it is of b"]
+    assert not parse_csv("# bname = a\n" + CSV.format(30) + rows, "a.csv_bi").notes
+
+
 def test_the_shared_odd_labels(shared):
     """What each of the odd label files gives for the 30 s recording: events, or a refusal."""
     right = {
@@ -173,6 +181,8 @@ def test_chb_summaries_in_both_forms(shared):
     one = block.format(1)
     for odd, why in (
         (one + "Seizure #2 Start: 12 seconds\n", "'Seizure #2 Start: 12 seconds' is not understood"),
+        (one + "Ictal onset 12, end 20\n", "'Ictal onset 12, end 20' is not understood"),
+        (block.format(0)[:37] + "Start Time: 3 seconds\n", "'Start Time: 3 seconds' is not understood"),
         (one + "Flie Name: b.edf\n", "'Flie Name: b.edf' is not understood"),
         (one.replace("seconds", "minutes"), "'Seizure 1 Start Time:   3 minutes' is not understood"),
         (one.replace("1 End", "2 End"), "'Seizure 2 End Time: 9 seconds' does not end 'Seizure 1"),
@@ -215,6 +225,8 @@ def test_siena_lists_are_read_over_midnight_and_contradictions_refused(shared):
         ("Start time: 00.01.00\nStart time: 00.02.00\nEnd time: 00.02.09\n", "no end time"),
         ("Seizure 1 start: 00.01.00\nSeizure 1 end: 00.01.09\n", "'Seizure 1 start: 00.01.00' is not"),
         ("Sezure start time: 00.01\nSezure end time: 00.02\n", "'Sezure start time: 00.01' is not"),
+        ("Seizure from 60 s to 69 s\n", "'Seizure from 60 s to 69 s' is not"),
+        ("Seizure start: 60\nSeizure end: 69\n", "'Seizure start: 60' is not"),
         ("Flie name: PN00-9.edf\n", "'Flie name: PN00-9.edf' is not"),
         (
             "Start time: 00.01.00\nEnd time: 00.01.09\nRegistration start time: 09.00.00\n"
@@ -232,6 +244,19 @@ def test_a_seizure_of_a_siena_list_that_is_not_ended_or_not_understood_is_no_bac
     (tmp_path / "src" / "Seizures-list-PN00.txt").write_text(text)
     ((_, said_why),) = imported(tmp_path / "src", tmp_path / "out").refused
     assert why in said_why
+
+
+@pytest.mark.parametrize("before, seizures, events", [
+    ("Seizure n 1\n", "", None), ("", "\nSeizure n 2 (in sleep):\n", None),
+    ("Seizure n 1\n", "Seizure start time: 00.01.00\nSeizure end time: 00.01.09\nSeizure n 2 (in sleep):\n", [[60, 69]])])
+def test_a_recording_that_a_list_of_seizures_names_without_one_has_no_labels(tmp_path, before, seizures, events):
+    write_edf(tmp_path / "src" / "PN00-1.edf", 300)
+    times = "Registration start time: 00.00.00\nRegistration end time: 00.05.00\n"
+    (tmp_path / "src" / "Seizures-list-PN00.txt").write_text(f"{before}File name: PN00-1.edf\n{times}{seizures}")
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    r, = data.open_corpus(tmp_path / "out")
+    assert r.events.tolist() == events if events else not r.labelled
+    assert ("Seizures-list-PN00.txt names it without a seizure's times" in text) == (not events)
 
 
 def test_siena_lists_of_several_patients_in_one_folder_are_told_apart(tmp_path):

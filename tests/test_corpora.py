@@ -17,7 +17,7 @@ from eeg import corpora, disk, store
 import data
 from eeg import edf
 import forked
-from conftest import CSV, ROOT, command, imported, said, tsv, write_edf
+from conftest import CSV, ROOT, command, imported, mark, plus, said, tsv, write_edf
 from helpers import rest, wait_for
 
 # ---- layouts ----
@@ -465,6 +465,24 @@ def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
     shutil.move(tmp_path / "src" / "night_1_events.tsv", tmp_path / "src" / "night1_events.tsv")
     report, text = said(tmp_path / "src", tmp_path / "out2")
     assert not report.hints and not report.unlabelled
+
+
+@pytest.mark.parametrize("edf, files, alone", [
+    ("a.edf", ["labels/a_events.tsv"], 1),
+    ("eeg/anna/a.edf", ["labels/anna/a.csv", "labels/anna/b.csv", "participants.tsv"], 1),
+    ("eeg/a_eeg.edf", ["a_events.tsv", "eeg/._b_events.tsv"], 1),
+    ("anna.edf", ["night1_annotations.txt", "night2.set", "night2_events.tsv"], 1),
+    ("anna_03.edf", ["chb01-summary.txt"], 1),
+    ("chb01_03.edf", ["chb01-summary.txt"], 0)])
+def test_labels_that_lie_beside_no_edf_of_their_name_are_hinted(tmp_path, edf, files, alone):
+    """Also where the EDF+ says itself that it holds no seizure."""
+    plus(tmp_path / "src" / edf, range(5), "EDF+C", {0: mark(0, "background")})
+    for name in files:
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_text(f"File Name: {edf}\nNumber of Seizures in File: 0\n")
+    hints = said(tmp_path / "src", tmp_path / "out")[0].hints
+    line = f"1 annotation files belong to no EDF, {Path(files[0]).name} for one: they are read where"
+    assert [hint.startswith(line) for hint in hints if "annotation" in hint] == [True] * alone
 
 
 def test_raw_edf_files_in_place_of_an_imported_folder_are_told_apart(tmp_path):

@@ -274,11 +274,16 @@ def test_drift_moves_labels_inside_to_their_samples_and_refuses_labels_of_an_unk
     drifting(src / "none_1.edf", 300, 0.009)
     drifting(src / "little_1.edf", 100, 0.009)
     (src / "little_1_events.tsv").write_text(tsv((20, 10, "sz")))
+    plus(src / "late_1.edf", range(10, 40), "EDF+C")
+    (src / "late_1_events.tsv").write_text(tsv((15, 4, "sz")))
+    plus(src / "late_2.edf", range(10, 40), "EDF+C", {5: mark(15, "sz", 4)})
     report, text = said(src, tmp_path / "out")
     assert [why for _, why in report.refused] == [
-        "the clock of its records is 2.69 s off at the end, and which clock beside_1_events.tsv goes by is not known"]
+        "the clock of its records is 2.69 s off at the end, and which clock beside_1_events.tsv goes by is not known",
+        "its first record is at 10 s by its own clock, and which clock late_1_events.tsv goes by is not known"]
     recordings = {r.name: r for r in data.open_corpus(tmp_path / "out")}
     assert abs(recordings["inside_1"].events[0, 0] - 199) < 0.01
+    assert recordings["late_2"].events.tolist() == [[5, 9]]
     assert recordings["little_1"].labelled and not recordings["none_1"].labelled
 
 
@@ -443,7 +448,7 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "onset,duration,label,certainty\n5,4,Seizure,possible\n", "'Seizure possible' at 5 s speaks"),
     ("a.csv", "onset,duration,label,review\n5,4,Seizure,false positive\n", "'Seizure false positive' at 5 s speaks"),
     ("a.csv", "onset,duration,label,Confirmed?\n5,4,Seizure,no\n", "'Seizure no' at 5 s speaks"),
-    ("a.csv", "onset,duration,label,confirmed,video,comment,lateralisation\n5,4,Seizure,yes,no,artefacts at its onset,unclear\n", [[5, 9]]),
+    ("a.csv", "onset,duration,label,confirmed,video,comment,lateralisation\n5,4,Seizure,yes,no,artefacts at its end,unclear\n", [[5, 9]]),
     ("a_events.tsv", "onset\tduration\teventType\tcomment\n5\t4\tsz\tnot confirmed\n", "'not confirmed' in a row that calls itself sz"),
     ("a_events.tsv", "onset\tduration\teventType\ttrial_type\n5\t4\tsz\tno seizure\n", "'no seizure' in a row that calls itself sz"),
     ("a_events.tsv", "onset\tduration\teventType\tlateralization\tcomment\n5\t4\tsz\tunclear\tonset F7\n", [[5, 9]]),
@@ -514,6 +519,9 @@ def test_what_the_user_says_of_the_texts_of_a_list_is_heard_in_a_second_import(t
     ("sz_2", [(1, "background")], {"sz_2_events.json": "{}", "sz_2.edf.md5": "x", "labels.csv": "x", "Seizures 2024.xlsx": "x", "labels.md": "x"},
      ["what its EDF+ says counts alone, not Seizures 2024.xlsx, labels.csv"]),
     ("a", [(1, "background")], {"a.csv": "Beginn;Text\n5;Anfall\n"}, ["what its EDF+ says counts alone, not a.csv"]),
+    ("a", [(1, "background")], {"a_events.tsv.txt": tsv((5, 4, "sz")), "a_rater2_events.tsv": tsv((5, 4, "sz")), "a_channels.tsv": "x", "ab.csv": "x"},
+     ["what its EDF+ says counts alone, not a_events.tsv.txt, a_rater2_events.tsv"]),
+    ("P_ID01_r1", [], {"P_ID01_r1_a1.tsv": "# none\n", "P_ID01_r1_a2.tsv": "5\t9\tFIA\n"}, ["P_ID01_r1_a1.tsv counts alone, not P_ID01_r1_a2.tsv"]),
     ("a", [(1, "background")], {"a.json": "{}", "b.json": "{}"}, ["what its EDF+ says counts alone, not a.json"]),
     ("a", [(1, "sz start"), (4, "sz end")], {"a.xml": "<x/>", "a.png": ""}, ["what its EDF+ says counts alone, not a.xml"]),
     # files of another name or kind, and texts of another seizure
