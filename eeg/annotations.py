@@ -168,7 +168,7 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
         if kind.startswith("sz"):
             cells = judgements(row, row.values())
         else:
-            cells = [cell for cell in row.values() if marks(cell)]
+            cells = [said for title, cell in row.items() if marks(said := _of_another(title, cell))]
         if cells:
             raise DataError(f"{name}: {cells[0]!r} in a row that calls itself {kind}")
         span = _event(row, kind, name, labels.notes)
@@ -253,9 +253,10 @@ def parse_csv(text, name="csv"):
 def parse_tse(text, name="tse"):
     """TUSZ until v1.5: .tse or .tse_bi, rows of start, stop, label, probability."""
     lines = [line.split() for line in _lines(text, name) if not line.startswith("version")]
-    short = [line for line in lines if len(line) < 3]
-    if short:
-        raise DataError(f"{name}: incomplete row {' '.join(short[0])[:60]!r}")
+    odd = [line for line in lines if len(line) not in (3, 4)]
+    if odd:
+        what = "incomplete row" if len(odd[0]) < 3 else "more than a row in"
+        raise DataError(f"{name}: {what} {' '.join(odd[0])[:60]!r}")
     labels = Labels()
     _add_tuh_rows(labels, [("TERM", *line[:3]) for line in lines], name)
     return labels
@@ -321,7 +322,7 @@ def list_labels(text, name, texts=None):
     found = []
     why = f"no text of {name} says that the recording was read for seizures"
     try:
-        found = parse_list(text, name)
+        found = parse_list(text, name, texts or Texts())
         labels = parse_annotations(found, texts or Texts())
     except NoTable:
         raise
@@ -334,7 +335,7 @@ def list_labels(text, name, texts=None):
     return labels
 
 
-def parse_list(text, name):
+def parse_list(text, name, meanings):
     """[(onset in s, duration in s or None, text)] of a table with a column of onsets and one of
     texts, delimited by tabs, commas or semicolons."""
     lines = [line for line in text.split("\n") if line.strip("# ")]
@@ -351,7 +352,8 @@ def parse_list(text, name):
                 needed = 1 + max(columns["onset"][0], columns["text"][0])
                 _refuse_cut([titles, *rows], needed, text)
                 _refuse_others(rows, columns, name)
-                return [found for row in rows for found in _list_row(row, titles, columns)]
+                return [found for row in rows
+                        for found in _list_row(row, titles, columns, meanings)]
     raise NoTable(f"{name} is no table of onsets and texts")
 
 
@@ -394,7 +396,7 @@ def _refuse_others(rows, columns, name):
                         "each recording")
 
 
-def _list_row(row, titles, columns):
+def _list_row(row, titles, columns, meanings):
     """One annotation for each of its texts: a type and a comment say more together. Where they do
     not speak of a seizure, what other columns say of one is a text too; where they do, what judges
     them belongs to them."""
@@ -411,8 +413,11 @@ def _list_row(row, titles, columns):
         texts += [said for place, cell in enumerate(row) if place not in read
                   and (said := _of_another(titles[place], cell))]
     judged = judgements(titles, row)
-    if any(marks(text) and text not in judged for text in texts):
-        texts = [" ".join([text, *judged]) if marks(text) else text
+    # of a text that the user calls a seizure, too
+    seizures = {text: text if marks(text) else "seizure" for text in texts if text not in judged
+                and (marks(text) or meanings.meaning(text)[0] == "seizure")}
+    if judged and seizures:
+        texts = [" ".join([seizures[text], *judged]) if text in seizures else text
                  for text in texts if text not in judged]
     return [(onset, length or None, text) for text in dict.fromkeys(texts)]
 
@@ -423,10 +428,11 @@ def judgements(titles, row):
     found = []
     for title, cell in zip(map(_title, titles), row):
         said = plain(cell)
-        if (title in COLUMNS["text"] or JUDGES.search(title)) and (
-                DOUBTS.fullmatch(said) or EDGES.fullmatch(said)
-                or _built_in(said)[0] == "background"
-                or CONFIRMS.search(title) and DENIED.fullmatch(said)):
+        asks = CONFIRMS.search(title) or _built_in(title.removeprefix("is "))[0] == "seizure"
+        judges = title in COLUMNS["text"] or JUDGES.search(title)
+        says = (DOUBTS.fullmatch(said) or EDGES.fullmatch(said)
+                or _built_in(said)[0] == "background")
+        if judges and says or asks and DENIED.fullmatch(said):
             found.append(cell)
     return found
 
@@ -496,8 +502,9 @@ SPEAKS = re.compile(
     r"|seiz|\bs z\b|"
     r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
     r"[ck]ri[sz][aei]|(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
-    r"[ck]onvul[sz]|kram[bp]|stuip|aanval|insult|toeval|napad|drgawk|padaczk|zachvat|attacc|"
-    r"kejang|\bserang|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|nobet|roham|gorcs|lekme|"
+    r"[ck]onvul[sz]|kram[bp]|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
+    r"kejang|\bserang|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
+    r"g\S{1,2}rcs|lekme|"
     r"priepuol|traukul|epi\w*hoog|\bspells?\b|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
     r"[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
     r"\b(epi\w*|electro\w*|clinical) (event|episode)|\b(ncse|sps|fas)\b|(?<!\d )\bcps\b|"
@@ -669,6 +676,8 @@ def parse_annotations(found, texts):
             raise DataError(
                 f"{text[:60]!r} at {onset:g} s {what} and is not known: say what it means with "
                 "--seizure-label or --background-label of data.py import")
+        elif not meaning and duration and DOUBTS.fullmatch(plain(text)):
+            denied.append((onset, onset + duration, text))
     _refuse_unended(begun)
     _refuse_denied(labels.events, denied)
     return labels if labelled else None

@@ -339,9 +339,22 @@ def test_types_of_szcore_and_texts_with_marks_that_are_not_seen_are_seizures(tex
 def test_what_denies_a_seizure_must_not_overlap_one():
     for denial in (0, 20, "no seizure"), (4, 2, "Seizure free"), (5, 4, "background"):
         assert f"{denial[2]!r} from {denial[0]} s" in parse(denial, (5, 4, "Seizure")), denial
+    # two texts of one list of an EDF+
+    assert "'false positive' from 5 s to 9 s, and a seizure" in parse((5, 4, "Seizure"), (5, 4, "false positive"))
+    assert parse((5, 4, "Seizure"), (6, 1, "artefact"), (5, 4, "left temporal")) == [(5, 9)]
+    assert parse((5, 4, "artefact")) is None
     assert "'no sz' from 6 s" in parse((5, None, "Seizure start"), (6, 1, "no sz"), (9, None, "Seizure end"))
     for denial in (0, 5, "no seizure"), (9, 5, "no seizure"), (6, None, "no seizure"), (0, 20, "background"):
         assert parse(denial, (5, 4, "Seizure")) == [(5, 9)], denial
+
+
+def test_what_a_row_says_of_a_text_that_the_user_calls_a_seizure_belongs_to_it(tmp_path):
+    write_edf(tmp_path / "src" / "a.edf", 20)
+    for rows, events in (("5,1,Muster A,start\n9,1,Muster A,end\n", [[5, 9]]), ("5,4,Muster A,F7\n", [[5, 9]]), ("5,4,Muster A,rejected\n", None)):
+        (tmp_path / "src" / "a.csv").write_text(f"onset,duration,label,status\n{rows}")
+        text = said(tmp_path / "src", tmp_path / "out", seizure_labels=["Muster A"])[1]
+        r, = data.open_corpus(tmp_path / "out")
+        assert r.events.tolist() == events if events else not r.labelled and "'seizure rejected' at 5 s speaks" in text
 
 
 def test_an_end_closes_whichever_start_is_open_built_in_or_given():
@@ -364,7 +377,7 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "eizure", "seiure", "sebzure", "sei zure", "S Z", "foc\"al seizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
                                   "gelastic", "clonus", "attacco", "clinical event", "Seizure 0", "0 seizure", "sz: 0", "Electrographic event", "no clinical seizures", "no further seizures",
                                   "sz_foc_start", "sz gen unlikely", "sz_foc: ruled out", "d\xe9but critique", "scarica critica", "evento cr\xedtico", "ikt. Muster", "ict start", "TKA", "TCS", "stuip", "ataky",
-                                  "kriza", "konvulzija", "krambid", "l\u0113kme", "priepuolis", "kouristus", "serangan", "\u0111\u1ed9ng kinh", "padaczka", "staring spell", "An\xadfall L", "пристъп", "гърч", "судома",
+                                  "kriza", "konvulzija", "krambid", "l\u0113kme", "priepuolis", "kouristus", "serangan", "\u0111\u1ed9ng kinh", "padaczka", "staring spell", "n\x94bet", "z\xa0chvat", "An\xadfall L", "пристъп", "гърч", "судома",
                                   "痙攣", "痉挛", "けいれん", "경련", "दौरा", "ชัก", "פרכוס", "صرع", "n\xc3\xb6bet", "z\xc3\xa1chvat", "Epi event", "no. 2 seizures",
                                   "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
@@ -454,6 +467,11 @@ def test_training_names_the_recordings_without_labels():
     ("a_events.tsv", "onset\tduration\teventType\tlateralization\tcomment\n5\t4\tsz\tunclear\tonset F7\n", [[5, 9]]),
     ("a.csv", "patient,onset,duration,label\nanna,5,4,Seizure\nbert,12,4,Seizure\n", "a.csv: it has rows of anna, bert"),
     ("a.csv", "Record;Onset;Duration;Label\n1;5;4;Seizure\n2;12;4;Seizure\n", "a.csv: it has rows of 1, 2"),
+    ("a.csv", "onset,duration,label,Is_seizure\n5,4,sz,0\n", "'sz 0' at 5 s speaks"),
+    ("a_events.tsv", "onset\tduration\teventType\tseizure\n5\t4\tsz\tno\n", "'no' in a row that calls itself sz"),
+    ("a_events.tsv", "onset\tduration\teventType\tseizure\n0\t20\tbckg\tyes\n", "'seizure=yes' in a row that calls itself bckg"),
+    ("a_events.tsv", "onset\tduration\teventType\tseizureType\tseizure\n0\t20\tbckg\tn/a\tno\n", []),
+    ("a.tse", "version = tse_v1.0.0\n\n0.0 5.0 bckg 1.0 5.0 9.0 seiz 1.0\n", "more than a row in '0.0 5.0 bckg 1.0 5.0"),
     ("a.csv", "No;Patient;Onset;Duration;Label\n1;anna;5;4;Seizure\n2;anna;12;4;Seizure\n", [[5, 9], [12, 16]]),
     ("a.csv", "Onset,Duration,Text,Type of seizure\n5,4,Seizure,focal\n", [[5, 9]]),
     ("a.csv", "onset,duration,type,comment\n5,4,seizure,no seizure\n", "'seizure no seizure' at 5 s speaks"),
