@@ -502,14 +502,15 @@ SPEAKS = re.compile(
     r"|seiz|\bs z\b|"
     r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
     r"[ck]ri[sz][aei]|(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
-    r"[ck]onvul[sz]|kram[bp]|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
-    r"kejang|\bserang|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
+    r"[ck]onvul[sz]|kram(p|bi)|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
+    r"kejang|\bserang(an)?\b|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
     r"g\S{1,2}rcs|lekme|"
-    r"priepuol|traukul|epi\w*hoog|\bspells?\b|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
+    r"priepuol|traukul|epi\w*hoog|"
+    r"\w spells?\b|^spells?( \d+)?$|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
     r"[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
     r"\b(epi\w*|electro\w*|clinical) (event|episode)|\b(ncse|sps|fas)\b|(?<!\d )\bcps\b|"
     r"[ck]lonus|gelasti|hypermotor|hyperkinet|"
-    r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|b?tcs\b|"
+    r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|\b[fb]*tcs\b|"
     r"\btka\b|\bfias\b|\baura\b|"
     r"\ba?(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon|"
     # Russian, Ukrainian, Bulgarian, Greek, Chinese and Japanese (between seizures is none), Korean
@@ -661,6 +662,7 @@ def parse_annotations(found, texts):
         labelled = labelled or bool(meaning)
         if meaning == "background" and duration:
             denied.append((onset, onset + duration, text))
+            labels.background.append((onset, onset + duration))
         if meaning == "seizure" and duration:
             labels.events.append((onset, onset + duration))
         elif meaning in ("seizure", "start"):

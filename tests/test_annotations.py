@@ -91,6 +91,7 @@ def test_rows_that_end_long_before_the_recording_are_noted():
         parse_csv(CSV.format(30) + "TERM,0,10,bckg,1\n"),
         parse_csv(CSV.format(30) + "TERM,0,5,bckg,1\nTERM,5,10,seiz,1\n"),
         parse_events_tsv(tsv((0, 10, "bckg"))),
+        parse_annotations([(0, 5, "background"), (5, 5, "Seizure")], Texts()),
     ):
         finish(labels, 30.0)
         assert labels.notes == ["its rows end at 10 s of 30 s: the rest is taken for background"]
@@ -99,6 +100,7 @@ def test_rows_that_end_long_before_the_recording_are_noted():
         parse_csv(CSV.format(30) + "FP1-F7,5,9,fnsz,1\n"),
         parse_events_tsv(tsv((5, 9, "sz"))),
         parse_events_tsv(tsv((0, 5, "bckg"), (5, 25, "sz"))),
+        parse_annotations([(0, None, "background"), (5, 5, "Seizure")], Texts()),
     ):
         finish(labels, 30.0)
         assert not labels.notes

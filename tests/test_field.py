@@ -390,7 +390,7 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
 
 
 @pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no electrographic seizures",
-                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
+                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
