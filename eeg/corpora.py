@@ -556,18 +556,19 @@ PATIENT_LIST = re.compile(r"chb\d+-summary\.txt|Seizures-list.*\.txt")
 
 
 def _labels_alone(sources, others):
-    """Annotation files that lie beside no EDF of their name, and lists that no EDF has."""
+    """Annotation files that lie beside no EDF of their name, and lists where no EDF has labels."""
     recorded = (".edf", *FOREIGN)
     stems = {(path.parent, path.name[:-len(kind)].removesuffix("_eeg"))
              for path in (*(source.path for source in sources), *others)
              for kind in recorded if path.name.lower().endswith(kind)}
-    names, read = {stem for _, stem in stems}, {source.annotation for source in sources}
+    names = {stem for _, stem in stems}
+    listed = {source.annotation.parent for source in sources if source.annotation}
     alone = []
     for path in others:
         named = ANNOTATION.match(path.name)
         stem = named[1].removesuffix("_eeg") if named else path.stem
         if PATIENT_LIST.fullmatch(path.name):
-            lost = path not in read
+            lost = path.parent not in listed
         else:
             lost = (path.parent, stem) not in stems and (
                 named or path.suffix in (".csv", ".tsv", ".txt") and stem in names)

@@ -473,7 +473,7 @@ def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
     ("eeg/a_eeg.edf", ["a_events.tsv", "eeg/._b_events.tsv"], 1),
     ("anna.edf", ["night1_annotations.txt", "night2.set", "night2_events.tsv"], 1),
     ("anna_03.edf", ["chb01-summary.txt"], 1),
-    ("chb01_03.edf", ["chb01-summary.txt"], 0)])
+    ("chb01_03.edf", ["chb01-summary.txt", "chb02-summary.txt"], 0)])
 def test_labels_that_lie_beside_no_edf_of_their_name_are_hinted(tmp_path, edf, files, alone):
     """Also where the EDF+ says itself that it holds no seizure."""
     plus(tmp_path / "src" / edf, range(5), "EDF+C", {0: mark(0, "background")})
