@@ -310,8 +310,8 @@ COLUMNS = {
     "file": {"file", "file name", "filename", "recording", "record", "run", "edf", "session",
              "patient", "patient id", "subject", "subject id"}}
 # other columns that may say of a row that it does not count, or which edge of a seizure it is
-JUDGES = re.compile("comment|note|remark|review|confirm|verif|valid|accept|certain|status|phase|"
-                    "state|edge|marker")
+JUDGES = re.compile(r"[ck]omment|comentar|remar|bemerk|befund|\bnot[ae]|review|confirm|verif|"
+                    "valid|accept|certain|status|phase|state|edge|marker")
 # a cell that says nothing, or no
 NOTHING = re.compile(r"(no|none|nein|non|false|n/?a|nan|-*|0+([.,]0*)?)", re.I)
 
@@ -521,9 +521,10 @@ SPEAKS = re.compile(
 # cells beside a seizure's text
 EDGES = re.compile(f"{_START}|{_END}")
 DOUBTS = re.compile(
-    r"\?+|(\w+ )?(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|questionab|equivoc|"
-    r"art[ei]fa[ck]t|false|reject|exclu|discard|fraglich|unklar|unsicher|moglich|verdacht|douteu|"
-    r"dubbi|dudos)\w*( \w+)?|not( \w+){0,3}")
+    r"\?+|fp|(\w+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|"
+    r"questionab|equivoc|art[ei]fa[ck]t|false|reject|exclu|discard|fraglich|unklar|unsicher|moglich|verdacht|douteu|"
+    r"dubbi|dudos|maybe|perhaps|vielleicht|delet|invalid|psychogen|dissocia|functional|p?nes\b|"
+    r"non ?epilep)\w*( \w+)?|(not|nicht|kein|pas)( \w+){0,3}")
 CONFIRMS = re.compile(r"confirm|verif|valid|accept|\bcertain")
 DENIED = re.compile(r"no?|nein|non|false|0([.,]0*)?")
 ORDINALS = {word: number for number, words in enumerate((
