@@ -521,10 +521,10 @@ SPEAKS = re.compile(
 # cells beside a seizure's text
 EDGES = re.compile(f"{_START}|{_END}")
 DOUBTS = re.compile(
-    r"\?+|fp|(\w+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|"
-    r"questionab|equivoc|art[ei]fa[ck]t|false|reject|exclu|discard|fraglich|unklar|unsicher|moglich|verdacht|douteu|"
-    r"dubbi|dudos|maybe|perhaps|vielleicht|delet|invalid|psychogen|dissocia|functional|p?nes\b|"
-    r"non ?epilep)\w*( \w+)?|(not|nicht|kein|pas)( \w+){0,3}")
+    r"\?+|fp|(\w+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|questionab|"
+    r"equivoc|art[ei]fa[ck]t|false|reject|exclu|discard|fraglich|unklar|unsicher|moglich|verdacht|"
+    r"douteu|dubbi|dudos|maybe|perhaps|vielleicht|delet|invalid|psychogen|dissocia|functional|"
+    r"p?nes\b|non ?epilep)\w*( \w+)?|(not|nicht|kein|pas)( \w+){0,3}")
 CONFIRMS = re.compile(r"confirm|verif|valid|accept|\bcertain")
 DENIED = re.compile(r"no?|nein|non|false|0([.,]0*)?")
 ORDINALS = {word: number for number, words in enumerate((
