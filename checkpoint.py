@@ -1273,9 +1273,10 @@ def find_resume(checkpoints_directory: str | os.PathLike,
     return chosen.path if chosen else None
 
 
-def _check_count(name, count):
-    if not isinstance(count, int) or count < 0:
-        raise ValueError(f"{name} must be a whole number, 0 or more, not {count!r}")
+def _check_counts(**counts):
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"{name} must be a whole number, 0 or more, not {count!r}")
 
 
 def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
@@ -1284,7 +1285,7 @@ def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
 
     Newest by the stored save counter. Never deleted: the newest, best.pt and anything in `protect`
     (they count as kept), what cannot be parsed, and files of another run than the newest one's."""
-    _check_count("keep", keep)
+    _check_counts(keep=keep)
     if keep == 0:
         return []
     found = [Candidate(path) for path in Path(directory).glob(glob_pattern)]
@@ -1445,9 +1446,8 @@ class Checkpointer(contextlib.AbstractContextManager):
                  say: Callable[[str], object] = print, save_patience_minutes: float = 60.0,
                  check_finite: bool = True) -> None:
         self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
-        _check_count("mid_epoch_keep", mid_epoch_keep)
-        _check_count("checkpoint_keep", checkpoint_keep)
-        _check_count("checkpoint_interval", checkpoint_interval)
+        _check_counts(mid_epoch_keep=mid_epoch_keep, checkpoint_keep=checkpoint_keep,
+                      checkpoint_interval=checkpoint_interval)
         if mode not in ("max", "min") and not isinstance(mode, dict):
             raise ValueError(f"mode must be max or min, not {mode!r}")
         if not mid_epoch_minutes >= 0:      # NaN would never be due

@@ -88,7 +88,7 @@ def fit_v3(place, seed, overrides):
 
 
 def fit_transformer(folder, place, seed, overrides):
-    """SeizureTransformer for 4 CPU minutes, eight times V3's; smoothed as all others are."""
+    """SeizureTransformer for 4 CPU minutes, three times V3's; smoothed as all others are."""
     place.published = folder
     fitted = next(networks.fit_seizure_transformer(place, seed, [("4 min", "minutes", 4)]))
     track = fitted.track
@@ -118,8 +118,7 @@ def fit_line_length(relative, place, seed, overrides):
 
 @functools.cache
 def synthetic_place():
-    """The place of a training on synthetic EEG: about as many electrodes as SeizeIT2 has, near
-    them."""
+    """The place of a training on synthetic EEG: two derivations near those of SeizeIT2."""
     work = Path(tempfile.mkdtemp(prefix="synthetic_"))
     atexit.register(shutil.rmtree, work)
     recordings = judge.synthetic(work, "eeg", *SYNTHETIC, "reduced", ("T4-T6", "T5-T6"))

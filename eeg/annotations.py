@@ -17,8 +17,6 @@ from eeg.edf import NUMBER, DataError, number
 
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
-
-
 SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
 
 
@@ -319,11 +317,11 @@ NOTHING = re.compile(r"(no|none|nein|non|false|n/?a|nan|-*|0+([.,]0*)?)", re.I)
 def list_labels(text, name, texts=None):
     """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where
     it is no such table or its texts say nothing or contradict each other."""
-    found = []
+    found, texts = [], texts or Texts()
     why = f"no text of {name} says that the recording was read for seizures"
     try:
-        found = parse_list(text, name, texts or Texts())
-        labels = parse_annotations(found, texts or Texts())
+        found = parse_list(text, name, texts)
+        labels = parse_annotations(found, texts)
     except NoTable:
         raise
     except (DataError, csv.Error) as error:

@@ -308,13 +308,13 @@ class RunDirectory:
             return MetricsFile(self.directory, 0, True, self.own, self.say)
         facts = checkpoint.facts_of(self.state)
         ended = facts["kind"] == "epoch" or not self.state["batch"]
-        seconds = [place.parent / "metrics.jsonl" for place in self.saver.places[1:]]
+        copies = [place.parent / "metrics.jsonl" for place in self.saver.places[1:]]
         rows = self.state.get("rows")
         others = bool(rows and os.path.exists(rows))    # those here are of another run or line
         if others:
-            seconds = [Path(rows)]
+            copies = [Path(rows)]
         step = facts["global_step"]
-        metrics = MetricsFile(self.directory, step, ended, self.own, self.say, seconds, others)
+        metrics = MetricsFile(self.directory, step, ended, self.own, self.say, copies, others)
         if step - metrics.ends >= self.state["config"]["training"].get("log_every", math.inf):
             self.say(f"metrics.jsonl has no rows of steps {metrics.ends + 1} to {step}")
         metrics.event("resume", self.saver.resumed, facts)
@@ -464,11 +464,11 @@ class MetricsFile:
     step        the resumed one; rows beyond it go to metrics.abandoned.jsonl
     ended       the epoch ended with it, so that its validation row stays too
     own()       whether the directory's path still leads to the folder of this run
-    seconds     copies of metrics.jsonl, whose rows replace those that are lost
+    copies      other files like metrics.jsonl; their rows replace those that are lost
     others      the rows here are of another run or line: none of them stays
     ends        the step of the last row that a resume found, 0 for none"""
 
-    def __init__(self, directory, step, ended, own, say, seconds=(), others=False):
+    def __init__(self, directory, step, ended, own, say, copies=(), others=False):
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
         self.own = own
         self.pending = []               # lines that a full or dead disk refused
@@ -478,8 +478,8 @@ class MetricsFile:
         kept, dropped = self._parted(self.path, -1 if others else step, ended)
         if dropped:                     # trained again, or of a line that --resume FILE left
             append_rows(directory / "metrics.abandoned.jsonl", dropped)
-        for second in seconds:
-            kept = self._completed(kept, second, step, ended)
+        for copy in copies:
+            kept = self._completed(kept, copy, step, ended)
         self.ends = max((row["step"] for row in kept), default=0)
         text = "".join(json.dumps(row) + "\n" for row in kept)
         self.size = checkpoint.atomic_write(self.path, [text.encode()])     # of the whole lines
