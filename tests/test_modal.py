@@ -293,6 +293,13 @@ def card():""")
     assert '"finished"' in end and "record of the end failed" in log, log
 
 
+def test_a_volume_that_takes_no_record_of_a_start_is_said_with_its_place(runs):
+    runs.directory.mkdir(parents=True)
+    (runs.directory / "attempts").touch()
+    [(end, _)] = runs.attempt(ONE)
+    assert end == f"RuntimeError {runs.directory}/attempts: File exists, and is no folder"
+
+
 @pytest.mark.parametrize("way, number, fails", [("finished", signal.SIGINT, 0), ("time limit", 0, 1), ("handed over", 0, 2)])
 def test_what_a_result_or_the_next_attempt_relies_on_is_published_before_the_end(way, number, fails, tmp_path, monkeypatch):
     commits = []
@@ -630,8 +637,9 @@ def site_of_edf(tmp_path):
         yield url
 
 
-# called where a card has no memory: test_a_batch_that_does_not_fit_is_a_fault_that_names_the_key
-ELSEWHERE = {("run/acceptance.py", "run/machine.py", "is_out_of_memory")}
+# called where a card has no memory: test_a_batch_that_does_not_fit_is_a_fault_that_names_the_key;
+# where a Volume takes no record: test_a_volume_that_takes_no_record_of_a_start_is_said_with_its_place
+ELSEWHERE = {("run/acceptance.py", "run/machine.py", "is_out_of_memory"), ("modal_app.py", "eeg/disk.py", "fault")}
 
 
 @pytest.mark.slow
