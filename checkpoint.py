@@ -1619,11 +1619,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         if not best.facts:
             return
         aside, why = abandoned_name(best), "belongs to the abandoned line"
-        if in_line(best.facts, self.line):
-            damage = "" if self.best_may_return else damage_of(best.path)
-            if not damage:
-                return
+        damage = "" if self.best_may_return else damage_of(best.path)
+        if damage:
             aside, why = best.path.with_name("best.pt.damaged"), f"is damaged, {damage}"
+        elif in_line(best.facts, self.line):
+            return
         os.replace(best.path, aside)        # a full disk takes no copy
         _unlink(best.path)                  # else one file had both names already
         _sync_directory(self.directory)
@@ -2282,8 +2282,10 @@ def lock(directory: str | os.PathLike, say: Callable[[str], object] = print) -> 
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return Lock(fd, path)
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, OSError) and not isinstance(error, InUse):
+            error.filename = str(path)      # a full disk names no file
         raise
 
 

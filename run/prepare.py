@@ -48,7 +48,9 @@ def expect_data(config):
     for path in folders(config):
         if not Path(path).is_dir() and not c["synth_hours"]:
             what = "is no folder" if os.path.exists(path) else "does not exist"
-            raise Refused(f"data.path {path} {what}: python data.py import CORPUS_FOLDER {path}")
+            alike = ", each with the same --montage" if isinstance(c["path"], list) else ""
+            raise Refused(f"data.path {path} {what}: python data.py import CORPUS_FOLDER {path}"
+                          f"{alike}")
         if os.path.commonpath([run, os.path.realpath(path)]) == run:
             raise Refused(f"data.path {path} lies in the run directory {run}, which --fresh moves "
                           f"aside: give experiment.name or experiment.results another name")

@@ -562,6 +562,17 @@ def test_a_full_disk_says_what_is_needed_and_free_and_training_goes_on_when_room
     assert names(small_disk) == ["mid_epoch_001_000004.pt"]
 
 
+def test_a_disk_that_is_full_at_the_start_is_refused_with_the_file_it_did_not_take(small_disk):
+    run = small_disk / "run"
+    run.mkdir()
+    with open(small_disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while filler.write(bytes(4096)):
+            pass
+    with pytest.raises(OSError) as full:
+        saver(run)
+    assert full.value.errno == errno.ENOSPC and full.value.filename == str(run / ".lock")
+
+
 def test_the_end_of_an_epoch_that_found_the_disk_full_is_written_again_before_the_next_snapshot(small_disk, capsys):
     with saver(small_disk, say=print) as s:
         s.save_epoch(state(1, epoch=1), metric=0.1)

@@ -278,6 +278,21 @@ def test_after_going_back_to_a_file_the_best_is_of_its_line_and_the_abandoned_on
     assert sound(checkpoint.load(tmp_path / "best.pt")) == 5 and len(list(tmp_path.glob("abandoned_best_*.pt"))) == 1
 
 
+def test_a_best_of_the_abandoned_line_that_is_damaged_is_called_so(tmp_path, capsys):
+    with saver(tmp_path, checkpoint_keep=0) as s:
+        for epoch, metric in enumerate((0.3, 0.9), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=metric)
+    for name in ("checkpoint_epoch_002.pt", "last.pt"):
+        (tmp_path / name).unlink()
+    blob = bytearray((tmp_path / "best.pt").read_bytes())
+    blob[len(blob) // 3] ^= 1
+    (tmp_path / "best.pt").write_bytes(blob)
+    with saver(tmp_path, say=print) as s:
+        s.resume(tmp_path / "checkpoint_epoch_001.pt")
+    assert "best.pt is damaged" in capsys.readouterr().out and (tmp_path / "best.pt.damaged").exists()
+    assert sound(checkpoint.load(tmp_path / "best.pt")) == 1
+
+
 def test_rotation_that_keeps_all_looks_at_no_file(tmp_path):
     os.mkdir(tmp_path / "mid_epoch_001_000001.pt")
 
