@@ -131,7 +131,7 @@ def read_header(path: str | os.PathLike) -> Header:
         size = os.fstat(f.fileno()).st_size
         first = f.read(256)
         _refuse_foreign(first, size)
-        fixed = first.decode("latin-1")
+        fixed = _text(first)
         count = whole(fixed[252:256], "number of signals")
         if count < 1:
             raise DataError(f"the header says {count} signals")
@@ -151,7 +151,7 @@ def read_header(path: str | os.PathLike) -> Header:
 
     header = Header(
         path=Path(path),
-        signals=_signals(raw.decode("latin-1"), count),
+        signals=_signals(_text(raw), count),
         records=whole(fixed[236:244], "number of records"),
         duration=duration,
         start=fixed[176:184].strip(),
@@ -159,15 +159,19 @@ def read_header(path: str | os.PathLike) -> Header:
         offset=256 * (count + 1),
         plus=plus,
         notes=notes,
-        patient=fixed[8:88].strip())
+        patient=first[8:88].decode("latin-1").strip())
     _check_size(header, whole(fixed[184:192], "number of header bytes"), size)
     return header
 
 
+def _text(raw):
+    """Bytes of a header as text of one line: some makers fill fields with NUL. What is no character
+    becomes a mark, no blank: a long dash before a number may be meant as its sign."""
+    return re.sub(r"[\x7f-\x9f]", "?", re.sub(r"[\0-\x1f]", " ", raw.decode("latin-1")))
+
+
 def _signals(text, count):
     """{field: [value of each signal]} of the signals' part of a header."""
-    # control characters become blanks: names go into messages of one line
-    text = re.sub(r"[\0-\x1f\x7f-\x9f]", " ", text)
     signals, at = {}, 0
     for name, width in FIELDS.items():
         places = range(at, at + count * width, width)
@@ -201,7 +205,7 @@ def _refuse_foreign(first, size):
         raise DataError("BDF (24 bit) is not read: convert it to EDF")
     if size < 256:
         raise DataError(f"{size} bytes are too few for an EDF header")
-    if first[:8].strip() != b"0":
+    if first[:8].strip(b" \0") != b"0":
         raise DataError(f"not an EDF file: it begins with {first[:8]!r}")
 
 
@@ -570,10 +574,15 @@ def _of_cap(labels):
 
 
 def _choose_reference(header, places, groups):
-    """Electrodes by the reference that most of them have; those of no more than another one by
-    that. Derivations with an ear beside them are left out."""
+    """Electrodes by the reference that most of them have, a known one before another word, such as
+    Imp; those of no more than another one by that. Derivations with an ear beside them are left
+    out."""
     beside = []
-    for suffix, signals in sorted(groups.items(), key=lambda group: -len(group[1])):
+
+    def rank(group):
+        suffix, signals = group
+        return -len(signals), bool(suffix) and not REFERENCE.fullmatch(suffix)
+    for suffix, signals in sorted(groups.items(), key=rank):
         if suffix in SPELLED.values() and not places.electrodes:
             places.electrodes[suffix] = {}
             header.notes.append(f"{suffix} is the reference of all: 0")
@@ -640,8 +649,9 @@ def _all_reduced(header, channels, places):
 
 
 def _reduced(header, name, places):
-    """Row of one channel: a derivation of the file, an electrode, the difference of two, or the
-    very label of a signal. None: the file has none of these."""
+    """Row of one channel: a derivation of the file, an electrode, the difference of two, an
+    electrode by the very reference that is named, or the very label of a signal. None: the file has
+    none of these."""
     ends = tuple(name.split("-"))
     if ends in places.pairs:
         return {places.pairs[ends]: 1}
@@ -649,10 +659,9 @@ def _reduced(header, name, places):
         return places.electrodes[name]
     if len(ends) == 2 and all(end in places.electrodes for end in ends):
         return _pair(places, ends)
-    labels = [label.lower() for label in header.signals["label"]]
-    if labels.count(name.lower()) == 1:
-        return {labels.index(name.lower()): 1}
-    return None
+    named = [i for i, label in enumerate(header.signals["label"])
+             if label.lower() == name.lower() or len(ends) == 2 and _parts(label) == ends]
+    return {named[0]: 1} if len(named) == 1 else None
 
 
 def _check_references(places, rows):

@@ -334,7 +334,8 @@ BROKEN = {
         "different references",
     ),
     "a label twice": (dict(label=["Fp1", *NAMES[:18]]), ""),
-    "a line break in a label": (dict(label={2: "C\n\r\x85X3"}), "C   X3"),
+    "a line break in a label": (dict(label={2: "C\n\r\x85X3"}), "C  ?X3"),
+    "a long dash for a minus": (dict(pmin="\x96200", pmax="800"), "not a number"),
     "latin-1 in a label": (dict(label={2: "EEG \xdc3"}), "C3"),
     "EDF+D without onsets": (dict(reserved="EDF+D"), "discontinuous"),
     "one channel in millivolts": (dict(unit={3: "mV"}), "different units: mv, uv"),
@@ -371,6 +372,11 @@ MENDED = {
     "exponents": (dict(pmin="-3.277E3", pmax="+3.277e3"), None),
     "signs and blanks": (dict(pmax="+3276.7", dmax="+32767", records="+20"), None),
     "capital unit": (dict(unit="UV"), ""),
+    "fields filled with NUL": (
+        {key: value.ljust(8, "\0") for key, value in
+         dict(version="0", records="20", duration="1", bytes="5120", count="256").items()},
+        "",
+    ),
 }
 
 
@@ -598,6 +604,20 @@ def test_a_reduced_montage_takes_derivations_electrodes_and_labels_by_name(tmp_p
     ):
         with pytest.raises(edf.DataError):
             edf.Recipe(**wrong)
+
+
+def test_a_reduced_montage_takes_the_very_ear_that_is_named(tmp_path):
+    """A file of sleep holds C3 against one ear and against the other; whoever names one means it."""
+    eeg = np.random.default_rng(0).normal(0, 300, (4, 20 * 256))
+    path = write_edf(tmp_path / "a.edf", labels=["C3-A1", "C4-A1", "EEG C3-A2", "M1-M2"], eeg=eeg)
+    names = corpora.channel_names("c3-a2,C4-A1|C4,EEG C3-REF")
+    assert names == ("C3-A2", "C4-A1|C4", "C3")
+    labels = ["C3", "C4", "F3"]
+    wanted = prepare(write_edf(tmp_path / "b.edf", labels=labels, eeg=eeg[[2, 1, 0]]), "reduced",
+                     reduced=tuple(labels))
+    got = prepare(path, "reduced", reduced=names)
+    np.testing.assert_array_equal(microvolts(got), microvolts(wanted))
+    assert "channel missing: C4-A2" in refusal(path, "reduced", reduced=("C4-A2",))
 
 
 def test_a_gap_is_refused_where_the_header_has_lost_its_mark(tmp_path):

@@ -157,6 +157,15 @@ def test_what_only_looks_like_an_electrode_beside_the_others_is_not_taken(tmp_pa
     assert np.array_equal(r.memory, good.memory)
 
 
+@pytest.mark.parametrize("form", ["{}", "EEG {}-Ref"])
+def test_impedances_named_like_the_electrodes_are_not_taken_though_they_come_first(tmp_path, form):
+    eeg = np.random.default_rng(1).normal(0, 300, (38, 5 * 256))
+    labels = [*(f"{name} Imp" for name in NAMES), *map(form.format, NAMES)]
+    r = prepare(write_edf(tmp_path / "a.edf", 5, labels=labels, eeg=eeg))
+    good = prepare(write_edf(tmp_path / "good.edf", 5, eeg=eeg[19:]))
+    assert np.array_equal(r.memory, good.memory) and "left out: Fp1 Imp" in r.notes
+
+
 def test_a_suffix_that_only_a_few_share_is_no_reference(tmp_path):
     labels = ["EEG %s-%s" % (name, "K7" if name < "F" else "Q9") for name in NAMES]
     with pytest.raises(edf.DataError, match="channels missing|different references"):
