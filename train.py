@@ -455,10 +455,10 @@ class Trainer:
         if self.saved_at == here:       # never twice for one state
             return
         began = time.monotonic()
-        state = self.pack()
-        if self.group.main:
-            self.home.save_mid(state, began, last)
-        self.saved_at = here
+        state, home = self.pack(), self.home
+        # turned away while the end of an epoch waits in memory: a stop here must ask once more
+        if self.group.from_main(lambda: home.save_mid(state, began, last) if home else None):
+            self.saved_at = here
 
     def pack(self):
         """Everything that the next step depends on. Collective: every process calls it, the main

@@ -633,6 +633,30 @@ def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(co
     assert last(small_disk)["epoch"] == 1
 
 
+def test_a_stop_in_a_validation_before_which_the_snapshot_was_turned_away_keeps_that_epoch(corpus, reference, small_disk, monkeypatch):
+    """The disk is full from the end of the first epoch until the signal, in the next validation's first recording."""
+    ended, polled = train.Trainer.end_epoch, train.Trainer.poll
+
+    def end_epoch(self, summary):
+        self.home.saver.wait()
+        fill(small_disk)
+        ended(self, summary)
+
+    def poll(self):
+        if (small_disk / "filler").exists():
+            (small_disk / "filler").unlink()
+            os.kill(os.getpid(), signal.SIGTERM)
+        polled(self)
+    monkeypatch.setattr(train.Trainer, "end_epoch", end_epoch)
+    monkeypatch.setattr(train.Trainer, "poll", poll)
+    assert train.run(loaded(corpus, small_disk, training__mid_epoch_keep=1)) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    newest = checkpoint.peek(checkpoint.find_resume(small_disk / "t/checkpoints"))
+    assert (newest["epoch"], newest["batch"]) == (2, EPOCH_STEPS)
+    assert train.run(loaded(corpus, small_disk, training__mid_epoch_keep=1), "true") == 0
+    assert_same_run(small_disk, reference)
+
+
 @pytest.mark.parametrize("name", ["t", "unseen"])
 def test_a_start_on_a_dead_disk_is_one_line_and_may_be_tried_again(corpus, ext4_disk, name):
     with cut_at(3):
