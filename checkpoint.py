@@ -1417,7 +1417,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     mode                "max" or "min": which metric is better; or {its name: that of each}
     on_saved            called with the path in the writer thread once a file is durable; its
                         exception stops the run
-    before_save         called in the writer thread with the directory before a file is written
+    before_save         called in the writer thread with the directory at each try to write a file
                         there: makes durable what the state counts on
     save_patience_minutes   a failed save is said and tried again for so long, the state kept in
                         memory; then SaveFailed
@@ -1889,9 +1889,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Writer thread: durable first, then the other names, then the hook, and only then
         rotation."""
         began = time.monotonic()
-        self._expect_own_directory()
-        if self.before_save:
+        if self.before_save:            # first: a try that finds no directory is one too
             self.before_save(self.directory)
+        self._expect_own_directory()
         sweep_temps(self.directory)
         if not self.links:
             self._make_room(names)

@@ -109,6 +109,24 @@ def test_a_run_that_has_given_its_folder_up_writes_no_row_into_that_of_the_next(
     assert steps(tmp_path / "t/metrics.jsonl")[-1] == 5
 
 
+def test_each_try_of_a_save_is_progress_though_the_folder_and_its_second_copy_are_gone(tmp_path, corpus):
+    """Else the run would stand still, to its watchdog, before its patience with the disk is at an end."""
+    config = loaded(corpus, tmp_path, training__mirror=str(tmp_path / "nas"))
+    with cut_at(EPOCH_STEPS - 1):
+        train.run(config)
+    watch = Watchdog(0, tmp_path / "hang.txt", print)
+    home = RunDirectory(config, last(tmp_path, "mid_epoch_001_000005.pt")["data"], "true", False, None, watch, print)
+    for name in ("t", "nas"):
+        (tmp_path / name).rename(tmp_path / f"{name}_away")
+    assert watch.last == "nothing yet"
+    home.save_mid(home.state, None)
+    home.saver.wait()
+    assert watch.last == "save"
+    for name in ("t", "nas"):
+        (tmp_path / f"{name}_away").rename(tmp_path / name)
+    home.close()
+
+
 def test_rows_that_somebody_appends_stay(tmp_path):
     file = metrics(tmp_path, [])
     file.write(kind="train", step=1, loss=1.0)
