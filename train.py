@@ -40,7 +40,8 @@ from run.machine import Group, autocast, data_parallel, is_out_of_memory, machin
 from run.machine import prepare_torch, rank_and_size
 from run.messages import command_again, tell_next, tell_stopped, time_left, true_or_false
 from run.prepare import check           # noqa: F401 - for those who import train
-from run.prepare import Split, as_saved, build_model, expect_data, open_recordings, start_from
+from run.prepare import Split, as_saved, build_model, expect_data, expect_same, open_recordings
+from run.prepare import start_from
 from run.records import Log, RunDirectory, has_run, tolerated
 from run.records import holds_checkpoints, move_aside    # noqa: F401 - for those who import train
 from run.watch import Watchdog
@@ -599,6 +600,7 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
     who = f"process {rank} of {size}," if size > 1 else ""
     watch = Watchdog(config["training"]["hang_minutes"], directory / "hang.txt", say, who, size)
     with watch, Group(config["training"]["device"], watch) as group:
+        expect_same(config, group)
         prepare_torch(config, group)
         recordings = group.from_main(lambda: open_recordings(config, watch, say))
         split = Split(config, recordings, say)

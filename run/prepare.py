@@ -19,8 +19,9 @@ from eeg.disk import Refused, fault, hold
 import evaluate
 import model
 from eeg import splits
+from eeg.settings import PATH, PATHS
 from eeg import synth
-from run.config import run_directory
+from run.config import KEYS, flat, run_directory
 from run.machine import Group, device_name, rank_and_size
 from run.watch import Watchdog
 
@@ -58,6 +59,17 @@ def expect_data(config):
     if c["copy_to"] and several and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
                       "on each, and name the copy as data.path")
+
+
+def expect_same(config, group):
+    """Refuse a job whose processes were given different configurations: each would train weights of
+    its own. Paths may differ, from machine to machine."""
+    given = [dict(flat(c)) for c in group.gather(config)]
+    for rank, other in enumerate(given):
+        for name, value in given[0].items():
+            if other.get(name) != value and KEYS[name].limits not in (PATH, PATHS):
+                raise Refused(f"{name} is {other.get(name)!r} in process {rank} and {value!r} in "
+                              f"process 0: give all processes of the job one configuration")
 
 
 def folders(config):

@@ -14,7 +14,7 @@ import checkpoint
 from run import config
 import forked
 from conftest import ROOT, once
-from helpers import EPOCH_STEPS, TINY, free_port, last, loaded, rest, rows, same, wait_for
+from helpers import EPOCH_STEPS, TINY, free_port, last, loaded, rest, rows, same, spawn, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +131,21 @@ def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identi
     for key in ("model", "optimizer", "scheduler", "rng", "stopping", "scores"):
         assert same(mine[key], theirs[key]), key
     assert rows(tmp_path / "cut") == rows(whole)
+
+
+def test_a_job_whose_processes_were_given_different_configurations_is_refused_by_all_of_them(corpus, tmp_path):
+    """As on two machines, each with a file of its own; their paths may differ."""
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank, rate in enumerate((0.001, 0.01)):
+        loaded(corpus, tmp_path / str(rank), training__learning_rate=rate)
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(spawn(tmp_path / str(rank) / "config.yaml", **job, **place))
+    for process in processes:
+        out = rest(process)
+        assert process.returncode == 2, out
+        assert "train.py: training.learning_rate is 0.01 in process 1 and 0.001 in process 0" in out
+    assert not list(tmp_path.glob("*/t"))
 
 
 def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_path):
