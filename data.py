@@ -713,7 +713,8 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
     noted = corpora.grouped((r.name, r.notes) for r in recordings if r.notes)
     for line in (*(f"note {line}" for line in noted),
                  *splits.no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled),
-                 *splits.contradictions((person(r.patient), r.patient_code) for r in recordings)):
+                 *splits.contradictions((person(r.patient), r.patient_code) for r in recordings),
+                 *splits.twins((r.name, r.samples, r.norm, r.scale) for r in recordings)):
         say(f"  {line}")
     refused = corpora.read_report(path)
     say(f"  refused: {len(refused)}")

@@ -23,13 +23,15 @@ from eeg.edf import prepare_edf, read_header
 from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
 from eeg.layouts import find_events, identify
 from eeg.release import release
-from eeg.splits import contradictions, no_labels, person, person_code
+from eeg.splits import contradictions, no_labels, person, person_code, twins
 from eeg.store import FORMAT, entries, read_index, write_recording
 
 BYTES_PER_WORKER = 200_000_000          # of EDF that make a further process worth its start
 MAX_LINES_PER_REASON = 3                # of refused files; more share a line
 MAX_LISTED_TEXTS = 20                   # in the table
 MAX_DRIFT_SECONDS = 1.0                 # of a clock, beyond which a label file may be off
+# folders where a program keeps what the user sees elsewhere or threw away: .git/annex of DataLad
+NOT_THE_USERS = re.compile(r"\.|@eaDir$|#recycle$|\$RECYCLE\.BIN$|lost\+found$", re.I)
 
 
 class Occupied(DataError):
@@ -250,6 +252,7 @@ class Report:
     seconds: float = 0.0                                # of EEG imported
     texts: Counter = field(default_factory=Counter)     # of the annotations that were read
     people: list = field(default_factory=list)          # (patient, code by the header)
+    twins: list = field(default_factory=list)           # lines on EEG under two names
     hints: list = field(default_factory=list)           # what the user may have meant
 
     def add(self, outcome):
@@ -304,8 +307,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
             say(f"{src}: {said}")
         task = Task(out, recipe, texts, said, names, labels)
         _import_all(report, sources, task, workers, say, progress)
-        entries(out, made=True)                         # writes the index
-        _write_report(out, files, report)
+        _close(out, files, report)
     report.hints = hints(sources, layout, task, report, others)
     _table(report, task, say)
     return report
@@ -366,7 +368,7 @@ def _lock(out):
 def find_edf(src):
     """(EDF files below src, root, [(folder, why it cannot be listed)], the other files there, of a
     single EDF those of its folder but recordings of other kinds); links are followed, each folder
-    once."""
+    once, but for those of other programs."""
     src = Path(src)
     if src.is_file() or src.is_symlink() and not src.is_dir():
         try:
@@ -386,7 +388,7 @@ def find_edf(src):
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not NOT_THE_USERS.match(name))
         paths += [Path(folder, name) for name in files]
     # ._x.edf is what macOS writes beside x.edf on a foreign disk: no recording
     paths = [path for path in paths if not path.name.startswith("._")]
@@ -599,7 +601,7 @@ def _table(report, task, say):
     if task.labels != NEVER:
         for line in no_labels(report.unlabelled):
             say(line)
-    for line in (*contradictions(report.people),
+    for line in (*contradictions(report.people), *report.twins,
                  *(f"hint: {hint}" for hint in report.hints)):
         say(line)
     say(f"{len(report.read)} read, {report.kept} already there, {len(report.refused)} refused, "
@@ -619,8 +621,12 @@ def grouped(refused):
             yield from (f"{path}: {why}" for path in paths)
 
 
-def _write_report(out, files, report):
-    """Keep what was refused, for `info`; of other files, what an earlier import said."""
+def _close(out, files, report):
+    """Write the index, and what was refused, for `info`; of other files, what an earlier import
+    said. From here on the folder is whole."""
+    made = entries(out, made=True)
+    report.twins += twins((name, entry["samples"], entry["norm"], entry["scale"])
+                          for name, (_, entry) in made.items())
     seen = {shown(path) for path in files}
     before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
     write_json(out / REPORT, {"refused": before + report.refused})

@@ -74,8 +74,9 @@ OTHER = Layout(re.compile("(?!)"), "", beside(
 GENERIC = set("eeg edf rec recording patient pat pt subject subj sub proband file export".split())
 # folders that name none either: kinds of files, parts of a split, classes
 KINDS = GENERIC | set(
-    "edfs eegs recordings patients subjects files data raw train training dev val validation eval "
-    "test seizure seizures ictal interictal normal abnormal background".split())
+    "edfs eegs recordings patients subjects files data raw rawdata sourcedata derivatives train "
+    "training dev val validation eval test seizure seizures ictal interictal normal abnormal "
+    "background".split())
 
 
 @dataclass
@@ -105,7 +106,8 @@ def identify(path, root, layout="auto"):
         words = path.stem.split("_")
         folders = [part for part in relative.parts[:-1] if part.lower() not in KINDS]
         named = folders or [word for word in words if word and word.lower() not in GENERIC] or words
-        patient = named[0]
+        # a folder of BIDS may hold files whose names are not quite of BIDS
+        patient = re.sub("^sub-(?=.)", "", named[0])
 
     split = ""
     if row.split:

@@ -220,6 +220,20 @@ def no_labels(recordings):
         yield f"NO LABELS, not used for training or scoring: {who} ({why})"
 
 
+def twins(recordings):
+    """A warning on EEG under two names, from (name, samples, norm, scales): as long, and as tall in
+    each channel, as where an EDF was copied, or its folder renamed between two imports."""
+    known, pairs = {}, []
+    for name, samples, norm, scales in recordings:
+        first = known.setdefault((samples, norm, *scales), name)
+        if first != name:
+            pairs.append(f"{name} is {first}")
+    if pairs:
+        yield (f"warning: {how_many(len(pairs), 'recording')} under another name: "
+               f"{', '.join(pairs[:MAX_NAMED])}{', ...' * (len(pairs) > MAX_NAMED)}: take one of "
+               "the two away")
+
+
 def _same_eeg(train, dev):
     """A warning on EEG of both sides, as where one corpus was imported into two folders: as long,
     and as tall in each channel."""

@@ -439,6 +439,37 @@ def test_an_edf_never_stands_twice_in_a_folder_under_two_names(tmp_path):
     assert [(r.name, r.patient) for r in data.open_corpus(tmp_path / "out")] == [("anna/night1", "anna")]
 
 
+def test_eeg_under_two_names_is_said_by_the_import_and_by_info(tmp_path):
+    """A link, a copy, and a patient's folder that was renamed between two imports."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    for i, name in enumerate(("anna", "berta", "carl")):
+        noise = np.random.default_rng(i).normal(0, 300, (19, 20 * 256))
+        write_edf(src / name / "n1.edf", eeg=noise)
+    assert "under another name" not in said(src, out)[1]
+    (src / "dora").mkdir()
+    (src / "dora" / "x.edf").symlink_to("../berta/n1.edf")
+    shutil.copytree(src / "carl", src / "emil")
+    (src / "anna").rename(src / "P01")
+    line = ("warning: 3 recordings under another name: anna/n1 is P01/n1, dora/x is berta/n1, "
+            "emil/n1 is carl/n1: take one of the two away")
+    told = []
+    assert line in said(src, out)[1].splitlines()
+    data.info(out, told.append)
+    assert f"  {line}" in told
+
+
+def test_what_other_programs_keep_in_folders_of_their_own_is_no_recording(tmp_path):
+    """DataLad shows each file as a link into .git/annex, where it lies under the name of its hash."""
+    src, place = tmp_path / "src", "sub-01/eeg/sub-01_run-1_eeg.edf"
+    kept = write_edf(src / ".git" / "annex" / "objects" / "MD5E-s1--aa.edf" / "MD5E-s1--aa.edf")
+    (src / place).parent.mkdir(parents=True)
+    (src / place).symlink_to(kept)
+    for folder in (".Trash-1000/files", "$RECYCLE.BIN/S-1", "@eaDir/n.edf", "#recycle"):
+        write_edf(src / folder / "n1.edf")
+    write_edf(src / "#12" / "n1.edf", 10)
+    assert [path.relative_to(src).as_posix() for path in corpora.find_edf(src)[0]] == ["#12/n1.edf", place]
+
+
 def test_files_refused_for_one_reason_share_a_line(tmp_path):
     for i in range(5):
         write_edf(tmp_path / "src" / f"{i}.edf", unit="")

@@ -681,7 +681,10 @@ def test_files_named_eeg_and_a_patient_are_of_several(tmp_path):
 def test_folders_that_hold_a_kind_of_files_name_no_patient(tmp_path):
     """Else all of EEG/ would be one, and P01 of train/ another than P01 of dev/."""
     for place, patient in (("EEG/P01_1", "P01"), ("EEG/P02_1", "P02"), ("train/P01/x", "P01"), ("dev/P01/x", "P01"), ("Seizures/anna_1", "anna"),
-                           ("anna/EEG/x_1", "anna"), ("data/raw/EEG_P03_a", "P03"), ("seizure_1", "seizure")):
+                           ("anna/EEG/x_1", "anna"), ("data/raw/EEG_P03_a", "P03"), ("seizure_1", "seizure"),
+                           # of BIDS, or nearly
+                           ("sub-01/ses-2/eeg/sub-01_ses-2_task-sz_eeg", "01"), ("sub-01/ses-2/eeg/sub-01_ses-2_task-sz-mon_eeg", "01"),
+                           ("sourcedata/sub-01/orig", "01"), ("derivatives/clean/sub-01_run-1_eeg", "01"), ("sub-/x", "sub-")):
         assert corpora.identify(tmp_path / f"{place}.edf", tmp_path).patient == patient, place
 
 
