@@ -274,11 +274,13 @@ def _always_on(grounds):
 
 
 def always_on_f1(grounds):
-    """Event F1 of a detector that is always on, mean over patients: what looking at nothing gives.
-    NaN without a seizure."""
-    f1 = [2 * g["reference"] / (2 * g["reference"] + g["always_on"])
-          for g in _patients(grounds) if g["reference"]]
-    return float(np.mean(f1)) if f1 else math.nan
+    """Event F1 of a detector that is always on, mean over patients, 0 of one without a seizure:
+    what looking at nothing gives. NaN without any seizure."""
+    if not any_reference(grounds):
+        return math.nan
+    f1 = [2 * g["reference"] / (2 * g["reference"] + g["always_on"]) for g in _patients(grounds)
+          if g["reference"] or g["always_on"]]
+    return float(np.mean(f1))
 
 
 def _background(grounds):
