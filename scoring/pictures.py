@@ -17,6 +17,8 @@ import numpy as np
 import yaml
 
 os.environ["MPLBACKEND"] = "agg"        # one that a notebook left there may not exist here
+import matplotlib
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
@@ -29,6 +31,8 @@ from eeg.console import how_many
 from eeg.disk import read_json_lines
 from scoring import metrics
 
+matplotlib.rcParams["text.parse_math"] = False          # names may hold $
+FONT = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
 FS = edf.FS
 TRUE = "#e08e0b"                        # labelled seizures, best.pt
 FOUND = "#1f6fb2"                       # detected seizures
@@ -121,8 +125,10 @@ def _save(figures, path):
 
 
 def _places(recording, probability, truth, found):
-    """[(kind, begin, end)] in seconds, those first that a reader looks for."""
-    overlap = metrics.touching(truth, found)
+    """[(kind, begin, end)] in seconds, those first that a reader looks for; found is, as in the
+    scores, what a detection touches within SzCORE's tolerance."""
+    early, late = metrics.TOLERANCE.toleranceStart, metrics.TOLERANCE.toleranceEnd
+    overlap = metrics.touching(truth + (-early, late), found)
     kind = "false alarm" if recording.labelled else "detection"
     missed = _named("missed seizure", truth[~overlap.any(1)])
     false = _named(kind, found[~overlap.any(0)])
@@ -172,7 +178,7 @@ def _title(recording, places, most):
     kinds = [kind for kind, begin, end in places if end > begin]
     missed = kinds.count("missed seizure")
     hits = kinds.count("found seizure")
-    name = recording.name
+    name = _drawable(recording.name)
     if len(name) > LONGEST:
         name = "..." + name[-LONGEST:]
     title = f"{name}    {_elapsed(recording.seconds)}"
@@ -185,6 +191,11 @@ def _title(recording, places, most):
     if len(places) > most:
         title += f",  {most} of {len(places)} places shown"
     return title
+
+
+def _drawable(text):
+    """What the font lacks is escaped, as a terminal in ASCII shows it."""
+    return "".join(c if FONT.get_char_index(ord(c)) else ascii(c)[1:-1] for c in text)
 
 
 def _elapsed(seconds):
@@ -444,7 +455,7 @@ def curves(run_directory):
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     heights = (2.4, 1.2, 2, 3)
     loss, rate, entropy, best = figure.subplots(4, 1, sharex=True, height_ratios=heights)
-    name = directory.resolve().name
+    name = _drawable(directory.resolve().name)
     figure.suptitle(name, x=0.01, ha="left", fontsize=13, color=INK)
     _curve(loss, train, "loss", INK, "training: focal loss")
     _curve(rate, train, "lr", INK, "learning rate")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from eeg import edf
 import evaluate
+from scoring import metrics
 from scoring import pictures
 from conftest import Track, probability_of
 from eeg.edf import FS
@@ -197,6 +198,24 @@ def test_all_pages_of_a_recording_have_one_gain_and_the_overview_names_its_bars(
     assert len(gains) == 1 and "V/mm" in gains.pop()
     legend = [text.get_text() for text in sheet.figure.axes[0].get_legend().get_texts()]
     assert legend.count("shown below") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_is_drawn_as_it_is_or_escaped(tmp_path):
+    for name, shown in (("a$\\frac{$b", "a$\\frac{$b"), ("\u60a3_\u00fc", "\\u60a3_\u00fc")):
+        track = banana(name, 30, labelled=False)
+        assert pictures._title(track, [], 4).startswith(f"{shown}    ")
+        pictures.draw(track, probability_of(track, []), [], 0.5, tmp_path / "a.png")
+
+
+def test_what_the_scores_count_as_found_is_found_in_the_picture():
+    track = banana("a", 900, [(300, 330)])
+    for detection, found in (((272, 280), True), ((380, 385), True), ((255, 269), False), ((391, 399), False)):
+        detection = np.array([detection], float)
+        counts = metrics.count(track.events, detection, track.seconds)
+        kinds = [kind for kind, _, _ in pictures._places(track, probability_of(track, []), track.events, detection)]
+        assert counts["event_tp"] == found and counts["event_fp"] == (not found)
+        assert kinds == (["found seizure"] if found else ["missed seizure", "false alarm"])
 
 
 def test_a_pdf_has_a_page_for_each_page_of_eeg(tmp_path):
