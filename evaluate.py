@@ -53,7 +53,8 @@ import checkpoint
 import data
 import model
 from eeg import annotations, baseline, corpora, edf, splits
-from eeg.disk import Refused, TemporaryFault, write_json
+from eeg.disk import Refused, TemporaryFault, fault, write_json
+from eeg.layouts import labelled_by
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
 # also for training, which knows only this file
@@ -96,6 +97,7 @@ GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
 EVENTS = "_events.tsv"
 DIVIDED_ANEW = ("these recordings or their labels are not those of the training: train and dev "
                 "were drawn anew, and patients who trained may be among those of dev")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -350,8 +352,11 @@ def load_model(path, device):
         state = checkpoint.load(path)
     except FileNotFoundError:
         raise Refused(f"checkpoint {path}: {_missing(Path(path))}") from None
+    except IsADirectoryError:
+        raise Refused(f"checkpoint {path}: {_of_folder(Path(path))}") from None
     except OSError as error:
-        raise Refused(f"checkpoint {path}: {error.strerror}") from None
+        error.filename = f"checkpoint {path}"
+        raise fault(error, path) from None
     missing = [key for key in ("model", "config", "montage", "channels") if key not in state]
     if missing:
         raise Refused(f"checkpoint {path} lacks {', '.join(missing)}: give one written by train.py")
@@ -373,6 +378,14 @@ def _missing(path):
     if path.name == "best.pt":
         why = "no validation has finished yet"
     return f"{why}; the newest weights are {newest}"
+
+
+def _of_folder(path):
+    """What to give instead of a folder, such as a run's."""
+    for best in (path / "checkpoints" / "best.pt", path / "best.pt"):
+        if best.is_file():
+            return f"Is a directory; its best weights are {best}"
+    return "Is a directory: give a checkpoint in it"
 
 
 def stored(state, section):
@@ -441,6 +454,8 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
     refused = []
     if not path.exists():
         raise Refused(f"data {path} does not exist")
+    if path.suffix == ".h5":
+        raise Refused(f"data {path} is one recording of an import: give its folder, or its EDF")
     if path.is_file() or not next(path.rglob("*.h5"), None):
         refused = _import(path, state, scratch, labels)
         recordings = data.open_corpus(scratch)
@@ -511,18 +526,28 @@ def choose(recordings, split, state, path=None):
     return chosen, warning
 
 
+def includes_training(recordings, args, state):
+    """Whether some of them trained, as far as that can be told: by their folder or, where that has
+    moved and of the EDFs themselves, by the fingerprint of all of them."""
+    if args.split:
+        return args.split == "train"
+    usable = [r for r in recordings if r.labelled and r.split != "eval"]
+    place = args.data.resolve()
+    near = [folder for folder in data.resolved(stored(state, "data").get("path", ""))
+            if place.is_relative_to(folder) or folder.is_relative_to(place)]
+    return bool(usable) and (bool(near) or data.fingerprint(usable) == state.get("data"))
+
+
 def output(out, recording, ending):
     """File of one recording in the folder of an evaluation: SzCORE's name for events."""
     return out / (recording.name.removesuffix("_eeg") + ending)
 
 
 def take_folder(out, recordings, source):
-    """Make the folder `out`. Refused where it holds the events of other recordings, which would lie
-    beside these scores, or where events would lie where a corpus has its labels."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--out {out}: {error.strerror}") from None
+    """Make the folder `out` and hold it: a checkpoint.Lock. Refused where it holds the events of
+    other recordings, which would lie beside these scores, where events would lie where a corpus has
+    its labels, or where another evaluation is writing."""
+    _make(out, "--out")
     ours = {output(out, r, EVENTS) for r in recordings}
     edfs = {path.with_suffix("") for path in out.rglob("*.*") if path.suffix.lower() == ".edf"}
     beside = [output(out, r, EVENTS).name for r in recordings if out / r.name in edfs]
@@ -534,14 +559,30 @@ def take_folder(out, recordings, source):
         raise Refused(f"--out {out} already holds the events of other recordings "
                       f"({foreign[0].name}; {len(foreign)} in all): "
                       f"give another folder, such as --out {out}_{source.stem}")
+    try:
+        return checkpoint.lock(out)
+    except checkpoint.InUse as error:
+        raise Refused(f"--out {error.strerror}, or give another folder") from None
+
+
+def _make(folder, option):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        error.filename = f"{option} {folder}"
+        raise fault(error, folder) from None
 
 
 def take_file(path, source):
-    """Refused where --events would be written over anything but the events of an earlier call."""
-    labels = corpora.identify(source, source.parent).annotation
-    for other, what in ((source, "the EDF itself"), (labels, "the labels of the EDF")):
-        if other and path.resolve() == other.resolve():
-            raise Refused(f"--events {path} would be written over {what}")
+    """Refused where --events would be written over anything but the events of an earlier call, or
+    where they would be read as labels, perhaps over the labels that are there."""
+    _make(path.parent, "--events")
+    if path.resolve() == source.resolve():
+        raise Refused(f"--events {path} would be written over the EDF itself")
+    beside = labelled_by(path.resolve())
+    if beside:
+        raise Refused(f"--events {path} would lie beside {beside.name} and be read as its labels: "
+                      "give another folder")
     if path.is_dir():
         raise Refused(f"--events {path}: Is a directory")
     if path.is_file() and path.read_bytes()[:5] not in (b"", b"onset"):
@@ -582,7 +623,9 @@ def detect(net, recording, device, c, precision, poll=None, windows=None):
 
 
 def write(recording, probability, found, c, out, plot, save):
-    """The files of one recording; those that an earlier evaluation made stay until these are."""
+    """The files of one recording; those that an earlier evaluation made stay until these are, but
+    for its scores.json, which is not of these events."""
+    (out / "scores.json").unlink(missing_ok=True)
     write_events(output(out, recording, EVENTS), found, probability, recording)
     if plot:
         with drawing() as pictures:
@@ -594,8 +637,8 @@ def write(recording, probability, found, c, out, plot, save):
 
 @contextlib.contextmanager
 def drawing():
-    """scoring/pictures.py. Ctrl-C waits: within matplotlib it would become another error."""
-    with console.signals_wait(signal.SIGINT):
+    """scoring/pictures.py. A signal waits: within matplotlib it would become another error."""
+    with console.signals_wait(*STOPS):
         from scoring import pictures    # here: matplotlib takes a second to import
         yield pictures
 
@@ -726,23 +769,22 @@ def score_folder(args):
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
         recordings, warning = choose(recordings, args.split, state, args.data)
-        take_folder(out, recordings, args.data)
-        records, detections = evaluate(net, recordings, c, device, about["precision"], out,
-                                       args.plot, args.save_probabilities)
-    used = stored(state, "data")
-    same = args.data.resolve() in data.resolved(used.get("path", ""))
-    result = tell(records, detections, c) | about | {
-        "data": str(args.data),
-        "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
-        "split": args.split or "all",
-        "includes_training": args.split == "train" or not args.split and same,
-        "split_warning": warning,
-        "refused": refused,
-    }
-    write_json(out / "scores.json", result, indent=2)
-    if args.plot and result["trade_off"]:
-        with drawing() as pictures:
-            pictures.trade_off(result["trade_off"], c["threshold"], out / f"trade_off.{args.plot}")
+        with take_folder(out, recordings, args.data):
+            records, detections = evaluate(net, recordings, c, device, about["precision"], out,
+                                           args.plot, args.save_probabilities)
+            result = tell(records, detections, c) | about | {
+                "data": str(args.data),
+                "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
+                "split": args.split or "all",
+                "includes_training": includes_training(recordings, args, state),
+                "split_warning": warning,
+                "refused": refused,
+            }
+            write_json(out / "scores.json", result, indent=2)
+            if args.plot and result["trade_off"]:
+                with drawing() as pictures:
+                    pictures.trade_off(result["trade_off"], c["threshold"],
+                                       out / f"trade_off.{args.plot}")
     report.show(result, list(METRICS), out)
     if args.plot:
         print(f"pictures: {output(out, recordings[0], '.' + args.plot)}"
@@ -801,11 +843,18 @@ def main(argv=None):
 
 if __name__ == "__main__":
     console.install()
+    came = [signal.SIGINT]
+
+    def stop(number, frame):
+        came.append(number)
+        raise KeyboardInterrupt
     try:
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        # any of them ends in order: killed at once, it would leave the prepared EDFs in /tmp
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stop)
         sys.exit(main())
     except KeyboardInterrupt:           # not in main: on Modal it means preemption
         print("evaluate.py: interrupted: events written so far stay, scores.json is not written",
               file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + came[-1])

@@ -118,6 +118,18 @@ def identify(path, root, layout="auto"):
     return Source(path, relative.with_suffix("").as_posix(), layout, patient, split, annotation)
 
 
+def labelled_by(path):
+    """The EDF whose labels a file at the absolute `path` would be taken for, or None."""
+    if not path.parent.is_dir():
+        return None
+    for edf in sorted(path.parent.iterdir()):
+        if edf.suffix.lower() == ".edf":
+            layout = identify(edf, edf.parent).layout
+            if path in LAYOUTS.get(layout, OTHER).find(edf):
+                return edf
+    return None
+
+
 # ---- labels of one recording ----
 
 def find_events(source, header, task):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -507,6 +508,15 @@ def test_sensitivity_at_every_rate_is_nothing_for_them_on_a_day_and_more(detecto
     assert metrics.undefined(records) == {}
 
 
+def test_the_f1_that_is_said_of_a_detector_that_is_always_on_is_what_one_gets():
+    ill, other, healthy = Track("a", 3600, [(1000, 1060)], "p1"), Track("b", 900, [(100, 160)], "p2"), Track("c", 3600, (), "p3")
+    for tracks in ([ill], [ill, healthy], [ill, other, healthy]):
+        records = [evaluate.score(t, always_on(t, None), FIXED) for t in tracks]
+        summary = evaluate.summarise(records, FIXED)
+        assert summary["always_on_f1"] == pytest.approx(summary["event_f1"], abs=1e-12)
+    assert math.isnan(metrics.always_on_f1([{"patient": "p3", "seconds": 3600.0, **metrics.ground(healthy.events, 3600.0)}]))
+
+
 def test_an_event_f1_of_a_validation_stands_beside_that_of_a_detector_that_is_always_on():
     summary = {"loss": 0.5, "event_f1": 0.8571, "always_on_f1": 0.8, "auroc": 0.9, "false_alarms_per_24h": 0.0,
                "hours": 0.17, "background_hours": 0.04, "seizures": 5, "patients": 1}
@@ -832,6 +842,22 @@ def test_scores_that_include_the_training_recordings_say_so(corpus, tmp_path, ca
     assert "--split dev" in capsys.readouterr().out
 
 
+def test_recordings_that_trained_are_known_in_part_and_after_a_move_and_as_the_edf_they_were(corpus, tmp_path):
+    state = checkpoint.load(corpus / "best.pt")
+    state["config"]["data"]["path"] = str(tmp_path / "then")
+    state["data"] = data.fingerprint(data.open_corpus(corpus / "imported"))
+    shutil.copytree(corpus / "imported", tmp_path / "then")
+    corpora.import_corpus(next((corpus / "edf").rglob("*.edf")), tmp_path / "other", say=lambda line: None)
+    other = next((tmp_path / "other").rglob("*.h5"))
+    other.rename(other.with_name("renamed.h5"))
+    part = next(path for path in sorted((tmp_path / "then").iterdir()) if path.is_dir())
+    for path, known in ((part, True), (corpus / "imported", True), (corpus / "edf", True), (tmp_path / "other", False)):
+        args = evaluate.parse(["--checkpoint", "best.pt", "--data", str(path)])
+        with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+            recordings, _ = evaluate.open_data(path, state, Path(scratch))
+            assert evaluate.includes_training(recordings, args, state) is known, path
+
+
 def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_1(corpus, tmp_path):
     source = next((corpus / "edf").rglob("*.edf"))
     (tmp_path / "alone.edf").write_bytes(source.read_bytes())
@@ -861,7 +887,9 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     checkpoint.atomic_save(reduced, tmp_path / "fp8.pt")
     good, imported = corpus / "best.pt", corpus / "imported"
     for weights, source, text in (
-            (tmp_path / "no.pt", imported, "no.pt"), (tmp_path / "damaged.pt", imported, "damaged.pt"),
+            (tmp_path / "no.pt", imported, "no.pt"), (corpus, imported, f"its best weights are {good}"),
+            (tmp_path / "empty", imported, "give a checkpoint in it"),
+            (good, next(imported.rglob("*.h5")), "give its folder, or its EDF"), (tmp_path / "damaged.pt", imported, "damaged.pt"),
             (tmp_path / "other.pt", imported, "lacks model"), (tmp_path / "misfit.pt", imported, "model.py"),
             (tmp_path / "bipolar.pt", imported, "import with --montage bipolar"),
             (tmp_path / "reduced.pt", imported, "import with --montage reduced --channels Fp1,F3"),
@@ -871,8 +899,10 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
             (good, tmp_path / "banana.edf", "this checkpoint reads montage referential alone")):
         code, lines = here("--checkpoint", weights, "--data", source, "--out", tmp_path / "out")
         assert code == 2 and len(lines) == 1 and text in lines[0], lines
-    code, lines = here("--checkpoint", good, "--data", imported, "--out", tmp_path / "bad.edf" / "x")
-    assert code == 2 and len(lines) == 1 and "--out" in lines[0]
+    for option, place in (("--out", tmp_path / "bad.edf" / "x"), ("--out", tmp_path / "bad.edf"),
+                          ("--events", tmp_path / "bad.edf" / "x.tsv")):
+        code, lines = here("--checkpoint", good, "--data", next((corpus / "edf").rglob("*.edf")), option, place)
+        assert code == 2 and len(lines) == 1 and option in lines[0], lines
     done = run("--checkpoint", tmp_path / "no.pt", "--data", imported)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
 
@@ -1013,6 +1043,56 @@ def test_the_annotations_of_a_corpus_are_never_written_over(corpus, tmp_path):
     (tmp_path / labels.name).unlink()                       # nor made, where the next import would read them
     assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path, "--out", tmp_path)[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_events_in_one_file_never_become_the_labels_of_an_edf_beside_it(corpus, tmp_path):
+    for name in ("a", "b_eeg"):
+        write_edf(tmp_path / f"{name}.edf", seconds=7)
+    labels = tmp_path / "b_events.tsv"
+    labels.write_text("onset\tduration\teventType\n3\t2\tsz\n")
+    for name in ("a_events.tsv", "a.csv_bi", "b_events.tsv"):
+        before = sorted(tmp_path.iterdir()), labels.read_text()
+        code, lines = here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "a.edf", "--events", tmp_path / name)
+        assert code == 2 and len(lines) == 1 and f"beside {name[0]}" in lines[0], lines
+        assert before == (sorted(tmp_path.iterdir()), labels.read_text())
+
+
+def test_two_evaluations_never_write_into_one_folder(corpus, tmp_path):
+    given = ("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with checkpoint.lock(tmp_path / "out"):
+        code, lines = here(*given)
+    assert code == 2 and "is in use by" in lines[-1] and not list((tmp_path / "out").rglob("*.tsv"))
+    assert here(*given)[0] == 0
+
+
+def test_an_evaluation_that_is_stopped_leaves_no_scores_of_an_earlier_one_beside_its_events(corpus, tmp_path, monkeypatch):
+    given = ("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path)
+    assert here(*given)[0] == 0 and (tmp_path / "scores.json").exists()
+    monkeypatch.setattr(evaluate, "score", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):                  # before anything was written over
+        here(*given, "--threshold", "0.01")
+    assert (tmp_path / "scores.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate, "tell", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        here(*given, "--threshold", "0.01")
+    assert not (tmp_path / "scores.json").exists() and list(tmp_path.rglob("*_events.tsv"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_an_evaluation_with_its_code_and_leaves_no_prepared_edf(corpus, tmp_path, number):
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, ROOT / "evaluate.py", "--checkpoint", corpus / "best.pt", "--data", corpus / "edf",
+               "--out", tmp_path / "out", "--set", "evaluation.overlap_seconds=19.9"]
+    process = forked.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / ".lock").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 128 + number and "interrupted" in said.splitlines()[-1]
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_stripped_weights_write_beside_themselves_and_a_run_in_its_folder(corpus, tmp_path):
@@ -1167,9 +1247,9 @@ def test_the_container_writes_the_events_of_two_seconds_at_the_exact_path(corpus
 
 def test_the_container_writes_background_for_an_edf_that_is_refused_and_says_so(corpus, open_folder):
     path = write_edf(open_folder / "a.edf", seconds=7, labels=["Fp1", "Fp2"])
-    done = container(corpus, path, open_folder / "a.tsv")
+    done = container(corpus, path, open_folder / "found.tsv")
     assert done.returncode == 0 and "background" in done.stderr and "a.edf" in done.stderr
-    assert [list(row.values()) for row in read_tsv(open_folder / "a.tsv")] == [
+    assert [list(row.values()) for row in read_tsv(open_folder / "found.tsv")] == [
         ["0.00", "7.00", "bckg", "n/a", "n/a", "n/a", "7.00"]]
     path.write_bytes(b"no EDF at all")
     code, lines = here("--checkpoint", corpus / "best.pt", "--data", path, "--events", open_folder / "b.tsv")
@@ -1180,9 +1260,9 @@ def test_the_container_writes_background_for_an_edf_that_is_refused_and_says_so(
 @pytest.mark.slow
 def test_the_container_writes_the_events_of_an_hour(corpus, open_folder):
     write_edf(open_folder / "hour.edf", seconds=3600)
-    done = container(corpus, open_folder / "hour.edf", open_folder / "hour.tsv")
+    done = container(corpus, open_folder / "hour.edf", open_folder / "found.tsv")
     assert done.returncode == 0, done.stderr
-    assert {row["recordingDuration"] for row in read_tsv(open_folder / "hour.tsv")} == {"3600.00"}
+    assert {row["recordingDuration"] for row in read_tsv(open_folder / "found.tsv")} == {"3600.00"}
 
 
 def test_events_go_to_one_file_and_nothing_else(corpus, tmp_path, monkeypatch):
@@ -1196,7 +1276,7 @@ def test_events_go_to_one_file_and_nothing_else(corpus, tmp_path, monkeypatch):
                        "--events", tmp_path / "y.tsv")
     assert code == 2 and "one EDF" in lines[0] and not (tmp_path / "y.tsv").exists()
     shutil.copy(corpus / "best.pt", "weights.pt")
-    for kept, why in ((source, "over the EDF itself"), (corpora.identify(source, corpus).annotation, "over the labels of the EDF"),
+    for kept, why in ((source, "over the EDF itself"), (corpora.identify(source, corpus).annotation, "be read as its labels"),
                       (Path("weights.pt"), "holds something else"), (source.parent, "Is a directory")):
         before = kept.is_file() and kept.read_bytes()
         code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--events", kept)
