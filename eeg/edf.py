@@ -252,19 +252,23 @@ def _check_line_ends(path, extra):
 
 # time-stamped annotation list: onset, duration, texts, each closed by a byte of its own
 TAL = re.compile(rb"([+-]\d+(?:\.\d*)?)(?:\x15(\d+(?:\.\d*)?))?\x14((?:[^\x14]*\x14)*)")
+# one with an empty text gives the onset of its record, the others are of events
+ONSET = re.compile(rb"(?:^|\0)([+-]\d+(?:\.\d*)?)(?:\x15[\d.]*)?\x14\x14")
 # as makers write it: "EDF Annotations" is the standard's
 ANNOTATIONS = re.compile(r"[be]df\+? ?annotations? ?\d*")
 
 
-def _annotation_signals(header):
-    labels = [label.lower() for label in header.signals["label"]]
-    return [i for i, label in enumerate(labels) if ANNOTATIONS.fullmatch(label)]
+def _annotation_signals(header, body):
+    """Those that are called so, and those that begin with an onset, whatever they are called."""
+    return [i for i, label in enumerate(header.signals["label"])
+            if ANNOTATIONS.fullmatch(label.lower())
+            or ONSET.match(header.block(body, i)[0].tobytes())]
 
 
 def record_onsets(header: Header, body: np.ndarray) -> np.ndarray | None:
     """Onset in s of each record by the annotation signal; None where the file has none, or one that
     holds nothing but zeros in a file that does not call itself discontinuous."""
-    places = _annotation_signals(header)
+    places = _annotation_signals(header, body)
     if not places:
         return None
     block = np.ascontiguousarray(header.block(body, places[0]))
@@ -273,7 +277,9 @@ def record_onsets(header: Header, body: np.ndarray) -> np.ndarray | None:
         return None
     onsets = []
     for i, row in enumerate(block):
-        found = re.match(rb"([+-]\d+(?:\.\d*)?)(?:\x15[\d.]*)?\x14", row.tobytes())
+        found = ONSET.search(row.tobytes())
+        if not found and len(block) > 1:        # that of an event there: the next records tell
+            found = TAL.match(row.tobytes())
         if not found:
             raise DataError(f"record {i + 1} has no onset among its annotations: "
                             "gaps cannot be ruled out")
@@ -295,7 +301,7 @@ def read_annotations(header: Header) -> list[Annotation]:
     if onsets is None:
         return []
     found: list[Annotation] = []
-    for place in _annotation_signals(header):
+    for place in _annotation_signals(header, body):
         for i, row in enumerate(np.ascontiguousarray(header.block(body, place))):
             for piece in row.tobytes().split(b"\0"):
                 if not piece.strip():

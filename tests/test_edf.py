@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eeg import corpora, edf
-from conftest import NAMES, microvolts, plus, prepare, write_edf
+from conftest import NAMES, mark, microvolts, plus, prepare, write_edf
 
 
 def refusal(path, montage="referential", **settings):
@@ -621,8 +621,31 @@ def test_a_reduced_montage_takes_the_very_ear_that_is_named(tmp_path):
 
 
 def test_a_gap_is_refused_where_the_header_has_lost_its_mark(tmp_path):
-    for mark in ("", "edf+d"):
-        assert "gap of 10 s" in refusal(plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], mark))
+    for kind in ("", "edf+d"):
+        assert "gap of 10 s" in refusal(plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], kind))
+
+
+@pytest.mark.parametrize("name", ["EDF_Annotations", "Annotations", "TAL"])
+def test_an_annotation_signal_is_known_by_what_it_holds_whatever_it_is_called(tmp_path, name):
+    path = plus(tmp_path / "a.edf", [*range(10), *range(20, 30)], "EDF+C", name=name)
+    assert "gap of 10 s after 10 s" in refusal(path)
+    path = plus(path, range(20), "EDF+C", {5: mark(5.5, "Seizure", 3)}, name=name)
+    assert edf.read_annotations(edf.read_header(path)) == [(5.5, 3.0, "Seizure")]
+
+
+@pytest.mark.parametrize("rest, events", [(b"+2\x14\x14\0", [(10.5, 3.0, "Seizure")]), (b"", None)])
+def test_an_event_that_stands_before_the_onset_of_its_record_is_no_onset(tmp_path, rest, events):
+    """In a file of one record no other tells that its clock would be wrong."""
+    row = mark(12.5, "Seizure", 3) + rest
+    eeg = np.random.default_rng(0).integers(-900, 900, 19 * 5120).astype("<i2")
+    path = write_edf(tmp_path / "a.edf", 1, 5120, [*NAMES, "EDF Annotations"], np.zeros((20, 5120)),
+                     body=eeg.tobytes() + row.ljust(64, b"\0"), duration="20", count={19: "32"},
+                     reserved="EDF+C")
+    if events is None:
+        assert "record 1 has no onset" in refusal(path)
+    else:
+        assert edf.read_annotations(edf.read_header(path)) == events
+        assert prepare(path).seconds == 20
 
 
 def test_a_file_copied_as_text_is_refused(tmp_path):
