@@ -33,6 +33,7 @@ class Log:
     def __init__(self, main):
         self.main, self.path = main, None
         self.waiting = []               # lines that are not in the file yet
+        self.refused = ""               # why, where the file did not take them
         self.lock = threading.Lock()    # the writer thread speaks too
 
     def __call__(self, line, every=False, shown=True):
@@ -42,12 +43,15 @@ class Log:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         with self.lock:
             if shown:
-                # ValueError: a closed stream, or one whose encoding lacks a letter
-                with contextlib.suppress(OSError, ValueError):
-                    tqdm.write(line, file=sys.stdout)
-                    sys.stdout.flush()
+                self._show(line)
             self.waiting += [f"{now} {part}\n" for part in line.splitlines() or [""]]
             self._append()
+
+    def _show(self, line):
+        # ValueError: a closed stream, or one whose encoding lacks a letter
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def keep(self, path):
         """From now on, and with the lines so far, the log is also in the file `path`."""
@@ -58,10 +62,14 @@ class Log:
     def _append(self):
         if self.path is None or not self.waiting:
             return
-        # a disk that is full now may have room for these lines later
-        with contextlib.suppress(OSError), open(self.path, "ab") as file:
-            file.write("".join(self.waiting).encode(errors="backslashreplace"))
-            self.waiting = []
+        try:
+            with open(self.path, "ab") as file:
+                file.write("".join(self.waiting).encode(errors="backslashreplace"))
+            self.waiting, self.refused = [], ""
+        except OSError as error:        # a disk that is full now may have room for them later
+            if error.strerror != self.refused:
+                self.refused = error.strerror
+                self._show(f"{self.path}: {error.strerror}: its lines wait in memory")
 
 
 def refused_lock(busy):

@@ -14,7 +14,7 @@ from conftest import ROOT
 from eeg.disk import Refused, TemporaryFault
 from helpers import EPOCH_STEPS, assert_same_run, last, loaded, rows
 from run.watch import Watchdog
-from run.records import MetricsFile, RunDirectory, move_aside, refused_lock
+from run.records import Log, MetricsFile, RunDirectory, move_aside, refused_lock
 from test_mirror import flip
 from test_train import cut_at, validations
 
@@ -125,6 +125,18 @@ def test_each_try_of_a_save_is_progress_though_the_folder_and_its_second_copy_ar
     for name in ("t", "nas"):
         (tmp_path / f"{name}_away").rename(tmp_path / name)
     home.close()
+
+
+def test_a_log_file_that_takes_no_line_is_said_once_and_has_every_line_once_it_takes_some(tmp_path, capsys):
+    log, path = Log(True), tmp_path / "log.txt"
+    path.mkdir()
+    log("first")
+    log.keep(path)
+    log("second")
+    assert capsys.readouterr().out == f"first\n{path}: Is a directory: its lines wait in memory\nsecond\n"
+    path.rmdir()
+    log("third")
+    assert [line.split()[-1] for line in path.read_text().splitlines()] == ["first", "second", "third"]
 
 
 def test_rows_that_somebody_appends_stay(tmp_path):
