@@ -12,6 +12,7 @@ finds there the claim of a later start, or a state that its own line has not mad
 more and says so; training goes on at home.
 """
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -23,7 +24,7 @@ from checkpoint import KINDS, NAME, Candidate, Checkpointer, abandoned_name, can
 
 COPIED = {"best": 1, "last": 1, "mid_epoch": 2}     # kind -> newest files of it in the second copy
 CLAIM = ".claim.json"                   # in the second copy: the start that writes there
-END_SECONDS = 20.0                      # that a run which ends waits for its second copy
+END_SECONDS = 20.0                      # that a run waits for its second copy, at most
 RETRY_SECONDS = 60.0                    # between two tries of a copy that failed
 
 
@@ -369,16 +370,22 @@ class Mirrored(Checkpointer):
     def _held(self):
         """The second copy in the hands of one thread of this process, rotated at the end. Raises
         OtherRun, OtherLine, OSError."""
-        # gone: making it anew would fill the disk below the mount point
-        os.stat(self.folder)
-        self.place.mkdir(parents=True, exist_ok=True)
-        with self.writing, checkpoint.lock(self.place, say=lambda line: None):
-            checkpoint.sweep_temps(self.place)
-            self._claim()
-            self._links_there = checkpoint.links_work(self.place)
-            yield
-            for kind, count in COPIED.items():
-                checkpoint.rotate(self.place, KINDS[kind].glob, count)
+        # a disk that hangs keeps one thread in here: the other must not wait with it for good
+        if not self.writing.acquire(timeout=END_SECONDS):
+            raise OSError(errno.ETIMEDOUT, f"a copy hangs there for {END_SECONDS:.0f} s or more")
+        try:
+            # gone: making it anew would fill the disk below the mount point
+            os.stat(self.folder)
+            self.place.mkdir(parents=True, exist_ok=True)
+            with checkpoint.lock(self.place, say=lambda line: None):
+                checkpoint.sweep_temps(self.place)
+                self._claim()
+                self._links_there = checkpoint.links_work(self.place)
+                yield
+                for kind, count in COPIED.items():
+                    checkpoint.rotate(self.place, KINDS[kind].glob, count)
+        finally:
+            self.writing.release()
 
     def _claim(self):
         """Mark the second copy as this start's, or raise where a later one has it."""

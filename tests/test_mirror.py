@@ -241,6 +241,27 @@ def test_a_slow_second_copy_skips_states_delays_no_save_and_the_end_waits_for_it
     assert recover(tmp_path / "nas/v3/checkpoints") == 4, "the newest waiting state, not each of them"
 
 
+def test_a_second_copy_that_hangs_holds_up_no_home_that_fails_and_then_takes_saves_again(tmp_path, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(mirror, "sync", lambda *arguments, **options: gate.wait())
+    monkeypatch.setattr(mirror, "END_SECONDS", 0.2)
+    s, said = mirrored(tmp_path)
+    s.save_mid(state(1))
+    until(lambda: s.busy and s.writing.locked(), said)
+    mend = spoil_gone(tmp_path / "results")
+    watch = threading.Timer(60, gate.set)       # a test that fails ends too
+    watch.start()
+    s.save_mid(state(2))
+    assert not gate.is_set() and any(line.startswith("save failed (1 in a row): No such file") for line in said), said
+    mend()
+    s.save_mid(state(3))
+    s.close()
+    assert recover(tmp_path / "results/v3/checkpoints") == 3 and not gate.is_set()
+    watch.cancel()
+    gate.set()
+    s.thread.join()
+
+
 def test_the_end_of_a_run_waits_for_the_second_copy_of_its_last_state(tmp_path, monkeypatch):
     s, said = mirrored(tmp_path)
     with s:
