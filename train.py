@@ -400,7 +400,8 @@ class Trainer:
         if improved and tied:
             rank += f": as good as before, with a better {TIE}"
         if not improved:
-            rank = f"the best is that of epoch {self.stopping['epoch']}"
+            best = self.stopping["epoch"]
+            rank = f"the best is that of epoch {best}" if best else "no epoch is the best yet"
         self.say(f"epoch {self.epoch}/{self.settings['epochs']}: {name} {shown}, {rank}")
         self.epoch += 1
         self.batch = 0
@@ -658,7 +659,9 @@ def fit_and_tell(trainer, again):
         say(f"{MAX_NONFINITE} losses in a row were not finite; the last good checkpoint is {good}; "
             f"lower the learning rate")
     except checkpoint.SaveFailed as error:
-        say(f"stopped: {error.strerror}; free the disk or mend it, then --resume")
+        # no errno: no disk is at fault, the weights are not finite
+        mend = "free the disk or mend it" if error.errno else "lower the learning rate"
+        say(f"stopped: {error.strerror}; {mend}, then --resume")
     except edf.DataError as error:     # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
     except (ImportError, MemoryError, RuntimeError) as error:       # torch.OutOfMemoryError

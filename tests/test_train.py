@@ -396,6 +396,30 @@ def test_fifty_losses_in_a_row_that_are_not_finite_stop_the_run_and_name_the_las
     assert "50 losses in a row were not finite; the last good checkpoint is" in out and "mid_epoch_" in out
 
 
+def test_weights_that_became_not_finite_end_the_run_with_no_word_of_a_disk_and_the_next_start_goes_on(
+        corpus, reference, tmp_path, capsys, monkeypatch):
+    real = train.Trainer.boundary
+
+    def boundary(self):
+        if self.step == 3:
+            next(self.model.parameters()).data.fill_(math.nan)
+        real(self)
+    monkeypatch.setattr(train.Trainer, "boundary", boundary)
+    assert train.run(loaded(corpus, tmp_path, training__mid_epoch_minutes=0.0)) == 1
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped: "))
+    assert "weights are not finite" in said and said.endswith("; lower the learning rate, then --resume")
+    monkeypatch.undo()
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    assert_same_run(tmp_path, reference)
+
+
+def test_a_metric_that_is_never_computable_makes_no_epoch_the_best(corpus, tmp_path, capsys, monkeypatch):
+    with validations(monkeypatch, auroc=[math.nan, math.nan]):
+        assert train.run(loaded(corpus, tmp_path)) == 0
+    assert "epoch 2/2: auroc not computable, no epoch is the best yet" in capsys.readouterr().out
+    assert not (tmp_path / "t/checkpoints/best.pt").exists()
+
+
 def test_one_loss_that_is_not_finite_skips_optimizer_and_schedule_together_and_is_counted(corpus, tmp_path, monkeypatch):
     healthy, calls = train.focal_loss, [0]
 
