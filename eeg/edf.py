@@ -888,8 +888,14 @@ def _typical(header, amplitudes, names):
         raise DataError(f"{len(flat)} of {len(names)} channels are flat")
     if flat:
         header.notes.append(f"flat: {', '.join(flat)}")
+    low, high = PLAUSIBLE
     typical = float(np.median([value for value in amplitudes if value > 0]))
-    if not PLAUSIBLE[0] <= typical <= PLAUSIBLE[1]:
+    if not low <= typical <= high:
         raise DataError(f"typical amplitude {typical:.3g} uV is not scalp EEG: "
                         "the unit or range is wrong")
+    # of one channel it may be the contact as well as the range
+    odd = [f"{name} ({value:.3g} uV)" for name, value in zip(names, amplitudes)
+           if 0 < value < low or value > high]
+    if odd:
+        header.notes.append(f"amplitude that is not scalp EEG: {', '.join(odd)}")
     return typical

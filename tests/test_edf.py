@@ -1,5 +1,6 @@
 """eeg/edf.py: what is read, what is refused. Real files; the oracles are mne and pyedflib."""
 
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -403,6 +404,13 @@ def test_negative_gain_turns_the_sign(tmp_path):
     b = prepare(write_edf(tmp_path / "b.edf", eeg=-eeg))
     assert "negative gain" in a.notes
     np.testing.assert_allclose(microvolts(a), microvolts(b), atol=0.2)
+
+
+def test_one_channel_whose_range_is_wrong_is_noted(tmp_path):
+    fields = dict(pmin={4: "-3276800", 6: "-3.2768"}, pmax={4: "3276700", 6: "3.2767"})
+    notes = prepare(write_edf(tmp_path / "a.edf", **fields)).notes
+    wanted = r"amplitude that is not scalp EEG: O1 \(2.\d*e\+04 uV\), T3 \(0.02\d* uV\)"
+    assert re.fullmatch(wanted, notes)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
