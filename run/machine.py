@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 import checkpoint
 from eeg.disk import Refused, Stop, TemporaryFault
+from run.watch import finished_within
 
 
 # what torchrun tells each of its processes; deploy/slurm.sh sets the same
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LATE_SECONDS = 20                       # of waiting for the others, after which it is said
+LATE_SECONDS = 20                       # of waiting for the others, after which it is said or left
 
 
 def rank_and_size():
@@ -76,8 +77,11 @@ class Group:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         # the others wait for the main process through a long import or a disk that is away
+        wait = datetime.timedelta(days=7)
         dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store),
-                                rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
+                                rank=rank, world_size=size, timeout=wait)
+        # NCCL meets at the first exchange, by the store, which waits for half an hour by itself
+        store.set_timeout(wait)
         late.cancel()
 
     def sum(self, values):
@@ -125,7 +129,8 @@ class Group:
 
     def __exit__(self, *exception):
         if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+            # NCCL's teardown waits for all processes: for good, where this one leaves alone
+            finished_within(LATE_SECONDS, dist.destroy_process_group)
 
 
 def prepare_torch(config, group):

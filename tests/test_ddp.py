@@ -246,3 +246,27 @@ def test_of_two_processes_the_one_that_hangs_is_named_with_its_stack(corpus, tmp
     text = (tmp_path / "t/hang.txt").read_text()
     mine = text[text.index("standstill: process 1 of 2,"):].split("standstill: process 0")[0]
     assert "in hang" in mine and "step 2" in mine and "exitcode  : 70" in out, out[-4000:]
+
+
+ALONE = f"""
+import datetime, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+from run import machine
+from run.watch import Watchdog
+machine.LATE_SECONDS = 1
+with Watchdog(0, os.devnull, print) as watch, machine.Group("cpu", watch):
+    store = dist.distributed_c10d._get_default_store()
+    print("waits for", store.timeout.days, "days", flush=True)
+    dist.destroy_process_group = lambda: time.sleep(600)        # as NCCL's does where one process leaves alone
+print("left", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_process_waits_for_days_for_what_the_first_exchange_needs_and_leaves_alone_where_the_teardown_hangs():
+    job = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [forked.Popen([sys.executable, "-c", ALONE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    for process in processes:
+        assert process.communicate(timeout=300)[0].splitlines()[-2:] == ["waits for 7 days", "left"]
