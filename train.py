@@ -723,11 +723,20 @@ def attempt(args):
         return 1
 
 
+def leave(code):
+    """End this process without Python's teardown; all that is ours is closed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        # once the GPU has failed, torch aborts a process that frees page-locked memory
+        leave(1)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # all is closed: without the teardown of gloo's threads, which has aborted a finished job
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)                     # the teardown of gloo's threads has aborted a finished job
     sys.exit(code)

@@ -1287,6 +1287,32 @@ def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumula
     assert "stopped: out of memory with training.batch_size 64, training.accumulate 1" in done.stdout, done.stdout
 
 
+LOST = """
+import os, runpy, sys
+sys.path.insert(0, sys.argv[1])
+import data
+
+class PageLocked:                       # torch ends a process that frees such memory once its GPU has failed
+    def __del__(self):
+        os.abort()
+
+def batches(loader, lists, epoch):
+    room = PageLocked()
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+data.Loader.batches = batches
+sys.argv = ["train.py", "--config", sys.argv[2]]
+runpy.run_path(os.path.join(sys.path[0], "train.py"), run_name="__main__")
+"""
+
+
+def test_a_gpu_that_fails_ends_the_run_with_a_traceback_and_exit_1_not_by_sigabrt(corpus, tmp_path):
+    loaded(corpus, tmp_path)
+    done = forked.run([sys.executable, "-c", LOST, ROOT, tmp_path / "config.yaml"], capture_output=True, text=True)
+    assert "Traceback" in done.stderr and "unspecified launch failure" in done.stderr
+    assert done.returncode == 1, done.stderr
+
+
 def test_rows_that_a_dead_disk_refuses_wait_in_memory_and_come_whole_when_it_is_back(tmp_path):
     from run import records
     said = []
