@@ -298,7 +298,8 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         report = Report(refused=closed)
         sources = identify_all(files, root, layout, labels, report)
         refuse_twice(out, sources)
-        write_json(out / REPORT, {"refused": read_report(out), "unfinished": again})
+        stopped = _stopped(out, Path(src).resolve())
+        write_json(out / REPORT, {"refused": read_report(out), "unfinished": [*stopped, again]})
         _sweep(out)
         heads = [source.annotation for source in sources if source.layout == "tuh"]
         # of a single EDF the folder around it may be anything
@@ -307,7 +308,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
             say(f"{src}: {said}")
         task = Task(out, recipe, texts, said, names, labels)
         _import_all(report, sources, task, workers, say, progress)
-        _close(out, files, report)
+        _close(out, files, report, stopped)
     report.hints = hints(sources, layout, task, report, others)
     _table(report, task, say)
     return report
@@ -341,13 +342,20 @@ def _command(src, out, options):
 
 def check_finished(out):
     """TemporaryFault where an import into a folder runs or was stopped: not all is there yet."""
-    unfinished = _read_marks(out).get("unfinished")
+    unfinished = " && ".join(_unfinished(out))
     if not unfinished:
         return
     owner = holder(out)
     if owner:
         raise TemporaryFault(f"{out} is being imported by {owner}: wait until that has finished")
     raise TemporaryFault(f"{out} is not whole: its import was stopped. Finish it: {unfinished}")
+
+
+def _stopped(out, src):
+    """Commands of imports into a folder that were stopped, of other sources that are still there."""
+    places = {command: Path(shlex.split(command)[3]).resolve() for command in _unfinished(out)}
+    return [command for command, place in places.items()
+            if place.exists() and not place.is_relative_to(src)]
 
 
 def _lock(out):
@@ -621,15 +629,16 @@ def grouped(refused):
             yield from (f"{path}: {why}" for path in paths)
 
 
-def _close(out, files, report):
+def _close(out, files, report, stopped):
     """Write the index, and what was refused, for `info`; of other files, what an earlier import
-    said. From here on the folder is whole."""
+    said. From here on the folder is whole, but for what `stopped` commands were to bring."""
     made = entries(out, made=True)
     report.twins += twins((name, entry["samples"], entry["norm"], entry["scale"])
                           for name, (_, entry) in made.items())
     seen = {shown(path) for path in files}
     before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
-    write_json(out / REPORT, {"refused": before + report.refused})
+    marks = {"refused": before + report.refused}
+    write_json(out / REPORT, marks | ({"unfinished": stopped} if stopped else {}))
 
 
 def read_report(out):
@@ -640,8 +649,14 @@ def read_report(out):
         return []
 
 
+def _unfinished(out):
+    """Command lines of imports into a folder that run or were stopped."""
+    commands = _read_marks(out).get("unfinished", [])
+    return [commands] if isinstance(commands, str) else commands
+
+
 def _read_marks(out):
-    """What an import keeps beside its recordings: {"refused": ..., "unfinished": its command}."""
+    """What an import keeps beside its recordings: {"refused": ..., "unfinished": commands}."""
     try:
         marks = json.loads(Path(out, REPORT).read_text())
         return marks if isinstance(marks, dict) else {}

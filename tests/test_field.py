@@ -1,6 +1,7 @@
 """Recordings as hospitals export them: what public reports and public files do, each kind with its right value. Real files."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -735,6 +736,25 @@ def test_evaluating_a_corpus_whose_import_was_stopped_is_exit_1(weights, tmp_pat
     imported(tmp_path / "src", tmp_path / "out")
     disk.write_json(tmp_path / "out" / disk.REPORT, {"refused": []})                    # of an earlier version
     assert len(data.open_corpus(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("second, whole", [("b", False), ("a/anna/x.edf", False), (".", True), ("a", True)])
+def test_a_stopped_import_is_not_finished_by_one_of_another_source(tmp_path, second, whole):
+    src, out = tmp_path / "src", tmp_path / "out"
+    for place in ("a/anna/x", "b/berta/y"):
+        write_edf(src / f"{place}.edf", 5)
+    stopped = f"python data.py import {src / 'a'} {out}"
+    out.mkdir()
+    disk.write_json(out / disk.REPORT, {"refused": [], "unfinished": stopped})
+    imported(src / second, out)
+    if whole:
+        corpora.check_finished(out)
+        return
+    with pytest.raises(TemporaryFault, match="Finish it: " + re.escape(stopped) + "$"):
+        corpora.check_finished(out)
+    if second == "b":                                   # and of it alone
+        imported(src / "a", out)
+        corpora.check_finished(out)
 
 
 # ---- what an import leaves out ----
