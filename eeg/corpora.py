@@ -217,7 +217,7 @@ def read_renames(path):
         lines = annotations.read_text(path).split("\n")
     except OSError as error:
         raise DataError(f"--rename {path}: {error.strerror}") from None
-    renames = {}
+    renames, named = {}, {}
     for line in lines:
         if not line.strip() or line.startswith("#"):
             continue
@@ -232,8 +232,10 @@ def read_renames(path):
         if key is None:
             continue                    # titles of the columns
         name = one_spelling(name)
-        if renames.setdefault(label, name) != name:
-            raise DataError(f"--rename {path}: {label} is named {renames[label]} and {name}")
+        first = named.setdefault(label.lower(), name)       # in any case, as rename takes it
+        if first != name:
+            raise DataError(f"--rename {path}: {label} is named {first} and {name}")
+        renames[label] = name
     if not renames:
         raise DataError(f"--rename {path} names no electrode")
     return renames
@@ -352,7 +354,7 @@ def check_finished(out):
 
 
 def _stopped(out, src):
-    """Commands of imports into a folder that were stopped, of other sources that are still there."""
+    """Commands of stopped imports into a folder, of other sources that are still there."""
     places = {command: Path(shlex.split(command)[3]).resolve() for command in _unfinished(out)}
     return [command for command, place in places.items()
             if place.exists() and not place.is_relative_to(src)]

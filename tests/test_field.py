@@ -204,6 +204,7 @@ def test_channels_of_other_names_are_read_by_a_table_and_a_changed_table_makes_t
     table.write_text(table.read_text().replace("Fp1", "T8X").replace("F3\n", "F4\n").replace("T8X", "T7"))
     assert command("import", tmp_path / "src", tmp_path / "out", "--rename", table).returncode == 1
     for content, why in (("a\tb\n", "'a\\\\tb'"), ("", "empty"), ("a\tFp1\na\tFp2\n", "named Fp1 and Fp2"), ("one\n", "two columns"),
+                         ("a 1\tFp1\nA 1\tFp2\n", "A 1 is named Fp1 and Fp2"),
                          ("# nothing\n", "no electrode")):
         table.write_text(content)
         with pytest.raises(edf.DataError, match=why):
