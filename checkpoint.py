@@ -875,7 +875,7 @@ def load(path: str | os.PathLike, map_location: Any = "cpu") -> dict:
     """The dict in `path`, every byte checked before it is returned.
 
     Raises CorruptCheckpoint for bytes that were read and are wrong, OSError where they cannot be
-    read now, MemoryError where there is no room for them."""
+    read now, MemoryError where there is no room for them, what torch raises where a GPU fails."""
     if isinstance(map_location, (str, torch.device)):
         torch.empty(0, device=map_location)             # a GPU that is absent damages no file
     with _open(path) as file:
@@ -907,14 +907,15 @@ def _open(path):
 
 @contextlib.contextmanager
 def _damage(path):
-    """What reading `path` raises: OSError and MemoryError for what passes, all else as damage."""
+    """What reading `path` raises: OSError, MemoryError and a GPU's fault, which pass, as they are;
+    all else as damage."""
     try:
         yield
     except Exception as error:
         cause = error
         while cause:                        # zipfile and torch put errors of their own on top
             # damage alone leads a read to nowhere (EINVAL)
-            if isinstance(cause, MemoryError) or \
+            if isinstance(cause, (MemoryError, torch.AcceleratorError)) or \
                     isinstance(cause, OSError) and cause.errno != errno.EINVAL:
                 raise cause from None
             # torch has no class for this

@@ -489,6 +489,15 @@ def test_a_device_that_is_not_here_is_no_damage_to_the_file(tmp_path):
     assert checkpoint.load(tmp_path / "last.pt", map_location=lambda storage, location: storage)["epoch"] == 1
 
 
+def test_a_gpu_that_fails_while_a_file_is_loaded_is_no_damage_to_it(tmp_path):
+    checkpoint.atomic_save(state(1), tmp_path / "last.pt")
+
+    def fail(storage, location):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+    with pytest.raises(torch.AcceleratorError):
+        checkpoint.load(tmp_path / "last.pt", map_location=fail)
+
+
 class Code:
     def __reduce__(self):
         return print, ("it ran",)
