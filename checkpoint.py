@@ -524,7 +524,9 @@ class _Image:
 
     def _await_copy(self):
         if self.copied is not None:
-            self.copied.synchronize()
+            # a thread begins on the first GPU: from there the wait alone would take memory of it
+            with torch.cuda.device(self.side.device):
+                self.copied.synchronize()
             self.copied = None
 
     def refuse_nonfinite(self, number):

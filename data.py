@@ -444,7 +444,7 @@ def normalise(eeg: Any, scale: Any, norm: Any) -> Any:
 class Slot:
     """Room for one batch in the ring."""
     tensors: dict                       # see Loader._slots
-    copied: object = None               # CUDA event after which the room may be written again
+    copied: Any = None                  # CUDA event after which the room may be written again
 
     def __post_init__(self):
         self.arrays = {key: tensor.numpy() for key, tensor in self.tensors.items()}
@@ -548,7 +548,10 @@ class Loader:
         host = slot.arrays
         # the GPU may still be copying the batch before out of this slot
         if slot.copied is not None:
-            slot.copied.synchronize()
+            import torch
+            # a thread begins on the first GPU: from there the wait alone would take memory of it
+            with torch.cuda.device(slot.copied.device):
+                slot.copied.synchronize()
         began = time.perf_counter()
         recording.read_chunks(start, self.windows.length, host["eeg"][place])
         took = time.perf_counter() - began
@@ -620,7 +623,7 @@ class Loader:
             return None
         import torch
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -313,6 +314,27 @@ def test_batches_stay_valid_after_the_ring_went_round(corpus):
     kept = [x.clone() for x, _, _ in data.Loader(w, buffers=2).batches(plan(w), 1)]
     late = [x for x, _, _ in data.Loader(w, buffers=2).batches(plan(w), 1)]
     assert all(torch.equal(a, b) for a, b in zip(kept, late))
+
+
+ON_A_GPU = f"""
+import sys
+import torch
+sys.path.insert(0, {str(ROOT)!r})
+import data
+device, windows = sys.argv[2], data.Windows(data.open_corpus(sys.argv[1]), 10, 5)
+torch.zeros(1, device=device)           # as a model's weights
+lists = [list(range(k, k + 8)) for k in range(0, len(windows) - 8, 3)]
+ours = zip(data.Loader(windows, augment=True).batches(lists, 1), data.Loader(windows, device, augment=True, buffers=1).batches(lists, 1))
+for cpu, gpu in ours:
+    assert all(torch.allclose(one, other.cpu(), rtol=1e-6) for one, other in zip(cpu, gpu))
+assert len(lists) > 3 and (device == "cuda:0" or not torch._C._cuda_hasPrimaryContext(0))
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_each_gpu_batches_are_those_of_the_cpu_though_one_slot_serves_all_and_no_other_gpu_is_used(synthetic):
+    for number in range(torch.cuda.device_count()):
+        subprocess.run([sys.executable, "-c", ON_A_GPU, str(synthetic[1]), f"cuda:{number}"], check=True)
 
 
 def test_order_empty_lists_and_uneven_batches(corpus):
