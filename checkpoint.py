@@ -1306,15 +1306,22 @@ def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
 # ---- what a copied loop needs besides: random states, signals ----
 
 def random_states() -> dict[str, Any]:
-    """Random states of Python, NumPy (if loaded), torch and the current GPU, as plain values and
-    CPU tensors."""
+    """Random states of Python, NumPy (if loaded), torch and its GPUs, as plain values and CPU
+    tensors."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         states["numpy"] = [name, keys.tolist(), *rest]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = [torch.cuda.get_rng_state(gpu) for gpu in _gpus()]
     return states
+
+
+def _gpus():
+    """Numbers of the GPUs, the current one first: in another process it may have another number."""
+    # starts CUDA: a seed that waits for its start would undo what is restored before it
+    current = torch.cuda.current_device()
+    return sorted(range(torch.cuda.device_count()), key=lambda gpu: gpu != current)
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
@@ -1327,7 +1334,9 @@ def restore_random_states(states: dict[str, Any]) -> None:
         import numpy
         numpy.random.set_state(tuple(states["numpy"]))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        saved = states["cuda"]          # once that of the current GPU alone
+        for gpu, state in zip(_gpus(), saved if isinstance(saved, list) else [saved]):
+            torch.cuda.set_rng_state(state, gpu)
 
 
 class Signals:
