@@ -492,7 +492,11 @@ class _Image:
         """Room on the GPU for the clone; without it training waits for the copy to the CPU."""
         device = layout[gpu[0]][2]
         self.side = torch.cuda.Stream(device)
+        free, _ = torch.cuda.mem_get_info(device)
         try:
+            # not out of what training has just freed, and takes again at its next step
+            if free < self.gpu_end:
+                raise torch.OutOfMemoryError
             self.staging = torch.empty(self.gpu_end, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             self._say_once(f"no {self.gpu_end / 1e6:.0f} MB free on the GPU for a clone of the "

@@ -153,6 +153,64 @@ def test_a_snapshot_of_gpu_tensors_holds_the_values_of_the_call(tmp_path):
         assert torch.equal(got, torch.arange(10_000_000, dtype=torch.float32) + step - 1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_save_leaves_to_training_the_gpu_memory_that_it_has_freed_between_two_steps(tmp_path):
+    weight = torch.ones(50_000_000, device="cuda")
+    room = torch.cuda.mem_get_info()[0] - 150_000_000          # less is left than a clone of the weight takes
+
+    def step():
+        torch.empty(room, dtype=torch.uint8, device="cuda")
+    step()
+    try:
+        with saver(tmp_path, background=True) as s:
+            s.save_mid({"model": {"w": weight}, "epoch": 1, "batch": 1, "global_step": 1})
+            step()
+    finally:
+        torch.cuda.empty_cache()
+    assert torch.equal(checkpoint.load(tmp_path / "mid_epoch_001_000001.pt")["model"]["w"], weight.cpu())
+
+
+ON_THE_LAST = f"""
+import sys
+import torch
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint
+last = torch.cuda.device_count() - 1
+torch.manual_seed(0)
+if sys.argv[2:]:                        # before CUDA starts
+    state = checkpoint.load(sys.argv[1])
+    checkpoint.restore_random_states(state["random"])
+    assert torch.equal(torch.rand(5, device=f"cuda:{{last}}").cpu(), state["next"])
+    checkpoint.restore_random_states(state["random"] | {{"cuda": state["random"]["cuda"][0]}})
+else:
+    torch.rand(5, device=f"cuda:{{last}}")
+    random = checkpoint.random_states()
+    state = {{"random": random, "next": torch.rand(5, device=f"cuda:{{last}}"), "w": torch.ones(5, device=f"cuda:{{last}}")}}
+    with checkpoint.Checkpointer("checkpoints") as saver:
+        saver.save_mid({{**state, "epoch": 1, "batch": 1}})
+    checkpoint.atomic_save(state, sys.argv[1])
+    assert last == 0 or not torch._C._cuda_hasPrimaryContext(0)
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_random_numbers_of_a_gpu_that_is_not_the_current_one_go_on_in_a_process_that_has_not_used_it_yet(tmp_path):
+    for again in ([], ["again"]):
+        subprocess.run([sys.executable, "-c", ON_THE_LAST, str(tmp_path / "x.pt"), *again], cwd=tmp_path, check=True)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs here")
+def test_a_snapshot_of_tensors_on_several_gpus_and_the_cpu_holds_the_values_of_the_call(tmp_path):
+    values = {device: torch.arange(1_000_000, device=device, dtype=torch.float32) for device in ("cuda:1", "cpu", "cuda:0")}
+    with saver(tmp_path, background=True) as s:
+        for step in (1, 2, 3):
+            s.save_mid({"model": values, "epoch": 1, "batch": step, "global_step": step})
+            for value in values.values():
+                value.add_(1)
+    got = checkpoint.load(tmp_path / "mid_epoch_001_000003.pt")["model"]
+    assert all(torch.equal(value, torch.arange(1_000_000, dtype=torch.float32) + 2) for value in got.values())
+
+
 # ---- the choice ----
 
 def put(directory, name, **progress):
