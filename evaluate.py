@@ -732,8 +732,16 @@ def default_out(path, state):
     return folder / "evaluation"
 
 
+def exact_fp32():
+    """What is called fp32 is fp32, no TF32: scans, edges, last products and short convolutions.
+    torch's default is that for products, not for the convolutions of cuDNN."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def prepare(args):
     """(net, checkpoint, settings, what scores.json says about them) as the command line asks."""
+    exact_fp32()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda, but torch sees no GPU")
     gpu = args.device != "cpu" and torch.cuda.is_available()

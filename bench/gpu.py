@@ -36,6 +36,7 @@ import yaml                                                 # noqa: E402
 import checkpoint                                           # noqa: E402
 from eeg.disk import write_json                        # noqa: E402
 from eeg import corpora                                              # noqa: E402
+import evaluate                                             # noqa: E402
 import helpers                                              # noqa: E402
 import model as v3                                          # noqa: E402
 from eeg import synth                                                # noqa: E402
@@ -50,6 +51,12 @@ TESTS = {       # by name: one that is renamed fails here instead of being left 
         "test_model.py::"
         "test_a_gpu_gives_the_logits_and_gradients_of_the_cpu_within_each_precision",
         "test_checkpoint.py::test_a_snapshot_of_gpu_tensors_holds_the_values_of_the_call",
+        "test_checkpoint.py::"
+        "test_a_save_leaves_to_training_the_gpu_memory_that_it_has_freed_between_two_steps",
+        "test_checkpoint.py::test_random_numbers_of_a_gpu_that_is_not_the_current_one_go_on_in_a_"
+        "process_that_has_not_used_it_yet",
+        "test_data.py::test_on_each_gpu_batches_are_those_of_the_cpu_though_one_slot_serves_all_and_"
+        "no_other_gpu_is_used",
         "test_train.py::"
         "test_on_a_gpu_a_cut_run_ends_bit_identical_with_deterministic_algorithms"],
     "cpu": ["test_model.py::test_an_untrained_model_gives_the_prior"]}
@@ -77,13 +84,15 @@ def seconds(work, device, repeats=5):
 @contextlib.contextmanager
 def arithmetic(precision, device):
     """Autocast or TF32, as `precision` says; outside it fp32 is fp32."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     kind = PRECISIONS[precision]
     try:
         with torch.autocast(device, kind, enabled=kind is not None):
             yield
     finally:
-        torch.set_float32_matmul_precision("highest")
+        evaluate.exact_fp32()
 
 
 class Step:
@@ -563,6 +572,7 @@ def main():
               file=sys.stderr)
         return 2
     if args.section:
+        evaluate.exact_fp32()
         work, _ = SECTIONS[args.section]
         print(json.dumps(work(args)))
         return 0

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import checkpoint
 from eeg.disk import Refused, Stop, TemporaryFault
+import evaluate
 from run.watch import finished_within
 
 
@@ -143,9 +144,7 @@ def prepare_torch(config, group):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False     # nothing reads it
-    # what is called fp32 is fp32, no TF32: scans, edges and last products in every precision. As
-    # evaluate.py has it, and torch by default
-    torch.set_float32_matmul_precision("highest")
+    evaluate.exact_fp32()
     # more threads than cores wait for each other in turns, 20 times slower than one
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cores()))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import evaluate
 import forked
 import model as v3
 import train as training
@@ -28,6 +29,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 def seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    evaluate.exact_fp32()               # as in every run
 
 
 def tiny(channels=4, **config):
