@@ -211,8 +211,9 @@ def machine_facts(group, settings):
 
 
 def is_out_of_memory(error):
-    """On a GPU it has a class of its own; on a CPU torch, oneDNN and the loader of a library that
-    is imported late only say so."""
-    said = ("DefaultCPUAllocator", "could not create a primitive", "failed to map segment")
+    """On a GPU torch's allocator has a class for it; CUDA and its libraries, and on a CPU torch,
+    oneDNN and the loader of a library that is imported late, only say so."""
+    said = ("DefaultCPUAllocator", "could not create a primitive", "failed to map segment",
+            "CUDA error: out of memory", "ALLOC_FAILED")
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or any(text in str(error) for text in said))

@@ -1287,6 +1287,21 @@ def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumula
     assert "stopped: out of memory with training.batch_size 64, training.accumulate 1" in done.stdout, done.stdout
 
 
+@pytest.mark.parametrize("text", [
+    "CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_what_cuda_and_its_libraries_say_of_full_memory_is_heard(text):
+    assert train.is_out_of_memory(RuntimeError(text)) and not train.is_out_of_memory(RuntimeError("CUDA error: invalid argument"))
+
+
+def test_a_run_and_an_evaluation_take_no_tf32_for_fp32(corpus, tmp_path, monkeypatch):
+    import evaluate
+    assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
+    assert not torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)       # torch's default
+    assert evaluate.main(["--checkpoint", str(tmp_path / "t/checkpoints/last.pt"), "--data", str(corpus)]) == 0
+    assert not torch.backends.cudnn.allow_tf32
+
+
 LOST = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv[1])
