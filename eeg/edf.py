@@ -135,7 +135,7 @@ def read_header(path: str | os.PathLike) -> Header:
         count = whole(fixed[252:256], "number of signals")
         if count < 1:
             raise DataError(f"the header says {count} signals")
-        raw = f.read(256 * count)
+        raw = f.read(min(256 * count, size))            # not as many as a wrong count asks for
     if len(raw) < 256 * count:
         raise DataError(f"the header of {count} signals needs {256 * (count + 1)} bytes, "
                         f"the file has {size}")
