@@ -649,7 +649,7 @@ def fit_and_tell(trainer, again):
             return trainer.group.from_main(lambda: settle_and_tell(trainer, again))
         trainer.group.from_main(home.saver.settle if home else None)
         if home:
-            list_run(home.checkpoints, say)
+            list_run(home.newest, say)
             tell_next(home, trainer.config, say)
         return 0
     except Diverged:

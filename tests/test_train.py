@@ -555,6 +555,7 @@ def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_fro
     out = capsys.readouterr().out
     assert "save failed: Input/output error; the second copy has the state" in out and "Traceback" not in out
     if not moment:                          # the home's own best.pt is of an earlier epoch, or absent
+        assert f"\n{tmp_path}/nas/t/checkpoints\n" in out and "a fresh start" not in out
         assert f"{tmp_path}/nas/t/checkpoints alone" in out and f"--checkpoint {tmp_path}/nas/t/checkpoints/best.pt" in out
     assert train.run(loaded(corpus, tmp_path / "other", training__mirror=str(tmp_path / "nas")), "true") == 0
     assert_same_run(tmp_path / "other", reference)
