@@ -181,6 +181,14 @@ class Split:
                                   self.c["corpus_balance"])
 
 
+def is_weights(table):
+    """Whether `table` is {name: tensor} of plain floating-point numbers: a parameter takes integers
+    and complex numbers too, in silence."""
+    return isinstance(table, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.is_floating_point()
+        and value.layout == torch.strided and not value.is_meta for name, value in table.items())
+
+
 def read_init(config, split, net):
     """(weights, SHA-256 of their file) that training.init names, fit for `net`. Raises Refused."""
     path = config["training"]["init"]
@@ -193,9 +201,11 @@ def read_init(config, split, net):
     except OSError as error:
         error.filename = f"training.init {path}"
         raise fault(error, path) from None
-    weights, channels = state.get("model"), state.get("channels")
-    if not isinstance(weights, dict):
+    weights, channels = state.get("model"), state.get("channels") or []
+    if not is_weights(weights) or not isinstance(channels, (list, tuple)):
         raise Refused(f"training.init {path}: holds no weights")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise Refused(f"training.init {path}: its weights are not finite")
     if channels and list(channels) != list(split.channels):
         raise Refused(f"training.init {path}: its {len(channels)} channels ({channels[0]} ...) are "
                       f"not the {len(split.channels)} of {config['data']['path']} "

@@ -934,6 +934,21 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_begun(co
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize("spoil, message", [
+    (lambda value: value * math.nan, "its weights are not finite"),
+    (lambda value: value.to(torch.int64), "holds no weights"),
+    (lambda value: value.to(torch.complex64), "holds no weights"),
+    (lambda value: value.to_sparse(), "holds no weights"),
+    (lambda value: value.to("meta"), "holds no weights"),
+    (lambda value: 1.0, "holds no weights")])
+def test_weights_that_are_no_plain_finite_numbers_are_refused_in_one_line(corpus, tmp_path, reference, spoil, message):
+    weights = last(reference, "best.pt")["model"]
+    torch.save({"model": {name: spoil(value) for name, value in weights.items()}}, tmp_path / "init.pt")
+    with pytest.raises(train.Refused, match=message):
+        train.run(loaded(corpus, tmp_path, training__init=str(tmp_path / "init.pt")))
+    assert not (tmp_path / "t").exists()
+
+
 def test_weights_of_another_size_are_refused_with_its_name(corpus, tmp_path):
     path = tmp_path / "weights.pt"
     checkpoint.atomic_save({"model": model.build(19, model.settings({"size": "small"})).state_dict()}, path)
