@@ -56,6 +56,8 @@ def longer(here, there):
         return there
     if abandoned(there, here):
         return here
+    if abandoned(here, there):          # a home that did not take the save that went back
+        return there
     if any(start == there["start"] for start, _, _ in here["starts"]):
         # the home went on from an older save while this copy was out of reach
         return max(here, there, key=lambda facts: facts["save_counter"])

@@ -495,13 +495,20 @@ class MetricsFile:
         self.charts = Charts(directory / "tensorboard", kept, say)
 
     def _parted(self, path, step, ended):
-        """Rows of the file at `path` that a resume at `step` keeps, and the others."""
-        kept, dropped = [], []
+        """Rows of the file at `path` that a resume at `step` keeps, and the others. Where it has
+        two of one step, as of a second copy that a line which was left had reached, the later."""
+        kept, dropped = {}, []
         for row in self._rows(path):
+            place = row["kind"], row["step"]
             before = row["step"] < step
             at = row["step"] == step and (ended or row["kind"] == "train")
-            (kept if before or at else dropped).append(row)
-        return kept, dropped
+            if place in kept:
+                dropped.append(kept.pop(place))
+            if before or at:
+                kept[place] = row
+            else:
+                dropped.append(row)
+        return list(kept.values()), dropped
 
     def _completed(self, kept, second, *place):
         """`kept`, with rows of the second copy for those that it lacks."""

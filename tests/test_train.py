@@ -1100,6 +1100,26 @@ def test_a_line_chosen_by_file_holds_before_its_first_step_and_torchrun_goes_on_
     assert "resumed: epoch 2 batch 2 step " in capsys.readouterr().out
 
 
+def test_a_line_chosen_by_file_that_the_second_copy_alone_has_is_followed_with_each_step_once_in_the_rows(
+        corpus, reference, small_disk, tmp_path):
+    """The disk of home has room for records, not for a checkpoint, and some again at the next start."""
+    config = loaded(corpus, small_disk, training__mirror=str(tmp_path / "nas"), training__mid_epoch_minutes=0.0)
+    with cut_at(EPOCH_STEPS + 6):
+        train.run(config)
+    (small_disk / "gap").write_bytes(bytes(1 << 20))
+    fill(small_disk)
+    (small_disk / "gap").unlink()
+    with cut_at(2):
+        train.run(config, str(small_disk / "t/checkpoints/checkpoint_epoch_001.pt"))
+    (small_disk / "filler").unlink()
+    with cut_at(1):
+        train.run(config, "true")
+    newest = checkpoint.peek(checkpoint.find_resume(small_disk / "t/checkpoints"))
+    assert (newest["epoch"], newest["batch"]) == (2, 3)
+    assert train.run(config, "true") == 0
+    assert rows(small_disk) == rows(reference) and same(last(small_disk)["model"], last(reference)["model"])
+
+
 def test_a_file_chosen_where_nothing_is_left_to_train_still_is_the_line_that_resumes_follow(corpus, reference, tmp_path, capsys):
     assert train.run(loaded(corpus, tmp_path)) == 0
     first = str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt")
