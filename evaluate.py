@@ -39,8 +39,10 @@ import argparse
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -53,7 +55,7 @@ import checkpoint
 import data
 import model
 from eeg import annotations, baseline, corpora, edf, splits
-from eeg.disk import Refused, TemporaryFault, fault, write_json
+from eeg.disk import Refused, TemporaryFault, fault, write_file, write_json
 from eeg.layouts import labelled_by
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
@@ -563,6 +565,9 @@ def take_folder(out, recordings, source):
         return checkpoint.lock(out)
     except checkpoint.InUse as error:
         raise Refused(f"--out {error.strerror}, or give another folder") from None
+    except OSError as error:
+        error.filename = f"--out {out}"
+        raise fault(error, out) from None
 
 
 def _make(folder, option):
@@ -585,6 +590,8 @@ def take_file(path, source):
                       "give another folder")
     if path.is_dir():
         raise Refused(f"--events {path}: Is a directory")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Refused(f"--events {path}: may not be written")
     if path.is_file() and path.read_bytes()[:5] not in (b"", b"onset"):
         raise Refused(f"--events {path} holds something else: name another file")
 
@@ -632,7 +639,9 @@ def write(recording, probability, found, c, out, plot, save):
             pictures.draw(recording, probability, found, c["threshold"],
                           output(out, recording, f".{plot}"))
     if save:
-        np.save(output(out, recording, "_probability.npy"), probability)
+        content = io.BytesIO()
+        np.save(content, probability)
+        write_file(output(out, recording, "_probability.npy"), content.getbuffer())
 
 
 @contextlib.contextmanager
@@ -701,7 +710,9 @@ def parse(argv):
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path,
         help="best.pt, any other checkpoint, or a stripped one")
-    add("--data", required=True, type=Path, help="imported folder, folder of EDFs, or one EDF")
+    add("--data", required=True, type=Path,
+        help="imported folder, folder of EDFs, or one EDF; EDFs are prepared below TMPDIR, 35 MB "
+             "an hour of 19 channels")
     add("--out", type=Path,
         help="default: `evaluation` in the run directory, or beside stripped weights")
     add("--events", type=Path, metavar="FILE",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eeg.disk import write_file
 from eeg.edf import NUMBER, DataError, number
 
 # TUSZ annotation codes
@@ -225,7 +226,7 @@ def write_events_tsv(path, events, seconds, confidence=None, start="n/a"):
     if len(lines) == 1:
         lines.append(f"0.00\t{seconds:.2f}\tbckg\tn/a\t{same}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(lines) + "\n")
+    write_file(path, ("\n".join(lines) + "\n").encode())
 
 
 def read_tuh(path, header, texts=None):

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from eeg import annotations, console
-from eeg.disk import INDEX, REPORT, InUse, TemporaryFault, hold, holder, write_json
+from eeg.disk import INDEX, LASTING, REPORT, InUse, TemporaryFault, hold, holder, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel, electrode
 from eeg.edf import prepare_edf, read_header
 from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
@@ -372,6 +372,9 @@ def _lock(out):
     except InUse:
         raise DataError(f"{out}: another import is writing here") from None
     except OSError as error:
+        if error.errno not in LASTING:
+            error.filename = error.filename or str(out)
+            raise
         raise DataError(f"{out}: {error.strerror}") from None
 
 

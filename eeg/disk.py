@@ -148,16 +148,28 @@ def replace_durably(temp, target):
         os.close(fd)
 
 
-def write_json(path, value, indent=None):
-    """Write `value` to `path` as JSON, durably, all or nothing. Raises OSError; ValueError for NaN,
-    which JSON has not."""
+def write_file(path, content):
+    """Write bytes to `path`, durably, all or nothing; to a pipe or a device as they come. Raises
+    OSError, which names `path`."""
     path = Path(path)
+    if path.exists() and not path.is_file():                # such as /dev/stdout
+        path.write_bytes(content)
+        return
+    path = path.resolve()               # a link stays one
     temp = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temp.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+        temp.write_bytes(content)
         replace_durably(temp, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temp.unlink(missing_ok=True)
+
+
+def write_json(path, value, indent=None):
+    """write_file() of `value` as JSON. ValueError for NaN, which JSON has not."""
+    write_file(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def read_json_lines(path, say=print):

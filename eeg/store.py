@@ -38,6 +38,10 @@ def write_recording(target, eeg, events, attributes):
         if os.path.getsize(temp) != end:
             raise DataError(f"{target}: HDF5 put something behind the samples")
         replace_durably(temp, target)
+    except OSError as error:            # in a page of HDF5's own words
+        if error.errno:
+            raise OSError(error.errno, os.strerror(error.errno), str(target)) from None
+        raise
     except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
         raise OSError(f"{target}: {error}") from None
     finally:

@@ -121,7 +121,12 @@ def _save(figures, path):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    pixels.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path)
+    palette = pixels.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    try:
+        palette.save(path)
+    except OSError as error:
+        error.filename = str(path)      # not named where the disk is full
+        raise
 
 
 def _places(recording, probability, truth, found):

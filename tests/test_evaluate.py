@@ -1057,6 +1057,52 @@ def test_events_in_one_file_never_become_the_labels_of_an_edf_beside_it(corpus, 
         assert before == (sorted(tmp_path.iterdir()), labels.read_text())
 
 
+def test_a_full_disk_is_named_with_the_file_and_leaves_no_piece_of_it(corpus, tmp_path, small_disk, monkeypatch):
+    source = next((corpus / "edf").rglob("*.edf"))
+    earlier = small_disk / "x.tsv"
+    given = ("--checkpoint", corpus / "best.pt", "--data", source)
+    assert here(*given, "--events", earlier)[0] == 0
+    before = earlier.read_text()
+    (small_disk / "out").mkdir()
+    (small_disk / "out" / ".lock").write_bytes(b"process")
+    with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for option, place, name in (("--events", earlier, earlier), ("--out", small_disk / "out", f"{source.stem.removesuffix('_eeg')}_events.tsv")):
+        code, lines = here(*given, option, place)
+        assert code == 1 and "No space left on device" in lines[-1] and str(name) in lines[-1], lines
+    assert earlier.read_text() == before and not list(small_disk.rglob("*.part")) and not list(small_disk.glob("out/*.tsv"))
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    for free in (0, 400_000):                               # no room for a lock file, and for a lock file alone
+        os.truncate(small_disk / "filler", os.path.getsize(small_disk / "filler") - free)
+        for option, place in (("--out", tmp_path / "out"), ("--events", tmp_path / "never.tsv")):
+            code, lines = here(*given, option, place)
+            assert code == 1 and re.search(r"stopped: \[Errno 28\] No space left on device: '\S+'$", lines[-1]), lines
+    assert not (tmp_path / "never.tsv").exists()
+
+
+def test_a_place_that_may_not_be_written_is_refused_before_anything_is_predicted(corpus, small_disk, monkeypatch):
+    monkeypatch.setattr(evaluate, "predict", None)
+    source = next((corpus / "edf").rglob("*.edf"))
+    (small_disk / "out").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for option, place in (("--events", small_disk / "x.tsv"), ("--out", small_disk / "out"), ("--out", small_disk / "new")):
+        code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, option, place)
+        assert code == 2 and len(lines) == 1 and f"{option} {place}" in lines[0], lines
+
+
+@pytest.mark.parametrize("way", ["| cat", "> file && cat file"])
+def test_events_go_down_a_pipe_and_through_a_link_which_stays(corpus, tmp_path, way):
+    (tmp_path / "link.tsv").symlink_to(tmp_path / "there.tsv")
+    source = next((corpus / "edf").rglob("*.edf"))
+    line = f'"$0" "$1" --checkpoint "$2/best.pt" --data "$3" --events /dev/stdout {way}'
+    done = subprocess.run(["bash", "-c", line, sys.executable, ROOT / "evaluate.py", corpus, source], cwd=tmp_path, capture_output=True, text=True)
+    assert "recordingDuration" in done.stdout and Path("/dev/stdout").is_symlink(), done.stderr
+    assert here("--checkpoint", corpus / "best.pt", "--data", source, "--events", tmp_path / "link.tsv")[0] == 0
+    assert (tmp_path / "link.tsv").is_symlink() and read_tsv(tmp_path / "there.tsv")
+
+
 def test_two_evaluations_never_write_into_one_folder(corpus, tmp_path):
     given = ("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path / "out")
     (tmp_path / "out").mkdir()
