@@ -111,7 +111,8 @@ def identify(path, root, layout="auto"):
 
     split = ""
     if row.split:
-        above = (*relative.parts[:-1], root.name, root.parent.name)
+        place = Path(os.path.abspath(root))             # of ".", too, as inside dev
+        above = (*relative.parts[:-1], place.name, place.parent.name)
         split = next((part for part in above if part in SPLITS), "")
     # a dead link counts: labels that cannot be read are no reason to call a recording unlabelled
     annotation = next((place for place in row.find(path) if os.path.lexists(place)), None)

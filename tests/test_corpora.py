@@ -470,6 +470,15 @@ def test_what_other_programs_keep_in_folders_of_their_own_is_no_recording(tmp_pa
     assert [path.relative_to(src).as_posix() for path in corpora.find_edf(src)[0]] == ["#12/n1.edf", place]
 
 
+@pytest.mark.parametrize("at, root", [(".", "dev"), ("dev", "."), ("dev/aaaaaaaa", ".."), ("train", "../dev")])
+def test_the_split_of_a_corpus_is_known_wherever_the_import_is_started(tmp_path, monkeypatch, at, root):
+    write_edf(tmp_path / "dev" / "aaaaaaaa" / "aaaaaaaa_s001_t000.edf", 5)
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path / at)
+    files, root, *_ = corpora.find_edf(root)
+    assert [corpora.identify(path, root).split for path in files] == ["dev"]
+
+
 def test_files_refused_for_one_reason_share_a_line(tmp_path):
     for i in range(5):
         write_edf(tmp_path / "src" / f"{i}.edf", unit="")
