@@ -388,6 +388,29 @@ def test_a_home_with_room_for_one_file_alone_gets_the_rest_later_and_nothing_old
         assert recover(directory) == 4 and sound(checkpoint.load(directory / "best.pt")) == 2, said
 
 
+def test_what_went_to_the_second_copy_from_before_a_damaged_save_at_home_is_gone_on_from(tmp_path):
+    """The damaged one keeps its name at home, and looks later than where the second copy's line began."""
+    home, place = tmp_path / "results/v3/checkpoints", tmp_path / "nas/v3/checkpoints"
+    with mirrored(tmp_path)[0] as s:
+        s.save_mid(state(1))
+        s.save_mid(state(2))
+    for folder in (home, place):
+        flip(folder / "mid_epoch_001_000002.pt")
+    s, said = mirrored(tmp_path)
+    assert s.resume()["global_step"] == 1
+    until(lambda: copied(s), said)
+    mend = spoil_gone(tmp_path / "results")
+    s.save_mid(state(3))
+    mend()
+    s.close()                                   # as a kill leaves it: nothing has come home
+    assert recover(home) == 1 and recover(place) == 3
+    s, said = mirrored(tmp_path)
+    with s:
+        assert s.resume()["global_step"] == 3, said
+        s.save_mid(state(4))
+    assert recover(home) == recover(place) == 4 and not any("another line" in line for line in said), said
+
+
 def test_saves_that_neither_place_takes_end_the_run_after_the_patience_and_both_are_named(tmp_path):
     s, said = mirrored(tmp_path, save_patience_minutes=0)
     s.save_mid(state(1))
