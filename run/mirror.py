@@ -309,11 +309,12 @@ class Mirrored(Checkpointer):
         self._outrank(there)
 
     def _expect_own(self, there, run=None, home=()):
-        """Raise OtherRun where the second copy is of another run."""
+        """Raise OtherRun where the second copy is of another run: that of its latest save. Older
+        ones may be of the run before a --resume FILE of another one."""
         self.known |= {run or self.run, *(c.facts["run"] for c in home if c.facts)}
-        others = {c.facts["run"] for c in there if c.facts} - self.known
-        if others:
-            raise OtherRun(f"{self.place} holds another run of this name ({', '.join(others)}): "
+        latest = max((c for c in there if c.facts), key=lambda c: c.order, default=None)
+        if latest and latest.facts["run"] not in self.known:
+            raise OtherRun(f"{self.place} holds another run of this name ({latest.facts['run']}): "
                            f"move it away, or name another mirror")
 
     def _keep_apart(self, why):

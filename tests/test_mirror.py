@@ -1,6 +1,7 @@
 """run/mirror.py: a second copy of a run, on real folders, full disks and disks that die."""
 import errno
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -409,6 +410,25 @@ def test_what_went_to_the_second_copy_from_before_a_damaged_save_at_home_is_gone
         assert s.resume()["global_step"] == 3, said
         s.save_mid(state(4))
     assert recover(home) == recover(place) == 4 and not any("another line" in line for line in said), said
+
+
+def test_a_home_that_is_lost_after_it_went_on_from_another_runs_file_keeps_its_second_copy(tmp_path):
+    """The second copy still has snapshots of the run before."""
+    with saver(tmp_path / "other/checkpoints", mirror=tmp_path / "elsewhere") as s:
+        s.save_mid(state(1))
+    with mirrored(tmp_path)[0] as s:
+        for batch in (1, 2, 3):
+            s.save_mid(state(batch))
+    with mirrored(tmp_path)[0] as s:
+        s.resume(tmp_path / "other/checkpoints/mid_epoch_001_000001.pt")
+        s.save_mid(state(4))
+    shutil.rmtree(tmp_path / "results")
+    for batch in (5, 6):
+        s, said = mirrored(tmp_path)
+        with s:
+            assert s.resume()["global_step"] == batch - 1, said
+            s.save_mid(state(batch))
+        assert recover(tmp_path / "nas/v3/checkpoints") == batch, said
 
 
 def test_saves_that_neither_place_takes_end_the_run_after_the_patience_and_both_are_named(tmp_path):
