@@ -377,7 +377,10 @@ def constant(header: Header, body: np.ndarray, i: int) -> bool:
     low, high = header.signals["pmin"][i], header.signals["pmax"][i]
     if low != high and header.signals["dmin"][i] != header.signals["dmax"][i]:
         return False
-    block = header.block(body, i)
+    return _one_value(header.block(body, i))
+
+
+def _one_value(block):
     return bool((block == block[0, 0]).all())
 
 
@@ -835,6 +838,12 @@ def _without_constants(header, body, rows):
     flat = {i for row in rows for i in row if constant(header, body, i)}
     for i in sorted(flat):
         header.notes.append(f"{header.signals['label'][i]} is constant, its range 0: flat")
+    paired = {i for row in rows if len(row) > 1 for i in row} - flat
+    # the difference of it and another is not flat, and would not be said
+    dead = [header.signals["label"][i] for i in sorted(paired)
+            if _one_value(header.block(body, i))]
+    if dead:
+        header.notes.append(f"constant, and in derivations with others: {', '.join(dead)}")
     kept = [{i: weight for i, weight in row.items() if i not in flat} for row in rows]
     if not any(kept):
         raise DataError(f"all {len(rows)} channels are flat")

@@ -408,6 +408,14 @@ def test_negative_gain_turns_the_sign(tmp_path):
     np.testing.assert_allclose(microvolts(a), microvolts(b), atol=0.2)
 
 
+def test_an_electrode_without_signal_is_noted_in_either_montage(tmp_path):
+    eeg = np.random.default_rng(1).normal(0, 300, (19, 20 * 256))
+    eeg[1] = 7
+    path = write_edf(tmp_path / "a.edf", eeg=eeg)
+    assert prepare(path).notes == "flat: F3"
+    assert prepare(path, "bipolar").notes == "constant, and in derivations with others: F3"
+
+
 def test_one_channel_whose_range_is_wrong_is_noted(tmp_path):
     fields = dict(pmin={4: "-3276800", 6: "-3.2768"}, pmax={4: "3276700", 6: "3.2767"})
     notes = prepare(write_edf(tmp_path / "a.edf", **fields)).notes
