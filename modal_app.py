@@ -463,7 +463,8 @@ def leave(way):
 def card():
     """Name of the GPU that this container got, or ""."""
     import torch
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    # asks the driver each time; is_available keeps the first answer of a process
+    return torch.cuda.get_device_name() if torch.cuda.device_count() else ""
 
 
 def gpu_or_raise(config, gpu=""):
