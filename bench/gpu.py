@@ -191,7 +191,8 @@ def tests(args):
     """The suite's GPU tests by name; a skip is a failure."""
     rows = []
     for name in TESTS[args.device]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
+        command = [sys.executable, "-m", "pytest", "-q", "--slow", "-p", "no:cacheprovider",
+                   f"tests/{name}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         line = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
         passed = done.returncode == 0 and "skipped" not in done.stdout

@@ -153,6 +153,7 @@ def test_a_snapshot_of_gpu_tensors_holds_the_values_of_the_call(tmp_path):
         assert torch.equal(got, torch.arange(10_000_000, dtype=torch.float32) + step - 1)
 
 
+@pytest.mark.slow                       # alone: it takes the whole card for a moment
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_save_leaves_to_training_the_gpu_memory_that_it_has_freed_between_two_steps(tmp_path):
     weight = torch.ones(50_000_000, device="cuda")
