@@ -743,6 +743,15 @@ def default_out(path, state):
     return folder / "evaluation"
 
 
+def is_out_of_memory(error):
+    """On a GPU torch's allocator has a class for it; CUDA and its libraries, and on a CPU torch,
+    oneDNN and the loader of a library that is imported late, only say so."""
+    said = ("DefaultCPUAllocator", "could not create a primitive", "failed to map segment",
+            "CUDA error: out of memory", "ALLOC_FAILED")
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(text in str(error) for text in said))
+
+
 def exact_fp32():
     """What is called fp32 is fp32, no TF32: scans, edges, last products and short convolutions.
     torch's default is that for products, not for the convolutions of cuDNN."""
@@ -857,6 +866,12 @@ def main(argv=None):
     except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:
         print(f"evaluate.py: {refusal}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("evaluate.py: stopped: out of memory: --set evaluation.batch_size=1 takes least, "
+              "--device cpu nothing of a GPU", file=sys.stderr)
+        return 1
     return 0
 
 

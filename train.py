@@ -36,7 +36,7 @@ from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
 from run.config import add, describe, load as load_config, run_directory
 from run.listing import list_run
-from run.machine import Group, autocast, data_parallel, is_out_of_memory, machine_facts
+from run.machine import Group, autocast, data_parallel, machine_facts
 from run.machine import prepare_torch, rank_and_size
 from run.messages import command_again, tell_next, tell_stopped, time_left, true_or_false
 from run.prepare import check           # noqa: F401 - for those who import train
@@ -665,7 +665,7 @@ def fit_and_tell(trainer, again):
     except edf.DataError as error:     # a recording changed or vanished under the run
         say(f"stopped: {error}; mend it, then --resume", every=True)
     except (ImportError, MemoryError, RuntimeError) as error:       # torch.OutOfMemoryError
-        if not is_out_of_memory(error):
+        if not evaluate.is_out_of_memory(error):
             raise
         say(f"stopped: out of memory with training.batch_size {trainer.settings['batch_size']}, "
             f"training.accumulate {trainer.settings['accumulate']}, evaluation.batch_size "

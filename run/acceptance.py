@@ -18,8 +18,9 @@ import checkpoint
 import data
 import model
 from eeg import edf
+import evaluate
 from run.attempts import money
-from run.machine import autocast, is_out_of_memory
+from run.machine import autocast
 from run.prepare import Split, folders
 
 DRIVER = {"13": 580, "12": 525}         # oldest NVIDIA driver for a torch of that CUDA version
@@ -159,7 +160,7 @@ def check_training(config, device, trainer, count, dollars, read):
     try:
         trained = count * train_speed(config, device, trainer)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not evaluate.is_out_of_memory(error):
             raise
         torch.cuda.empty_cache()
         fault = (f"training.batch_size {settings['batch_size']} does not fit into the card's "

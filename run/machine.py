@@ -208,12 +208,3 @@ def machine_facts(group, settings):
     return {"device": device_name(group.device), "processes": group.size,
             "torch": str(torch.__version__), "threads": torch.get_num_threads(),
             "precision": settings["precision"], "compile": settings["compile"]}
-
-
-def is_out_of_memory(error):
-    """On a GPU torch's allocator has a class for it; CUDA and its libraries, and on a CPU torch,
-    oneDNN and the loader of a library that is imported late, only say so."""
-    said = ("DefaultCPUAllocator", "could not create a primitive", "failed to map segment",
-            "CUDA error: out of memory", "ALLOC_FAILED")
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or any(text in str(error) for text in said))

@@ -1274,6 +1274,30 @@ def test_the_entry_keeps_to_the_schema_of_the_benchmark():
     assert all(isinstance(text, str) and text for text in texts)
 
 
+HUNGRY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import evaluate
+healthy = evaluate.predict
+
+def hungry(*arguments):                 # from the first recording on, the memory that it has and 100 MB
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100 * 2**20, resource.RLIM_INFINITY))
+    return healthy(*arguments)
+
+evaluate.predict = hungry
+sys.exit(evaluate.main(sys.argv[2:]))
+"""
+
+
+def test_out_of_memory_is_one_line_that_names_the_batch_size_and_exit_1(corpus, tmp_path):
+    done = forked.run([sys.executable, "-c", HUNGRY, ROOT, "--checkpoint", corpus / "best.pt", "--data", corpus / "imported",
+                       "--out", tmp_path / "out", "--set", "evaluation.batch_size=64", "--set", "evaluation.window_seconds=120",
+                       "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "evaluate.py: stopped: out of memory: --set evaluation.batch_size=1 takes least" in done.stderr
+
+
 @pytest.fixture
 def open_folder():
     """A folder that other users can enter: pytest's own are closed to them."""

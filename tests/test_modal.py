@@ -639,7 +639,7 @@ def site_of_edf(tmp_path):
 
 # called where a card has no memory: test_a_batch_that_does_not_fit_is_a_fault_that_names_the_key;
 # where a Volume takes no record: test_a_volume_that_takes_no_record_of_a_start_is_said_with_its_place
-ELSEWHERE = {("run/acceptance.py", "run/machine.py", "is_out_of_memory"), ("modal_app.py", "eeg/disk.py", "fault")}
+ELSEWHERE = {("run/acceptance.py", "evaluate.py", "is_out_of_memory"), ("modal_app.py", "eeg/disk.py", "fault")}
 
 
 @pytest.mark.slow

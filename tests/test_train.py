@@ -1326,7 +1326,8 @@ def test_out_of_memory_on_the_cpu_is_one_line_that_names_batch_size_and_accumula
 @pytest.mark.parametrize("text", [
     "CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
 def test_what_cuda_and_its_libraries_say_of_full_memory_is_heard(text):
-    assert train.is_out_of_memory(RuntimeError(text)) and not train.is_out_of_memory(RuntimeError("CUDA error: invalid argument"))
+    from evaluate import is_out_of_memory
+    assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(RuntimeError("CUDA error: invalid argument"))
 
 
 def test_a_run_and_an_evaluation_take_no_tf32_for_fp32(corpus, tmp_path, monkeypatch):
