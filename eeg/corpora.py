@@ -299,7 +299,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
             refuse_mixture(out, recipe)
         report = Report(refused=closed)
         sources = identify_all(files, root, layout, labels, report)
-        refuse_twice(out, sources)
+        refuse_twice(out, sources, root, report)
         stopped = _stopped(out, Path(src).resolve())
         write_json(out / REPORT, {"refused": read_report(out), "unfinished": [*stopped, again]})
         _sweep(out)
@@ -447,17 +447,23 @@ def refuse_mixture(out, recipe):
                             "--replace")
 
 
-def refuse_twice(out, sources):
+def refuse_twice(out, sources, root, report):
     """DataError where `out` holds one of the sources under another name, and perhaps patient, from
-    an import of one file or of a part of the corpus: it would count twice, train and validate."""
+    an import of one file or of a part of the corpus: it would count twice, train and validate. What
+    `out` holds of an EDF that has left `root` is noted: it may have been renamed, or withdrawn."""
     names = {source.name for source in sources}
     paths = {os.path.realpath(source.path) for source in sources}
-    for path in out.rglob("*.h5"):
-        if path.relative_to(out).with_suffix("").as_posix() not in names:
-            made = _prepared(path)
-            if made and os.path.realpath(made["source"]) in paths:
-                raise DataError(f"{path} is {made['source']} under another name: delete it, or "
-                                "import into another folder")
+    for path in sorted(out.rglob("*.h5")):
+        name = path.relative_to(out).with_suffix("").as_posix()
+        made = None if name in names else _prepared(path)
+        if not made:
+            continue
+        source = Path(made["source"])
+        if os.path.realpath(source) in paths:
+            raise DataError(f"{path} is {source} under another name: delete it, or import into "
+                            "another folder")
+        if source.is_relative_to(root.absolute()) and not source.exists():
+            report.notes.append((name, f"stays in {out} though its EDF is no longer there"))
 
 
 def _prepared(path):
