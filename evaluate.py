@@ -516,6 +516,8 @@ def choose(recordings, split, state, path=None):
         except (AttributeError, KeyError, TypeError):
             raise Refused("the checkpoint's config does not say how recordings were split: leave "
                           "--split away") from None
+        except edf.DataError as error:
+            raise Refused(f"--split {split}: {error}; or leave --split away") from None
         chosen = train if split == "train" else dev
         if split == "dev":
             warning = splits.WARNINGS.get(config["data"].get("split"), "")
@@ -524,7 +526,7 @@ def choose(recordings, split, state, path=None):
     else:
         chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
-        raise Refused(f"no recording belongs to the split {split}")
+        raise Refused(f"no recording belongs to the split {split}: leave --split away")
     return chosen, warning
 
 

@@ -818,6 +818,13 @@ def test_the_dev_split_is_the_one_training_validated_on(corpus, tmp_path):
     assert not scores["includes_training"]
 
 
+def test_a_split_that_is_not_there_is_refused_with_what_to_leave_away(corpus, tmp_path):
+    alone = next(path for path in (corpus / "imported").iterdir() if path.is_dir())
+    for split, source in (("eval", corpus / "imported"), ("dev", alone)):
+        code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--split", split, "--out", tmp_path)
+        assert code == 2 and len(lines) == 1 and lines[0].endswith("leave --split away"), lines
+
+
 def test_a_corpus_that_has_grown_or_shrunk_since_the_training_is_divided_anew_and_that_is_said(corpus, tmp_path, capsys):
     state, recordings = checkpoint.load(corpus / "best.pt"), data.open_corpus(corpus / "imported")
     state["data"] = data.fingerprint(recordings)

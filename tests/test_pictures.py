@@ -218,6 +218,22 @@ def test_what_the_scores_count_as_found_is_found_in_the_picture():
         assert kinds == (["found seizure"] if found else ["missed seizure", "false alarm"])
 
 
+def test_a_place_is_the_seizure_with_the_detections_in_it_or_else_with_those_beside_it():
+    track = banana("a", 900, [(300, 330)])
+    for detections, place in (([(275, 280), (310, 340), (350, 360)], (300, 340)), ([(275, 280)], (275, 330))):
+        found = np.array(detections, float)
+        assert pictures._places(track, probability_of(track, []), track.events, found) == [("found seizure", *place)]
+
+
+def test_hundreds_of_events_are_drawn_where_they_are_seen_and_in_few_pieces():
+    track = banana("a", 3600, [(i * 50 + 10, i * 50 + 20) for i in range(70)])
+    sheet = sheet_of(track, [(i * 25 + 1, i * 25 + 9) for i in range(140)])
+    overview, *pages = sheet.figure.axes
+    assert len(overview.patches) == 70 and len(overview.lines) + len(overview.collections) < 30
+    assert len(pages) > 4 and all(len(axis.patches) <= 1 for axis in pages)
+    assert [len(c.get_paths()) for c in overview.collections].count(280) == 1         # both edges of each detection
+
+
 def test_a_pdf_has_a_page_for_each_page_of_eeg(tmp_path):
     track = banana("a", 300, [(30, 50), (200, 206)])
     p = probability_of(track, [(35, 55)])
