@@ -39,10 +39,8 @@ import argparse
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -55,10 +53,11 @@ import checkpoint
 import data
 import model
 from eeg import annotations, baseline, corpora, edf, splits
-from eeg.disk import Refused, TemporaryFault, fault, write_file, write_json
-from eeg.layouts import labelled_by
+from eeg.disk import Refused, TemporaryFault, fault, write_json
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
+from scoring.files import STOPS, default_out, drawing, output, take_file, take_folder
+from scoring.files import write, write_events
 # also for training, which knows only this file
 from scoring.metrics import METRICS, check_metric, deciding     # noqa: F401
 from scoring.report import validation_line                      # noqa: F401
@@ -96,10 +95,8 @@ KEYS = {
 DEFAULTS = defaults(KEYS)
 # thresholds tried: even in log-odds, 0.018 to 0.999
 GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
-EVENTS = "_events.tsv"
 DIVIDED_ANEW = ("these recordings or their labels are not those of the training: train and dev "
                 "were drawn anew, and patients who trained may be among those of dev")
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -542,69 +539,6 @@ def includes_training(recordings, args, state):
     return bool(usable) and (bool(near) or data.fingerprint(usable) == state.get("data"))
 
 
-def output(out, recording, ending):
-    """File of one recording in the folder of an evaluation: SzCORE's name for events."""
-    return out / (recording.name.removesuffix("_eeg") + ending)
-
-
-def take_folder(out, recordings, source):
-    """Make the folder `out` and hold it: a checkpoint.Lock. Refused where it holds the events of
-    other recordings, which would lie beside these scores, where events would lie where a corpus has
-    its labels, or where another evaluation is writing."""
-    _make(out, "--out")
-    ours = {output(out, r, EVENTS) for r in recordings}
-    edfs = {path.with_suffix("") for path in out.rglob("*.*") if path.suffix.lower() == ".edf"}
-    beside = [output(out, r, EVENTS).name for r in recordings if out / r.name in edfs]
-    if beside:
-        raise Refused(f"--out {out}: {beside[0]} would lie beside its EDF and be read as its "
-                      "labels: give another folder")
-    foreign = sorted(set(out.rglob("*" + EVENTS)) - ours)
-    if foreign:
-        raise Refused(f"--out {out} already holds the events of other recordings "
-                      f"({foreign[0].name}; {len(foreign)} in all): "
-                      f"give another folder, such as --out {out}_{source.stem}")
-    try:
-        return checkpoint.lock(out)
-    except checkpoint.InUse as error:
-        raise Refused(f"--out {error.strerror}, or give another folder") from None
-    except OSError as error:
-        error.filename = f"--out {out}"
-        raise fault(error, out) from None
-
-
-def _make(folder, option):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        error.filename = f"{option} {folder}"
-        raise fault(error, folder) from None
-
-
-def take_file(path, source):
-    """Refused where --events would be written over anything but the events of an earlier call, or
-    where they would be read as labels, perhaps over the labels that are there."""
-    _make(path.parent, "--events")
-    if path.resolve() == source.resolve():
-        raise Refused(f"--events {path} would be written over the EDF itself")
-    beside = labelled_by(path.resolve())
-    if beside:
-        raise Refused(f"--events {path} would lie beside {beside.name} and be read as its labels: "
-                      "give another folder")
-    if path.is_dir():
-        raise Refused(f"--events {path}: Is a directory")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Refused(f"--events {path}: may not be written")
-    if path.is_file() and path.read_bytes()[:5] not in (b"", b"onset"):
-        raise Refused(f"--events {path} holds something else: name another file")
-
-
-def write_events(path, found, probability, recording):
-    """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
-    confidence = [probability[begin:end].mean() for begin, end in found]
-    start = recording.began or "n/a"
-    annotations.write_events_tsv(path, found / FS, recording.seconds, confidence, start)
-
-
 def evaluate(net, recordings, c, device, precision, out, plot, save):
     """Score recordings and write to the folder `out` their events, pictures as `plot` ("png", "pdf"
     or "") and with `save` probability tracks. Returns the records and the detections in each."""
@@ -629,29 +563,6 @@ def detect(net, recording, device, c, precision, poll=None, windows=None):
     if not np.isfinite(probability).all():
         raise Refused(f"the model gives a probability that is not finite on {recording.name}")
     return probability, postprocess(probability, c["threshold"], c)
-
-
-def write(recording, probability, found, c, out, plot, save):
-    """The files of one recording; those that an earlier evaluation made stay until these are, but
-    for its scores.json, which is not of these events."""
-    (out / "scores.json").unlink(missing_ok=True)
-    write_events(output(out, recording, EVENTS), found, probability, recording)
-    if plot:
-        with drawing() as pictures:
-            pictures.draw(recording, probability, found, c["threshold"],
-                          output(out, recording, f".{plot}"))
-    if save:
-        content = io.BytesIO()
-        np.save(content, probability)
-        write_file(output(out, recording, "_probability.npy"), content.getbuffer())
-
-
-@contextlib.contextmanager
-def drawing():
-    """scoring/pictures.py. A signal waits: within matplotlib it would become another error."""
-    with console.signals_wait(*STOPS):
-        from scoring import pictures    # here: matplotlib takes a second to import
-        yield pictures
 
 
 def scores(records, c):
@@ -735,14 +646,6 @@ def parse(argv):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto, the default: a GPU where torch sees one")
     return parser.parse_args(argv)
-
-
-def default_out(path, state):
-    """Beside a file of weights; in the run directory for a checkpoint of a run."""
-    folder = path.absolute().parent
-    if folder.name == "checkpoints" and "optimizer" in state:
-        folder = folder.parent
-    return folder / "evaluation"
 
 
 def is_out_of_memory(error):

@@ -1,0 +1,115 @@
+"""Where the files of an evaluation go, and that they harm no others.
+
+    --out FOLDER    of each recording its events, pictures and probabilities; scores.json
+    --events FILE   the events of one EDF
+
+What lies where a corpus has its labels would be read as labels by the next import.
+"""
+import contextlib
+import io
+import os
+import signal
+
+import numpy as np
+
+import checkpoint
+from eeg import annotations, console, edf
+from eeg.disk import Refused, fault, write_file
+from eeg.layouts import labelled_by
+
+EVENTS = "_events.tsv"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def default_out(path, state):
+    """Beside a file of weights; in the run directory for a checkpoint of a run."""
+    folder = path.absolute().parent
+    if folder.name == "checkpoints" and "optimizer" in state:
+        folder = folder.parent
+    return folder / "evaluation"
+
+
+def output(out, recording, ending):
+    """File of one recording in the folder of an evaluation: SzCORE's name for events."""
+    return out / (recording.name.removesuffix("_eeg") + ending)
+
+
+def take_folder(out, recordings, source):
+    """Make the folder `out` and hold it: a checkpoint.Lock. Refused where it holds the events of
+    other recordings, which would lie beside these scores, where events would lie where a corpus has
+    its labels, or where another evaluation is writing."""
+    _make(out, "--out")
+    ours = {output(out, r, EVENTS) for r in recordings}
+    edfs = {path.with_suffix("") for path in out.rglob("*.*") if path.suffix.lower() == ".edf"}
+    beside = [output(out, r, EVENTS).name for r in recordings if out / r.name in edfs]
+    if beside:
+        raise Refused(f"--out {out}: {beside[0]} would lie beside its EDF and be read as its "
+                      "labels: give another folder")
+    foreign = sorted(set(out.rglob("*" + EVENTS)) - ours)
+    if foreign:
+        raise Refused(f"--out {out} already holds the events of other recordings "
+                      f"({foreign[0].name}; {len(foreign)} in all): "
+                      f"give another folder, such as --out {out}_{source.stem}")
+    try:
+        return checkpoint.lock(out)
+    except checkpoint.InUse as error:
+        raise Refused(f"--out {error.strerror}, or give another folder") from None
+    except OSError as error:
+        error.filename = f"--out {out}"
+        raise fault(error, out) from None
+
+
+def _make(folder, option):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        error.filename = f"{option} {folder}"
+        raise fault(error, folder) from None
+
+
+def take_file(path, source):
+    """Refused where --events would be written over anything but the events of an earlier call, or
+    where they would be read as labels, perhaps over the labels that are there."""
+    _make(path.parent, "--events")
+    if path.resolve() == source.resolve():
+        raise Refused(f"--events {path} would be written over the EDF itself")
+    beside = labelled_by(path.resolve())
+    if beside:
+        raise Refused(f"--events {path} would lie beside {beside.name} and be read as its labels: "
+                      "give another folder")
+    if path.is_dir():
+        raise Refused(f"--events {path}: Is a directory")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Refused(f"--events {path}: may not be written")
+    if path.is_file() and path.read_bytes()[:5] not in (b"", b"onset"):
+        raise Refused(f"--events {path} holds something else: name another file")
+
+
+def write_events(path, found, probability, recording):
+    """SzCORE events file of events (N, 2) in samples; confidence is the mean probability inside."""
+    confidence = [probability[begin:end].mean() for begin, end in found]
+    start = recording.began or "n/a"
+    annotations.write_events_tsv(path, found / edf.FS, recording.seconds, confidence, start)
+
+
+def write(recording, probability, found, c, out, plot, save):
+    """The files of one recording; those that an earlier evaluation made stay until these are, but
+    for its scores.json, which is not of these events."""
+    (out / "scores.json").unlink(missing_ok=True)
+    write_events(output(out, recording, EVENTS), found, probability, recording)
+    if plot:
+        with drawing() as pictures:
+            pictures.draw(recording, probability, found, c["threshold"],
+                          output(out, recording, f".{plot}"))
+    if save:
+        content = io.BytesIO()
+        np.save(content, probability)
+        write_file(output(out, recording, "_probability.npy"), content.getbuffer())
+
+
+@contextlib.contextmanager
+def drawing():
+    """scoring/pictures.py. A signal waits: within matplotlib it would become another error."""
+    with console.signals_wait(*STOPS):
+        from scoring import pictures    # here: matplotlib takes a second to import
+        yield pictures
