@@ -516,7 +516,7 @@ def test_the_sections_of_the_gpu_bench_that_start_no_other_program_run_on_a_cpu(
     assert all(row["correlation"] > 0.99 for row in found["numerics"])
     assert found["saves"][-1]["file holds what was saved"]
     claims = {row["claim"]: row for row in gpu.claims(found)}
-    assert claims["stall of a save, ms"]["measured"] > 0
+    assert claims["stall of a save after the first, ms"]["measured"] > 0
     assert not claims["V3 / SeizureTransformer, windows/s"]["met"], "nothing was measured"
     assert gpu.markdown(found["machine"]).count("\n") == len(found["machine"]) + 1
     json.dumps(found)
