@@ -28,16 +28,21 @@ srun --kill-on-bad-exit=0 --wait=120 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     exec python train.py --config "$1" --resume' train "$1"
 code=$?
+# Slurm's own count of restarts is of the planned ones too, thirty in a month of 24 h jobs
+faults=holdfast-$SLURM_JOB_ID.faults
 
 case $code in
     0 | 2)      # finished, or refused: a person is needed
-        ;;
+        rm -f "$faults" ;;
     75 | 140)   # the time limit of the configuration, or USR2: saved, goes on in the next job
+        rm -f "$faults"
         scontrol requeue "$SLURM_JOB_ID" ;;
     129 | 130 | 138 | 143)      # stopped by a person, or preempted: then Slurm itself requeues
         ;;
-    *)          # a crash, a hang, a fault of a node: as often as 20 times
-        if [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+    *)          # a crash, a hang, a fault of a node: at most 20 times in a row
+        tries=$((${SLURM_RESTART_COUNT:-0} + 1))        # where the file cannot be written
+        echo "$code" >> "$faults" && tries=$(wc -l < "$faults")
+        if [ "$tries" -le 20 ]; then
             scontrol requeue "$SLURM_JOB_ID"
         fi ;;
 esac
