@@ -714,15 +714,14 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
         say(f"  windows of 60 s every 10 s: {counts[0]} background, {counts[1]} partial, "
             f"{counts[2]} full ({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
     noted = corpora.grouped((r.name, r.notes) for r in recordings if r.notes)
+    refused = corpora.read_report(path)
     for line in (*(f"note {line}" for line in noted),
                  *splits.no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled),
                  *splits.contradictions((person(r.patient), r.patient_code) for r in recordings),
-                 *splits.twins((r.name, r.samples, r.norm, r.scale) for r in recordings)):
+                 *splits.twins((r.name, r.samples, r.norm, r.scale) for r in recordings),
+                 *(f"hint: {hint}" for hint in corpora.told_alone(corpora.labels_alone(path))),
+                 f"refused: {len(refused)}", *(f"  {file}: {why}" for file, why in refused)):
         say(f"  {line}")
-    refused = corpora.read_report(path)
-    say(f"  refused: {len(refused)}")
-    for file, why in refused:
-        say(f"    {file}: {why}")
 
 
 def arguments() -> argparse.Namespace:

@@ -18,6 +18,7 @@ from eeg.edf import NUMBER, DataError, number
 
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
+MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
 SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
 
 
@@ -107,6 +108,7 @@ def table(text, name, delimiter, columns):
         _refuse_cut(rows, 1 + max(map(header.index, columns)), text)
         _refuse_hidden([line for line in text.split("\n")
                         if line.count(delimiter) >= len(columns) - 1])
+        _refuse_others(rows[1:], header, name)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     return [dict(zip(header, row)) for row in rows[1:]]
@@ -141,16 +143,25 @@ def _lines(text, name):
 
 
 def read_events_tsv(path, header, texts=None):
-    return parse_events_tsv(read_text(path), path.name, texts)
+    return parse_events_tsv(read_text(path), path.name, texts, header.began if header else "")
 
 
-def parse_events_tsv(text, name="events.tsv", texts=None):
+def another_clock(stamp, began, after=0.0):
+    """Whether a time stamp is neither the recording's start, YYYY-MM-DD hh:mm:ss, nor `after` s
+    later. A date may be shifted; midnight is no start: anonymised."""
+    stamped, begin = [sum(int(part) * 60 ** k for k, part in enumerate(reversed(found.groups())))
+                      if (found := CLOCK.search(text)) else 0 for text in (stamp, began)]
+    late = (stamped - begin) % 86400
+    return bool(stamped and begin) and min(late, 86400 - late) > 1 and abs(late - after) > 1
+
+
+def parse_events_tsv(text, name="events.tsv", texts=None, began=""):
     """SzCORE / BIDS events: sz, sz_foc*, sz_gen*, sz_uo* are seizures, bckg and impd (impedance
     test) are not. A BIDS file without that column, of a task for one, is a list of texts."""
     titles = next(iter(_lines(text, name)), "")
     if "eventType" not in titles:
         try:
-            return list_labels(text, name, texts)
+            return list_labels(text, name, texts, began)
         except NoTable:
             if "onset" in titles.lower():
                 raise Unlabelled(f"{name} has no column eventType or trial_type") from None
@@ -162,15 +173,12 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
     for row in rows:
         kind = row["eventType"]
         _note_length(labels, row.get("recordingDuration"), name)
-        if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
-            raise DataError(f"{name}: unknown eventType {kind!r}")
-        if kind.startswith("sz"):
-            cells = judgements(row, row.values())
-        else:
-            cells = [said for title, cell in row.items() if marks(said := _of_another(title, cell))]
-        if cells:
-            raise DataError(f"{name}: {cells[0]!r} in a row that calls itself {kind}")
+        _check_kind(row, kind, name)
         span = _event(row, kind, name, labels.notes)
+        stamp = row.get("dateTime") or ""
+        if span and another_clock(stamp, began, span[0]):
+            labels.notes.append(f"{name} is of a recording that begins at {stamp}, its header says "
+                                f"{began}: its seconds count")
         if span and kind == "impd":
             tests.append(span)
         elif span and kind == "bckg":
@@ -184,6 +192,18 @@ def parse_events_tsv(text, name="events.tsv", texts=None):
                             f"(impd, {begin:g} s to {end:g} s)")
         labels.notes.append(f"impedance test from {begin:g} s to {end:g} s counted as background")
     return labels
+
+
+def _check_kind(row, kind, name):
+    """Refuse a row of a kind that is not known, or that another of its cells contradicts."""
+    if not re.fullmatch(r"sz|sz_(foc|gen|uo)\w*|bckg|impd", kind):
+        raise DataError(f"{name}: unknown eventType {kind!r}")
+    if kind.startswith("sz"):
+        cells = judgements(row, row.values())
+    else:
+        cells = [said for title, cell in row.items() if marks(said := _of_another(title, cell))]
+    if cells:
+        raise DataError(f"{name}: {cells[0]!r} in a row that calls itself {kind}")
 
 
 def _event(row, kind, name, notes):
@@ -296,7 +316,25 @@ def read_beside(path, header, texts=None):
     text = read_text(path)
     if path.suffix == ".csv" and "start_time" in text and "stop_time" in text:
         return parse_csv(text, path.name)
-    return list_labels(text, path.name, texts)
+    return list_labels(text, path.name, texts, header.began if header else "")
+
+
+CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d)")
+def is_list(path):
+    """Whether a file is a table of onsets and texts, whatever these say."""
+    try:
+        if path.stat().st_size > MAX_LIST_BYTES:
+            return False
+        text = read_text(path)
+    except (DataError, OSError):
+        return False
+    try:
+        parse_list(text, path.name, Texts())
+    except NoTable:
+        return False
+    except (DataError, csv.Error):
+        pass                            # a table all the same
+    return True
 
 
 # what a column of an exported list is called, without units
@@ -308,20 +346,24 @@ COLUMNS = {
              "comment", "note", "type", "eventtype", "event type"},
     "file": {"file", "file name", "filename", "recording", "record", "run", "edf", "session",
              "patient", "patient id", "subject", "subject id"}}
+OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
+SECONDS = r"(s|secs?|seconds?)\.?( (from|after|since|of) .*(start|begin|onset)\w*)?|h+:.*|"
 # other columns that may say of a row that it does not count, or which edge of a seizure it is
 JUDGES = re.compile(r"[ck]omment|comentar|remar|bemerk|befund|\bnot[ae]|review|confirm|verif|"
-                    "valid|accept|certain|status|phase|state|edge|marker")
+                    "valid|accept|certain|status|phase|state|edge|marker|confiden|probab|sicher|"
+                    "opinion|assess|urteil|bewert|avis|interpret|class|categ|result|outcome|"
+                    "consens|description|flag|level")
 # a cell that says nothing, or no
-NOTHING = re.compile(r"(no|none|nein|non|false|n/?a|nan|-*|0+([.,]0*)?)", re.I)
+NOTHING = re.compile(r"(no?|none|nein|non|false|n/?a|nan|null|nil|-*|0+([.,]0*)?)", re.I)
 
 
-def list_labels(text, name, texts=None):
+def list_labels(text, name, texts=None, began=""):
     """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where
     it is no such table or its texts say nothing or contradict each other."""
     found, texts = [], texts or Texts()
     why = f"no text of {name} says that the recording was read for seizures"
     try:
-        found = parse_list(text, name, texts)
+        found = parse_list(text, name, texts, began)
         labels = parse_annotations(found, texts)
     except NoTable:
         raise
@@ -334,7 +376,7 @@ def list_labels(text, name, texts=None):
     return labels
 
 
-def parse_list(text, name, meanings):
+def parse_list(text, name, meanings, began=""):
     """[(onset in s, duration in s or None, text)] of a table with a column of onsets and one of
     texts, delimited by tabs, commas or semicolons."""
     lines = [line for line in text.split("\n") if line.strip("# ")]
@@ -344,16 +386,27 @@ def parse_list(text, name, meanings):
             columns = _columns(titles)
             if {"onset", "text"} <= columns.keys():
                 _refuse_hidden(lines[at + 1:])
+                _refuse_clock(lines[:at], began)
                 # MNE quotes nothing: what a last text holds of delimiters
                 count = len(titles) if len(titles) - 1 in columns["text"] else None
                 rows = [_cells(row, delimiter, count) for row in lines[at + 1:]
                         if not row.startswith("#")]
                 needed = 1 + max(columns["onset"][0], columns["text"][0])
                 _refuse_cut([titles, *rows], needed, text)
-                _refuse_others(rows, columns, name)
+                _refuse_others(rows, titles, name)
                 return [found for row in rows
                         for found in _list_row(row, titles, columns, meanings)]
     raise NoTable(f"{name} is no table of onsets and texts")
+
+
+def _refuse_clock(lines, began):
+    """Refuse a list whose lines above its titles say that its times are no seconds from the
+    recording's start: MNE writes orig_time, of a recording that was cut since, perhaps."""
+    for line in lines:
+        said = line.strip("# ")
+        if (re.match(rf"(all )?(times?|onsets?|units?)\b(\W+\w+){{0,2}}\W+{OTHER_UNIT}", said, re.I)
+                or said.startswith("orig_time") and another_clock(said, began)):
+            raise DataError(f"{said[:60]!r}: the recording's seconds count from its start, {began}")
 
 
 def _cells(line, delimiter, count=None):
@@ -374,7 +427,7 @@ def _columns(cells):
     if {"onset", "text"} <= found.keys():
         for place in (p for kind in ("onset", "end", "duration") for p in found.get(kind, ())):
             unit = re.search(r"[(\[,]\s*([^)\]]*)", cells[place])
-            if unit and not re.match(r"s\b|sec|h+:|$", unit[1].lower()):
+            if unit and not re.fullmatch(SECONDS, unit[1].strip().lower()):
                 raise DataError(f"{cells[place]} is not in seconds")
     return found
 
@@ -383,10 +436,16 @@ def _title(cell):
     return " ".join(re.sub(r"[(\[,].*|_", " ", cell.lower()).split())
 
 
-def _refuse_others(rows, columns, name):
-    """Refuse a list that has rows of another recording than the one it lies beside."""
-    named = max(({row[place] for row in rows if place < len(row)}
-                 for place in columns.get("file", ())), key=len, default=())
+def _refuse_others(rows, titles, name):
+    """Refuse a table that has rows of another recording than the one it lies beside, or a column
+    that gives its times in another unit than seconds."""
+    cells = [(_title(title), cell) for row in rows for title, cell in zip(titles, row)]
+    odd = [cell for title, cell in cells if title in ("unit", "units", "time unit")
+           and re.match(OTHER_UNIT, cell, re.I)]
+    if odd:
+        raise DataError(f"its times are in {odd[0]}, not in seconds")
+    kinds = COLUMNS["file"]
+    named = max(({cell for title, cell in cells if title == kind} for kind in kinds), key=len)
     edfs = {cell for row in rows for cell in row if cell.lower().endswith(".edf")}
     others = [cell for cell in sorted(edfs) if not name.lower().startswith(
         re.split(r"[\\/]", cell.lower())[-1].removesuffix(".edf").removesuffix("_eeg"))]
@@ -422,17 +481,19 @@ def _list_row(row, titles, columns, meanings):
 
 
 def judgements(titles, row):
-    """Cells of a row on a seizure that say that there is none, or that it is doubtful, or that the
-    row is its start or end."""
+    """Cells of a row on a seizure that say that there is none, in whatever column, or that it is
+    doubtful, or that the row is its start or end; title=cell where the title says so."""
     found = []
     for title, cell in zip(map(_title, titles), row):
         said = plain(cell)
-        asks = CONFIRMS.search(title) or _built_in(title.removeprefix("is "))[0] == "seizure"
+        asks = CONFIRMS.search(title) or _built_in(re.sub("^(is|true) ", "", title))[0] == "seizure"
         judges = title in COLUMNS["text"] or JUDGES.search(title)
-        says = (DOUBTS.fullmatch(said) or EDGES.fullmatch(said)
-                or _built_in(said)[0] == "background")
-        if judges and says or asks and DENIED.fullmatch(said):
+        if (DENIES.fullmatch(said) or _built_in(said)[0] == "background"
+                or judges and (DOUBTS.fullmatch(said) or EDGES.fullmatch(said))
+                or asks and NO.fullmatch(said)):
             found.append(cell)
+        elif not asks and DOUBTS.fullmatch(plain(title)) and YES.fullmatch(said):
+            found.append(f"{title}={cell}")
     return found
 
 
@@ -470,6 +531,9 @@ def parse_seizeit(text, name="a1.tsv"):
             raise DataError(f"{name}: the seizure at {row[0].strip()} s has no end")
         onset = float(number(row[0], f"{name}: time"))
         end = float(number(row[1], f"{name}: time"))
+        judged = judgements(("type", "comment"), row[2:])
+        if judged:
+            raise DataError(f"{name}: {judged[0]!r} in the row of a seizure at {onset:g} s")
         labels.events.append((onset, end))
     return labels
 
@@ -499,33 +563,40 @@ _MISSPELT = "|".join("seizure"[:i] + ".?" + "seizure"[i + 1:] for i in range(7))
 SPEAKS = re.compile(
     _MISSPELT +
     r"|seiz|\bs z\b|"
-    r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|start|stop|beg|end)|anfa(ll|ld|ell)|\banf\b|onset|"
-    r"[ck]ri[sz][aei]|(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
+    r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|st|beg|end)|\b[b-df-hj-np-tv-z]{4}sz\b|"
+    r"anfa(ll|ld|ell|l\b)|\banf\b|onset|[ck]ri[sz][aei]|\bkriz\b|"
+    r"(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
     r"[ck]onvul[sz]|kram(p|bi)|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
     r"kejang|\bserang(an)?\b|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
     r"g\S{1,2}rcs|lekme|"
     r"priepuol|traukul|epi\w*hoog|"
-    r"\w spells?\b|^spells?( \d+)?$|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
+    r"\w spells?\b|^(spell|episode)s?( \d+)?$|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
     r"[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
-    r"\b(epi\w*|electro\w*|clinical) (event|episode)|\b(ncse|sps|fas)\b|(?<!\d )\bcps\b|"
-    r"[ck]lonus|gelasti|hypermotor|hyperkinet|"
-    r"(grand|petit) mal|\babsen(ce|cia|z)\w*\b(?! of)|\w*gt(cs?|ka)\b|\b[fb]*tcs\b|"
-    r"\btka\b|\bfias\b|\baura\b|"
-    r"\ba?(tonic|clonic|tonisch|klonisch)|spasm|myo[ck]lon|"
+    r"\b(epi\w*|electro\w*|clinical) (event|episode|end|offset)|\b(ncse|sps|fas)\b|"
+    r"\b(typical|habitual) (event|episode)|\b(sub|electro)clin|^(electrographic|status)$|"
+    r"(?<!\d )\bcps\b|[ck]lonus|gelasti|hypermotor|hyperkinet|"
+    r"(grand|petit|gd) ?mal|\b(abs|aus|ass)c?[ea]n[csz]\w*\b(?! (of|d[aei]|d')\b)|"
+    r"\w*gt(cs?|ka)\b|\bf?btc\b|\b[fbp]*tcs\b|\btka\b|\bfias\b|\baura\b|"
+    r"\ba?(tonic|tonisch|[ck]loni(?!d))|\bastat|spasm|m[yi]o[ck]lon|"
     # Russian, Ukrainian, Bulgarian, Greek, Chinese and Japanese (between seizures is none), Korean
     # (taken apart as `plain` does), Arabic, Persian, Hebrew, Hindi, Thai
     r"прист[уъ]п|припад|судо[рм]|напад|гърч|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
     r"[痉痙][挛攣]|けいれん|ケイレン|\u1107\u1161\u11af\u110c\u1161\u11a8|"
-    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|התקף|פרכוס|दौर|मिर्गी|ชัก")
-# cells beside a seizure's text
+    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|התקף|פרכוס|दौर|मिरगी|ชัก")
+# cells beside a seizure's text; a text within a seizure may doubt a channel, or deny the seizure
 EDGES = re.compile(f"{_START}|{_END}")
+_OUT = "reject|exclu|discard|delet|invalid"
+_UNTRUE = r"false ?(pos|al|det)|psychogen|dissocia|pseudo ?s|pseudo\b|p?nes\b|non ?epilep"
+DENIES = re.compile(rf"(\w+ ){{0,2}}({_UNTRUE})\w*( \w+)?|({_OUT})\w*|(not|nicht) an? .*(seiz|sz)")
 DOUBTS = re.compile(
     r"\?+|fp|(\w+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|questionab|"
-    r"equivoc|art[ei]fa[ck]t|false|reject|exclu|discard|fraglich|unklar|unsicher|moglich|verdacht|"
-    r"douteu|dubbi|dudos|maybe|perhaps|vielleicht|delet|invalid|psychogen|dissocia|functional|"
-    r"p?nes\b|non ?epilep)\w*( \w+)?|(not|nicht|kein|pas)( \w+){0,3}")
-CONFIRMS = re.compile(r"confirm|verif|valid|accept|\bcertain")
-DENIED = re.compile(r"no?|nein|non|false|0([.,]0*)?")
+    r"equivoc|art[ei]fa[ck]t|false|fraglich|unklar|unsicher|moglich|verdacht|douteu|dubbi|dudos|"
+    rf"maybe|perhaps|vielleicht|functional|{_UNTRUE}|{_OUT})\w*( \w+)?|"
+    r"(not|nicht|kein|pas)( \w+){0,3}")
+CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
+                      "agree|consens|correlate|^epileptic|^real")
+NO = re.compile(r"no?|nein|non|false|0([.,]0*)?")
+YES = re.compile(r"y(es)?|ja?|oui|si|true|x|1([.,]0*)?")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}
@@ -571,7 +642,10 @@ GARBLED = re.compile("[\x80-\xff]{3}|[\xc3-\xc5][\x80-\xbf]")
 
 def speaks(text):
     said = plain(text)
-    return bool(SPEAKS.search(said) or "seizure" in said.replace(" ", "") or GARBLED.search(text))
+    # SzDetect is two words
+    apart = plain(re.sub("(?<=[a-z])(?=[A-Z])", " ", text))
+    return bool(SPEAKS.search(said) or SPEAKS.search(apart) or GARBLED.search(text)
+                or "seizure" in said.replace(" ", ""))
 
 
 def marks(text):
@@ -678,8 +752,8 @@ def parse_annotations(found, texts):
             raise DataError(
                 f"{text[:60]!r} at {onset:g} s {what} and is not known: say what it means with "
                 "--seizure-label or --background-label of data.py import")
-        elif not meaning and duration and DOUBTS.fullmatch(plain(text)):
-            denied.append((onset, onset + duration, text))
+        elif not meaning and (DOUBTS if duration else DENIES).fullmatch(plain(text)):
+            denied.append((onset, onset + (duration or 0), text))
     _refuse_unended(begun)
     _refuse_denied(labels.events, denied)
     return labels if labelled else None
@@ -713,7 +787,8 @@ def _refuse_denied(events, denied):
     for onset, end, text in denied:
         for event in events:
             common = min(end, event[1]) - max(onset, event[0])
+            inside = DENIES.fullmatch(plain(text)) and event[0] <= onset <= event[1]
             # background may be said of a whole recording, beside its seizures
-            if event == (onset, end) or speaks(text) and common > 0.02:
+            if event == (onset, end) or inside or speaks(text) and common > 0.02:
                 raise DataError(f"{text[:60]!r} from {onset:g} s to {end:g} s, and a seizure from "
                                 f"{event[0]:g} s to {event[1]:g} s")

@@ -255,6 +255,7 @@ class Report:
     texts: Counter = field(default_factory=Counter)     # of the annotations that were read
     people: list = field(default_factory=list)          # (patient, code by the header)
     twins: list = field(default_factory=list)           # lines on EEG under two names
+    alone: list = field(default_factory=list)           # annotation files of no EDF
     hints: list = field(default_factory=list)           # what the user may have meant
 
     def add(self, outcome):
@@ -301,7 +302,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         sources = identify_all(files, root, layout, labels, report)
         refuse_twice(out, sources, root, report)
         stopped = _stopped(out, Path(src).resolve())
-        write_json(out / REPORT, {"refused": read_report(out), "unfinished": [*stopped, again]})
+        write_json(out / REPORT, _read_marks(out) | {"unfinished": [*stopped, again]})
         _sweep(out)
         heads = [source.annotation for source in sources if source.layout == "tuh"]
         # of a single EDF the folder around it may be anything
@@ -310,7 +311,8 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
             say(f"{src}: {said}")
         task = Task(out, recipe, texts, said, names, labels)
         _import_all(report, sources, task, workers, say, progress)
-        _close(out, files, report, stopped)
+        report.alone = [] if labels == NEVER else _labels_alone(sources, others)
+        _close(out, files, others, report, stopped)
     report.hints = hints(sources, layout, task, report, others)
     _table(report, task, say)
     return report
@@ -564,14 +566,18 @@ def hints(sources, layout, task, report, others):
     never = [label for label in task.renames if f"{label} renamed".lower() not in notes]
     if never:
         found.append(f"no imported file has a channel {', '.join(never[:5])} of --rename")
-    alone = _labels_alone(sources, others)
-    if alone and task.labels != NEVER:
-        found.append(f"{len(alone)} annotation files belong to no EDF, {alone[0].name} for one: "
-                     "they are read where they lie beside the EDF and are named as it is")
+    found += told_alone(report.alone)
     foreign = _foreign(others)
     if foreign:
         found.append(f"not read: {foreign}")
     return found
+
+
+def told_alone(paths):
+    """A line on annotation files that belong to no EDF, if there are any."""
+    if paths:
+        yield (f"{len(paths)} annotation files belong to no EDF, {Path(paths[0]).name} for one: "
+               "they are read where they lie beside the EDF and are named as it is")
 
 
 ANNOTATION = re.compile(
@@ -595,7 +601,8 @@ def _labels_alone(sources, others):
             lost = path.parent not in listed
         else:
             lost = (path.parent, stem) not in stems and (
-                named or path.suffix in (".csv", ".tsv", ".txt") and stem in names)
+                named or path.suffix in (".csv", ".tsv", ".txt")
+                and (stem in names or annotations.is_list(path)))
         if lost:
             alone.append(path)
     return alone
@@ -640,15 +647,19 @@ def grouped(refused):
             yield from (f"{path}: {why}" for path in paths)
 
 
-def _close(out, files, report, stopped):
-    """Write the index, and what was refused, for `info`; of other files, what an earlier import
-    said. From here on the folder is whole, but for what `stopped` commands were to bring."""
+def _close(out, files, others, report, stopped):
+    """Write the index, what was refused and label files of no EDF, for `info`; of other files, what
+    an earlier import said. From here on the folder is whole, but for what `stopped` commands were
+    to bring."""
     made = entries(out, made=True)
     report.twins += twins((name, entry["samples"], entry["norm"], entry["scale"])
                           for name, (_, entry) in made.items())
     seen = {shown(path) for path in files}
     before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
-    marks = {"refused": before + report.refused}
+    met = {shown(path.absolute()) for path in others}
+    alone = [file for file in labels_alone(out) if file not in met]
+    marks = {"refused": before + report.refused,
+             "alone": alone + [shown(path.absolute()) for path in report.alone]}
     write_json(out / REPORT, marks | ({"unfinished": stopped} if stopped else {}))
 
 
@@ -658,6 +669,12 @@ def read_report(out):
         return [[str(file), str(why)] for file, why in _read_marks(out).get("refused", [])]
     except (TypeError, ValueError):     # of another program
         return []
+
+
+def labels_alone(out):
+    """Annotation files that belonged to no EDF when imports into `out` met them, and are there."""
+    files = _read_marks(out).get("alone", [])
+    return [str(file) for file in files if Path(str(file)).exists()] if type(files) is list else []
 
 
 def _unfinished(out):

@@ -241,7 +241,7 @@ def _unread_beside(path, of_folder=False):
     """Names of files beside an EDF that may hold its labels and are of no kind that is read; with
     `of_folder` those of no EDF, too, which may be of the whole folder: labels.csv."""
     stem = path.stem.removesuffix("_eeg")
-    kinds = (r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal|rater|review|a\d\b)"
+    kinds = (r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal|rater|review|summar|a\d\b)"
              r"[\w -]*(\.\w+)+")
     own = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?([-_. ](.*[-_. ])?{kinds}|(\.\w+)+)", re.I)
     names = os.listdir(path.parent)

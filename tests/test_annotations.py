@@ -288,6 +288,9 @@ def test_seizeit_annotations(shared):
     assert parse_seizeit("# Source: SeizeIt1\n \n").events == []
     with pytest.raises(edf.DataError, match="commented out"):
         parse_seizeit("# Source: SeizeIt1\n#781\t807\tFIA\tHem:L\n")
+    for row in "non-epileptic\tHem:L", "FIA\tartefact", "no seizure":
+        with pytest.raises(edf.DataError, match="in the row of a seizure at 781 s"):
+            parse_seizeit(f"781\t807\t{row}\n")
     with pytest.raises(edf.DataError, match="no end"):
         parse_seizeit("8971\tNone\tFIA\tHem:L\n")
 

@@ -514,16 +514,32 @@ def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
     ("eeg/a_eeg.edf", ["a_events.tsv", "eeg/._b_events.tsv"], 1),
     ("anna.edf", ["night1_annotations.txt", "night2.set", "night2_events.tsv"], 1),
     ("anna_03.edf", ["chb01-summary.txt"], 1),
+    ("anna.edf", ["night1.csv", "letter.txt"], 1),
+    ("anna.edf", ["anna report.txt"], 1),
+    ("p1/anna.edf", ["seizures.csv", "participants.tsv"], 1),
     ("chb01_03.edf", ["chb01-summary.txt", "chb02-summary.txt"], 0)])
 def test_labels_that_lie_beside_no_edf_of_their_name_are_hinted(tmp_path, edf, files, alone):
     """Also where the EDF+ says itself that it holds no seizure."""
     plus(tmp_path / "src" / edf, range(5), "EDF+C", {0: mark(0, "background")})
     for name in files:
         (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "src" / name).write_text(f"File Name: {edf}\nNumber of Seizures in File: 0\n")
-    hints = said(tmp_path / "src", tmp_path / "out")[0].hints
-    line = f"1 annotation files belong to no EDF, {Path(files[0]).name} for one: they are read where"
-    assert [hint.startswith(line) for hint in hints if "annotation" in hint] == [True] * alone
+        # those of other names tell by what they hold
+        a_list = "Onset,Duration,Text\n5,4,Seizure\n" if name in ("night1.csv", "anna report.txt", "seizures.csv") else ""
+        (tmp_path / "src" / name).write_text(a_list or f"File Name: {edf}\nNumber of Seizures in File: 0\n")
+    line, told = f"1 annotation files belong to no EDF, {Path(files[0]).name} for one: they are read where", []
+    for _ in range(2):
+        hints = said(tmp_path / "src", tmp_path / "out")[0].hints
+        assert [hint.startswith(line) for hint in hints if "annotation" in hint] == [True] * alone
+    data.info(tmp_path / "out", told.append)
+    assert any(f"hint: {line}" in text for text in told) == alone
+    if alone:                                           # also after an import of another folder, until it is gone
+        write_edf(tmp_path / "other" / "b_1.edf", 5)
+        imported(tmp_path / "other", tmp_path / "out")
+        for there in (1, 0):
+            told.clear()
+            data.info(tmp_path / "out", told.append)
+            assert any(f"hint: {line}" in text for text in told) == there
+            (tmp_path / "src" / files[0]).unlink(missing_ok=True)
 
 
 def test_raw_edf_files_in_place_of_an_imported_folder_are_told_apart(tmp_path):

@@ -354,6 +354,9 @@ def test_what_denies_a_seizure_must_not_overlap_one():
     assert "'false positive' from 5 s to 9 s, and a seizure" in parse((5, 4, "Seizure"), (5, 4, "false positive"))
     assert parse((5, 4, "Seizure"), (6, 1, "artefact"), (5, 4, "left temporal")) == [(5, 9)]
     assert parse((5, 4, "artefact")) is None
+    for text in "false alarm", "PNES", "rejected", "non-epileptic":
+        assert f"{text!r} from 6 s" in parse((5, 4, "Seizure"), (6, None, text)), text
+        assert parse((5, 4, "Seizure"), (10, None, text), (10, 3, "artefact"), (6, None, "F7 rejected")) == [(5, 9)]
     assert "'no sz' from 6 s" in parse((5, None, "Seizure start"), (6, 1, "no sz"), (9, None, "Seizure end"))
     for denial in (0, 5, "no seizure"), (9, 5, "no seizure"), (6, None, "no seizure"), (0, 20, "background"):
         assert parse(denial, (5, 4, "Seizure")) == [(5, 9)], denial
@@ -390,6 +393,9 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "sz_foc_start", "sz gen unlikely", "sz_foc: ruled out", "d\xe9but critique", "scarica critica", "evento cr\xedtico", "ikt. Muster", "ict start", "TKA", "TCS", "stuip", "ataky",
                                   "kriza", "konvulzija", "krambid", "l\u0113kme", "priepuolis", "kouristus", "serangan", "\u0111\u1ed9ng kinh", "padaczka", "staring spell", "n\x94bet", "z\xa0chvat", "An\xadfall L", "пристъп", "гърч", "судома",
                                   "痙攣", "痉挛", "けいれん", "경련", "दौरा", "ชัก", "פרכוס", "صرع", "n\xc3\xb6bet", "z\xc3\xa1chvat", "Epi event", "no. 2 seizures",
+                                  # spelt, run together or cut short as in none of the above; of Hindi as it is taken apart
+                                  "FBTCSz", "FBTC", "PTCS", "SzDetect", "szstrt", "Anfal", "Kriz 2", "absense", "abscence", "ausencia", "assenza", "Absence during HV", "grandmal",
+                                  "Klonien", "mioclonia", "astatic", "Subclinical", "electrographic", "Clinical end", "habitual event", "Episode 3", "मिर्गी",
                                   "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
@@ -401,7 +407,7 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
 
 
 @pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no electrographic seizures",
-                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
+                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
@@ -490,6 +496,27 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "No;Patient;Onset;Duration;Label\n1;anna;5;4;Seizure\n2;anna;12;4;Seizure\n", [[5, 9], [12, 16]]),
     ("a.csv", "Onset,Duration,Text,Type of seizure\n5,4,Seizure,focal\n", [[5, 9]]),
     ("a.csv", "onset,duration,type,comment\n5,4,seizure,no seizure\n", "'seizure no seizure' at 5 s speaks"),
+    # in whatever column, and by its title
+    ("a.csv", "onset,duration,label,video\n5,4,Seizure,non-epileptic\n", "'Seizure non-epileptic' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,rater2\n5,4,Seizure,bckg\n", "'Seizure bckg' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,Exclude\n5,4,Seizure,x\n", "'Seizure exclude=x' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,Include\n5,4,Seizure,no\n", "'Seizure no' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,confidence\n5,4,Seizure,unsure\n", "'Seizure unsure' at 5 s speaks"),
+    ("a_events.tsv", "onset\tduration\teventType\tconfidence\n5\t4\tsz\t0.00\n", "'0.00' in a row that calls itself sz"),
+    ("a_events.tsv", "onset\tduration\teventType\tFalse positive\n5\t4\tsz\t1\n", "'false positive=1' in a row that calls itself sz"),
+    ("a_events.tsv", "onset\tduration\teventType\tconfidence\tartifact\texclude\tepileptic\tprobability\n5\t4\tsz\t0.8\tmuscle\tno\tyes\t1.0\n", [[5, 9]]),
+    ("a.csv", "onset,duration,label,EEG onset,Seizure type,channels\n5,4,Seizure,F7,unclear,F7 excluded\n", [[5, 9]]),
+    # rows of another recording, or by another clock
+    ("a_events.tsv", "filename\tonset\tduration\teventType\na.edf\t5\t4\tsz\nb.edf\t12\t4\tsz\n", "a_events.tsv: it has rows of b.edf"),
+    ("a_events.tsv", "subject\tonset\tduration\teventType\n1\t5\t4\tsz\n2\t12\t4\tsz\n", "a_events.tsv: it has rows of 1, 2"),
+    ("a.csv", "patient,channel,start_time,stop_time,label\nb,TERM,5,9,seiz\nc,TERM,12,16,seiz\n", "a.csv: it has rows of b, c"),
+    ("a.csv", "channel,start_time,stop_time,label,unit\nTERM,1,2,seiz,min\n", "a.csv: its times are in min, not in seconds"),
+    ("a.csv", "onset,duration,units,label\n5,4,s,Seizure\n", [[5, 9]]),
+    ("a.csv", "Onset (s/10),Duration (s/10),Text\n50,40,Seizure\n", "Onset (s/10) is not in seconds"),
+    ("a.csv", "Onset (sec since midnight),Duration (s),Text\n5,4,Seizure\n", "is not in seconds"),
+    ("a.csv", "Onset (seconds from start),Duration (sec.),Text\n5,4,Seizure\n", [[5, 9]]),
+    ("a.csv", "Times in samples (256 Hz)\nOnset,Duration,Text\n5,4,Seizure\n", "a.csv: 'Times in samples (256 Hz)'"),
+    ("a.csv", "Recording of 20 min\nTime of study: noon\nOnset,Duration,Text\n5,4,Seizure\n", [[5, 9]]),
     ("a.csv", "file,onset,duration,label\na.edf,5,4,Seizure\nb.edf,12,4,Seizure\n", "a.csv: it has rows of b.edf"),
     ("a.csv", "recording,onset,duration,label\n1,5,4,Seizure\n2,12,4,Seizure\n", "a.csv: it has rows of 1, 2"),
     ("a.csv", "path,onset,duration,label\nC:\\sz\\A.EDF,5,4,Seizure\nC:\\sz\\A.EDF,1,1,background\n", [[5, 9]]),
@@ -512,6 +539,21 @@ def test_label_files_and_exported_lists_beside_an_edf_are_read_or_named(tmp_path
         assert not r.labelled and events in text
     else:
         assert r.labelled and r.events.tolist() == events
+
+
+@pytest.mark.parametrize("time, noted", [("22.00.00", True), ("21.59.00", False), ("21.59.12", False), ("00.00.00", False)])
+def test_a_label_file_of_another_start_is_noted_or_gives_no_labels(tmp_path, time, noted):
+    """The dateTime of SzCORE, be it the recording's or the seizure's, and MNE's orig_time, in s from which its onsets count."""
+    for name in "ab":
+        write_edf(tmp_path / "src" / f"{name}.edf", 20, time=time)
+    (tmp_path / "src" / "a_events.tsv").write_text(tsv((12, 4, "sz", 1, "n/a", "2024-03-05 21:59:00", 20)).replace("21:59:00", "21:59:24" if time == "21.59.12" else "21:59:00"))
+    (tmp_path / "src" / "b_annotations.txt").write_text(
+        f"# MNE-Annotations\n# orig_time : 2024-03-05 21:59:{'12' if time == '21.59.12' else '00'}+00:00\n# onset, duration, description\n12, 4, Seizure\n")
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    a, b = data.open_corpus(tmp_path / "out")
+    assert a.events.tolist() == [[12, 16]] and b.labelled == (not noted)
+    assert ("a_events.tsv is of a recording that begins at 2024-03-05 21:59:00" in text) == noted
+    assert ("b_annotations.txt: 'orig_time : 2024-03-05 21:59:00+00:00'" in text) == noted
 
 
 def test_what_an_annotation_file_that_counts_alone_keeps_from_being_read_is_said(tmp_path):
