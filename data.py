@@ -1,10 +1,7 @@
 """EEG recordings for seizure detection: EDF in, one HDF5 file per recording out, training windows
 at the speed of memory or of the disk.
 
-    python data.py import SRC OUT [--layout auto|tuh|chbmit|siena|bids|seizeit]
-                                   [--montage referential|bipolar|reduced] [--channels F7-T3,...]
-                                   [--notch both|50|60|0] [--seizure-label TEXT]
-                                   [--rename FILE] [--skip-bad] [--replace]
+    python data.py import SRC OUT [--montage referential|bipolar|reduced] ...       all: --help
     python data.py synth OUT [--hours H] [--patients N] [--seed S]
     python data.py info OUT [--speed]
 
@@ -12,7 +9,7 @@ SRC is a corpus, any folder of EDF files, or one EDF; without annotations a reco
 unlabelled. The import is resumable: a finished recording is kept while its source files and the
 settings of the preparation are the same. What cannot be read rightly is refused with one line and
 the rest goes on: exit 1 when anything was refused (--skip-bad: 0), 2 for bad usage. Preparation:
-edf.py; layouts: corpora.py; who trains and who validates: splits.py.
+eeg/edf.py; layouts: eeg/layouts.py; who trains and who validates: eeg/splits.py.
 
 A window is one read: ten seconds of all channels lie together in the file, the chunks one after the
 other (store.write_recording). Threads read ahead of the training, so that a corpus may be larger
@@ -193,6 +190,7 @@ def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
     entries = store.entries(root).items()
     recordings = [_recording(f"{root}/{name}.h5", name, *entry) for name, entry in entries]
     if not recordings:
+        corpora.check_finished(root)
         raw = next((file for file in root.rglob("*") if file.suffix.lower() == ".edf"), None)
         if raw:
             raise DataError(f"{path} holds EDF files that were not imported: run "

@@ -29,6 +29,8 @@ best in training:
 What a detector that is always on gets as event F1 stands beside the scores. A patient with neither
 seizures nor detections has no F1, and one without detections no precision: left out of those means,
 as SzCORE does. A set with seizures and nothing detected has precision 0.
+
+Exit codes: 0 done, 1 a fault that may pass, 2 refused, 128+N stopped by signal N.
 """
 from eeg import console
 
@@ -484,6 +486,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
 def _import(path, state, scratch, labels):
     """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
+        corpora.check_finished(path)
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
     # as the training's recordings were, their mains and units too
     recipe = corpora.recipe_of(state.get("prepared"), state["montage"], state["channels"])

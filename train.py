@@ -1,15 +1,16 @@
 """Train the V3 seizure detector and never lose work: every stop, planned or not, is a place to
 resume from.
 
-    python train.py --config configs/local/smoke.yaml --resume      two CPU minutes, own recordings
+    python train.py --config configs/local/smoke.yaml --resume      two CPU minutes, synthetic EEG
     python train.py --config configs/local/train.yaml --resume      the real thing; again after any
                                                                     interruption
     torchrun --nproc_per_node=8 train.py --config configs/local/train.yaml --resume
 
 --resume takes the latest good checkpoint, or starts fresh and says so; --resume FILE goes back to
 FILE and makes it the line that later resumes follow; --fresh moves the old run aside. Exit codes: 0
-finished, 2 refused, 70 stood still, 75 time limit reached and saved, 128+N stopped by signal N and
-saved, 1 anything else. Every key of a configuration stands at the end of this help.
+finished, 1 a fault that may pass, or diverged, 2 refused, 70 stood still, 75 time limit reached and
+saved, 128+N stopped by signal N and saved. Every key of a configuration stands at the end of this
+help.
 """
 from eeg import console
 

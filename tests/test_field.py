@@ -776,6 +776,12 @@ def test_evaluating_a_corpus_whose_import_was_stopped_is_exit_1(weights, tmp_pat
     disk.write_json(tmp_path / "out" / disk.REPORT, {"refused": [], "unfinished": "python data.py import src out"})
     assert evaluate.main(["--checkpoint", str(weights), "--data", str(tmp_path / "out"), "--out", str(tmp_path / "e")]) == 1
     assert "Finish it: python data.py import src out" in capsys.readouterr().err
+    (tmp_path / "out" / "a.h5").unlink()                # stopped before the first recording
+    (tmp_path / "out" / disk.INDEX).unlink(missing_ok=True)
+    assert evaluate.main(["--checkpoint", str(weights), "--data", str(tmp_path / "out"), "--out", str(tmp_path / "e")]) == 1
+    assert "Finish it: python data.py import src out" in capsys.readouterr().err
+    told = command("info", tmp_path / "out")
+    assert told.returncode == 1 and "Finish it: python data.py import src out" in told.stderr
     imported(tmp_path / "src", tmp_path / "out")
     disk.write_json(tmp_path / "out" / disk.REPORT, {"refused": []})                    # of an earlier version
     assert len(data.open_corpus(tmp_path / "out")) == 1
