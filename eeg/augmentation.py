@@ -82,10 +82,11 @@ class Augmenter:
 
 def mirror(channels):
     """Index of each channel's left-right counterpart: int64 (C,). Where one has none, as in a
-    reduced montage, every channel stays in its place."""
-    swap = dict(zip("Fp1 F3 C3 P3 O1 F7 T3 T5".split(), "Fp2 F4 C4 P4 O2 F8 T4 T6".split()))
-    swap |= {right: left for left, right in swap.items()}
-    other = ["-".join(swap.get(part, part) for part in name.split("-")) for name in channels]
+    reduced montage, or a name does not tell its side, every channel stays in its place."""
+    left = "Fp1 F3 C3 P3 O1 F7 T3 T5 A1 M1 Fz Cz Pz".split()
+    right = "Fp2 F4 C4 P4 O2 F8 T4 T6 A2 M2 Fz Cz Pz".split()
+    swap = dict(zip(left + right, right + left))
+    other = ["-".join(swap.get(part, "?") for part in name.split("-")) for name in channels]
     if set(other) != set(channels):
         return np.arange(len(channels))
     return np.array([list(channels).index(name) for name in other])

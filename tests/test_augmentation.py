@@ -50,6 +50,22 @@ def test_mirror_acts_on_about_half_of_the_windows():
     assert not Augmenter(["mirror"], ("Cz", "F7-T3")).kinds
 
 
+@pytest.mark.parametrize("names,mirrored", [
+    (edf.CHANNELS["bipolar"], True), (("F7-T3", "Cz", "F8-T4"), True), (("C3-A2", "C4-A1"), True), (("C3-C4", "Cz"), False),
+    (("T3-A1", "T4-A1"), False), (("F7-T3", "F8-T4", "FT9", "FT10"), False), (("F7-T3", "F8-T4", "left SD"), False)])
+def test_a_mirrored_window_is_what_a_mirrored_head_would_give_or_itself(names, mirrored):
+    sides = dict(zip("Fp1 F3 C3 P3 O1 F7 T3 T5 A1 FT9 left".split(), "Fp2 F4 C4 P4 O2 F8 T4 T6 A2 FT10 right".split()))
+    sides |= {right: left for left, right in sides.items()}
+    head = {name: np.random.default_rng(i).normal(size=9) for i, name in enumerate([*sides, "Fz", "Cz", "Pz"])}
+    other = {name: head[sides.get(name, name)] for name in head}
+
+    def recorded(places):
+        pairs = [name.removesuffix(" SD").split("-") for name in names]
+        return np.array([places[first] - sum(places[name] for name in rest) for first, *rest in pairs])
+    found = recorded(head)[augmentation.mirror(names)]
+    assert np.array_equal(found, recorded(other if mirrored else head))
+
+
 def test_another_kind_is_one_more_row(monkeypatch):
     row = augmentation.Augmentation(
         11, lambda rng, channels: [1 - 2 * (rng.random() < 0.5)], augmentation.multiply, "upside down")
