@@ -71,6 +71,8 @@ def focal_loss(logits, target, mask, alpha, gamma):
     logits = logits.float()
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     missed = torch.sigmoid(torch.where(target > 0.5, -logits, logits))     # 1 - p_t
+    # at 0 a power below 1 has no slope
+    missed = missed.clamp_min(torch.finfo(missed.dtype).tiny)
     weight = torch.where(target > 0.5, alpha, 1 - alpha)
     return (weight * missed.pow(gamma) * entropy * mask).sum()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 import checkpoint
@@ -1252,6 +1253,18 @@ def test_focal_loss_without_focus_is_half_the_cross_entropy_and_ignores_padding(
     loss = train.focal_loss(logits, target, mask, 0.5, 0.0)
     plain = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, :40], target[:, :40], reduction="sum")
     assert torch.allclose(loss, 0.5 * plain)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0])
+def test_focal_loss_has_the_gradient_of_its_formula_however_sure_the_model_is(gamma):
+    logits = torch.linspace(-120, 120, 2401).repeat(2, 1).requires_grad_()
+    target = torch.tensor([[0.0], [1.0]]).expand(2, 2401)
+    found, = torch.autograd.grad(train.focal_loss(logits, target, torch.ones(2, 2401), 0.3, gamma), logits)
+    exact = logits.detach().double().requires_grad_()
+    right = F.logsigmoid(exact * (2 * target - 1))
+    share = torch.tensor([[0.7], [0.3]]) * F.logsigmoid(exact * (1 - 2 * target)).exp() ** gamma
+    wanted, = torch.autograd.grad(-(share * right).sum(), exact)
+    assert torch.allclose(found.double(), wanted, atol=1e-6)
 
 
 def test_learning_rate_warms_up_then_falls_to_zero():
