@@ -392,7 +392,8 @@ class Windows:
         drawn = []
         for group, ids in enumerate(partial):
             if balance == "equal" and len(ids):
-                ids = np.resize(ids, most)
+                # those that come once more than others are other ones in the next epoch
+                ids = ids[(epoch * most + np.arange(most)) % len(ids)]
             place = seed, epoch, balance, group
             drawn.append(ids)
             drawn.append(self._next(2, "full_per_partial", full, len(ids), *place))

@@ -120,6 +120,14 @@ def test_the_proportions_are_those_of_each_corpus():
     assert equal["clips"][1] == equal["days"][1]
 
 
+def test_repeated_windows_of_a_smaller_corpus_come_equally_often_in_the_end():
+    few = [fake(str(i), corpus="few", samples=70 * 256) for i in range(4)]
+    many = [fake(str(i), corpus="many", samples=70 * 256) for i in range(6)]
+    w = data.Windows(few + many, 60, 10)
+    counts = sum(np.bincount(w.epoch(0, epoch, 0, 0, "equal"), minlength=len(w)) for epoch in range(1, 13))
+    assert set(counts[w.kind == 1]) == {12, 18}
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Two imported folders whose recordings have the same names."""
