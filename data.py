@@ -611,9 +611,10 @@ class Loader:
             for i, first in enumerate(starts.tolist()):
                 x[i] = t["eeg"][i].transpose(0, 1).flatten(1)[:, first:first + length]
         x *= factor(t["scale"], t["norm"])
-        if self.baseline:
-            x = baseline.equalise(x, t["log_gain"])
         mask = torch.arange(length, device=self.device) < t["real"][:, None]
+        if self.baseline:
+            # a filter rings on into the padding, which stays 0
+            x = baseline.equalise(x, t["log_gain"]).mul_(mask[:, None])
         return self.augmenter.apply(x, mask.float(), draws), t["y"].float(), mask.float()
 
     def _copied(self):

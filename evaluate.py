@@ -204,6 +204,8 @@ def _probabilities(net, recording, eeg, device, precision):
     x = data.normalise(eeg, scale.expand(len(eeg), -1), norm)
     if share:
         x = baseline.equalise(x, torch.from_numpy(gain))
+        # its filter rings on into the padding of a short recording, which stays 0
+        x[..., recording.samples:] = 0
     kind = PRECISIONS[precision]
     with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
         logits = net(x)

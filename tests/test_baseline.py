@@ -10,7 +10,7 @@ import checkpoint
 import data
 import evaluate
 import model
-from eeg import baseline
+from eeg import augmentation, baseline, splits
 from helpers import last, loaded
 import train
 
@@ -105,6 +105,18 @@ def test_evaluation_gives_a_detector_the_very_windows_of_its_training(small_corp
     c = {"window_seconds": 10.0, "overlap_seconds": 0.0, "batch_size": 3}
     evaluate.predict(net, recording, torch.device("cpu"), c)
     assert torch.allclose(net.seen[0], x, atol=1e-6)
+
+
+@pytest.mark.parametrize("augment", [False, ["gain"]])
+def test_the_padding_of_a_clip_is_zero_in_training_and_evaluation_though_the_filter_rings_on(small_corpus, augment, monkeypatch):
+    monkeypatch.setattr(augmentation, "AUGMENTATIONS", {"gain": augmentation.AUGMENTATIONS["gain"]._replace(draw=lambda *_: [1.0])})
+    clip = splits.cut_out(next(r for r in data.open_corpus(small_corpus) if r.seconds > 120), 0, 20 * FS)
+    loader = data.Loader(data.Windows([clip], 30.0), augment=augment, baseline=1.0)
+    x, _, mask = next(loader.batches([[0]], 1))
+    net = Watching(1.0)
+    evaluate.predict(net, clip, torch.device("cpu"), {"window_seconds": 30.0})
+    assert torch.equal(net.seen[0], x)
+    assert not x[..., 20 * FS:].any() and x[..., :20 * FS].any() and mask.sum() == 20 * FS
 
 
 # ---- models that are older than the settings ----
