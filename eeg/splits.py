@@ -67,7 +67,8 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
 
     Corpus by corpus: dev is `dev_patients` where some are its own, else the corpus's own train and
     dev, else a draw of `dev_fraction` of the patients, with seizures on both sides where two
-    patients have any. Who validates in one corpus does so in all. chb21 is chb01."""
+    patients have any; 0 beside `dev_patients` of another corpus draws none. Who validates in one
+    corpus does so in all. chb21 is chb01."""
     usable = [r for r in recordings if r.labelled and r.split != "eval"]
     people = patients(usable)
     wanted = {person(p) for p in dev_patients}
@@ -85,7 +86,7 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
         elif {"train", "dev"} <= {r.split for r in mine}:
             mine = [r for r in mine if r.split]
             dev |= _own_dev(mine)
-        else:
+        elif dev_fraction or not wanted:
             dev |= _draw(mine, patient_of, dev_fraction, seed)
         kept += mine
     return _divide(kept, patient_of, dev, "patient")

@@ -58,7 +58,8 @@ KEYS = {
     "data.dev_patients": Key(
         [], "patients for validation; [] = the corpus's own dev split, else dev_fraction"),
     "data.dev_fraction": Key(
-        0.2, "share of patients drawn for validation where the corpus has no split", SHARE),
+        0.2, "share of patients drawn for validation where the corpus has no split; 0 = at least "
+        "one, and none where dev_patients names some of another corpus", SHARE),
     "data.window_seconds": Key(60.0, "length of a training window", SECONDS),
     "data.stride_seconds": Key(10.0, "between the starts of training windows", SECONDS),
     "data.balanced": Key(

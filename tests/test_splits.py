@@ -42,6 +42,12 @@ def test_every_corpus_keeps_its_own_split_and_patients_of_the_others_are_drawn()
     assert {f"siena/{p}" for p in patients(alone)} == {p for p in patients(dev) if p.startswith("siena/")}
     named = splits.split(own + drawn, C | {"dev_patients": ["siena/e"]}, 3)[1]
     assert patients(named) == {"tusz/b", "siena/e"}
+    synthetic = [fake(p, corpus="synthetic") for p in "mnop"]
+    also = splits.split(drawn + synthetic, C | {"dev_patients": ["siena/e"]}, 3)[1]
+    assert len(patients(also)) == 2 and "siena/e" in patients(also)
+    only = splits.split(drawn + synthetic, C | {"dev_patients": ["siena/e"], "dev_fraction": 0}, 3)[1]
+    assert patients(only) == {"siena/e"}
+    assert len(patients(splits.split(drawn, C | {"dev_fraction": 0}, 3)[1])) == 1
     lines = splits.told(own + drawn, one, dev, "patient")
     assert any("tusz: left out: 1 of its eval split, 1 without a split in a corpus" in line for line in lines)
     assert any(line.startswith("siena: train 6 recordings of 6 patients") for line in lines)
