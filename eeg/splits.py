@@ -133,10 +133,9 @@ def _draw(recordings, unit, fraction, seed):
     dev = set()
     for group in (with_seizures, without):
         count = round(fraction * len(group))
-        if len(group) > 1 and not dev:
+        if not dev:                     # one at least, and one stays: a lone one trains
             count = min(max(1, count), len(group) - 1)
         dev |= {group[i] for i in rng.permutation(len(group))[:count]}
-    # a lone one with seizures is for training
     if not dev and len(with_seizures) + len(without) > 1:
         rest = without or with_seizures
         dev = {rest[rng.integers(len(rest))]}

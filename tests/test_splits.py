@@ -80,6 +80,14 @@ def test_folds_let_everyone_validate_once_and_deal_those_with_seizures_evenly():
             splits.split(people, C | wrong, 1)
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.6, 0.99])
+@pytest.mark.parametrize("kind", ["patient", "recording"])
+def test_a_lone_patient_with_seizures_trains_however_many_validate(kind, fraction):
+    quiet = [fake(name, events=()) for name in "bcdef"]
+    train_, dev = splits.split([fake("a"), *quiet], C | {"split": kind, "dev_fraction": fraction}, 0)
+    assert "a" in patients(train_) and dev and not patients(train_) & patients(dev)
+
+
 def test_one_patient_is_divided_by_recording_or_time_with_a_warning():
     alone = [fake("a", number=i) for i in range(4)]
     with pytest.raises(edf.DataError, match="1 labelled patient, .* set data.split to recording or time"):
