@@ -19,6 +19,7 @@ from eeg.edf import NUMBER, DataError, number
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
+SHORT = 2.0                             # s; a list of shorter ones alone is odd
 SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
 
 
@@ -54,10 +55,8 @@ def finish(labels, seconds):
     if labels.seconds is not None and abs(labels.seconds - seconds) > labels.slack:
         raise DataError(f"the annotation is of {labels.seconds:g} s, the signal has {seconds:g} s: "
                         "not the same recording")
-    told = max((end for _, end in labels.background + labels.events), default=0)
-    if labels.background and told < seconds - labels.slack:
-        labels.notes.append(f"its rows end at {told:g} s of {seconds:g} s: the rest is taken for "
-                            "background")
+    if labels.background:
+        _note_holes(labels, seconds)
     spans = []
     for onset, end in sorted(labels.events):
         what = f"event from {onset:g} s to {end:g} s"
@@ -75,7 +74,22 @@ def finish(labels, seconds):
     for onset, end in spans:
         if end - onset < SHORTEST:
             raise DataError(f"event from {onset:g} s to {end:g} s: a moment, not a seizure")
+    longest = max((end - onset for onset, end in spans), default=SHORT)
+    if longest < SHORT:
+        labels.notes.append(f"no seizure lasts longer than {longest:.3g} s: times in minutes?")
     return np.array(spans, np.float64).reshape(-1, 2)
+
+
+def _note_holes(labels, seconds):
+    """Note where rows, background among them, leave out a part: one on a seizure may be lost."""
+    told = 0.0
+    for onset, end in sorted(labels.background + labels.events):
+        if onset > told + labels.slack:
+            labels.notes.append(f"no row tells of {told:g} s to {onset:g} s: taken for background")
+        told = max(told, end)
+    if told < seconds - labels.slack:
+        labels.notes.append(f"its rows end at {told:g} s of {seconds:g} s: the rest is taken for "
+                            "background")
 
 
 # ---- tables ----
@@ -344,8 +358,9 @@ COLUMNS = {
     "duration": {"duration", "length"},
     "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
              "comment", "note", "type", "eventtype", "event type"},
-    "file": {"file", "file name", "filename", "recording", "record", "run", "edf", "session",
-             "patient", "patient id", "subject", "subject id"}}
+    "file": {what + end for end in ("", "name", "id", "path", " name", " id", " path", " no", " nr")
+             for what in "file recording record run edf session patient subject study segment part "
+                         "block datei fichier aufnahme".split()}}
 OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
 SECONDS = r"(s|secs?|seconds?)\.?( (from|after|since|of) .*(start|begin|onset)\w*)?|h+:.*|"
 # other columns that may say of a row that it does not count, or which edge of a seizure it is
@@ -387,16 +402,27 @@ def parse_list(text, name, meanings, began=""):
             if {"onset", "text"} <= columns.keys():
                 _refuse_hidden(lines[at + 1:])
                 _refuse_clock(lines[:at], began)
+                _refuse_above([_cells(row, delimiter) for row in lines[:at]], columns)
                 # MNE quotes nothing: what a last text holds of delimiters
                 count = len(titles) if len(titles) - 1 in columns["text"] else None
                 rows = [_cells(row, delimiter, count) for row in lines[at + 1:]
                         if not row.startswith("#")]
-                needed = 1 + max(columns["onset"][0], columns["text"][0])
+                # a row that lacks a cell which others have may have lost any of them
+                needed = min(len(titles), max([columns["onset"][0] + 1, columns["text"][0] + 1,
+                                               *map(len, rows)]))
                 _refuse_cut([titles, *rows], needed, text)
                 _refuse_others(rows, titles, name)
                 return [found for row in rows
                         for found in _list_row(row, titles, columns, meanings)]
     raise NoTable(f"{name} is no table of onsets and texts")
+
+
+def _refuse_above(rows, columns):
+    """Refuse a list that was sorted together with its titles: rows on a seizure stand above."""
+    for row in rows:
+        place = columns["onset"][0]
+        if place < len(row) and NUMBER.match(row[place]) and any(map(marks, row)):
+            raise DataError(f"{' '.join(row)[:60]!r} stands above the titles")
 
 
 def _refuse_clock(lines, began):
@@ -433,7 +459,7 @@ def _columns(cells):
 
 
 def _title(cell):
-    return " ".join(re.sub(r"[(\[,].*|_", " ", cell.lower()).split())
+    return " ".join(re.sub(r"[(\[,].*|[_-]", " ", cell.lower()).split())
 
 
 def _refuse_others(rows, titles, name):
@@ -468,8 +494,8 @@ def _list_row(row, titles, columns, meanings):
     texts = [row[place] for place in columns["text"] if place < len(row) and row[place]]
     if not any(map(marks, texts)):
         read = {place for places in columns.values() for place in places}
-        texts += [said for place, cell in enumerate(row) if place not in read
-                  and (said := _of_another(titles[place], cell))]
+        texts += [said for place, (title, cell) in enumerate(zip(titles, row)) if place not in read
+                  and (said := _of_another(title, cell))]
     judged = judgements(titles, row)
     # of a text that the user calls a seizure, too
     seizures = {text: text if marks(text) else "seizure" for text in texts if text not in judged
@@ -525,8 +551,9 @@ def parse_seizeit(text, name="a1.tsv"):
     """SeizeIT1 annotation: onset, end (s), type, comment. An end may be None: no labels then."""
     labels = Labels()
     for row in (line.split("\t") for line in _lines(text, name)):
-        if len(row) < 3:
-            raise DataError(f"{name}: incomplete row {' '.join(row)!r}")
+        if not 3 <= len(row) <= 4:
+            what = "incomplete row" if len(row) < 3 else "more than a row in"
+            raise DataError(f"{name}: {what} {' '.join(row)!r}")
         if row[1].strip() == "None":
             raise DataError(f"{name}: the seizure at {row[0].strip()} s has no end")
         onset = float(number(row[0], f"{name}: time"))
@@ -559,11 +586,14 @@ DEFAULT_TEXTS = {                       # what a text means, whole, without its 
                              rf"{_NO}({_SEIZURE}s?|anfalle?)")}
 # a text that speaks of a seizure, misspelt too; where its meaning is not known, nothing is known.
 # Epileptiform discharges and cycles per second (9 cps) are none
-_MISSPELT = "|".join("seizure"[:i] + ".?" + "seizure"[i + 1:] for i in range(7))
+_WORD = "seizure"                       # with a letter less, another, one more, or two exchanged
+_MISSPELT = "|".join(form for i in range(7) for form in (
+    _WORD[:i] + ".?" + _WORD[i + 1:], _WORD[:i + 1] + "." + _WORD[i + 1:],
+    _WORD[:i] + _WORD[i + 1:i + 2] + _WORD[i] + _WORD[i + 2:]))
 SPEAKS = re.compile(
     _MISSPELT +
     r"|seiz|\bs z\b|"
-    r"\b[a-z]{0,3}sz([srd]?\b|\d|on|off|st|beg|end)|\b[b-df-hj-np-tv-z]{4}sz\b|"
+    r"\b[a-z]{0,3}sz([srd]?\b|es\b|\d|on|off|st|beg|end)|\b[b-df-hj-np-tv-z]{4}sz\b|"
     r"anfa(ll|ld|ell|l\b)|\banf\b|onset|[ck]ri[sz][aei]|\bkriz\b|"
     r"(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
     r"[ck]onvul[sz]|kram(p|bi)|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
@@ -571,7 +601,7 @@ SPEAKS = re.compile(
     r"g\S{1,2}rcs|lekme|"
     r"priepuol|traukul|epi\w*hoog|"
     r"\w spells?\b|^(spell|episode)s?( \d+)?$|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
-    r"[sc][ei]+[zs]+[iu]+r|\bfits?\b|"
+    r"[sc][ei]+[zs]+[iu]+r|s[aeiu]+(z+[aeiu]*|s+u[aeiu]*)r|\bfits?\b|"
     r"\b(epi\w*|electro\w*|clinical) (event|episode|end|offset)|\b(ncse|sps|fas)\b|"
     r"\b(typical|habitual) (event|episode)|\b(sub|electro)clin|^(electrographic|status)$|"
     r"(?<!\d )\bcps\b|[ck]lonus|gelasti|hypermotor|hyperkinet|"

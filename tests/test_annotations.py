@@ -10,6 +10,7 @@ from eeg import edf
 from eeg.annotations import (
     Texts,
     finish,
+    list_labels,
     parse_annotations,
     parse_csv,
     parse_events_tsv,
@@ -104,6 +105,21 @@ def test_rows_that_end_long_before_the_recording_are_noted():
     ):
         finish(labels, 30.0)
         assert not labels.notes
+
+
+def test_rows_that_leave_a_hole_are_noted():
+    """One on a seizure may have been deleted there."""
+    labels = parse_csv(CSV.format(30) + "TERM,0,10,bckg,1\nTERM,14,30,bckg,1\n")
+    assert not len(finish(labels, 30.0))
+    assert labels.notes == ["no row tells of 10 s to 14 s: taken for background"]
+
+
+def test_seizures_of_a_second_or_so_are_noted():
+    """1.67 and 0.67 are minutes, perhaps: without a unit nothing else would tell."""
+    for text, noted in (("1.67,0.67", True), ("100,40", False), ("1.67,0.67,Seizure\n5,3", False)):
+        labels = list_labels(f"Onset,Duration,Text\n{text},Seizure\n", "a.csv")
+        finish(labels, 300.0)
+        assert labels.notes == ["no seizure lasts longer than 0.67 s: times in minutes?"] * noted
 
 
 def test_tusz_labels():
@@ -291,6 +307,8 @@ def test_seizeit_annotations(shared):
     for row in "non-epileptic\tHem:L", "FIA\tartefact", "no seizure":
         with pytest.raises(edf.DataError, match="in the row of a seizure at 781 s"):
             parse_seizeit(f"781\t807\t{row}\n")
+    with pytest.raises(edf.DataError, match="more than a row in"):
+        parse_seizeit("781\t807\tFIA\tHem:L7145\t7175\tFIA\n")
     with pytest.raises(edf.DataError, match="no end"):
         parse_seizeit("8971\tNone\tFIA\tHem:L\n")
 

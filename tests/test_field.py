@@ -388,7 +388,7 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "GTCS", "sGTKA", "fnsz left", "ESz", "SzStart left", "szr", "Absence 12 s", "Absencen", "Status epilepticus",
                                   "Grand mal", "FBTCS", "tonic-clonic", "Epileptic spasms", "napad padaczkowy", "insult", "Iktus", "anfald", "ataque", "Attack", "Aura",
                                   "Anf. 2", "Krise?", "Приступ", "судороги", "επιληπτική κρίση", "癫痫发作", "発作開始", "발작", "نوبة صرع", "התקף",
-                                  "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "eizure", "seiure", "sebzure", "sei zure", "S Z", "foc\"al seizure", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
+                                  "nöbet", "criză", "roham", "siezure", "Sezure", "seisure L", "ceizure", "eizure", "seiure", "sebzure", "sei zure", "S Z", "foc\"al seizure", "seibzure", "seiuzre", "seazur", "szes", "fit", "CPS", "SPS 2", "NCSE", "FAS", "atonic",
                                   "gelastic", "clonus", "attacco", "clinical event", "Seizure 0", "0 seizure", "sz: 0", "Electrographic event", "no clinical seizures", "no further seizures",
                                   "sz_foc_start", "sz gen unlikely", "sz_foc: ruled out", "d\xe9but critique", "scarica critica", "evento cr\xedtico", "ikt. Muster", "ict start", "TKA", "TCS", "stuip", "ataky",
                                   "kriza", "konvulzija", "krambid", "l\u0113kme", "priepuolis", "kouristus", "serangan", "\u0111\u1ed9ng kinh", "padaczka", "staring spell", "n\x94bet", "z\xa0chvat", "An\xadfall L", "пристъп", "гърч", "судома",
@@ -407,7 +407,7 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
 
 
 @pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no electrographic seizures",
-                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
+                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "processor", "saisir", "measure", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
@@ -517,6 +517,12 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "Onset (seconds from start),Duration (sec.),Text\n5,4,Seizure\n", [[5, 9]]),
     ("a.csv", "Times in samples (256 Hz)\nOnset,Duration,Text\n5,4,Seizure\n", "a.csv: 'Times in samples (256 Hz)'"),
     ("a.csv", "Recording of 20 min\nTime of study: noon\nOnset,Duration,Text\n5,4,Seizure\n", [[5, 9]]),
+    ("a.csv", "Recording-ID,onset,duration,label\n1,5,4,Seizure\n2,12,4,Seizure\n", "a.csv: it has rows of 1, 2"),
+    # rows that lost a cell, have one too many that is empty, or stand above the titles
+    ("a.csv", "Onset,Duration,Annotation,Rater\n5,4,Seizure,A\n12,4,B\n", "a.csv: incomplete row '12 4 B'"),
+    ("a.csv", "Onset,Duration,Annotation,Rater\n5,4,Seizure\n12,4,sz\n", [[5, 9], [12, 16]]),
+    ("a.csv", "Onset,Duration,Annotation,Rater\n5,4,Seizure,A,\n12,4,eyes open,A,,\n", [[5, 9]]),
+    ("a_events.tsv", "5\t4\tsz\n0\t20\tbckg\nonset\tduration\teventType\n", "'5 4 sz' stands above the titles"),
     ("a.csv", "file,onset,duration,label\na.edf,5,4,Seizure\nb.edf,12,4,Seizure\n", "a.csv: it has rows of b.edf"),
     ("a.csv", "recording,onset,duration,label\n1,5,4,Seizure\n2,12,4,Seizure\n", "a.csv: it has rows of 1, 2"),
     ("a.csv", "path,onset,duration,label\nC:\\sz\\A.EDF,5,4,Seizure\nC:\\sz\\A.EDF,1,1,background\n", [[5, 9]]),
