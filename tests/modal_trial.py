@@ -5,7 +5,8 @@
 
 Each case copies the program beside a toy trainer with train.py's interface (a step is 20 numbers and a nap;
 the cases with `real` have train.py itself), launches it, and interrupts it in one way. A case passes when what
-stands on the results Volume in the end is bit-identical to a run that was never interrupted. Modal itself is not involved: see the README for what that leaves open.
+stands on the results Volume in the end is bit-identical to a run that was never interrupted. Modal itself is not
+involved: docs/modal.md says what that leaves open.
 """
 import asyncio
 import contextlib
