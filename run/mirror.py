@@ -14,6 +14,7 @@ more and says so; training goes on at home.
 import contextlib
 import errno
 import json
+import math
 import os
 import threading
 import time
@@ -42,9 +43,13 @@ def newest_of(found):
 
 
 def abandoned(facts, line) -> bool:
-    """Whether `line` left the start that made `facts` because a person asked for it."""
+    """Whether `line` left the one of `facts` because a person asked for it: it went back to a save
+    of the start that made `facts`, or of one that they had gone on from at that save or later."""
+    history = {start: counter for start, counter, _ in facts["starts"]} | {facts["start"]: math.inf}
+    after = [*(start for start, *_ in line["starts"][1:]), line["start"]]
     return facts["run"] == line["run"] and any(
-        start == facts["start"] and asked for start, _, asked in line["starts"])
+        asked and history.get(start, -1) >= counter and following not in history
+        for (start, counter, asked), following in zip(line["starts"], after))
 
 
 def longer(here, there):

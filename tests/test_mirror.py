@@ -412,6 +412,20 @@ def test_what_went_to_the_second_copy_from_before_a_damaged_save_at_home_is_gone
     assert recover(home) == recover(place) == 4 and not any("another line" in line for line in said), said
 
 
+def test_a_run_that_goes_back_to_a_save_of_an_earlier_start_keeps_its_second_copy(tmp_path):
+    """The second copy's newest save is of a start that the line now followed has never heard of."""
+    for epoch in (1, 2):                                # a start each
+        with mirrored(tmp_path)[0] as s:
+            s.resume()
+            s.save_epoch(state(10 * epoch, epoch=epoch), metric=0.5)
+    s, said = mirrored(tmp_path)
+    with s:
+        s.resume(s.directory / "checkpoint_epoch_001.pt")
+        s.save_mid(state(11, epoch=2))
+    assert not any("another start" in line for line in said), said
+    assert recover(tmp_path / "nas/v3/checkpoints") == 11
+
+
 def test_a_home_that_is_lost_after_it_went_on_from_another_runs_file_keeps_its_second_copy(tmp_path):
     """The second copy still has snapshots of the run before."""
     with saver(tmp_path / "other/checkpoints", mirror=tmp_path / "elsewhere") as s:
