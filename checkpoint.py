@@ -1499,7 +1499,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _begin_line(self):
         """A run of its own, as long as no checkpoint is gone on from."""
         self.run = uuid.uuid4().hex[:12]
-        self.start = uuid.uuid4().hex[:8]   # of this process: its saves are a line of their own
+        self.start = uuid.uuid4().hex[:8]   # what is saved from here on is a line of its own
         # [start, its save that was left, whether that was asked for], oldest first
         self.starts: list[list] = []
         self.counter = 0                    # of the newest save
@@ -1553,6 +1553,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         a file cannot be read now: nothing may be begun over a run that is only out of reach."""
         if resume is False:
             return None
+        self.settle()                       # a loop begun again meets its own last save
         if resume is not True:
             state = load(resume)
             self.adopt(state, resume)
@@ -1601,10 +1602,12 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.resumed = Path(path) if path else None
         self.run = facts["run"] or self.run
         self.starts = [*facts["starts"], [facts["start"], facts["save_counter"], asked]]
+        self.start = uuid.uuid4().hex[:8]           # this process may go on more than once
         if len(self.starts) > MAX_STARTS:           # an unnamed one stands for the first of them
             self.starts[:2] = [["", self.starts[1][1], False]]
         self.counter = max(self.counter, facts["save_counter"])
         self.position = facts["position"]
+        self._in_progress = None
         self.global_step = facts["global_step"]
 
     def _name_line(self):

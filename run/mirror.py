@@ -231,6 +231,7 @@ class Mirrored(Checkpointer):
             if resume is False:
                 self._expect_own(self._look_there(), home=candidates(self.directory))
             return super().resume(resume)
+        self.settle()
         there = self._look_there()
         self._bring_home(there)
         found = candidates(self.directory)

@@ -278,6 +278,30 @@ def test_after_going_back_to_a_file_the_best_is_of_its_line_and_the_abandoned_on
     assert sound(checkpoint.load(tmp_path / "best.pt")) == 5 and len(list(tmp_path.glob("abandoned_best_*.pt"))) == 1
 
 
+def test_a_saver_that_goes_back_itself_judges_the_best_by_the_line_it_goes_on(tmp_path):
+    with saver(tmp_path, checkpoint_keep=0) as s:
+        for epoch, metric in enumerate((0.3, 0.2, 0.9), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=metric)
+        s.resume(tmp_path / "checkpoint_epoch_002.pt")
+        assert sound(checkpoint.load(tmp_path / "best.pt")) == 1, "0.3 is the best of the line that goes on"
+        assert s.save_epoch(state(4, epoch=3), metric=0.4)
+    assert [sound(checkpoint.load(path)) for path in tmp_path.glob("abandoned_best_*.pt")] == [3]
+
+
+@pytest.mark.parametrize("fault", [None, OSError(errno.EIO, "input/output error")], ids=["slow", "failed once"])
+def test_a_saver_that_resumes_again_meets_the_save_that_it_has_at_work(tmp_path, fault):
+    faults = [fault]
+
+    def slow(directory):
+        time.sleep(0.3)
+        if faults and faults.pop():
+            raise fault
+
+    with saver(tmp_path, before_save=slow, background=True) as s:
+        s.save_epoch(state(1, epoch=1))
+        assert sound(s.resume()) == 1 and s.position == (2, 0)
+
+
 def test_a_best_of_the_abandoned_line_that_is_damaged_is_called_so(tmp_path, capsys):
     with saver(tmp_path, checkpoint_keep=0) as s:
         for epoch, metric in enumerate((0.3, 0.9), 1):

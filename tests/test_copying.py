@@ -488,6 +488,18 @@ def test_a_place_that_is_not_the_one_in_progress_raises_and_writes_nothing(saver
         "mid_epoch_001_000002.pt", "checkpoint_epoch_001.pt", "last.pt"}
 
 
+def test_the_place_after_a_second_resume_is_that_of_the_file_not_of_the_batch_before_it(saver):
+    parts = {"model": torch.nn.Linear(1, 1)}
+    for number, _ in saver.batches(loader_of("shuffle")):
+        if number == 2:
+            saver.save_mid(saver.pack(parts))
+        if number == 4:
+            break
+    saver.resume()
+    state = saver.pack(parts)
+    assert (state["batch"], state["global_step"]) == (2, 2) == (saver.position[1], saver.global_step)
+
+
 def test_parts_that_the_checkpoint_lacks_are_named_and_nothing_is_changed(saver):
     net = torch.nn.Linear(1, 1)
     state = saver.pack({"model": torch.nn.Linear(1, 1)})
