@@ -268,11 +268,14 @@ def standing(run):
     """Call, app and state of a run, its dollars, and the command that stops it."""
     last = attempts(run)[-1:]
     for owner in (get(run / "launch.json"), *last):     # who only claimed it left no record
-        state = call_state(owner.get("call"))
+        # in a copy the call is the original's: stopping it would stop that
+        own = owner.get("run", run.name) == run.name
+        state = call_state(owner.get("call")) if own else "ended"
         if state != "ended":
             break
     if state == "ended" and last:
-        left = owner["left"] or "died without a word"
+        silent = "died without a word" if own else f"copied from {owner['run']}"
+        left = owner["left"] or silent
         state = left if left == "finished" else f"ended ({left})"
     line = (f"call {owner.get('call')}, app {owner.get('app', '?')}: {state}, "
             f"{money(spent(run))}")
@@ -330,8 +333,7 @@ def work(run, config, launch, resume, fresh, longest, gpu):
     signals = trainer.Signals()
     record = new_record(config, run, launch, gpu)
     publish = Publisher(run, next_number(run), record, signals, config)
-    publish.write()                                     # else a replay would begin anew
-    publish("the start")
+    publish.begin()
     print(f"attempt {publish.number} in {record['task']}: from step {record['progress'][0]}")
     way = "failed"
     try:
@@ -374,7 +376,7 @@ def claim(run, launch):
         return
     if owner.exists():                  # else a person has removed it, who knows
         expect_alone(run, launch, [get(owner), *before[-1:]])
-    put(owner, claimed(run, launch))
+    put(owner, claimed(run, launch) | {"first": next_number(run)})
     persist("commit of the claim", lambda: commit(results))
     time.sleep(SETTLE)
     reload()
@@ -436,8 +438,10 @@ def expect_free(trainer, config, run):
 def new_record(config, run, launch, gpu):
     """What the Volume keeps of one attempt; `left`, `saved` and `seen` follow."""
     paid = billed(gpu, card())
+    # moved aside, the run has neither attempts nor a claim: this one is the first
+    first = get(run / "launch.json").get("first", 1)
     return claimed(run, launch) | {
-        "left": "", "saved": "", "gpu": paid or "unknown",
+        "first": first, "left": "", "saved": "", "gpu": paid or "unknown",
         "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
         "progress": progress(run), "epochs": config["training"]["epochs"],
         "dollars": hourly(paid, CPU, MEMORY) if paid else None}
@@ -565,9 +569,17 @@ class Publisher:
 
     def write(self):
         self.record["seen"] = time.time()
-        owner = {key: self.record[key] for key in ("run", "launch", "call", "app")}
+        owner = {key: self.record[key] for key in ("run", "launch", "call", "app", "first")}
         put(self.run / "launch.json", owner)
         put(self.run / "attempts" / f"{self.number:03d}.json", self.record)
+
+    def begin(self):
+        """The first word of this attempt, without which a replay would begin anew, and another
+        launch train beside this one. Raises where it cannot be published."""
+        self.write()
+        self("the start")
+        if self.failures:
+            persist("commit of the start", lambda: commit(results))
 
     def __call__(self, what):
         with tolerated(f"record of {what}"):

@@ -1,6 +1,6 @@
 """What the containers of one run leave on the Volume for each other, and what they have cost.
 
-    launch.json          the launch that owns the run: its id, its call and its app
+    launch.json          the launch that owns the run: its id, its call, its app, its first attempt
     attempts/NNN.json    one container each: where it began, when it last saved, how it left
 
 Knows nothing of Modal's client: the same files are read by a container and by a test. Without torch
@@ -61,10 +61,12 @@ def next_number(run):
 def attempts(run):
     """The records of all attempts, in order.
 
-    One that cannot be read ends nothing. Its container belonged to the launch that owns the run, as
-    far as anybody knows, has saved and may still work: so nothing is begun anew over it."""
-    owner = get(run / "launch.json").get("launch", "")
-    return [{"launch": owner, "call": None, "left": "", "saved": "?", "progress": None,
+    One that cannot be read ends nothing. Its container belonged to the launch that owns the run, if
+    that had begun by then, has saved and may still work: so nothing is begun anew over it."""
+    owner = get(run / "launch.json")
+    launch, first = owner.get("launch", ""), owner.get("first", 1)
+    return [{"launch": launch if int(path.stem) >= first else "",
+             "call": None, "left": "", "saved": "?", "progress": None,
              "began": 0.0, "seen": 0.0, "dollars": 0.0, "epochs": 0,
              "task": f"the container of {path.name}, a record that cannot be read,"} | get(path)
             for path in record_files(run)]

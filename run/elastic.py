@@ -92,7 +92,9 @@ def following(path, saved):
             saved(path.parent / "checkpoints" / rows[-1]["file"])
 
     def follow():
-        while not ended.wait(0.5):
+        over = False
+        while not over:                 # once more at the end: for the save on the way out
+            over = ended.wait(0.5)
             with contextlib.suppress(OSError):          # out of reach: looked at again
                 look()
 

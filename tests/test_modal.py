@@ -258,6 +258,36 @@ def test_a_torn_record_keeps_the_work_of_a_run_that_went_back_to_a_file(runs):
     assert '"finished"' in end and "from step 40" in log, log
 
 
+@pytest.mark.parametrize("again, end, step", [(THREE, "finished", 1), (TWO, "refused", 0), (["four", "FILE", "false"], "finished", 21)])
+def test_a_torn_record_of_another_launch_is_not_taken_for_one_of_a_launch_that_died_before_its_first(again, end, step, runs):
+    """Else --fresh went on with the old run, and --resume FILE with its newest state."""
+    runs.attempt(ONE, crash_at=50)
+    again = [word.replace("FILE", str(runs.directory / "checkpoints/checkpoint_epoch_001.pt")) for word in again]
+    (runs.directory / "attempts" / "001.json").write_text("")
+    runs.trial.change("    resume = take", "    os._exit(9)\n    resume = take")
+    assert not runs.attempt(again) and records.get(runs.directory / "launch.json")["launch"] == again[0]
+    runs.trial.change(r"    os._exit\(9\)\n", "")
+    [(ended, log)] = runs.attempt(again)
+    trained = re.findall(r"toy step (\d+)", log)
+    assert f'"{end}"' in ended and (trained or ["0"])[0] == str(step), log
+    assert records.get(runs.directory / "launch.json")["first"] == (1 if again == THREE else 2)
+
+
+@pytest.mark.parametrize("fails, end", [(2, '"finished"'), (99, "RuntimeError commit of the start failed for 3 s")])
+def test_nothing_is_trained_before_the_start_is_published_which_another_launch_would_not_see(fails, end, runs):
+    runs.trial.patience(3)
+    runs.trial.change(r"def commit\(volume\):", f"""asked = []
+
+
+def commit(volume):
+    asked.append(volume)
+    if 2 <= len(asked) < 2 + {fails}:           # the first is that of the claim
+        raise OSError("volume busy")""")
+    [(ended, log)] = runs.attempt(ONE)
+    assert end in ended and ("toy starts" in log) == (fails == 2), log
+    assert log.index("commit of the start failed: OSError: volume busy") < (log + "toy starts").index("toy starts")
+
+
 def test_a_record_is_written_over_no_other_where_one_is_gone(runs):
     runs.attempt(ONE, ONE, crash_at=30)
     (runs.directory / "attempts" / "001.json").unlink()
@@ -310,7 +340,7 @@ def test_what_a_result_or_the_next_attempt_relies_on_is_published_before_the_end
             raise OSError("volume busy")
 
     monkeypatch.setattr(modal_app, "commit", commit)
-    record = {"run": "toy", "launch": "one", "call": None, "app": "a", "saved": "", "left": way}
+    record = {"run": "toy", "launch": "one", "call": None, "app": "a", "first": 1, "saved": "", "left": way}
     publish = modal_app.Publisher(tmp_path, 1, record, argparse.Namespace(number=number), {"training": {}})
     publish.end(way)
     assert commits[-1:] == [True] and records.attempts(tmp_path)[0]["left"] == way
@@ -322,6 +352,17 @@ def test_a_run_that_works_is_listed_so_where_another_launch_claimed_it_and_was_r
     records.put(tmp_path / "launch.json", {"launch": "two", "call": "fc-2", "app": "ap-2"})
     assert modal_app.standing(tmp_path) == (
         "call fc-1, app ap-1: working, about $0.00; stop: modal app stop ap-1")
+
+
+def test_a_copy_of_a_run_that_works_is_not_listed_as_working_with_a_command_that_stops_the_original(tmp_path, monkeypatch):
+    monkeypatch.setattr(modal_app, "call_state", lambda call: "working")
+    record = {"run": "toy", "launch": "one", "call": "fc-1", "app": "ap-1", "left": ""}
+    for name in ("toy", "copy"):
+        records.put(tmp_path / name / "launch.json", record)
+        records.put(tmp_path / name / "attempts" / "001.json", record)
+    assert modal_app.standing(tmp_path / "toy").endswith("stop: modal app stop ap-1")
+    assert modal_app.standing(tmp_path / "copy") == (
+        "call fc-1, app ap-1: ended (copied from toy), about $0.00")
 
 
 def test_a_run_that_went_back_to_a_file_after_its_end_is_not_believed_to_be_finished(runs):
@@ -337,7 +378,7 @@ def test_a_record_that_a_volume_does_not_take_ends_no_training_and_a_preemption_
     run = tmp_path / "toy"
     run.mkdir()
     (run / "attempts").write_text("in the way of the folder")
-    record = {"run": "toy", "launch": "one", "call": None, "app": "a", "saved": ""}
+    record = {"run": "toy", "launch": "one", "call": None, "app": "a", "first": 1, "saved": ""}
     publish = modal_app.Publisher(run, 1, record, argparse.Namespace(number=0), {"training": {}})
     publish.saved(run / "checkpoints/last.pt")
     publish.end("preempted")
@@ -556,6 +597,14 @@ def test_the_saves_of_another_process_are_followed(tmp_path):
         while not seen and time.monotonic() < wait:
             time.sleep(0.05)
     assert seen == [tmp_path / "checkpoints" / "best.pt"]
+
+
+def test_the_save_on_the_way_out_is_followed_too(tmp_path):
+    """Else a run that went back to a file would do so again in its next container."""
+    seen = []
+    with elastic.following(tmp_path / "saves.jsonl", seen.append):
+        (tmp_path / "saves.jsonl").write_text('{"kind": "save", "file": "last.pt"}\n')
+    assert seen == [tmp_path / "checkpoints" / "last.pt"]
 
 
 # ---- the sweep: what another file is asked for, with what it really gets ----
