@@ -16,6 +16,7 @@ import numpy as np
 from eeg.disk import write_file
 from eeg.edf import NUMBER, DataError, number
 
+CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d)")
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
@@ -333,7 +334,6 @@ def read_beside(path, header, texts=None):
     return list_labels(text, path.name, texts, header.began if header else "")
 
 
-CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d)")
 def is_list(path):
     """Whether a file is a table of onsets and texts, whatever these say."""
     try:
