@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import os
+import shlex
 import signal
 import sys
 import time
@@ -259,8 +260,9 @@ def ls():
     reload()
     code = checkpoint.main(["ls", RESULTS])
     for folder in sorted(Path(RESULTS).glob("*/attempts")):
-        print(bill(folder.parent))
-        print(f"    {standing(folder.parent)}")
+        with tolerated(f"bill of {folder.parent.name}"):        # the others are listed
+            print(bill(folder.parent))
+            print(f"    {standing(folder.parent)}")
     return result("refused" if code else "finished")
 
 
@@ -661,13 +663,23 @@ def main(*words):
         refuse(f"--split belongs to --action evaluate; what {asked.action} takes is in its config")
     if asked.source and asked.action != "import":
         refuse("--source belongs to --action import")
-    if asked.action == "ls":
-        return close(ls.remote())
     try:
-        settings = checked(asked)
-        plan = planned(settings) if asked.action == "smoke" else None
+        if asked.action == "ls":
+            close(ls.remote())
+        else:
+            await_result(launched(asked))
     except Stop as stop:
         refuse(stop)
+    except (RuntimeError, modal.exception.Error) as error:
+        print(f"modal_app.py: {type(error).__name__}: {error}; whether a call began: "
+              "modal app list", file=sys.stderr)
+        sys.exit(1)
+
+
+def launched(asked):
+    """The call that was asked for, with what it costs and how to follow and stop it said."""
+    settings = checked(asked)
+    plan = planned(settings) if asked.action == "smoke" else None
     launch = uuid.uuid4().hex[:12]
     tell(asked)
     if asked.action == "import":
@@ -681,7 +693,7 @@ def main(*words):
     else:
         call = smoke.spawn(settings, launch, asked.resume, asked.fresh, plan, TRAIN_GPU)
     guide(call, settings["experiment"]["name"])
-    await_result(call)
+    return call
 
 
 def await_result(call):
@@ -752,11 +764,12 @@ def tell(asked):
 
 
 def guide(call, name):
+    file = shlex.quote(f"{name}/checkpoints/best.pt")
     print(f"call {call.object_id} in app {app.app_id}\n"
           f"    follow: modal app logs {app.app_id} -f\n"
           f"    stop:   modal app stop {app.app_id}\n"
           f"    list:   modal run modal_app.py --action ls\n"
-          f"    fetch:  modal volume get holdfast-results {name}/checkpoints/best.pt .", flush=True)
+          f"    fetch:  modal volume get holdfast-results {file} .", flush=True)
 
 
 def close(verdict):

@@ -870,6 +870,26 @@ async def refused_unpaid(trial):
         assert not fake.tasks
 
 
+async def unanswered(trial):
+    """A Modal that refuses before a call began is one line, not a traceback; records that make no bill hide no run."""
+    trial.config(toy={"seconds": 0.01}, experiment={"name": "two words"})
+    trial.run = "two words"
+    for method in ("VolumeListFiles", "FunctionMap"):
+        with failing(method, lambda number: status("RESOURCE_EXHAUSTED", "not today")):
+            async with trial.modal() as fake:
+                code, out = await fake.launch()
+                assert code == 1 and "ResourceExhaustedError: not today; whether a call began" in out, out
+                assert "Traceback" not in out and not fake.tasks, out
+    async with trial.modal() as fake:
+        code, out = await fake.launch()
+        assert code == 0 and "modal volume get holdfast-results 'two words/checkpoints/best.pt' ." in out, out
+        other = trial.committed().with_name("another") / "attempts"
+        other.mkdir(parents=True)
+        (other / "001.json").write_text('{"dollars": "a lot"}')
+        code, out = await fake.modal("run", "modal_app.py", "--action", "ls", cwd=trial.project)
+        assert code == 0 and "bill of another failed: " in out and "two words: 0.0" in out, out
+
+
 async def as_on_one_machine(trial):
     """Bare --resume and --fresh, --resume FILE, --set and --gpu; ls tells each run's call, app, state and dollars; a
     launch that ends with its terminal says so."""
@@ -953,7 +973,7 @@ async def imported_from_a_bucket(trial):
 
 CASES = [finished, preempted, overlap, killed, handed_over, timed_out, stuck, refused, commits_fail, no_reload,
          never_reload, two_launches, two_at_once, late_claim, other_actions, no_gpu, short_deaths, time_limit, unknown_card,
-         cannot_ask, evaluate_commits, connection_lost, second_signal, refused_unpaid, as_on_one_machine, ready,
+         cannot_ask, evaluate_commits, connection_lost, second_signal, refused_unpaid, unanswered, as_on_one_machine, ready,
          not_ready, fresh_with_mirror, two_cards, imported_there, imported_from_a_bucket, real_training]
 
 
