@@ -18,8 +18,10 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import uuid
+from concurrent.futures import Future, wait
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -43,6 +45,7 @@ SOURCE = "/source"                      # where the bucket of --source is mounte
 GRACE = 35                              # s in which a preempted container may still commit
 SETTLE = 10                             # s in which another launch's claim would become visible
 PATIENCE = 300                          # s for which a Volume that refuses is asked again
+SILENCE = 1800                          # s after which a Volume that does not answer has failed
 GPU_TRIES = 10                          # times that a container asks its GPU, 2 s apart
 COMMIT_EVERY = 60                       # s between the commits of an import
 
@@ -515,7 +518,7 @@ def acceptance(config, planned, gpu):
 def reload(volume=None):
     """See what other containers committed. Modal refuses while this one has a file open there."""
     if not modal.is_local():
-        persist("reload of the Volume", (volume or results).reload)
+        persist("reload of the Volume", lambda: answered((volume or results).reload))
 
 
 def commit(volume):
@@ -523,11 +526,29 @@ def commit(volume):
     if modal.is_local():
         return
     try:
-        volume.commit()
+        answered(volume.commit)
     except Exception as error:
         # version 1 commits, reloads, and says that it could not: metrics.jsonl is open
         if "open files" not in str(error):
             raise
+
+
+def answered(do):
+    """do(), in a thread that is left behind after SILENCE: Modal's client waits without end, and
+    the container is paid until its timeout."""
+    answer = Future()
+
+    def ask():
+        try:
+            answer.set_result(do())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    wait([answer], SILENCE)
+    if not answer.done():
+        raise TimeoutError(f"no answer for {SILENCE} s")
+    return answer.result()
 
 
 def persist(what, do):

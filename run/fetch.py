@@ -10,6 +10,7 @@ one that was interrupted is continued.
 """
 import hashlib
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -56,10 +57,10 @@ def fetch(url, folder, say=print, fetched=lambda name: None):
     listed = {name: digest for digest, name in sums(url)}
     missing = [name for name in listed if not (folder / name).exists()]
     say(f"{url}: {len(listed)} files, {len(missing)} of them to fetch to {folder}")
-    said = time.monotonic()
+    said, over = time.monotonic(), threading.Event()
 
     def one(name):
-        return fetch_file(url, name, listed[name], folder)
+        return fetch_file(url, name, listed[name], folder, over)
 
     pool = ThreadPoolExecutor(CONNECTIONS, "fetch")
     try:
@@ -69,6 +70,7 @@ def fetch(url, folder, say=print, fetched=lambda name: None):
                 said = time.monotonic()
                 say(f"fetched {number} of {len(missing)} files")
     finally:
+        over.set()                      # the parts stay: a grace of seconds waits for no file
         pool.shutdown(cancel_futures=True)
 
 
@@ -118,19 +120,19 @@ def pieces(url, begin=0):
         raise Refused(f"{url}: {error}") from None
 
 
-def fetch_file(url, name, digest, folder):
-    """Bring one file, verified, under its name, and return the name."""
+def fetch_file(url, name, digest, folder, over):
+    """Bring one file, verified, under its name, and return the name. Raises TemporaryFault once
+    `over` is set."""
     target = folder / name
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     for number in range(TRIES):
         try:
-            take(url + quote(name), part)
+            take(url + quote(name), part, over)
             break
         except TemporaryFault:
-            if number == TRIES - 1:
+            if number == TRIES - 1 or over.wait(PAUSE * 2 ** number):
                 raise
-            time.sleep(PAUSE * 2 ** number)
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:
@@ -142,9 +144,11 @@ def fetch_file(url, name, digest, folder):
     return name
 
 
-def take(url, part):
+def take(url, part, over):
     """Append to `part` what it lacks of the file at `url`."""
     begin = part.stat().st_size if part.exists() else 0
     with open(part, "ab") as file:
         for piece in pieces(url, begin):
             file.write(piece)
+            if over.is_set():
+                raise TemporaryFault(f"{url}: interrupted")

@@ -346,6 +346,20 @@ def test_what_a_result_or_the_next_attempt_relies_on_is_published_before_the_end
     assert commits[-1:] == [True] and records.attempts(tmp_path)[0]["left"] == way
 
 
+def test_a_volume_that_does_not_answer_has_failed_and_the_container_is_not_paid_for_waiting(monkeypatch, capsys):
+    silent = argparse.Namespace(commit=threading.Event().wait, reload=threading.Event().wait)
+    monkeypatch.setattr(modal_app.modal, "is_local", lambda: False)
+    monkeypatch.setattr(modal_app, "PATIENCE", 0.1)
+    monkeypatch.setattr(modal_app, "SILENCE", 0.1)
+    with pytest.raises(TimeoutError, match="no answer for 0.1 s"):
+        modal_app.commit(silent)
+    with pytest.raises(RuntimeError, match="reload of the Volume failed for 0.1 s: no answer"):
+        modal_app.reload(silent)
+    answers = argparse.Namespace(commit=lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        modal_app.commit(answers)
+
+
 def test_a_run_that_works_is_listed_so_where_another_launch_claimed_it_and_was_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(modal_app, "call_state", {"fc-1": "working", "fc-2": "ended"}.get)
     records.put(tmp_path / "attempts" / "001.json", {"launch": "one", "call": "fc-1", "app": "ap-1"})
@@ -783,6 +797,29 @@ def test_a_corpus_is_fetched_whole_and_an_interrupted_file_goes_on_where_it_brok
     Server.asked.clear()
     fetch.fetch(url, tmp_path / "raw", lambda line: None)
     assert Server.asked == [("/SHA256SUMS.txt", 0)], "what is there is not fetched again"
+
+
+def test_an_interrupted_fetch_ends_at_once_and_keeps_the_parts(site, tmp_path, monkeypatch):
+    """Within the grace of a preemption, whatever the size of the files on their way."""
+    folder, url = site
+    asked, pieces = threading.Event(), fetch.pieces
+
+    def slow(address, begin=0):
+        if not address.endswith("edf"):
+            yield from pieces(address, begin)
+            return
+        for _ in range(200):
+            yield b"x" * 1000
+            asked.set()
+            time.sleep(0.1)
+
+    monkeypatch.setattr(fetch, "pieces", slow)
+    threading.Thread(target=lambda: asked.wait(60) and os.kill(os.getpid(), signal.SIGINT), daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fetch.fetch(url, tmp_path / "raw", lambda line: None)
+    assert time.monotonic() - began < 10
+    assert (tmp_path / "raw" / "chb01" / "a 1.edf.part").stat().st_size >= 1000
 
 
 def test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused(site, tmp_path, monkeypatch):
