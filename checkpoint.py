@@ -1488,7 +1488,6 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._writing = None                # future of the save in progress
         self._failed: Any = None            # error of the image's save: it is in memory alone
         self._failures, self._failing_since = 0, 0.0        # in a row, and since when
-        self._closed = False
         self._turn = threading.RLock()
         self._signals = Signals()           # heard only within signals()
         self._open()
@@ -1869,8 +1868,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         return not (self._failed and KINDS["last"].name in self._names)
 
     def _save(self, state, kind, names, measured, since):
-        if self._closed:                    # another process may hold the directory
-            raise ValueError("this Checkpointer is closed: save within its with block")
+        self._expect_open()
         began = since or time.monotonic()
         self._failed = None
         self.counter += 1
@@ -1889,7 +1887,18 @@ class Checkpointer(contextlib.AbstractContextManager):
         if not self.background:
             self.wait()
 
+    @property
+    def _closed(self):
+        """Whether another process may hold the directory. A fork has neither lock nor writer."""
+        return self._lock not in Lock.held
+
+    def _expect_open(self):
+        if self._closed:
+            raise ValueError("this Checkpointer is closed, or another process's from before a "
+                             "fork: save within its with block, in the process that made it")
+
     def _submit(self):
+        self._expect_open()
         try:
             self._writing = self._writer.submit(self._write, self._names, self.blocked)
         except RuntimeError:                # no thread is to be had: training waits for the disk
@@ -1983,6 +1992,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         with self._turn:
             if not self._writing:
                 return
+            self._expect_open()
             error = self._writing.exception()
             self._writing = None
             if error is None:
@@ -2033,7 +2043,6 @@ class Checkpointer(contextlib.AbstractContextManager):
         with self._turn:
             if self._closed:
                 return
-            self._closed = True
             try:
                 self.wait()
                 if self._failed:

@@ -1,10 +1,12 @@
 """Policy of checkpoint.py: locks, records, copied loops, patience, the second copy, the command line's manners."""
+import contextlib
 import errno
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -390,3 +392,20 @@ def test_a_save_after_the_end_is_refused_at_once_and_waits_for_nothing(tmp_path)
     with pytest.raises(ValueError, match="this Checkpointer is closed"):
         s.save_mid(state(2))
     s.settle()
+
+
+def test_a_fork_leaves_the_saver_to_its_parent_and_is_told_so_where_it_saves(tmp_path):
+    go_on = threading.Event()
+    with saver(tmp_path, background=True, before_save=lambda directory: go_on.wait()) as s:
+        s.save_mid(state(1))
+        child = os.fork()
+        if not child:
+            signal.alarm(10)                # no writer is here: what waited for one, waited for ever
+            with contextlib.suppress(ValueError), s:
+                s.save_mid(state(2))
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        go_on.set()
+    assert code == 0
+    assert sound(saver(tmp_path).resume()) == 1
