@@ -45,6 +45,7 @@ SOURCE = "/source"                      # where the bucket of --source is mounte
 GRACE = 35                              # s in which a preempted container may still commit
 SETTLE = 10                             # s in which another launch's claim would become visible
 PATIENCE = 300                          # s for which a Volume that refuses is asked again
+UNPUBLISHED = 7200                      # s of failing commits after which a container is given up
 SILENCE = 1800                          # s after which a Volume that does not answer has failed
 GPU_TRIES = 10                          # times that a container asks its GPU, 2 s apart
 COMMIT_EVERY = 60                       # s between the commits of an import
@@ -107,10 +108,11 @@ def gpu_of(default):
     text = ASKED.gpu if ASKED and ASKED.gpu else default
     several = [word.strip() for word in text.split(",")]
     try:
-        for word in several:
-            card_and_count(word)
+        counts = {card_and_count(word)[1] for word in several}
     except ValueError as error:
         refuse(error)
+    if len(counts) > 1:                 # as many processes as the first asks for would be started
+        refuse(f"GPU {text!r}: of a list, each with the same number of cards")
     return several[0] if len(several) == 1 else several
 
 
@@ -576,7 +578,8 @@ def tolerated(what):
 
 class Publisher:
     """Commits the Volumes with the record of this attempt: at start and end, after each save. A
-    commit that fails ends nothing, nor does a record that a full Volume does not take."""
+    commit that fails ends nothing before UNPUBLISHED, nor does a record that a full Volume does not
+    take."""
 
     def __init__(self, run, number, record, signals, config):
         self.run, self.number, self.record, self.signals = run, number, record, signals
@@ -584,11 +587,16 @@ class Publisher:
         self.failures, self.good = 0, time.monotonic()
 
     def saved(self, path):
-        """train.py's on_saved hook."""
+        """train.py's on_saved hook. Raises RuntimeError where a day would be paid that may be
+        lost with this container: the mount of another one may be well."""
         self.record["saved"] = path.name
         self(path.name)
         with tolerated("bill"):
             print(bill(self.run))
+        silent = time.monotonic() - self.good
+        if self.failures >= 3 and silent > UNPUBLISHED and not self.signals.number:
+            raise RuntimeError(f"commits failed for {silent / 60:.0f} minutes: the next container "
+                               "goes on from the last good one")
 
     def write(self):
         self.record["seen"] = time.time()

@@ -146,7 +146,7 @@ def card_and_count(gpu):
     name, _, count = gpu.partition(":")
     if not name or not re.fullmatch(r"[1-9]\d*", count or "1"):
         raise ValueError(f"GPU {gpu!r}: write it as Modal does, H100 or A100-80GB:8")
-    return name, int(count or 1)
+    return name.upper(), int(count or 1)                # Modal takes "h100" for H100
 
 
 def billed(asked, card=""):

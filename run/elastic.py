@@ -82,8 +82,8 @@ def signals_restored():
 @contextlib.contextmanager
 def following(path, saved):
     """Call saved(path of the checkpoint) for each save that the main process of the training lists
-    in `path`, in a thread."""
-    ended, known = threading.Event(), [len(saves(path))]
+    in `path`, in a thread. What it raises, but for OSError, ends the training and is raised."""
+    ended, known, failed = threading.Event(), [len(saves(path))], []
 
     def look():
         rows = saves(path)
@@ -95,8 +95,14 @@ def following(path, saved):
         over = False
         while not over:                 # once more at the end: for the save on the way out
             over = ended.wait(0.5)
-            with contextlib.suppress(OSError):          # out of reach: looked at again
+            try:
                 look()
+            except OSError:                             # out of reach: looked at again
+                pass
+            except Exception as error:
+                failed.append(error)
+                os.kill(os.getpid(), signal.SIGTERM)    # the agent lets the processes save
+                return
 
     thread = threading.Thread(target=follow, name="saves", daemon=True)
     thread.start()
@@ -105,6 +111,8 @@ def following(path, saved):
     finally:
         ended.set()
         thread.join()
+    if failed:
+        raise failed[0]
 
 
 def saves(path):

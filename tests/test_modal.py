@@ -110,6 +110,7 @@ def test_help_names_every_option_and_its_choices():
     (["--action", "train", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
     (["--action", "evaluate", "--split", "test"], "argument --split: invalid choice: 'test'"),
     (["--action", "import", "--montage", "reduced"], "argument --montage: invalid choice: 'reduced'"),
+    (["--action", "train", "--gpu", "A100-80GB,H100:2"], "GPU 'A100-80GB,H100:2': of a list, each with the same number"),
     (["--action", "train", "--gpu", "H100:some"], "GPU 'H100:some': write it as Modal does"),
 ])
 def test_wrong_options_get_one_clear_line_before_anything_is_started(arguments, line):
@@ -286,6 +287,22 @@ def commit(volume):
     [(ended, log)] = runs.attempt(ONE)
     assert end in ended and ("toy starts" in log) == (fails == 2), log
     assert log.index("commit of the start failed: OSError: volume busy") < (log + "toy starts").index("toy starts")
+
+
+def test_a_container_whose_commits_fail_for_hours_ends_and_a_shorter_failure_ends_nothing(runs):
+    """What is trained there would be lost with it, after a day at the latest."""
+    runs.trial.patience(1)
+    runs.trial.change(r"def commit\(volume\):", """asked = []
+
+
+def commit(volume):
+    asked.append(volume)
+    if len(asked) > 2:                          # the claim and the start
+        raise OSError("volume busy")""")
+    runs.trial.change(r"UNPUBLISHED = \d+ ", "UNPUBLISHED = 2 ")
+    [(ended, log)] = runs.attempt(ONE, seconds=0.1)
+    assert "commits failed for 0 minutes" in ended and "(3 in a row)" in log and "toy step 59" not in log, log
+    assert runs.records()[0]["left"] == "failed"
 
 
 def test_a_record_is_written_over_no_other_where_one_is_gone(runs):
@@ -506,7 +523,7 @@ def test_the_bill_adds_up_the_attempts_and_foretells_the_run_from_the_measured_s
 
 def test_an_hour_costs_what_gpus_cores_and_memory_cost():
     rest = 8 * 0.047 + 32 * 0.008
-    for gpu, dollars in {"A100-80GB": 2.50, "H100!": 3.95, "H100:2": 7.90, "A100-80GB:8": 20.0, "": 0.0}.items():
+    for gpu, dollars in {"A100-80GB": 2.50, "H100!": 3.95, "h100": 3.95, "H100:2": 7.90, "A100-80GB:8": 20.0, "": 0.0}.items():
         assert records.hourly(gpu, 8, 32) == pytest.approx(dollars + rest)
     assert records.hourly(["A100-80GB:2", "H100"], 8, 32) == pytest.approx(5.0 + rest)
     assert records.hourly("NEXT-GPU", 8, 32) is None
@@ -611,6 +628,25 @@ def test_the_saves_of_another_process_are_followed(tmp_path):
         while not seen and time.monotonic() < wait:
             time.sleep(0.05)
     assert seen == [tmp_path / "checkpoints" / "best.pt"]
+
+
+def test_what_a_save_of_another_process_raises_ends_all_processes_and_is_raised(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    path, signals, before = tmp_path / "saves.jsonl", argparse.Namespace(number=0), signal.getsignal(signal.SIGTERM)
+
+    def saved(path):
+        raise RuntimeError(f"commits failed, {path.name}")
+
+    def save():
+        while len(list(tmp_path.glob("worker.py.? of 2"))) < 2:
+            time.sleep(0.05)
+        path.write_text('{"kind": "save", "file": "last.pt"}\n')
+
+    threading.Thread(target=save, daemon=True).start()
+    with pytest.raises(RuntimeError, match="commits failed, last.pt"):
+        with elastic.signals_restored(), elastic.following(path, saved):
+            elastic.launched(2, [str(tmp_path / "worker.py"), "600", "0"], signals)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_save_on_the_way_out_is_followed_too(tmp_path):
