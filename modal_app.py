@@ -239,10 +239,10 @@ def import_corpus(source, out, layout="auto", montage="referential"):
 
     def save(what):
         if time.monotonic() - last[0] >= COMMIT_EVERY:
+            # what a container cannot publish it would import in vain
+            persist(f"commit after {what}", lambda: commit(recordings))
             last[0] = time.monotonic()
-            with tolerated("commit"):
-                commit(recordings)
-                print(f"committed after {what}", flush=True)
+            print(f"committed after {what}", flush=True)
 
     try:
         refused = import_from(source, out, f"{DATA}/raw/{Path(out).name}", save,
@@ -737,7 +737,8 @@ def await_result(call):
         sys.exit(1)
     except (Exception, modal.exception.InputCancellation) as error:
         print(f"call {call.object_id} ended with {type(error).__name__}: {error}", file=sys.stderr)
-        verdict = result("failed", "what it committed is safe; --resume continues")
+        verdict = result("failed", "what it committed is safe; the same command goes on, that of a "
+                                   "training with --resume")
     close(verdict)
 
 

@@ -442,6 +442,11 @@ class Endless:
             yield 3
 
 
+class Scaled(DataLoader):
+    def __iter__(self):
+        return (100 * batch for batch in super().__iter__())
+
+
 class OwnGenerator:
     def __init__(self):
         self.rng = numpy.random.default_rng(0)
@@ -456,9 +461,11 @@ class OwnGenerator:
 @pytest.mark.parametrize("loader, reason", [
     (DataLoader(Stream(), batch_size=3), "an iterable dataset cannot skip"),
     (DataLoader(Drawn(), batch_size=None), "batch_size=None makes none"),
+    (Scaled(Drawn(), batch_size=3), "Scaled makes batches in a way of its own"),
+    ([1, 2, 3], "list makes batches in a way of its own"),
     (DataLoader(Drawn(), batch_size=3, sampler=Endless()), "Endless gives more than 23 batches"),
     (DataLoader(Drawn(), batch_size=3, sampler=OwnGenerator()), r"OwnGenerator gives another order .* set_epoch\(epoch\)")],
-    ids=["iterable", "single items", "endless", "own generator"])
+    ids=["iterable", "single items", "own iteration", "no loader", "endless", "own generator"])
 def test_a_loader_that_cannot_go_on_where_it_was_is_refused(saver, loader, reason):
     with pytest.raises(TypeError, match=reason):
         next(saver.batches(loader))
@@ -507,6 +514,12 @@ def test_parts_that_the_checkpoint_lacks_are_named_and_nothing_is_changed(saver)
     with pytest.raises(checkpoint.IncompleteState, match="the checkpoint has no 'ema', 'scaler': unpack the parts"):
         saver.unpack({"model": net, "ema": net, "scaler": net}, state)
     assert same(dict(net.state_dict()), before)
+
+
+@pytest.mark.parametrize("name", ["random", "epoch", "batch", "global_step", "save_counter", "holdfast"])
+def test_a_part_by_a_name_that_the_saver_needs_is_refused_not_lost(saver, name):
+    with pytest.raises(ValueError, match=f"a part cannot be called '{name}'"):
+        saver.pack({"model": torch.nn.Linear(1, 1), name: torch.nn.Linear(1, 1)})
 
 
 # ---- a notebook ----
