@@ -458,7 +458,7 @@ class _Image:
         """Offsets for every storage, CUDA ones first: they arrive as one block."""
         self.layout = None                  # until all of it is there: memory may run out below
         gpu = [number for number, (*_, device) in enumerate(layout) if device.type == "cuda"]
-        self.order = gpu + [number for number in range(len(layout)) if number not in set(gpu)]
+        self.order = sorted(range(len(layout)), key=lambda number: layout[number][2].type != "cuda")
         self.at, end, self.gpu_end = {}, 0, 0
         for place, number in enumerate(self.order):
             entry = _entry(f"data/{number}", layout[number][0], end)
@@ -1707,6 +1707,10 @@ class Checkpointer(contextlib.AbstractContextManager):
     def pack(self, parts: dict[str, Any]) -> dict[str, Any]:
         """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each
         of `parts`, {name: object}, the random states and the place."""
+        taken = {*PROGRESS, "random", "holdfast"}.intersection(parts)
+        if taken:
+            raise ValueError(f"a part cannot be called {', '.join(map(repr, sorted(taken)))}: "
+                             f"that place of the state is the saver's")
         epoch, batch = self._in_progress or self.position
         states = {name: part.state_dict() for name, part in parts.items()}
         return {**states, "random": random_states(), "epoch": epoch, "batch": batch,
@@ -2064,6 +2068,13 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 def _epoch_order(loader, seed, epoch):
     """The item numbers of each batch of one epoch, by the loader's own samplers."""
+    kind, usual = type(loader), torch.utils.data.DataLoader
+    # what a class of another way to iterate makes of the batches would be lost
+    if not isinstance(loader, usual) or kind.__iter__ is not usual.__iter__ \
+            or kind._get_iterator is not usual._get_iterator:
+        raise TypeError(f"batches() takes a DataLoader of torch, and {kind.__name__} makes batches "
+                        f"in a way of its own: have its dataset or collate_fn do that, or loop by "
+                        f"saver.position")
     if isinstance(loader.dataset, torch.utils.data.IterableDataset) or loader.batch_sampler is None:
         raise TypeError("batches() takes a DataLoader that makes batches of numbered items: an "
                         "iterable dataset cannot skip what was trained, batch_size=None makes none")

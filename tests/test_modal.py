@@ -835,6 +835,28 @@ def test_a_corpus_is_fetched_whole_and_an_interrupted_file_goes_on_where_it_brok
     assert Server.asked == [("/SHA256SUMS.txt", 0)], "what is there is not fetched again"
 
 
+def test_an_import_that_can_commit_nothing_ends_and_a_passing_failure_ends_nothing(monkeypatch):
+    fails, asked = [1], []
+
+    def commit(volume):
+        asked.append(volume)
+        if len(asked) <= fails[0]:
+            raise OSError("volume busy")
+
+    def import_from(source, out, raw, progress, **options):
+        progress("imported recording")
+        return 0
+
+    monkeypatch.setattr(fetch, "import_from", import_from)
+    monkeypatch.setattr(modal_app, "commit", commit)
+    monkeypatch.setattr(modal_app, "COMMIT_EVERY", 0)
+    assert modal_app.import_corpus.local("/data/raw", "/data/tusz")["status"] == "finished" and len(asked) == 3
+    monkeypatch.setattr(modal_app, "PATIENCE", 0.1)
+    fails[0] = 99
+    with pytest.raises(RuntimeError, match="commit after imported recording failed for 0.1 s: volume busy"):
+        modal_app.import_corpus.local("/data/raw", "/data/tusz")
+
+
 def test_an_interrupted_fetch_ends_at_once_and_keeps_the_parts(site, tmp_path, monkeypatch):
     """Within the grace of a preemption, whatever the size of the files on their way."""
     folder, url = site
