@@ -761,9 +761,10 @@ def listing(path, recursive=False):
     for mount, volume in {RESULTS: results, DATA: recordings, MIRROR: mirror}.items():
         inside = os.path.relpath(path, mount)
         if not inside.startswith(".."):
+            place = str(Path("/", inside))              # of the root "/", as Modal writes it
             with contextlib.suppress(modal.exception.NotFoundError):
                 return [Path(entry.path).name + ends.get(entry.type, "")
-                        for entry in volume.listdir(inside, recursive=recursive)]
+                        for entry in volume.listdir(place, recursive=recursive)]
     return []
 
 

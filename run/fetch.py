@@ -79,7 +79,7 @@ def sums(url):
     lines = request(url + SUMS).decode(errors="replace").splitlines()
     found = [line.split(maxsplit=1) for line in lines if line.strip()]
     for entry in found:
-        if len(entry) != 2 or len(entry[0]) != 64 or not inside(entry[1]):
+        if len(entry) != 2 or len(entry[0]) != 64 or not inside(entry[1].removeprefix("*")):
             raise Refused(f"{url}{SUMS}: a line is no digest and name: {' '.join(entry)[:80]!r}")
     return [(digest, name.removeprefix("*")) for digest, name in found]
 

@@ -173,6 +173,14 @@ def volumes(tmp_path):
     return listing
 
 
+@pytest.mark.parametrize("path, place", [("/data", "/"), ("/data/tusz/", "/tusz"), ("/data/a/../tusz", "/tusz")])
+def test_a_folder_of_a_volume_is_asked_for_by_its_path_from_the_root(path, place, monkeypatch):
+    places = []
+    volume = argparse.Namespace(listdir=lambda inside, recursive: places.append(inside) or [])
+    monkeypatch.setattr(modal_app, "recordings", volume)
+    assert modal_app.listing(path) == [] and places == [place]
+
+
 def asked(**words):
     return argparse.Namespace(**{"action": "train", "resume": "false", "fresh": "false", "source": ""} | words)
 
@@ -889,9 +897,10 @@ def test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused(site, tmp_pat
     assert not (tmp_path / "raw" / "chb01" / "summary.txt").exists()
     with pytest.raises(Refused, match="404"):
         fetch.fetch(f"{url}/none", tmp_path / "raw", lambda line: None)
-    (folder / "SHA256SUMS.txt").write_text(f"{'0' * 64} ../../evil\n")
-    with pytest.raises(Refused, match="no digest and name"):
-        fetch.fetch(url, tmp_path / "raw", lambda line: None)
+    for evil in ("../../evil", "/evil", f"*{tmp_path}/evil", "*../evil"):
+        (folder / "SHA256SUMS.txt").write_text(f"{'0' * 64} {evil}\n")
+        with pytest.raises(Refused, match="no digest and name"):
+            fetch.fetch(url, tmp_path / "raw", lambda line: None)
     with pytest.raises(TemporaryFault):
         fetch.fetch("http://127.0.0.1:9/corpus", tmp_path / "raw", lambda line: None)
 
