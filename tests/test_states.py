@@ -428,14 +428,17 @@ def test_a_state_goes_by_what_it_held_at_the_call_though_another_thread_saves_to
 def test_twenty_thousand_storages_of_a_gpu_are_placed_as_fast_as_those_of_a_cpu(monkeypatch):
     monkeypatch.setattr(checkpoint._Image, "_stage", lambda image, layout, numbers: [])
     monkeypatch.setattr(checkpoint._Image, "_room", lambda image, size: torch.empty(size, dtype=torch.uint8))
-    seconds = {}
-    for device in ("cpu", "cuda"):
+
+    def seconds(device):
         image = checkpoint._Image()
         began = time.process_time()
         image._place([(8, torch.float32, torch.device(device))] * 20_000)
-        seconds[device] = time.process_time() - began
         assert image.order == list(range(20_000))
-    assert seconds["cuda"] < 4 * seconds["cpu"], seconds
+        return time.process_time() - began
+
+    # a walk over all of them for each would take 28 times as long
+    taken = {device: min(seconds(device) for _ in range(3)) for device in ("cpu", "cuda")}
+    assert taken["cuda"] < 10 * taken["cpu"], taken
 
 
 def test_a_list_of_millions_of_numbers_is_pickled_once_and_read_by_nobody(monkeypatch):
