@@ -358,8 +358,7 @@ def load_model(path, device):
     except IsADirectoryError:
         raise Refused(f"checkpoint {path}: {_of_folder(Path(path))}") from None
     except OSError as error:
-        error.filename = f"checkpoint {path}"
-        raise fault(error, path) from None
+        raise fault(error, path, asked=f"checkpoint {path}") from None
     missing = [key for key in ("model", "config", "montage", "channels") if key not in state]
     if missing:
         raise Refused(f"checkpoint {path} lacks {', '.join(missing)}: give one written by train.py")

@@ -43,9 +43,10 @@ class TemporaryFault(Stop):
     """A fault that passes: the same start may succeed later."""
 
 
-def fault(error, where, kept="nothing was touched"):
-    """The OSError `error` as Refused or TemporaryFault, in one line."""
-    line = f"{error.filename or where}: {error.strerror or error}"
+def fault(error, where, kept="nothing was touched", asked=""):
+    """The OSError `error` as Refused or TemporaryFault, in one line that begins with the file, or
+    with what was `asked` for: an option or a key, and its value."""
+    line = f"{asked or error.filename or where}: {error.strerror or error}"
     if error.errno == errno.EEXIST:     # a file, or a link to what is not there now
         line += ", and is no folder"
     if error.errno is None or error.errno in LASTING:

@@ -221,11 +221,11 @@ def no_labels(recordings):
 
 
 def twins(recordings):
-    """A warning on EEG under two names, from (name, samples, norm, scales): as long, and as tall in
-    each channel, as where an EDF was copied, or its folder renamed between two imports."""
+    """A warning on EEG under two names, from (name, samples, norm, scales), as where an EDF was
+    copied, or its folder renamed between two imports."""
     known, pairs = {}, []
     for name, samples, norm, scales in recordings:
-        first = known.setdefault((samples, norm, *scales), name)
+        first = known.setdefault(_look(samples, norm, scales), name)
         if first != name:
             pairs.append(f"{name} is {first}")
     if pairs:
@@ -234,17 +234,20 @@ def twins(recordings):
                "the two away")
 
 
+def _look(samples, norm, scales):
+    """What tells two recordings apart without reading them: how long, and how tall in each channel
+    they are."""
+    return samples, norm, *map(float, scales)
+
+
 def _same_eeg(train, dev):
-    """A warning on EEG of both sides, as where one corpus was imported into two folders: as long,
-    and as tall in each channel."""
-    def size_of(r):
-        return r.samples, r.norm, r.scale.tobytes()
-    known = {size_of(r): r for r in train}
-    twins = [(r, known.get(size_of(r))) for r in dev]
-    twins = [(r, twin) for r, twin in twins if twin and twin.path != r.path]
-    return [f"warning: {how_many(len(twins), 'recording')} of the validation train too, under "
+    """A warning on EEG of both sides, as where one corpus was imported into two folders."""
+    known = {_look(r.samples, r.norm, r.scale): r for r in train}
+    pairs = [(r, known.get(_look(r.samples, r.norm, r.scale))) for r in dev]
+    pairs = [(r, twin) for r, twin in pairs if twin and twin.path != r.path]
+    return [f"warning: {how_many(len(pairs), 'recording')} of the validation train too, under "
             f"another name: {r.name} is {twin.name}: take one of them away"
-            for r, twin in twins[:1]]
+            for r, twin in pairs[:1]]
 
 
 def _same_person(train, dev):

@@ -167,8 +167,7 @@ def load(path, overrides=()):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        error.filename = f"config {path}"
-        raise fault(error, path) from None
+        raise fault(error, path, asked=f"config {path}") from None
     except UnicodeDecodeError as error:
         raise Refused(f"config {path}: not YAML: {error}") from None
     try:

@@ -199,8 +199,7 @@ def read_init(config, split, net):
     except checkpoint.CorruptCheckpoint as damage:
         raise Refused(f"training.init: {damage}") from None
     except OSError as error:
-        error.filename = f"training.init {path}"
-        raise fault(error, path) from None
+        raise fault(error, path, asked=f"training.init {path}") from None
     weights, channels = state.get("model"), state.get("channels") or []
     if not is_weights(weights) or not isinstance(channels, (list, tuple)):
         raise Refused(f"training.init {path}: holds no weights")

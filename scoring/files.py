@@ -55,16 +55,14 @@ def take_folder(out, recordings, source):
     except checkpoint.InUse as error:
         raise Refused(f"--out {error.strerror}, or give another folder") from None
     except OSError as error:
-        error.filename = f"--out {out}"
-        raise fault(error, out) from None
+        raise fault(error, out, asked=f"--out {out}") from None
 
 
 def _make(folder, option):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        error.filename = f"{option} {folder}"
-        raise fault(error, folder) from None
+        raise fault(error, folder, asked=f"{option} {folder}") from None
 
 
 def take_file(path, source):
