@@ -57,6 +57,9 @@ class Group:
         self.device = torch.device("cpu")
         if device != "cpu" and torch.cuda.is_available():
             local = int(os.environ["LOCAL_RANK"]) if self.size > 1 else 0
+            if local >= torch.cuda.device_count():
+                raise Refused(f"process {local + 1} of this machine finds no GPU of its own among "
+                              f"{torch.cuda.device_count()}: set --nproc_per_node to that number")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if self.size > 1:

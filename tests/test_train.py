@@ -1292,6 +1292,14 @@ def test_on_a_gpu_a_cut_run_ends_bit_identical_with_deterministic_algorithms(cor
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_more_processes_than_gpus_are_refused(corpus, tmp_path, monkeypatch, capsys):
+    for name, value in {**JOB, "LOCAL_RANK": str(torch.cuda.device_count())}.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["--config", str(loaded_path(corpus, tmp_path, training__device="cuda"))]) == 2
+    assert "finds no GPU of its own" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_uncompiled_and_says_so(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))       # a killed compiler leaves a torn cache
