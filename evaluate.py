@@ -95,8 +95,8 @@ KEYS = {
         600.0, "longer events are cut into equal parts", (1 / FS, 86400), CHANGES),
 }
 DEFAULTS = defaults(KEYS)
-# thresholds tried: even in log-odds, 0.018 to 0.999
-GRID = 1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25)))
+# thresholds tried: even in log-odds, 0.018 to 0.999, and the default
+GRID = np.unique([*1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25))), DEFAULTS["threshold"]])
 DIVIDED_ANEW = ("these recordings or their labels are not those of the training: train and dev "
                 "were drawn anew, and patients who trained may be among those of dev")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -322,7 +322,8 @@ def summarise(scores, config):
         index = metrics.best(curves["event_f1"], curves["false_alarms_per_24h"], cap)
         result["threshold"] = float(thresholds[index])
     result |= {name: float(values[index]) for name, values in curves.items()}
-    result |= metrics.at_false_alarms(records)
+    # of the same thresholds whichever is in use: as in validation, where that was not tuned yet
+    result |= metrics.at_false_alarms(records, np.isin(thresholds, GRID))
     if metrics.any_reference(records):
         for name in ("event_precision", "sample_precision"):
             if math.isnan(result[name]):                    # seizures, and nothing detected
@@ -332,8 +333,10 @@ def summarise(scores, config):
 
 def reusable(records, before, now):
     """Whether records that score() made under the settings `before` count under `now`."""
+    thresholds = _thresholds(settings(now))
     return rules(before) == rules(now) and all(
-        s.get("definitions") == metrics.DEFINITIONS for s in records if s["labelled"])
+        s.get("definitions") == metrics.DEFINITIONS
+        and np.array_equal(s["thresholds"], thresholds) for s in records if s["labelled"])
 
 
 def over_cap(summary, config):

@@ -200,6 +200,21 @@ def ground(truth, seconds):
             "always_on": always["event_fp"]}
 
 
+def apart(truth, found, seconds):
+    """(missed, hit, false), each (N, 2) in seconds: the events that count() counts, after the
+    scorer's merging and cutting."""
+    by_event, _ = _scorers(truth, found, seconds)
+    early, late = TOLERANCE.toleranceStart, TOLERANCE.toleranceEnd
+
+    def any_of(mask, begin, end):
+        return mask[max(0, round(begin * by_event.fs)):round(end * by_event.fs)].any()
+    hit = [bool(any_of(by_event.hyp.mask, a - early, b + late)) for a, b in by_event.ref.events]
+    false = [not any_of(by_event.tpMask, a, b) for a, b in by_event.hyp.events]
+    reference, hypothesis = (np.reshape(by.events, (-1, 2)) for by in (by_event.ref, by_event.hyp))
+    hit, false = np.array(hit, bool), np.array(false, bool)
+    return reference[~hit], reference[hit], hypothesis[false]
+
+
 def touching(truth, found):
     """Whether they share a moment: bool (true, found) of events (N, 2)."""
     begin, end = truth.T
@@ -364,10 +379,10 @@ def best(f1, alarms, cap):
     return int(ties[len(ties) // 2])
 
 
-def at_false_alarms(records):
+def at_false_alarms(records, tried):
     """{metric: sensitivity by event of the best threshold within each false-alarm rate, 0 if none
-    is}; SzCORE's counts, pooled over the set."""
+    is}; SzCORE's counts, pooled over the set. tried: bool (K,), the thresholds that count."""
     n = summed(records)
-    alarms = n["event_fp"] / (n["seconds"] / DAY)
-    found = n["event_tp"] / np.maximum(1, n["event_true"])
+    alarms = n["event_fp"][tried] / (n["seconds"] / DAY)
+    found = n["event_tp"][tried] / np.maximum(1, n["event_true"][tried])
     return {name: float(found[alarms <= rate].max(initial=0)) for name, rate in AT_RATE.items()}

@@ -64,6 +64,7 @@ SPACING = 8                             # mm between neighbouring traces
 GAP = 5                                 # mm more between chains
 CUT = 2.5                               # traces are cut this many spacings from their line
 BAND = (1, 70)                          # Hz, for display alone
+TOLERATED = (-metrics.TOLERANCE.toleranceStart, metrics.TOLERANCE.toleranceEnd)         # seconds
 MARGIN = 2                              # seconds of it before and after, for its transients
 LEAD = 4                                # seconds shown before an event begins and after it ends
 LONGEST = 60                            # characters of a name: its end says more than its folders
@@ -130,23 +131,21 @@ def _save(figures, path):
 
 
 def _places(recording, probability, truth, found):
-    """[(kind, begin, end)] in seconds, those first that a reader looks for; found is, as in the
-    scores, what a detection touches within SzCORE's tolerance."""
-    early, late = metrics.TOLERANCE.toleranceStart, metrics.TOLERANCE.toleranceEnd
-    overlap = metrics.touching(truth + (-early, late), found)
-    kind = "false alarm" if recording.labelled else "detection"
-    missed = _named("missed seizure", truth[~overlap.any(1)])
-    false = _named(kind, found[~overlap.any(0)])
-    hits = []
-    for event, near, inside in zip(truth, overlap, metrics.touching(truth, found)):
-        if near.any():
+    """[(kind, begin, end)] in seconds, those first that a reader looks for: the events of the
+    scores, by SzCORE's merging, cutting and tolerance; without labels each detection."""
+    if recording.labelled:
+        missed, hit, false = metrics.apart(truth, found, recording.seconds)
+        places = _named("missed seizure", missed) + _named("false alarm", false)
+        for event in hit:
             # the pages are of the seizure: what is beside it counts where nothing is in it
-            touched = inside if inside.any() else near
-            begin, end = np.concatenate([[event], found[touched]]).T
-            whole = np.array([[begin.min(), end.max()]])
-            hits += _named("found seizure", whole)
-    if missed or false or hits:
-        return missed + false + hits
+            inside = metrics.touching(event[None], found)[0]
+            near = metrics.touching(event[None] + TOLERATED, found)[0]
+            begin, end = np.concatenate([[event], found[inside if inside.any() else near]]).T
+            places += _named("found seizure", np.array([[begin.min(), end.max()]]))
+    else:
+        places = _named("detection", found)
+    if places:
+        return places
     peak = float(np.argmax(probability)) / FS
     return [("nothing detected; highest probability", peak, peak)]
 
@@ -191,7 +190,7 @@ def _title(recording, places, most):
     title = f"{name}    {_elapsed(recording.seconds)}"
     if recording.labelled:
         seizures = how_many(len(recording.events), "labelled seizure")
-        title += f",  {seizures}: {hits} found, {missed} missed"
+        title += f",  {seizures}; by SzCORE {hits} found, {missed} missed"
         title += f",  {how_many(kinds.count('false alarm'), 'false alarm')}"
     else:
         title += f",  unlabelled,  {how_many(kinds.count('detection'), 'detection')}"

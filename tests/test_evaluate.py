@@ -436,6 +436,20 @@ def test_sensitivity_at_a_rate_follows_szcore():
     assert evaluate.summarise([evaluate.score(track, whole, c)], c)["sensitivity_at_10fa"] == 0.5
 
 
+def test_sensitivity_at_a_rate_is_the_same_whichever_threshold_is_in_use():
+    track = Track("a", 3 * 3600, [(1000, 1060), (5000, 5060)])
+    p = np.maximum(probability_of(track, track.events[:1]), probability_of(track, track.events[1:], 0.87))
+    for begin in (7000, 8000, 9000):
+        p = np.maximum(p, probability_of(track, [(begin, begin + 60)], 0.855))
+    for threshold in (0.5, 0.855, 0.86, evaluate.GRID[-5]):     # at the default alone both are found without an alarm
+        c = {"tune": False, "threshold": float(threshold)}
+        assert evaluate.summarise([evaluate.score(track, p, c)], c)["sensitivity_at_10fa"] == 1.0
+    before = [evaluate.score(track, p, {"threshold": 0.5})]
+    assert evaluate.reusable(before, {"threshold": 0.5}, {"threshold": 0.5})
+    before[0]["thresholds"] = before[0]["thresholds"][1:]       # of a version that tried others
+    assert not evaluate.reusable(before, {"threshold": 0.5}, {"threshold": 0.5})
+
+
 def test_background_is_what_lies_beyond_the_tolerance_of_every_seizure():
     ground = metrics.ground(np.array([[10.0, 20.0], [100, 130], [150, 160], [990, 995]]), 1000.0)
     # 0 to 80, 70 to 220 and 960 to 1000 lie within it; of the pieces 0, 300, 600 and 900 two touch none

@@ -218,6 +218,19 @@ def test_what_the_scores_count_as_found_is_found_in_the_picture():
         assert kinds == (["found seizure"] if found else ["missed seizure", "false alarm"])
 
 
+def test_a_picture_counts_events_as_the_scores_do():
+    rng = np.random.default_rng(0)
+    names = ("missed seizure", "found seizure", "false alarm")
+    for _ in range(60):
+        # merged below 90 s, cut at 5 minutes, and within the tolerance of more than one seizure
+        truth, found = (np.sort(rng.uniform(0, 1500, 2 * n)).round(1).reshape(-1, 2) for n in rng.integers(0, 7, 2))
+        track = Track("a", 1500, truth)
+        kinds = [kind for kind, _, _ in pictures._places(track, probability_of(track, []), truth, found)]
+        n = metrics.count(truth, found, 1500.0)
+        counted = (n["event_true"] - n["event_tp"], n["event_tp"], n["event_fp"])
+        assert tuple(kinds.count(name) for name in names) == counted
+
+
 def test_a_place_is_the_seizure_with_the_detections_in_it_or_else_with_those_beside_it():
     track = banana("a", 900, [(300, 330)])
     for detections, place in (([(275, 280), (310, 340), (350, 360)], (300, 340)), ([(275, 280)], (275, 330))):
