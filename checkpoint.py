@@ -1572,6 +1572,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Continue the line that `state`, loaded from `path`, belongs to, whatever later saves the
         directory holds. Its first save is made here and outranks them, so that every later resume
         follows this line; a kill before it changes nothing. Raises OSError where it fails."""
+        if path:
+            self._bring_best(state, Candidate(Path(path).with_name(KINDS["best"].name)))
         self._follow(state, path, asked=True)
         epoch, batch = self.position
         keep, self.keep = self.keep, {}     # what is best is asked of files that would be rotated
@@ -1586,6 +1588,18 @@ class Checkpointer(contextlib.AbstractContextManager):
                           f"{reason_of(error)}: the run did not go back to {path}, nothing was "
                           f"changed")
         self._name_line()
+
+    def _bring_best(self, state, best):
+        """The best epoch that led to `state`, beside it in another folder, comes along, as one that
+        was set aside: the line that this directory still follows does not know it."""
+        if best.fault:
+            raise best.fault
+        if best.facts and in_line(best.facts, facts_of(state)) \
+                and best.save != Candidate(self.best_path).save:
+            try:
+                copy_checked(best.path, self.directory / abandoned_name(best).name)
+            except CorruptCheckpoint as damage:
+                self.say(f"resume: left {best.path}: {reason_of(damage)}")
 
     @property
     def line(self) -> dict:
@@ -1625,8 +1639,10 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.say(f"checkpoints: best.pt could not be named anew: {reason_of(error)}")
 
     def _ended(self):
-        """Candidates of this line that end an epoch, oldest first."""
-        ended = [c for c in candidates(self.directory)
+        """Candidates of this line that end an epoch, oldest first, and what was set aside as the
+        best of a line that this one goes back to."""
+        aside = map(Candidate, self.directory.glob("abandoned_best_*.pt"))
+        ended = [c for c in (*candidates(self.directory), *aside)
                  if c.facts and c.facts["kind"] == "epoch" and in_line(c.facts, self.line)]
         return sorted(ended, key=lambda c: c.order)
 
@@ -1662,6 +1678,8 @@ class Checkpointer(contextlib.AbstractContextManager):
                 self._best, self.best_path = metric, candidate.path
         if self.best_path != best.path:
             self._name_again(self.best_path, best.path.name)
+            if not NAME.fullmatch(self.best_path.name):
+                _unlink(self.best_path)     # abandoned no more
             self.best_path = best.path
 
     def _name_last(self):

@@ -59,6 +59,33 @@ def test_going_back_to_a_file_killed_anywhere_ends_with_the_best_of_the_line_tha
     assert crash.kill_sweep(tmp_path / "d", went_on, back, check, every=every) > 20 / every
 
 
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("source", ["old/last.pt", "d/kept.pt"], ids=["in another folder", "of a line left before"])
+def test_the_best_of_a_line_that_is_gone_back_to_comes_along_also_over_a_kill(tmp_path, source, every):
+    def two_lines(directory):
+        place = directory if source == "d/kept.pt" else tmp_path / "old"
+        with saver(place, checkpoint_keep=1) as s:
+            for epoch, value in enumerate((0.3, 0.9, 0.4), 1):
+                s.save_epoch(state(10 * epoch, epoch=epoch), metric=value)
+                shutil.copy(place / "last.pt", place / ("kept.pt" if epoch > 1 else "early.pt"))
+        with saver(directory, checkpoint_keep=1) as s:
+            if place == directory:
+                s.resume(place / "early.pt")
+            s.save_epoch(state(11, epoch=2), metric=0.5)
+
+    def back(directory):
+        with saver(directory, checkpoint_keep=1) as s:
+            s.resume(directory.parent / source)
+
+    def check(directory):
+        with saver(directory, checkpoint_keep=1) as s:
+            went_back = s.resume()["global_step"] == 30
+            assert metric(directory / "best.pt") == (0.9 if went_back else 0.5)
+            assert not went_back or not s.save_epoch(state(31, epoch=4), metric=0.6)
+        assert not temps(directory)
+    assert crash.kill_sweep(tmp_path / "d", two_lines, back, check, every=every) > 20 / every
+
+
 @pytest.mark.parametrize("second", [False, True], ids=["alone", "with a second copy"])
 def test_a_best_that_was_made_more_starts_ago_than_a_save_names_stays_the_best(tmp_path, monkeypatch, second):
     monkeypatch.setattr(checkpoint, "MAX_STARTS", 4)
