@@ -1612,7 +1612,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         if not facts["position"]:
             raise CorruptCheckpoint(f"{path or 'the state'}: it names no epoch and batch to go on "
                                     f"from")
-        self.resumed = Path(path) if path else None
+        self.resumed = Path(path).absolute() if path else None
         self.run = facts["run"] or self.run
         self.starts = [*facts["starts"], [facts["start"], facts["save_counter"], asked]]
         self.start = uuid.uuid4().hex[:8]           # this process may go on more than once
@@ -1678,8 +1678,8 @@ class Checkpointer(contextlib.AbstractContextManager):
                 self._best, self.best_path = metric, candidate.path
         if self.best_path != best.path:
             self._name_again(self.best_path, best.path.name)
-            if not NAME.fullmatch(self.best_path.name):
-                _unlink(self.best_path)     # abandoned no more
+            if not NAME.fullmatch(self.best_path.name) and self.best_path != self.resumed:
+                _unlink(self.best_path)     # abandoned no more; the same command finds its file
             self.best_path = best.path
 
     def _name_last(self):

@@ -280,6 +280,20 @@ def test_after_going_back_to_a_file_the_best_is_of_its_line_and_the_abandoned_on
     assert sound(checkpoint.load(tmp_path / "best.pt")) == 5 and len(list(tmp_path.glob("abandoned_best_*.pt"))) == 1
 
 
+def test_going_back_to_an_abandoned_best_twice_by_the_same_command_finds_it_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with saver(tmp_path) as s:
+        for epoch, metric in enumerate((0.3, 0.9), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=metric)
+    with saver(tmp_path) as s:
+        s.resume(tmp_path / "checkpoint_epoch_001.pt")
+    kept, = (path.name for path in tmp_path.glob("abandoned_best_*.pt"))
+    for metric in (0.95, 0.1):
+        with saver(tmp_path) as s:
+            assert sound(s.resume(kept)) == 2 and sound(checkpoint.load("best.pt")) == 2
+            assert s.save_epoch(state(3, epoch=3), metric=metric) is (metric > 0.9)
+
+
 def test_a_saver_that_goes_back_itself_judges_the_best_by_the_line_it_goes_on(tmp_path):
     with saver(tmp_path, checkpoint_keep=0) as s:
         for epoch, metric in enumerate((0.3, 0.2, 0.9), 1):
