@@ -418,12 +418,14 @@ def stored_settings(state):
         return c, "evaluation.threshold of the config, since the checkpoint holds no tuned one"
     if not config.get("tune", DEFAULTS["tune"]):
         return c, "evaluation.threshold of the config"
-    if math.isnan(state["scores"].get("event_f1", 0)):
+    if math.isnan(scored.get("event_f1", 0)):
         return c, "evaluation.threshold of the config, since validation had no event F1 to tune by"
     source = "tuned on the dev set in training"
+    if checkpoint.facts_of(state)["kind"] not in (None, "epoch") or len(scored) == 1:
+        return c, f"{source} for other weights of the run: these were not validated"
     if "max_false_alarms_per_24h" not in config:            # tuned before there was a cap
         return c, source
-    missed = over_cap({**dict.fromkeys(METRICS, math.nan), **state["scores"]}, config)
+    missed = over_cap({**dict.fromkeys(METRICS, math.nan), **scored}, config)
     if missed:
         return c, f"{source}: {missed}"
     cap = c["max_false_alarms_per_24h"]

@@ -43,6 +43,8 @@ def strip(source, target=None):
     metric = checkpoint.facts_of(state)["metric"]
     if metric:
         kept["metric"] = metric
+    elif checkpoint.facts_of(state)["kind"] not in (None, "epoch"):
+        kept |= _threshold_alone(state)         # the scores are of the validation before it
     _share(kept, target, source)
     print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of "
           f"{os.path.getsize(source) / 1e6:.1f} MB; its model card: {target.with_suffix('.md')}")
@@ -74,13 +76,17 @@ def average(sources, target):
     for name, total in mean.items():
         model[name] = (total / len(sources)).to(model[name].dtype)
     kept = {key: state[key] for key in SHARED if key in state and key != "scores"}
-    if isinstance(state.get("scores"), dict) and "threshold" in state["scores"]:
-        # its other scores are not the average's
-        kept["scores"] = {"threshold": state["scores"]["threshold"]}
+    kept |= _threshold_alone(state)
     target, names = Path(target), [Path(source).name for source in sources]
     _share({**kept, "model": model, "averaged": names}, target, newest)
     print(f"{target}: the mean of {len(sources)} checkpoints; counts and running statistics are "
           f"those of {newest}; its model card: {target.with_suffix('.md')}")
+
+
+def _threshold_alone(state):
+    """The tuned threshold of weights whose other scores are not theirs."""
+    scores = _dict(state.get("scores"))
+    return {"scores": {key: scores[key] for key in ("threshold",) if key in scores}}
 
 
 def _is_weight(name, value):

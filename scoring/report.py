@@ -70,12 +70,14 @@ def _plain(value):
 
 
 def some(rows, threshold):
-    """Of a trade-off the row in use, and for each of RATES the best sensitivity within it."""
+    """Of a trade-off the row in use, and for each of RATES the best sensitivity within it, with the
+    fewest false alarms that give it."""
     chosen = [row for row in rows if row["threshold"] == threshold]
     for rate in RATES:
         within = [row for row in rows if row["false_alarms_per_24h"][0] <= rate]
         if within:
-            chosen.append(max(within, key=lambda row: row["event_sensitivity"][0] or 0.0))
+            chosen.append(max(within, key=lambda row: (row["event_sensitivity"][0] or 0.0,
+                                                       -row["false_alarms_per_24h"][0])))
     unique = {row["threshold"]: row for row in chosen}
     return [unique[key] for key in sorted(unique)]
 

@@ -672,6 +672,8 @@ def test_the_table_of_the_trade_off_holds_the_row_in_use_and_the_best_within_eac
     chosen = [row["false_alarms_per_24h"][0] for row in report.some(rows, 0.0)]
     assert chosen == [300, 40, 12, 0.5]
     assert len(report.some(rows[3:], 0.3)) == 1
+    rows[1]["event_sensitivity"] = [0.8, None, None]        # 28 false alarms more, and nothing found for them
+    assert [row["false_alarms_per_24h"][0] for row in report.some(rows, 0.0)] == [300, 12, 0.5]
 
 
 # ---- events files ----

@@ -2,6 +2,7 @@
 import torch
 
 import checkpoint
+import evaluate
 from crash import state
 from test_crash import saver
 from test_listing import tree
@@ -64,3 +65,23 @@ def test_an_average_is_the_mean_of_weights_with_the_newest_buffers_and_refuses_o
         assert checkpoint.main(["average", *paths, "--out", str(tmp_path / "x.pt")]) == 2
         assert message in capsys.readouterr().err
     assert checkpoint.main(["average", *files, "--out", out]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_weights_that_were_not_validated_bear_no_scores_and_their_threshold_is_said_to_be_of_others(tmp_path):
+    more = {"model": {"w": torch.ones(1)}, "config": {}, "scores": {"threshold": 0.5, "event_f1": 0.71, "false_alarms_per_24h": 2.0}}
+    with saver(tmp_path, mid_epoch_keep=0) as s:
+        s.save_epoch({**state(1, epoch=1), **more}, metric=0.71, name="event_f1")
+        for step in (2, 3):
+            s.save_mid({**state(step, epoch=2), **more, "batch": step, "global_step": step})
+            s.wait()
+    mids = [str(path) for path in sorted(tmp_path.glob("mid_epoch_*.pt"))]
+    files = [str(tmp_path / name) for name in ("best_weights.pt", "mid_weights.pt", "mean.pt")]
+    assert checkpoint.main(["strip", str(tmp_path / "best.pt"), files[0]]) == 0
+    assert checkpoint.main(["strip", mids[-1], files[1]]) == 0
+    assert checkpoint.main(["average", *mids, "--out", files[2]]) == 0
+    for file, validated in ((tmp_path / "best.pt", True), (files[0], True), (mids[-1], False), (files[1], False), (files[2], False)):
+        kept = checkpoint.load(file)
+        c, source = evaluate.stored_settings(kept)
+        assert c["threshold"] == 0.5 and source.startswith("tuned on the dev set") and ("not validated" in source) != validated
+        if file in files:
+            assert ("0.71" in open(file[:-2] + "md").read()) == ("event_f1" in kept["scores"]) == validated
