@@ -39,7 +39,7 @@ def take_folder(out, recordings, source):
     other recordings, which would lie beside these scores, where events would lie where a corpus has
     its labels, or where another evaluation is writing."""
     _make(out, "--out")
-    ours = {output(out, r, EVENTS) for r in recordings}
+    ours = {output(out, r, EVENTS) for r in recordings if not _of_another(out, r)}
     edfs = {path.with_suffix("") for path in out.rglob("*.*") if path.suffix.lower() == ".edf"}
     beside = [output(out, r, EVENTS).name for r in recordings if out / r.name in edfs]
     if beside:
@@ -56,6 +56,14 @@ def take_folder(out, recordings, source):
         raise Refused(f"--out {error.strerror}, or give another folder") from None
     except OSError as error:
         raise fault(error, out, asked=f"--out {out}") from None
+
+
+def _of_another(out, recording):
+    """Whether the events there are of a recording of the same name, but of another length."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        first = output(out, recording, EVENTS).read_text().splitlines()[1]
+        return abs(float(first.split("\t")[-1]) - recording.seconds) > 0.01
+    return False
 
 
 def _make(folder, option):

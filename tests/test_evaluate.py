@@ -1052,6 +1052,11 @@ def test_events_of_other_recordings_are_never_left_beside_new_scores(corpus, tmp
     assert (out / "scores.json").read_bytes() == before and not (out / "b_events.tsv").exists()
     assert here("--checkpoint", good, "--data", tmp_path / "a.edf", "--out", out)[0] == 0
     assert (out / "a.png").is_file()                        # a run without --plot deletes no picture
+    another = write_edf(tmp_path / "other/a.edf", 20)       # another set may have a recording of the same name
+    before = (out / "scores.json").read_bytes()
+    code, lines = here("--checkpoint", good, "--data", another, "--out", out)
+    assert code == 2 and "events of other recordings (a_events.tsv; 1 in all)" in lines[-1]
+    assert (out / "scores.json").read_bytes() == before
 
 
 def test_the_annotations_of_a_corpus_are_never_written_over(corpus, tmp_path):

@@ -1,4 +1,6 @@
 """run/share.py: weights to share, and the card beside them."""
+from pathlib import Path
+
 import torch
 
 import checkpoint
@@ -84,4 +86,4 @@ def test_weights_that_were_not_validated_bear_no_scores_and_their_threshold_is_s
         c, source = evaluate.stored_settings(kept)
         assert c["threshold"] == 0.5 and source.startswith("tuned on the dev set") and ("not validated" in source) != validated
         if file in files:
-            assert ("0.71" in open(file[:-2] + "md").read()) == ("event_f1" in kept["scores"]) == validated
+            assert ("0.71" in Path(file[:-2] + "md").read_text()) == ("event_f1" in kept["scores"]) == validated
