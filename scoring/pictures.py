@@ -67,7 +67,7 @@ BAND = (1, 70)                          # Hz, for display alone
 TOLERATED = (-metrics.TOLERANCE.toleranceStart, metrics.TOLERANCE.toleranceEnd)         # seconds
 MARGIN = 2                              # seconds of it before and after, for its transients
 LEAD = 4                                # seconds shown before an event begins and after it ends
-LONGEST = 60                            # characters of a name: its end says more than its folders
+LONGEST = 40                            # characters of a name: its end says more than its folders
 PAGES = 3                               # of one event at most
 
 INCH = 25.4                             # mm

@@ -3,7 +3,9 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from eeg import edf
@@ -216,6 +218,15 @@ def test_what_the_scores_count_as_found_is_found_in_the_picture():
         kinds = [kind for kind, _, _ in pictures._places(track, probability_of(track, []), track.events, detection)]
         assert counts["event_tp"] == found and counts["event_fp"] == (not found)
         assert kinds == (["found seizure"] if found else ["missed seizure", "false alarm"])
+
+
+def test_a_title_ends_within_its_picture():
+    track = banana("sub-001/ses-01/eeg/sub-001_ses-01_task-szMonitoring_acq-longterm_run-00", 36000,
+                   [(1000 * i, 1000 * i + 320) for i in range(1, 31)])
+    figure = sheet_of(track, [(700 * i, 700 * i + 20) for i in range(1, 51)], most=1).figure
+    FigureCanvasAgg(figure).draw()
+    title = next(text for text in figure.axes[0].findobj(Text) if "places shown" in text.get_text())
+    assert title.get_window_extent().x1 < figure.bbox.x1
 
 
 def test_a_picture_counts_events_as_the_scores_do():
