@@ -1616,8 +1616,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.run = facts["run"] or self.run
         self.starts = [*facts["starts"], [facts["start"], facts["save_counter"], asked]]
         self.start = uuid.uuid4().hex[:8]           # this process may go on more than once
-        if len(self.starts) > MAX_STARTS:           # an unnamed one stands for the first of them
-            self.starts[:2] = [["", self.starts[1][1], False]]
+        while len(self.starts) > MAX_STARTS:        # an unnamed one stands for the first of them
+            self.starts[:2] = [["", max(self.starts[0][1], self.starts[1][1]), False]]
         self.counter = max(self.counter, facts["save_counter"])
         self.position = facts["position"]
         self._in_progress = None

@@ -198,6 +198,7 @@ class Mirrored(Checkpointer):
         self.checked = False                # whether this start has read its best.pt and last.pt
         self.passed = None                  # line of its latest save where home goes before it
         self.known = set()                  # runs that the home holds
+        self.leaves = []                    # facts of the saves that a --resume FILE leaves
         self.unreachable = None             # OSError of the look at the second copy at a resume
         self.away = False                   # the newest saves are in the second copy alone
         self.trouble = ""                   # why there is no newest copy
@@ -257,15 +258,27 @@ class Mirrored(Checkpointer):
             self.passed = {name: ahead.facts[name] for name in self.line}
 
     def adopt(self, state, path=None):
-        there = self._look_there()
+        there, home = self._look_there(), candidates(self.directory)
         line = checkpoint.facts_of(state)
-        self._expect_own(there, line["run"], candidates(self.directory))
+        self._expect_own(there, line["run"], home)
+        self.leaves = [c.facts for c in home + usable(home, there) if c.facts]
         # a home that was lost gets the files and rows of the line that the file belongs to
         back = {copy: record for record, copy in self.records.items() if not record.exists()}
         with contextlib.suppress(checkpoint.CorruptCheckpoint):
             sync(self.place, self.directory, line, back, self.links, self.say, full=True)
         self._outrank(there)
         super().adopt(state, path)
+
+    def _follow(self, state, path, asked=False):
+        """A person also leaves the starts that went on from an earlier save of this line than the
+        one gone back to: each stands in `starts` with the save -1, of which nothing is in line."""
+        super()._follow(state, path, asked)
+        ours = {start for start, _, _ in self.starts}
+        for facts in self.leaves if asked else ():
+            if facts["run"] == self.run and not abandoned(facts, self.line):
+                others = {start for start, _, _ in facts["starts"]} | {facts["start"]}
+                self.starts += [[start, -1, True] for start in sorted(others - ours)]
+                ours |= others
 
     def _look_there(self):
         """Candidates of the second copy; none where it cannot be read, which its thread will say,
@@ -492,7 +505,17 @@ class Mirrored(Checkpointer):
         return not os.path.lexists(self.place / "best.pt")
 
     def _metric_of_best(self):
-        return None if self.away else super()._metric_of_best()
+        """As ever; a best.pt that was spoiled under this run comes back from the second copy."""
+        if self.away:
+            return None
+        here, there = self.directory / "best.pt", self.place / "best.pt"
+        with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
+            lost = self._best and self.is_own_directory() and Candidate(here)
+            if lost and not (lost.facts or lost.fault) \
+                    and in_line(checkpoint.peek(there), self.line):
+                checkpoint.copy_checked(there, here)
+                self.say(f"checkpoints: best.pt was taken from {there}")
+        return super()._metric_of_best()
 
     def wait_for_copy(self, seconds=None) -> bool:
         """Until the newest state is copied; False after so many seconds."""

@@ -541,6 +541,39 @@ def test_after_going_back_to_a_file_of_the_second_copy_a_plain_resume_follows_th
             assert s.resume()["line"] == 2
 
 
+@pytest.mark.parametrize("away", [False, True], ids=["second copy there", "second copy away meanwhile"])
+def test_who_goes_back_too_far_and_then_to_a_later_file_keeps_the_second_copy_and_the_last_line(tmp_path, away):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    options = {"mirror": nas, "mid_epoch_minutes": 0, "checkpoint_interval": 0}
+
+    def trained(resume, save):
+        said = []
+        with Mirrored(home, say=said.append, **options) as s:
+            found = s.resume(resume) if resume else None
+            save(s)
+            until(lambda: copied(s) or s.apart or not nas.exists(), said)
+            assert not s.apart, said
+        return found
+
+    def first(s):
+        for epoch, value in enumerate((0.5, 0.9, 0.7), 1):
+            s.save_epoch(state(10 * epoch, epoch=epoch), metric=value)
+            s.wait()
+            shutil.copy(home / "last.pt", tmp_path / f"kept_{epoch}.pt")
+    trained(None, first)
+    trained(tmp_path / "kept_1.pt", lambda s: s.save_epoch(state(21, epoch=2), metric=0.6))
+    if away:
+        nas.rename(tmp_path / "off")
+    trained(tmp_path / "kept_3.pt", lambda s: s.save_epoch(state(41, epoch=4), metric=0.8))
+    if away:
+        shutil.rmtree(nas)              # made anew meanwhile
+        (tmp_path / "off").rename(nas)
+    assert trained(True, lambda s: s.save_mid(state(42, epoch=5, batch=1)))["global_step"] == 41
+    assert checkpoint.peek(home / "last.pt")["global_step"] == 41
+    shutil.rmtree(tmp_path / "results")
+    assert trained(True, lambda s: s.wait())["global_step"] == 42
+
+
 def closed_streams(script, *arguments):
     command = " ".join(f"'{word}'" for word in (sys.executable, "-c", script, str(ROOT), *map(str, arguments)))
     return subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], timeout=600).returncode
@@ -587,6 +620,21 @@ def test_a_bad_sector_is_passed_where_the_second_copy_has_the_same_save(tmp_path
     monkeypatch.setattr(checkpoint, "load", load)
     with Mirrored(home, mirror=nas, say=quiet) as s, pytest.raises(OSError):
         s.resume()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: os.truncate(path, 99), os.unlink], ids=["truncated", "deleted"])
+def test_a_best_that_is_spoiled_under_a_live_run_comes_back_from_the_second_copy_before_a_worse_one_takes_its_place(
+        tmp_path, spoil):
+    s, said = mirrored(tmp_path, checkpoint_interval=0)
+    with s:
+        for epoch, value in enumerate((0.9, 0.4), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=value)
+        until(lambda: copied(s), said)
+        spoil(s.directory / "best.pt")
+        assert not s.save_epoch(state(3, epoch=3), metric=0.5)
+        until(lambda: copied(s), said)
+        assert [metric(place / "best.pt") for place in (s.directory, s.place)] == [0.9, 0.9]
+    assert sum("best.pt was taken from" in line for line in said) == 1
 
 
 @pytest.mark.parametrize("where", ["home", "second copy"])
