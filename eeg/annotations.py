@@ -16,7 +16,7 @@ import numpy as np
 from eeg.disk import write_file
 from eeg.edf import NUMBER, DataError, number
 
-CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d)")
+CLOCK = re.compile(r"(?<!\d)(\d?\d):(\d\d):(\d\d)(?:\.\d*)?(?: ?([ap])\.?m\b)?", re.I)
 # TUSZ annotation codes
 SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
@@ -96,7 +96,7 @@ def _note_holes(labels, seconds):
 # ---- tables ----
 
 def read_text(path):
-    """Text of an annotation file, CRLF and byte order mark taken off."""
+    """Text of an annotation file without its byte order mark, each line ended by \\n."""
     raw = Path(path).read_bytes()
     if not raw.strip():
         raise DataError(f"{Path(path).name} is empty")
@@ -106,7 +106,7 @@ def read_text(path):
         text = raw.decode(encoding)
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub("\r\n|[\r\v\f\u2028\u2029]", "\n", text)
 
 
 def table(text, name, delimiter, columns):
@@ -134,6 +134,8 @@ def _refuse_cut(rows, needed, text):
     titles, two in one line; or a last line without its end: the file was cut here, more rows may
     have followed."""
     short = [row for row in rows[1:] if len(row) < needed or any(row[len(rows[0]):])]
+    # a row in the line of the titles
+    short += [rows[0]] * any(map(NUMBER.match, rows[0]))
     if len(rows[-1]) < len(rows[0]) and not text.endswith("\n"):
         short.append(rows[-1])
     if short:
@@ -152,7 +154,8 @@ def _lines(text, name):
     """Lines of a table: neither empty nor a comment. A comment that is a row by its two times is
     refused, as _refuse_hidden does."""
     for line in text.split("\n"):
-        if re.match(r"#\s*\d[\d.]*[\t ]+\d[\d.]*[\t ]+[A-Za-z]", line) and "bckg" not in line:
+        if (re.match(r"#(\s*|.*\D)\d[\d.]*[\t ]+\d[\d.]*[\t ]+[A-Za-z]", line)
+                and "bckg" not in line):
             raise DataError(f"{name}: {line[:60]!r} is commented out: delete the row or its #")
     return [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
 
@@ -164,10 +167,19 @@ def read_events_tsv(path, header, texts=None):
 def another_clock(stamp, began, after=0.0):
     """Whether a time stamp is neither the recording's start, YYYY-MM-DD hh:mm:ss, nor `after` s
     later. A date may be shifted; midnight is no start: anonymised."""
-    stamped, begin = [sum(int(part) * 60 ** k for k, part in enumerate(reversed(found.groups())))
-                      if (found := CLOCK.search(text)) else 0 for text in (stamp, began)]
-    late = (stamped - begin) % 86400
-    return bool(stamped and begin) and min(late, 86400 - late) > 1 and abs(late - after) > 1
+    stamped, begin = map(_of_day, (stamp, began))
+    late = [(stamped - begin - later) % 86400 for later in (0, after)]
+    return bool(stamped and begin) and all(1 < seconds < 86399 for seconds in late)
+
+
+def _of_day(text):
+    """s of the day of the first hh:mm:ss in a text, 0 where it has none."""
+    found = CLOCK.search(text)
+    if not found:
+        return 0
+    seconds = sum(int(part) * 60 ** k for k, part in enumerate(found.groups()[2::-1]))
+    # 12:05 PM is 5 past 12, 12:05 AM 5 past 0
+    return seconds % 43200 + 43200 * (found[4] in "pP") if found[4] else seconds
 
 
 def parse_events_tsv(text, name="events.tsv", texts=None, began=""):
@@ -361,13 +373,21 @@ COLUMNS = {
     "file": {what + end for end in ("", "name", "id", "path", " name", " id", " path", " no", " nr")
              for what in "file recording record run edf session patient subject study segment part "
                          "block datei fichier aufnahme".split()}}
+FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
 OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
-SECONDS = r"(s|secs?|seconds?)\.?( (from|after|since|of) .*(start|begin|onset)\w*)?|h+:.*|"
+SECONDS = r"(s|secs?|seconds?)\.?( (from|after|since|of) .*(start|begin|onset)\w*)?|"
+# lines and columns with a time of day: of the recording's start, of a row
+BEGINS = re.compile(r"^(?!.*\b(end|ende|fin|stop|dur\w*|length|dauer)\b).*("
+                    r"orig|start|beg[aiu]n|record(ing|ed)|meas|aufnahme|d[eé]but|ini[cz]io|"
+                    r"date\W?time)", re.I)
+OF_DAY = re.compile(r"^(?!.*(\bend|\bstop|creat|modif|chang|export|edit|updat|review|dur|clin|video)).*(onset|"
+                    r"time|clock|date|stamp|start|begin|uhr|zeit|heure|hora)")
 # other columns that may say of a row that it does not count, or which edge of a seizure it is
 JUDGES = re.compile(r"[ck]omment|comentar|remar|bemerk|befund|\bnot[ae]|review|confirm|verif|"
                     "valid|accept|certain|status|phase|state|edge|marker|confiden|probab|sicher|"
                     "opinion|assess|urteil|bewert|avis|interpret|class|categ|result|outcome|"
-                    "consens|description|flag|level")
+                    "consens|description|flag|level|value|action|bound|off|tag|moment|point|kind|"
+                    "switch")
 # a cell that says nothing, or no
 NOTHING = re.compile(r"(no?|none|nein|non|false|n/?a|nan|null|nil|-*|0+([.,]0*)?)", re.I)
 
@@ -412,8 +432,10 @@ def parse_list(text, name, meanings, began=""):
                                                *map(len, rows)]))
                 _refuse_cut([titles, *rows], needed, text)
                 _refuse_others(rows, titles, name)
-                return [found for row in rows
-                        for found in _list_row(row, titles, columns, meanings)]
+                found = [found for row in rows
+                         for found in _list_row(row, titles, columns, meanings, began)]
+                _refuse_heading(lines[:at], [text for *_, text in found], meanings)
+                return found
     raise NoTable(f"{name} is no table of onsets and texts")
 
 
@@ -425,13 +447,21 @@ def _refuse_above(rows, columns):
             raise DataError(f"{' '.join(row)[:60]!r} stands above the titles")
 
 
+def _refuse_heading(lines, texts, meanings):
+    """Refuse a list that calls itself one of seizures, or counts some, and has none by its rows."""
+    known = [meanings.meaning(text)[0] for text in texts]
+    for line in filter(marks, lines):
+        if not {"seizure", "start"} & {*known} and ("" in known or re.search(r"\d", line)):
+            raise DataError(f"{line[:60]!r} stands above rows that are on none")
+
+
 def _refuse_clock(lines, began):
     """Refuse a list whose lines above its titles say that its times are no seconds from the
-    recording's start: MNE writes orig_time, of a recording that was cut since, perhaps."""
+    recording's start: MNE writes orig_time, others Start, of one that was cut since, perhaps."""
     for line in lines:
         said = line.strip("# ")
         if (re.match(rf"(all )?(times?|onsets?|units?)\b(\W+\w+){{0,2}}\W+{OTHER_UNIT}", said, re.I)
-                or said.startswith("orig_time") and another_clock(said, began)):
+                or BEGINS.search(CLOCK.split(said)[0]) and another_clock(said, began)):
             raise DataError(f"{said[:60]!r}: the recording's seconds count from its start, {began}")
 
 
@@ -453,7 +483,9 @@ def _columns(cells):
     if {"onset", "text"} <= found.keys():
         for place in (p for kind in ("onset", "end", "duration") for p in found.get(kind, ())):
             unit = re.search(r"[(\[,]\s*([^)\]]*)", cells[place])
-            if unit and not re.fullmatch(SECONDS, unit[1].strip().lower()):
+            # a clock beside the seconds is not read
+            clock = place not in (places[0] for places in found.values()) and "|h+:.*"
+            if unit and not re.fullmatch(SECONDS + (clock or ""), unit[1].strip().lower()):
                 raise DataError(f"{cells[place]} is not in seconds")
     return found
 
@@ -472,15 +504,16 @@ def _refuse_others(rows, titles, name):
         raise DataError(f"its times are in {odd[0]}, not in seconds")
     kinds = COLUMNS["file"]
     named = max(({cell for title, cell in cells if title == kind} for kind in kinds), key=len)
-    edfs = {cell for row in rows for cell in row if cell.lower().endswith(".edf")}
+    edfs = {cell for title, cell in cells if cell.lower().endswith(".edf")
+            or FILE.match(title) and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
     others = [cell for cell in sorted(edfs) if not name.lower().startswith(
-        re.split(r"[\\/]", cell.lower())[-1].removesuffix(".edf").removesuffix("_eeg"))]
+        re.sub(r"(_eeg)?(\.\w{1,4})?$", "", re.split(r"[\\/]", cell.lower())[-1], count=1))]
     if len(named) > 1 or others:
         raise DataError(f"it has rows of {', '.join(others or sorted(named))[:60]}: one list for "
                         "each recording")
 
 
-def _list_row(row, titles, columns, meanings):
+def _list_row(row, titles, columns, meanings, began=""):
     """One annotation for each of its texts: a type and a comment say more together. Where they do
     not speak of a seizure, what other columns say of one is a text too; where they do, what judges
     them belongs to them."""
@@ -488,6 +521,10 @@ def _list_row(row, titles, columns, meanings):
                             for kind in ("onset", "duration", "end"))
     if onset is None:
         raise DataError(f"no onset in the row {' '.join(row)[:60]!r}")
+    odd = [cell for title, cell in zip(map(_title, titles), row) if OF_DAY.search(title)
+           and another_clock(cell, began, onset) and abs(_of_day(cell) - onset) > 1]
+    if odd:
+        raise DataError(f"{odd[0]} is not {onset:g} s after the recording's start, {began}")
     length = duration or (end - onset if end else 0)
     if length < 0 or duration and end and abs(onset + duration - end) > 1:
         raise DataError(f"the times of the row {' '.join(row)[:60]!r} do not agree")
@@ -514,8 +551,9 @@ def judgements(titles, row):
         said = plain(cell)
         asks = CONFIRMS.search(title) or _built_in(re.sub("^(is|true) ", "", title))[0] == "seizure"
         judges = title in COLUMNS["text"] or JUDGES.search(title)
-        if (DENIES.fullmatch(said) or _built_in(said)[0] == "background"
-                or judges and (DOUBTS.fullmatch(said) or EDGES.fullmatch(said))
+        if (DENIES.fullmatch(said) or _built_in(said)[0] not in ("", "seizure")
+                or EDGES.fullmatch(said) and (judges or said not in ("on", "off"))
+                or judges and DOUBTS.fullmatch(said)
                 or asks and NO.fullmatch(said)):
             found.append(cell)
         elif not asks and DOUBTS.fullmatch(plain(title)) and YES.fullmatch(said):
@@ -593,14 +631,17 @@ _MISSPELT = "|".join(form for i in range(7) for form in (
 SPEAKS = re.compile(
     _MISSPELT +
     r"|seiz|\bs z\b|"
-    r"\b[a-z]{0,3}sz([srd]?\b|es\b|\d|on|off|st|beg|end)|\b[b-df-hj-np-tv-z]{4}sz\b|"
+    r"\b[a-z]{0,3}sz([srd]?\b|es\b|[srd]?\d|on|off|st|beg|end)|\b[b-df-hj-np-tv-z]{4}sz\b|"
     r"anfa(ll|ld|ell|l\b)|\banf\b|onset|[ck]ri[sz][aei]|\bkriz\b|"
     r"(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
     r"[ck]onvul[sz]|kram(p|bi)|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
     r"kejang|\bserang(an)?\b|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
     r"g\S{1,2}rcs|lekme|"
-    r"priepuol|traukul|epi\w*hoog|"
-    r"\w spells?\b|^(spell|episode)s?( \d+)?$|\bata(ky?|ck|que)|atta(ck|que)|status epi|siez|"
+    r"priepuol|traukul|epi\w*hoog|bangkitan|kifafa|degedege|frav.r|fr.nvaro|poissaolo|havale\b|"
+    r"rangas|\bgrc(evi)?\b|krece\b|odsutnost|^absent[ae]$|\bt?tcg\b|ctcg|bns\b|blick nick|"
+    r"(etat|estado) de mal|stato di male|\bmal (epil|comit)|secondar\w* gen|"
+    r"\w spells?\b|^(spell|episod[eio]o?)s?( #?\d+)?$|\bata(ky?|ck|que)|atta(ck|que)|"
+    r"status epi|siez|"
     r"[sc][ei]+[zs]+[iu]+r|s[aeiu]+(z+[aeiu]*|s+u[aeiu]*)r|\bfits?\b|"
     r"\b(epi\w*|electro\w*|clinical) (event|episode|end|offset)|\b(ncse|sps|fas)\b|"
     r"\b(typical|habitual) (event|episode)|\b(sub|electro)clin|^(electrographic|status)$|"
@@ -610,11 +651,12 @@ SPEAKS = re.compile(
     r"\ba?(tonic|tonisch|[ck]loni(?!d))|\bastat|spasm|m[yi]o[ck]lon|"
     # Russian, Ukrainian, Bulgarian, Greek, Chinese and Japanese (between seizures is none), Korean
     # (taken apart as `plain` does), Arabic, Persian, Hebrew, Hindi, Thai
-    r"прист[уъ]п|припад|судо[рм]|напад|гърч|κρισ|σπασμ|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
+    r"прист[уъ]п|припад|судо[рм]|напад|гърч|абсанс|тонико|клонус|миоклони|κρισ|σπασμ|欠神|失神|强直|"
+    r"^(てんかん|癫痫|επιληπτικη)$|حمله|نوبات|תקף|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
     r"[痉痙][挛攣]|けいれん|ケイレン|\u1107\u1161\u11af\u110c\u1161\u11a8|"
     r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|התקף|פרכוס|दौर|मिरगी|ชัก")
 # cells beside a seizure's text; a text within a seizure may doubt a channel, or deny the seizure
-EDGES = re.compile(f"{_START}|{_END}")
+EDGES = re.compile(rf"((eeg|clin\w*|electr\w*) )?({_START}|{_END})")
 _OUT = "reject|exclu|discard|delet|invalid"
 _UNTRUE = r"false ?(pos|al|det)|psychogen|dissocia|pseudo ?s|pseudo\b|p?nes\b|non ?epilep"
 DENIES = re.compile(rf"(\w+ ){{0,2}}({_UNTRUE})\w*( \w+)?|({_OUT})\w*|(not|nicht) an? .*(seiz|sz)")
@@ -696,7 +738,8 @@ def _built_in(said):
     """(what a plain text means by DEFAULT_TEXTS, its number or None)."""
     rest, number = _numbered(said)
     for meaning, form in DEFAULT_TEXTS.items():
-        if form.fullmatch(rest):
+        # "no second seizure" leaves room for the first
+        if form.fullmatch(rest) and (meaning != "background" or number is None):
             return meaning, number
     return "", None
 
@@ -707,7 +750,8 @@ def _numbered(said):
     words, numbers = [], []
     bare = re.sub(r"\b(no|nr|n°|num|number)[.:]? ?(?=#?\d)", "", said)     # no. 1 is no negation
     for word in re.sub(r"\b(seizure|seiz|sz|anfall|crise)#?(\d+)\b", r"\1 \2", bare).split():
-        word = word.rstrip(":.,;")
+        if word not in ("no.", "no:", "no,"):           # "No, seizure" denies nothing
+            word = word.rstrip(":.,;")
         found = re.fullmatch(r"#?(\d{1,3})(st|nd|rd|th|er|e|eme|ere)?", word)
         if found or word in ORDINALS:
             numbers.append(int(found[1]) if found else ORDINALS[word])
@@ -777,16 +821,26 @@ def parse_annotations(found, texts):
             start = _ended(begun, onset, text, pairs, number)
             begun.remove(start)
             labels.events.append((start.onset, onset))
-        elif not meaning and speaks(text):
-            what = "is garbled" if GARBLED.search(text) else "speaks of a seizure"
-            raise DataError(
-                f"{text[:60]!r} at {onset:g} s {what} and is not known: say what it means with "
-                "--seizure-label or --background-label of data.py import")
-        elif not meaning and (DOUBTS if duration else DENIES).fullmatch(plain(text)):
-            denied.append((onset, onset + (duration or 0), text))
+        elif not meaning:
+            _refuse_unknown(onset, text, begun)
+            if (DOUBTS if duration else DENIES).fullmatch(plain(text)):
+                denied.append((onset, onset + (duration or 0), text))
     _refuse_unended(begun)
     _refuse_denied(labels.events, denied)
     return labels if labelled else None
+
+
+def _refuse_unknown(onset, text, begun):
+    """Refuse a text without a meaning that may be on a seizure: by its words, or where it stands,
+    a bare "end" after a start."""
+    what = f"{text[:60]!r} at {onset:g} s"
+    if speaks(text):
+        how = "is garbled" if GARBLED.search(text) else "speaks of a seizure"
+        raise DataError(f"{what} {how} and is not known: say what it means with "
+                        "--seizure-label or --background-label of data.py import")
+    if begun and EDGES.fullmatch(_numbered(plain(text))[0]):
+        raise DataError(f"{what} stands between {begun[0].text!r} at {begun[0].onset:g} s and its "
+                        "end: another start or end?")
 
 
 def _ended(begun, onset, text, pairs, number):

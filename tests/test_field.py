@@ -393,6 +393,9 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "sz_foc_start", "sz gen unlikely", "sz_foc: ruled out", "d\xe9but critique", "scarica critica", "evento cr\xedtico", "ikt. Muster", "ict start", "TKA", "TCS", "stuip", "ataky",
                                   "kriza", "konvulzija", "krambid", "l\u0113kme", "priepuolis", "kouristus", "serangan", "\u0111\u1ed9ng kinh", "padaczka", "staring spell", "n\x94bet", "z\xa0chvat", "An\xadfall L", "пристъп", "гърч", "судома",
                                   "痙攣", "痉挛", "けいれん", "경련", "दौरा", "ชัก", "פרכוס", "صرع", "n\xc3\xb6bet", "z\xc3\xa1chvat", "Epi event", "no. 2 seizures",
+                                  # a denial with a number leaves room for another
+                                  "no seizure 2", "no second seizure", "No. seizures: 3", "No, seizure", "keine 2. Anf\xe4lle",
+                                  "\xe9tat de mal", "stato di male", "mal epil\xe9ptico", "secondarily generalized", "CTCG", "абсанс", "欠神", "癫痫", "frånvaro", "szr1", "spell #2",
                                   # spelt, run together or cut short as in none of the above; of Hindi as it is taken apart
                                   "FBTCSz", "FBTC", "PTCS", "SzDetect", "szstrt", "Anfal", "Kriz 2", "absense", "abscence", "ausencia", "assenza", "Absence during HV", "grandmal",
                                   "Klonien", "mioclonia", "astatic", "Subclinical", "electrographic", "Clinical end", "habitual event", "Episode 3", "मिर्गी",
@@ -410,6 +413,15 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
                                   "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "processor", "saisir", "measure", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
+
+
+def test_a_bare_start_or_end_within_a_seizure_may_be_its_own():
+    """Else two seizures and what lies between are one."""
+    for inner in ("End", "Stop 1", "Ende"):
+        why = parse((5, None, "sz start"), (9, None, inner), (20, None, "begin"), (30, None, "sz end"))
+        assert f"{inner!r} at 9 s stands between 'sz start' at 5 s and its end" in why
+    for outer in (3, None, "End"), (5, None, "start"), (40, None, "stop"):
+        assert parse(outer, (5, None, "sz start"), (9, None, "HV end"), (30, None, "sz end")) == [(5, 30)]
 
 
 def test_texts_that_speak_of_a_seizure_come_first_in_the_list(tmp_path):
@@ -518,6 +530,22 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "Times in samples (256 Hz)\nOnset,Duration,Text\n5,4,Seizure\n", "a.csv: 'Times in samples (256 Hz)'"),
     ("a.csv", "Recording of 20 min\nTime of study: noon\nOnset,Duration,Text\n5,4,Seizure\n", [[5, 9]]),
     ("a.csv", "Recording-ID,onset,duration,label\n1,5,4,Seizure\n2,12,4,Seizure\n", "a.csv: it has rows of 1, 2"),
+    ("a.csv", "file,onset,duration,label\nb.trc,5,4,Seizure\n", "a.csv: it has rows of b.trc"),
+    ("a_events.tsv", "EEG_file\tonset\tduration\teventType\nx/b\t5\t4\tsz\n", "a_events.tsv: it has rows of x/b"),
+    ("a.csv", "File name,onset,duration,label\nx/A_eeg.trc,5,4,Seizure\n", [[5, 9]]),
+    ("a.csv", "Time (hh:mm:ss),Duration (s),Text\n0.00006,4,Seizure\n", "Time (hh:mm:ss) is not in seconds"),
+    ("a.csv", "Onset (s),Time (hh:mm:ss),Duration (s),Text\n5,0:00:05,4,Seizure\n", [[5, 9]]),
+    # edges of a seizure under any title
+    ("a.csv", "onset,duration,label,info\n5,5,Seizure,start\n15,5,Seizure,end\n", [[5, 15]]),
+    ("a.csv", "onset,duration,label,value\n5,5,Seizure,on\n15,5,Seizure,off\n", [[5, 15]]),
+    ("a.csv", "onset,duration,label,video\n5,4,Seizure,on\n", [[5, 9]]),
+    ("a.csv", "onset,duration,label,info\n5,5,Seizure,EEG onset\n15,5,Seizure,EEG offset\n", "'Seizure EEG onset' at 5 s speaks"),
+    # seizures above the titles, or in their line
+    ("a.csv", "Seizures: 5-9\nOnset,Duration,Text\n0,20,background\n", "'Seizures: 5-9' stands above rows that are on none"),
+    ("a.csv", "Seizure list\nOnset,Duration,Text\n5,4,left temporal\n0,20,background\n", "'Seizure list' stands above rows that are on none"),
+    ("a.csv", "Seizures of patient 3\nOnset,Duration,Text\n5,4,Seizure\n", [[5, 9]]),
+    ("a_events.tsv", "onset\tduration\teventType\tnote2\t5\t4\tsz\n12\t4\tsz\tx\n", "incomplete row 'onset duration eventType note2 5"),
+    ("a.csv", "Onset,Duration,Text\v1,1,background\v5,4,Seizure\v", [[5, 9]]),
     # rows that lost a cell, have one too many that is empty, or stand above the titles
     ("a.csv", "Onset,Duration,Annotation,Rater\n5,4,Seizure,A\n12,4,B\n", "a.csv: incomplete row '12 4 B'"),
     ("a.csv", "Onset,Duration,Annotation,Rater\n5,4,Seizure\n12,4,sz\n", [[5, 9], [12, 16]]),
@@ -560,6 +588,23 @@ def test_a_label_file_of_another_start_is_noted_or_gives_no_labels(tmp_path, tim
     assert a.events.tolist() == [[12, 16]] and b.labelled == (not noted)
     assert ("a_events.tsv is of a recording that begins at 2024-03-05 21:59:00" in text) == noted
     assert ("b_annotations.txt: 'orig_time : 2024-03-05 21:59:00+00:00'" in text) == noted
+
+
+@pytest.mark.parametrize("above, titles, row, right", [
+    ("Recording start: 2024-03-05 {}\n", "", "", None), ("# start;{} end 23:00:00\n", "", "", None), ("Study began 2024-03-05T{}Z\n", "", "", None),
+    ("", "Clock time,", "{}", 12), ("", "dateTime,", "2024-03-05T{}.250", 12), ("", "Start,", "{}", 12)])
+def test_a_list_whose_times_of_day_are_not_those_of_its_seconds_gives_no_labels(tmp_path, above, titles, row, right):
+    """The recording was cut since: from its own start its seizures are elsewhere."""
+    for name, hour, minute in (("a", "21", 59), ("b", "21", 30), ("c", "09", 59)):
+        write_edf(tmp_path / "src" / f"{name}.edf", 20, time="21.59.00")
+        clock = f"{hour}:{minute}:{right or 0:02d}" + " PM" * (hour == "09" and "T" not in above + row)
+        (tmp_path / "src" / f"{name}.csv").write_text(
+            f"Exported at 10:00:00\n{above.format(clock)}Onset,{titles}End time,Annotation,Created\n"
+            f"12,{row.format(clock)}{',' * bool(titles)}16,Seizure,2024-04-01 10:00:00\n")
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    a, b, c = data.open_corpus(tmp_path / "out")
+    assert a.events.tolist() == [[12, 16]] and not b.labelled and c.labelled == ("T" not in above + row)
+    assert "NO LABELS, not used for training or scoring: b (b.csv: " in text and "21:30:" in text
 
 
 def test_what_an_annotation_file_that_counts_alone_keeps_from_being_read_is_said(tmp_path):
