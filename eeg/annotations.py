@@ -380,8 +380,8 @@ SECONDS = r"(s|secs?|seconds?)\.?( (from|after|since|of) .*(start|begin|onset)\w
 BEGINS = re.compile(r"^(?!.*\b(end|ende|fin|stop|dur\w*|length|dauer)\b).*("
                     r"orig|start|beg[aiu]n|record(ing|ed)|meas|aufnahme|d[eé]but|ini[cz]io|"
                     r"date\W?time)", re.I)
-OF_DAY = re.compile(r"^(?!.*(\bend|\bstop|creat|modif|chang|export|edit|updat|review|dur|clin|video)).*(onset|"
-                    r"time|clock|date|stamp|start|begin|uhr|zeit|heure|hora)")
+OF_DAY = re.compile(r"^(?!.*(\bend|\bstop|creat|modif|chang|export|edit|updat|review|dur|clin))"
+                    r"(?!.*video).*(onset|time|clock|date|stamp|start|begin|uhr|zeit|heure|hora)")
 # other columns that may say of a row that it does not count, or which edge of a seizure it is
 JUDGES = re.compile(r"[ck]omment|comentar|remar|bemerk|befund|\bnot[ae]|review|confirm|verif|"
                     "valid|accept|certain|status|phase|state|edge|marker|confiden|probab|sicher|"

@@ -84,6 +84,8 @@ def parse_siena(text, name="Seizures-list"):
     files, entry = {}, {}
     for line in [*text.split("\n"), "File name: "]:
         found = SIENA.match(line)
+        if found and re.search(r"\d.*time *:", found[2], re.I):
+            raise DataError(f"{name}: {line.strip()!r} is two lines in one")
         if not found:
             timed = re.search(r"\d[.:]\d+[.:]\d|\.edf", line, re.I)
             if entry and (timed or speaks(HEADING.sub("", line)) and re.search(r"\d", line)):
@@ -129,17 +131,25 @@ def read_siena(path, header, texts=None):
     """Seizures of a Siena recording, from the wall clock. Some names are spelt wrongly (O for 0, no
     number): a lone one left over is taken for the lone recording left over, and noted."""
     files = parse_siena(read_text(path), path.name)
-    listed = {_siena_name(name): entries for name, entries in files.items()}
+    listed = {}                         # PN00-1.edf and PNO0-1.EDF are one
+    for name, entries in files.items():
+        listed.setdefault(_siena_name(name), []).extend(entries)
     labels, key, registered = Labels(slack=60.0), _siena_name(header.path.name), None
+    edfs = [other for other in header.path.parent.iterdir() if other.suffix.lower() == ".edf"]
+    # of the same patient: a folder may hold several
+    others = {name for other in edfs if (name := _siena_name(other.name))[:4] == key[:4]}
     if key not in listed:
-        edfs = [other for other in header.path.parent.iterdir() if other.suffix.lower() == ".edf"]
-        # of the same patient: a folder may hold several
-        others = {name for other in edfs if (name := _siena_name(other.name))[:4] == key[:4]}
         left = [name for name in listed if name not in others and name[:4] == key[:4]]
         if len(left) != 1 or len(others - set(listed)) != 1:
             return None
         key = left[0]
         labels.notes.append(f"taken for {key} of {path.name}")
+    times = [_registered(entry) for entry in listed[key]]
+    for name in files:
+        if _siena_name(name) not in others | {key} and any(
+                "start" in entry and _registered(entry) in times for entry in files[name]):
+            raise DataError(f"{path.name}: a seizure of {name!r}, of which there is no EDF, has "
+                            f"{key}'s registration times: one of them is misspelt")
 
     if not listed[key]:
         raise Unlabelled(f"{path.name} names it without a seizure's times")
@@ -156,6 +166,11 @@ def read_siena(path, header, texts=None):
         labels.seconds = length
         labels.events.append((onset, end))
     return labels
+
+
+def _registered(entry):
+    """The registration times of an entry as they are written, its own where it has none."""
+    return [_bare(entry.get(f"registration {edge}", repr(entry))) for edge in ("start", "end")]
 
 
 def _whole_entries(entries, labels):

@@ -277,12 +277,31 @@ def test_a_recording_that_a_list_of_seizures_names_without_one_has_no_labels(tmp
     assert ("Seizures-list-PN00.txt names it without a seizure's times" in text) == (not events)
 
 
+@pytest.mark.parametrize("second, events", [
+    ("PN0O-1.edf", [[60, 69], [120, 129]]), ("pn00-1.EDF", [[60, 69], [120, 129]]),
+    ("PN0-1.edf", "a seizure of 'PN0-1.edf', of which there is no EDF, has PN00-1's registration times"),
+    ("PN00-1.edf Registration start time: 00.00.00", "is two lines in one"), ("PN00-2.edf", [[60, 69]])])
+def test_a_siena_list_that_spells_a_recording_in_two_ways_loses_none_of_its_seizures(tmp_path, second, events):
+    for name in ("PN00-1", "PN00-2"):
+        write_edf(tmp_path / "src" / f"{name}.edf", 300)
+    times = "Registration start time: 00.00.00\nRegistration end time: 00.05.00\n"
+    (tmp_path / "src" / "Seizures-list-PN00.txt").write_text("".join(
+        f"File name: {name}\n{times}Start time: 00.0{minute}.00\nEnd time: 00.0{minute}.09\n"
+        for minute, name in ((1, "PN00-1.edf"), (2, second))))
+    report = imported(tmp_path / "src", tmp_path / "out")
+    if isinstance(events, str):
+        assert events in dict(report.refused)[str(tmp_path / "src" / "PN00-1.edf")]
+    else:
+        assert data.open_corpus(tmp_path / "out")[0].events.tolist() == events
+
+
 def test_siena_lists_of_several_patients_in_one_folder_are_told_apart(tmp_path):
     """A recording that its own list does not name never has another patient's seizures."""
-    times = "Registration start time: 00.00.00\nRegistration end time: 00.05.00\n"
+    times = "Registration start time: 0{0}.00.00\nRegistration end time: 0{0}.05.00\n"
     for patient, listed in (("PN00", "PN00-1 PN00-2"), ("PN01", "PN01-1 PNO1-2")):
         text = "".join(
-            f"File name: {name}.edf\n{times}Start time: 00.0{minute}.00\nEnd time: 00.0{minute}.09\n"
+            f"File name: {name}.edf\n{times.format(minute)}"
+            f"Start time: 0{minute}.0{minute}.00\nEnd time: 0{minute}.0{minute}.09\n"
             for minute, name in enumerate(listed.split(), int(patient[-1]) + 1)
         )
         (tmp_path / "src" / f"Seizures-list-{patient}.txt").parent.mkdir(exist_ok=True)
@@ -302,8 +321,9 @@ def test_seizeit_annotations(shared):
     text = (shared / "eeg" / "layouts" / "seizeit" / "P_ID64" / "P_ID64_r3_a1.tsv").read_text()
     assert parse_seizeit(text).events == [(781.0, 807.0), (7145.0, 7175.0)]
     assert parse_seizeit("# Source: SeizeIt1\n \n").events == []
-    with pytest.raises(edf.DataError, match="commented out"):
-        parse_seizeit("# Source: SeizeIt1\n#781\t807\tFIA\tHem:L\n")
+    for line in "#781\t807\tFIA\tHem:L", "# Source: SeizeIt1 781\t807\tFIA":
+        with pytest.raises(edf.DataError, match="commented out"):
+            parse_seizeit(f"# Source: SeizeIt1\n{line}\n")
     for row in "non-epileptic\tHem:L", "FIA\tartefact", "no seizure":
         with pytest.raises(edf.DataError, match="in the row of a seizure at 781 s"):
             parse_seizeit(f"781\t807\t{row}\n")
@@ -311,6 +331,12 @@ def test_seizeit_annotations(shared):
         parse_seizeit("781\t807\tFIA\tHem:L7145\t7175\tFIA\n")
     with pytest.raises(edf.DataError, match="no end"):
         parse_seizeit("8971\tNone\tFIA\tHem:L\n")
+
+
+def test_a_stamp_on_the_second_day_of_a_recording_is_of_its_clock():
+    rows = tsv((90000, 9, "sz", 1, "n/a", "2024-03-06 23:30:00", 99999))
+    assert not parse_events_tsv(rows, began="2024-03-05 22:30:00").notes
+    assert parse_events_tsv(rows, began="2024-03-05 22:40:00").notes
 
 
 # ---- texts inside an EDF+ ----
