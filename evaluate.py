@@ -574,9 +574,13 @@ def detect(net, recording, device, c, precision, poll=None, windows=None):
     return probability, postprocess(probability, c["threshold"], c)
 
 
-def scores(records, c):
-    """{metric: value} of some records at the threshold in use, None where not computable."""
+def scores(records, c, counted=()):
+    """{metric: value} of some records at the threshold in use, None where not computable. counted:
+    what metrics.by_patient() gives of one patient, for the values that enter the means."""
     summary = summarise(records, c)
+    index = int(np.searchsorted(_thresholds(c), c["threshold"]))
+    for row in counted:
+        summary |= {name: float(values[index]) for name, values in row.items()}
     return {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
 
 
@@ -622,7 +626,7 @@ def _row(found, c, **names):
         "seconds": sum(s["seconds"] for s in records),
         "seizures": sum(s["seizures"] for s in labelled) if labelled else None,
         "detections": sum(count for _, count in found),
-        **scores(records, c),
+        **scores(records, c, metrics.by_patient(labelled)),
     }
 
 
@@ -757,7 +761,7 @@ def score_one(args):
         r = recordings[0]
         probability, found = detect(net, r, device, c, about["precision"])
     write_events(args.events, found, probability, r)
-    print(f"{len(found)} detections in {r.seconds:.0f} s: {args.events}")
+    print(f"{console.how_many(len(found), 'detection')} in {r.seconds:.0f} s: {args.events}")
 
 
 def _declared_seconds(path):

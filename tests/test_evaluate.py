@@ -1035,6 +1035,22 @@ def test_every_recording_and_every_patient_has_all_scores(corpus, tmp_path):
     assert len(scores["trade_off"]) == len(evaluate.GRID) + 1
 
 
+def test_the_rows_of_the_patients_have_the_mean_that_is_told_of_all():
+    def track(name, truth, found):
+        t = Track(name, 3600, truth, name)
+        return evaluate.score(t, probability_of(t, found), FIXED)
+    records = [track("p1", [(100, 160)], [(100, 160), (900, 960)]),
+               track("p2", [], [(100, 160)]),               # alarms alone: F1 and precision 0
+               track("p3", [(100, 160)], []), track("p4", [], [])]      # nothing detected: no precision
+    told = evaluate.tell(records, [2, 1, 0, 0], evaluate.settings(FIXED))
+    for rows in (told["per_patient"], told["per_recording"]):
+        for name in metrics.COUNTED:
+            values = [row[name] for row in rows if row[name] is not None]
+            assert told[name] == pytest.approx(np.mean(values)), name
+        assert [row["event_f1"] for row in rows] == [pytest.approx(2 / 3), 0, 0, None]
+        assert [row["event_precision"] for row in rows] == [0.5, 0, None, None]
+
+
 def test_one_patient_has_scores_without_intervals(corpus, tmp_path, capsys):
     ill = next(r for r in data.open_corpus(corpus / "imported") if len(r.events))
     (tmp_path / "one").mkdir()
