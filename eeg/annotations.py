@@ -637,7 +637,7 @@ SPEAKS = re.compile(
     r"[ck]onvul[sz]|kram(p|bi)|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
     r"kejang|\bserang(an)?\b|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
     r"g\S{1,2}rcs|lekme|"
-    r"priepuol|traukul|epi\w*hoog|bangkitan|kifafa|degedege|frav.r|fr.nvaro|poissaolo|havale\b|"
+    r"priepuol|traukul|\bepi\w*hoog|bangkitan|kifafa|degedege|frav.r|fr.nvaro|poissaolo|havale\b|"
     r"rangas|\bgrc(evi)?\b|krece\b|odsutnost|^absent[ae]$|\bt?tcg\b|ctcg|bns\b|blick nick|"
     r"(etat|estado) de mal|stato di male|\bmal (epil|comit)|secondar\w* gen|"
     r"\w spells?\b|^(spell|episod[eio]o?)s?( #?\d+)?$|\bata(ky?|ck|que)|atta(ck|que)|"
@@ -647,7 +647,7 @@ SPEAKS = re.compile(
     r"\b(typical|habitual) (event|episode)|\b(sub|electro)clin|^(electrographic|status)$|"
     r"(?<!\d )\bcps\b|[ck]lonus|gelasti|hypermotor|hyperkinet|"
     r"(grand|petit|gd) ?mal|\b(abs|aus|ass)c?[ea]n[csz]\w*\b(?! (of|d[aei]|d')\b)|"
-    r"\w*gt(cs?|ka)\b|\bf?btc\b|\b[fbp]*tcs\b|\btka\b|\bfias\b|\baura\b|"
+    r"gt(cs?|ka)\b|\bf?btc\b|\b[fbp]*tcs\b|\btka\b|\bfias\b|\baura\b|"
     r"\ba?(tonic|tonisch|[ck]loni(?!d))|\bastat|spasm|m[yi]o[ck]lon|"
     # Russian, Ukrainian, Bulgarian, Greek, Chinese and Japanese (between seizures is none), Korean
     # (taken apart as `plain` does), Arabic, Persian, Hebrew, Hindi, Thai

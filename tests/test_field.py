@@ -415,6 +415,11 @@ def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
 
+def test_a_text_as_long_as_a_list_may_hold_is_read_once():
+    """Not once for each of its letters: that took minutes."""
+    assert annotations.speaks("szszsz" * 20_000 + "gtc") and not annotations.speaks("szszsz" * 20_000)
+
+
 def test_a_bare_start_or_end_within_a_seizure_may_be_its_own():
     """Else two seizures and what lies between are one."""
     for inner in ("End", "Stop 1", "Ende"):
