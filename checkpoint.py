@@ -1573,7 +1573,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         directory holds. Its first save is made here and outranks them, so that every later resume
         follows this line; a kill before it changes nothing. Raises OSError where it fails."""
         if path:
-            self._bring_best(state, Candidate(Path(path).with_name(KINDS["best"].name)))
+            self._bring_best(facts_of(state), Path(path))
         self._follow(state, path, asked=True)
         epoch, batch = self.position
         keep, self.keep = self.keep, {}     # what is best is asked of files that would be rotated
@@ -1589,17 +1589,22 @@ class Checkpointer(contextlib.AbstractContextManager):
                           f"changed")
         self._name_line()
 
-    def _bring_best(self, state, best):
-        """The best epoch that led to `state`, beside it in another folder, comes along, as one that
-        was set aside: the line that this directory still follows does not know it."""
-        if best.fault:
-            raise best.fault
-        if best.facts and in_line(best.facts, facts_of(state)) \
-                and best.save != Candidate(self.best_path).save:
-            try:
-                copy_checked(best.path, self.directory / abandoned_name(best).name)
-            except CorruptCheckpoint as damage:
-                self.say(f"resume: left {best.path}: {reason_of(damage)}")
+    def _bring_best(self, line, path):
+        """The best epoch that led to `path`, the best.pt beside it or itself, comes along from
+        elsewhere, as one that was set aside: the line of this directory does not know it yet."""
+        beside = Candidate(path.with_name(KINDS["best"].name))
+        if beside.fault:
+            raise beside.fault
+        here = {c.save for c in candidates(self.directory)}
+        for best in (beside, Candidate(path)):
+            if best.facts and best.facts["metric"] and in_line(best.facts, line):
+                aside = self.directory / abandoned_name(best).name
+                try:
+                    if best.save not in here and not aside.exists():
+                        copy_checked(best.path, aside)
+                    return
+                except CorruptCheckpoint as damage:
+                    self.say(f"resume: left {best.path}: {reason_of(damage)}")
 
     @property
     def line(self) -> dict:

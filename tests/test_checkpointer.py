@@ -3,6 +3,7 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,6 +293,24 @@ def test_going_back_to_an_abandoned_best_twice_by_the_same_command_finds_it_twic
         with saver(tmp_path) as s:
             assert sound(s.resume(kept)) == 2 and sound(checkpoint.load("best.pt")) == 2
             assert s.save_epoch(state(3, epoch=3), metric=metric) is (metric > 0.9)
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "run"])
+def test_a_copy_of_the_best_epoch_alone_is_the_best_of_the_line_that_goes_on_from_it(tmp_path, place):
+    (tmp_path / "elsewhere").mkdir()
+    with saver(tmp_path / "run") as s:
+        for epoch, metric in enumerate((0.9, 0.3), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=metric)
+            s.wait()
+            shutil.copy(tmp_path / "run/last.pt", tmp_path / place / f"kept_{epoch}.pt")
+    with saver(tmp_path / "run") as s:          # begun anew by mistake
+        s.save_epoch(state(3, epoch=1), metric=0.95)
+    for name in ("checkpoint_epoch_001.pt", "checkpoint_epoch_002.pt"):
+        (tmp_path / "run" / name).unlink()
+    with saver(tmp_path / "run") as s:
+        s.resume(tmp_path / place / "kept_1.pt")
+        assert sound(checkpoint.load(tmp_path / "run/best.pt")) == 1
+        assert not s.save_epoch(state(4, epoch=2), metric=0.5)
 
 
 def test_a_saver_that_goes_back_itself_judges_the_best_by_the_line_it_goes_on(tmp_path):
