@@ -7,7 +7,6 @@ refused, never guessed; Unlabelled says why a recording that can be read has no 
 """
 import csv
 import re
-import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import numpy as np
 
 from eeg.disk import write_file
 from eeg.edf import NUMBER, DataError, number
+from eeg.terms import CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
+from eeg.terms import meaning_of, marks, plain, speaks, without_number
 
 CLOCK = re.compile(r"(?<!\d)(\d?\d):(\d\d):(\d\d)(?:\.\d*)?(?: ?([ap])\.?m\b)?", re.I)
-# TUSZ annotation codes
-SEIZURE = set("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
 SHORT = 2.0                             # s; a list of shorter ones alone is odd
 SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
@@ -549,9 +548,10 @@ def judgements(titles, row):
     found = []
     for title, cell in zip(map(_title, titles), row):
         said = plain(cell)
-        asks = CONFIRMS.search(title) or _built_in(re.sub("^(is|true) ", "", title))[0] == "seizure"
+        bare = re.sub("^(is|true) ", "", title)
+        asks = CONFIRMS.search(title) or meaning_of(bare)[0] == "seizure"
         judges = title in COLUMNS["text"] or JUDGES.search(title)
-        if (DENIES.fullmatch(said) or _built_in(said)[0] not in ("", "seizure")
+        if (DENIES.fullmatch(said) or meaning_of(said)[0] not in ("", "seizure")
                 or EDGES.fullmatch(said) and (judges or said not in ("on", "off"))
                 or judges and DOUBTS.fullmatch(said)
                 or asks and NO.fullmatch(said)):
@@ -604,184 +604,6 @@ def parse_seizeit(text, name="a1.tsv"):
 
 
 # ---- texts inside an EDF+ file ----
-
-_SEIZURE = r"(seizure|seiz|sz|anfall|crise|crisis|crisi|aanval|napad)"
-_ITS = r"(seizure|seiz|sz|anfall|anfalls|anfalles|crise|crisis|crisi|aanval|napad|napadu)"
-_OF = r" ?((of|des|de|di|the|la|della|van) )*"
-_START = (r"(starts?|started|begins?|beginning|beginn|anfang|onset|on|debut|inicio|inizio|"
-          r"poczatek)")
-_END = r"(ends?|ended|stops?|stopped|offset|off|ende|fin|fine|einde|koniec)"
-# "no clinical seizure" and "no further seizure" leave room for one
-_NO = r"(no|keine?|pas de|sin|ohne) (electrographic )?"
-# of SzCORE's types, sz_foc_ia_m_automatisms
-_TYPE = (r"(i?a|ua|n?m|u[cm]|f2b|auto\w+|\w*(tonic|clonic|clonia|spasms?)|hyper\w+|behaviou?r\w*|"
-         r"cognitive|emotional|sensory|a?typical|absence|unclassified)")
-DEFAULT_TEXTS = {                       # what a text means, whole, without its number (_numbered)
-    "start": re.compile(rf"{_ITS}{_OF}{_START}|{_START}{_OF}{_ITS}"),
-    "end": re.compile(rf"{_ITS}{_OF}{_END}|{_END}{_OF}{_ITS}"),
-    "seizure": re.compile(rf"{_SEIZURE}|sz (foc|gen|uo)( {_TYPE})*|{'|'.join(sorted(SEIZURE))}"),
-    "background": re.compile(rf"bckg|background|seizure free|anfallsfrei|"
-                             rf"{_NO}({_SEIZURE}s?|anfalle?)")}
-# a text that speaks of a seizure, misspelt too; where its meaning is not known, nothing is known.
-# Epileptiform discharges and cycles per second (9 cps) are none
-_WORD = "seizure"                       # with a letter less, another, one more, or two exchanged
-_MISSPELT = "|".join(form for i in range(7) for form in (
-    _WORD[:i] + ".?" + _WORD[i + 1:], _WORD[:i + 1] + "." + _WORD[i + 1:],
-    _WORD[:i] + _WORD[i + 1:i + 2] + _WORD[i] + _WORD[i + 2:]))
-SPEAKS = re.compile(
-    _MISSPELT +
-    r"|seiz|\bs z\b|"
-    r"\b[a-z]{0,3}sz([srd]?\b|es\b|[srd]?\d|on|off|st|beg|end)|\b[b-df-hj-np-tv-z]{4}sz\b|"
-    r"anfa(ll|ld|ell|l\b)|\banf\b|onset|[ck]ri[sz][aei]|\bkriz\b|"
-    r"(?<!inter)(?<!inter )(i[ck]t(al|us)|\bi[ck]t\b|criti(ques?|c[aio]|che)\b)|"
-    r"[ck]onvul[sz]|kram(p|bi)|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
-    r"kejang|\bserang(an)?\b|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
-    r"g\S{1,2}rcs|lekme|"
-    r"priepuol|traukul|\bepi\w*hoog|bangkitan|kifafa|degedege|frav.r|fr.nvaro|poissaolo|havale\b|"
-    r"rangas|\bgrc(evi)?\b|krece\b|odsutnost|^absent[ae]$|\bt?tcg\b|ctcg|bns\b|blick nick|"
-    r"(etat|estado) de mal|stato di male|\bmal (epil|comit)|secondar\w* gen|"
-    r"\w spells?\b|^(spell|episod[eio]o?)s?( #?\d+)?$|\bata(ky?|ck|que)|atta(ck|que)|"
-    r"status epi|siez|"
-    r"[sc][ei]+[zs]+[iu]+r|s[aeiu]+(z+[aeiu]*|s+u[aeiu]*)r|\bfits?\b|"
-    r"\b(epi\w*|electro\w*|clinical) (event|episode|end|offset)|\b(ncse|sps|fas)\b|"
-    r"\b(typical|habitual) (event|episode)|\b(sub|electro)clin|^(electrographic|status)$|"
-    r"(?<!\d )\bcps\b|[ck]lonus|gelasti|hypermotor|hyperkinet|"
-    r"(grand|petit|gd) ?mal|\b(abs|aus|ass)c?[ea]n[csz]\w*\b(?! (of|d[aei]|d')\b)|"
-    r"gt(cs?|ka)\b|\bf?btc\b|\b[fbp]*tcs\b|\btka\b|\bfias\b|\baura\b|"
-    r"\ba?(tonic|tonisch|[ck]loni(?!d))|\bastat|spasm|m[yi]o[ck]lon|"
-    # Russian, Ukrainian, Bulgarian, Greek, Chinese and Japanese (between seizures is none), Korean
-    # (taken apart as `plain` does), Arabic, Persian, Hebrew, Hindi, Thai
-    r"прист[уъ]п|припад|судо[рм]|напад|гърч|абсанс|тонико|клонус|миоклони|κρισ|σπασμ|欠神|失神|强直|"
-    r"^(てんかん|癫痫|επιληπτικη)$|حمله|نوبات|תקף|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
-    r"[痉痙][挛攣]|けいれん|ケイレン|\u1107\u1161\u11af\u110c\u1161\u11a8|"
-    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|התקף|פרכוס|दौर|मिरगी|ชัก")
-# cells beside a seizure's text; a text within a seizure may doubt a channel, or deny the seizure
-EDGES = re.compile(rf"((eeg|clin\w*|electr\w*) )?({_START}|{_END})")
-_OUT = "reject|exclu|discard|delet|invalid"
-_UNTRUE = r"false ?(pos|al|det)|psychogen|dissocia|pseudo ?s|pseudo\b|p?nes\b|non ?epilep"
-DENIES = re.compile(rf"(\w+ ){{0,2}}({_UNTRUE})\w*( \w+)?|({_OUT})\w*|(not|nicht) an? .*(seiz|sz)")
-DOUBTS = re.compile(
-    r"\?+|fp|(\w+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|questionab|"
-    r"equivoc|art[ei]fa[ck]t|false|fraglich|unklar|unsicher|moglich|verdacht|douteu|dubbi|dudos|"
-    rf"maybe|perhaps|vielleicht|functional|{_UNTRUE}|{_OUT})\w*( \w+)?|"
-    r"(not|nicht|kein|pas)( \w+){0,3}")
-CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
-                      "agree|consens|correlate|^epileptic|^real")
-NO = re.compile(r"no?|nein|non|false|0([.,]0*)?")
-YES = re.compile(r"y(es)?|ja?|oui|si|true|x|1([.,]0*)?")
-ORDINALS = {word: number for number, words in enumerate((
-    "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
-    "fourth vierte vierter", "fifth"), 1) for word in words.split()}
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What the user says of annotation texts, beside DEFAULT_TEXTS: those that mark a seizure,
-    (start, end) pairs that enclose one, and those of a recording that was read and has no other
-    seizure."""
-    seizure: tuple = ()
-    pairs: tuple = ()
-    background: tuple = ()
-
-    def given(self):
-        return [*self.seizure, *(text for pair in self.pairs for text in pair), *self.background]
-
-    def meaning(self, text):
-        """("seizure" | "start" | "end" | "background" | "", which pairs it belongs to, its number
-        or None). The built-in pairs are pair -1."""
-        said = plain(text)
-        for place, meaning in enumerate(("start", "end")):
-            pairs = {k for k, pair in enumerate(self.pairs) if pair[place] == said}
-            built_in, number = _built_in(said)
-            if pairs:
-                return meaning, pairs | ({-1} if built_in == meaning else set()), number
-        if said in self.seizure:
-            return "seizure", {-1}, None
-        if said in self.background:
-            return "background", set(), None
-        return built_in, {-1}, number
-
-    def unused(self, counts):
-        """{text: how often} of those that mean nothing; what speaks of a seizure comes first."""
-        left = [text for text in counts if not self.meaning(text)[0]]
-        return {text: counts[text] for text in sorted(left, key=lambda t: not speaks(t))}
-
-
-# letters of another alphabet than the one they are read in: no European word has three in a row,
-# nor UTF-8's two for one letter
-GARBLED = re.compile("[\x80-\xff]{3}|[\xc3-\xc5][\x80-\xbf]")
-
-
-def speaks(text):
-    said = plain(text)
-    # SzDetect is two words
-    apart = plain(re.sub("(?<=[a-z])(?=[A-Z])", " ", text))
-    return bool(SPEAKS.search(said) or SPEAKS.search(apart) or GARBLED.search(text)
-                or "seizure" in said.replace(" ", ""))
-
-
-def marks(text):
-    """Whether a text speaks of a seizure, and not of there being none."""
-    return speaks(text) and _built_in(plain(text))[0] != "background"
-
-
-def plain(text):
-    """A text as it is compared: small letters without accents, quotes and marks that are not seen,
-    dashes and _ as blanks, without the channel that EDF+ puts behind @@."""
-    letters = unicodedata.normalize("NFKD", text.partition("@@")[0].replace('"', ""))
-    bare = "".join(letter for letter in letters
-                   if not unicodedata.combining(letter) and unicodedata.category(letter) != "Cf")
-    return " ".join(re.sub("[-_\u2010-\u2015]", " ", bare.lower()).split())
-
-
-def _built_in(said):
-    """(what a plain text means by DEFAULT_TEXTS, its number or None)."""
-    rest, number = _numbered(said)
-    for meaning, form in DEFAULT_TEXTS.items():
-        # "no second seizure" leaves room for the first
-        if form.fullmatch(rest) and (meaning != "background" or number is None):
-            return meaning, number
-    return "", None
-
-
-def _numbered(said):
-    """A plain text without its number, and the number: "2nd seizure start" is "seizure start", 2.
-    With more than one, or 0, it is left as it is."""
-    words, numbers = [], []
-    bare = re.sub(r"\b(no|nr|n°|num|number)[.:]? ?(?=#?\d)", "", said)     # no. 1 is no negation
-    for word in re.sub(r"\b(seizure|seiz|sz|anfall|crise)#?(\d+)\b", r"\1 \2", bare).split():
-        if word not in ("no.", "no:", "no,"):           # "No, seizure" denies nothing
-            word = word.rstrip(":.,;")
-        found = re.fullmatch(r"#?(\d{1,3})(st|nd|rd|th|er|e|eme|ere)?", word)
-        if found or word in ORDINALS:
-            numbers.append(int(found[1]) if found else ORDINALS[word])
-        else:
-            words.append(word)
-    if len(numbers) > 1 or numbers == [0]:
-        return said, None
-    return " ".join(words), numbers[0] if numbers else None
-
-
-def user_texts(seizure=(), background=()):
-    """Texts of the command line's --seizure-label (TEXT or START..END) and --background-label."""
-    single, pairs = [], []
-    for text in seizure:
-        parts = [plain(part) for part in text.split("..")]
-        if len(parts) == 1:
-            single += parts
-        elif len(parts) == 2 and all(parts) and parts[0] != parts[1]:
-            pairs.append(tuple(parts))
-        else:
-            raise DataError(f"--seizure-label {text}: START..END takes two different texts")
-    background = [plain(text) for text in background]
-    if not all([*single, *background]):
-        raise DataError("--seizure-label and --background-label take a text")
-    both = {*single, *(text for pair in pairs for text in pair)} & {*background}
-    if both:
-        raise DataError(f"{both.pop()!r} is a --seizure-label and a --background-label")
-    return Texts(tuple(single), tuple(pairs), tuple(background))
-
-
 @dataclass
 class Start:
     """A start that waits for its end."""
@@ -838,7 +660,7 @@ def _refuse_unknown(onset, text, begun):
         how = "is garbled" if GARBLED.search(text) else "speaks of a seizure"
         raise DataError(f"{what} {how} and is not known: say what it means with "
                         "--seizure-label or --background-label of data.py import")
-    if begun and EDGES.fullmatch(_numbered(plain(text))[0]):
+    if begun and EDGES.fullmatch(without_number(plain(text))[0]):
         raise DataError(f"{what} stands between {begun[0].text!r} at {begun[0].onset:g} s and its "
                         "end: another start or end?")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from eeg import annotations, console
+from eeg import annotations, console, terms
 from eeg.disk import INDEX, LASTING, REPORT, InUse, TemporaryFault, hold, holder, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel, electrode
 from eeg.edf import prepare_edf, read_header
@@ -45,7 +45,7 @@ class Task:
     """What an import does with every file."""
     out: Path
     recipe: Recipe
-    texts: annotations.Texts = annotations.Texts()
+    texts: terms.Texts = terms.Texts()
     release: str = ""
     renames: dict = field(default_factory=dict)         # label in the file -> electrode
     labels: str = STRICT
@@ -286,7 +286,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
     DataError for bad usage, a missing folder, one that another import is writing, or one of another
     preparation (`replace` makes it anew); refused files are in the report, not raised."""
     recipe = Recipe(montage, str(notch), blank_unit, tuple(channels))
-    texts = annotations.user_texts(seizure_labels, background_labels)
+    texts = terms.user_texts(seizure_labels, background_labels)
     _check_usage(layout, workers)
     names = read_renames(renames) if renames else {}
     files, root, closed, others = find_edf(src)
@@ -557,7 +557,7 @@ def hints(sources, layout, task, report, others):
     row = LAYOUTS.get(layout)
     if row and not any(row.name.match(source.path.stem) for source in sources):
         found.append(f"no file is named as in {layout} ({row.example}): leave --layout away")
-    there = set(map(annotations.plain, report.texts))
+    there = set(map(terms.plain, report.texts))
     absent = [text for text in task.texts.given() if text not in there]
     if absent:
         found.append(f"no annotation is {', '.join(map(repr, absent))}; "

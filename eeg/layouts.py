@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from eeg import annotations, lists
+from eeg import annotations, lists, terms
 from eeg.edf import DataError, read_annotations
 
 NEAR_SECONDS = 10                       # of a seizure: a text so near may be on it
@@ -188,7 +188,7 @@ def _passed_over(source, header, task, events):
               if row is OTHER or _has_more(path, read, header, task, events)]
     try:
         others += [f"the {text[:60]!r} inside the EDF+"
-                   for onset, _, text in read_annotations(header) if annotations.marks(text)
+                   for onset, _, text in read_annotations(header) if terms.marks(text)
                    and not _overlaps(events, onset - NEAR_SECONDS, onset + NEAR_SECONDS)][:1]
     except DataError:
         pass                            # of texts that do not count: what counts was read
@@ -228,7 +228,7 @@ def _events_inside(header, task):
 def _kept(texts):
     """{text: how often} of a recording, those that speak of a seizure first."""
     counts = Counter(text.partition("@@")[0].strip()[:200] for text in texts)
-    first = sorted(counts, key=lambda text: (not annotations.speaks(text), -counts[text]))
+    first = sorted(counts, key=lambda text: (not terms.speaks(text), -counts[text]))
     return {text: counts[text] for text in first[:MAX_KEPT_TEXTS]}
 
 

@@ -3,8 +3,9 @@ Siena's, by the clock on the wall.
 """
 import re
 
-from eeg.annotations import Labels, Unlabelled, read_text, speaks
+from eeg.annotations import Labels, Unlabelled, read_text
 from eeg.edf import DataError, number
+from eeg.terms import speaks
 
 
 def clock(text, what):

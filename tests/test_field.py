@@ -18,7 +18,7 @@ import forked
 import model
 import train
 from conftest import CSV, NAMES, ROOT, command, imported, mark, microvolts, plus, prepare, said, tsv, write_edf
-from eeg import annotations, corpora, disk, edf, lists, splits
+from eeg import annotations, corpora, disk, edf, lists, splits, terms
 from eeg.disk import TemporaryFault
 from helpers import loaded, rest
 from test_corpora import held_import
@@ -303,7 +303,7 @@ def test_drift_moves_labels_inside_to_their_samples_and_refuses_labels_of_an_unk
 def parse(*found, seizure=(), background=()):
     """Events of (onset, duration, text), None for unlabelled, or the reason."""
     try:
-        labels = annotations.parse_annotations(list(found), annotations.user_texts(seizure, background))
+        labels = annotations.parse_annotations(list(found), terms.user_texts(seizure, background))
     except edf.DataError as why:
         return str(why)
     return None if labels is None else labels.events
@@ -417,7 +417,7 @@ def test_other_texts_beside_a_seizure_leave_its_labels(text):
 
 def test_a_text_as_long_as_a_list_may_hold_is_read_once():
     """Not once for each of its letters: that took minutes."""
-    assert annotations.speaks("szszsz" * 20_000 + "gtc") and not annotations.speaks("szszsz" * 20_000)
+    assert terms.speaks("szszsz" * 20_000 + "gtc") and not terms.speaks("szszsz" * 20_000)
 
 
 def test_a_bare_start_or_end_within_a_seizure_may_be_its_own():
