@@ -55,24 +55,18 @@ TUNED = 5                               # per hour, where the patients of DEV ch
 DRAWS = 1000
 SYNTHETIC = 6.0, 36, 0                  # hours, patients, seed
 MEAN = 3                                # last epochs of V3 whose weights are averaged
-RECIPE = {                              # of the small V3
-    "data": {"window_seconds": 30.0, "stride_seconds": 15.0},
-    "model": {"size": "small"},
-    "training": {"epochs": 10, "batch_size": 16, "learning_rate": 3e-3, "warmup_ratio": 0.1,
-                 "grad_clip": 1.0, "log_every": 50, "checkpoint_keep": MEAN, "mid_epoch_keep": 1,
-                 "mid_epoch_minutes": 600, "best_metric": "average_precision"},
-    "evaluation": {"window_seconds": 30.0}}
+OWN = judge.ROOT / "configs" / "local" / "own.yaml"         # the recipe of the small V3
 
 
 # ---- systems: (place, seed, overrides) -> Fitted ----
 
 def fit_v3(place, seed, overrides):
-    """train.py with RECIPE and `overrides`."""
+    """train.py with the configuration for own recordings and `overrides`."""
     began = time_now()
-    config = {section: dict(keys) for section, keys in RECIPE.items()}
+    config = yaml.safe_load(OWN.read_text())
     config["experiment"] = {"name": "v3", "seed": seed, "results": str(place.folder)}
-    config["data"]["path"] = place.corpus
-    config["data"]["dev_patients"] = sorted({r.patient for r in place.dev})
+    config["data"] |= {"path": place.corpus, "dev_patients": sorted({r.patient for r in place.dev})}
+    config["training"] |= {"checkpoint_keep": MEAN, "mid_epoch_keep": 1, "mid_epoch_minutes": 600}
     path = place.folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     with contextlib.redirect_stdout(sys.stderr):
