@@ -18,7 +18,7 @@ import numpy as np
 
 from eeg import annotations, console, terms
 from eeg.disk import INDEX, LASTING, REPORT, InUse, TemporaryFault, hold, holder, write_json
-from eeg.edf import BLANK_UNITS, FS, NOTCH, DataError, Recipe, channel, electrode
+from eeg.edf import BLANK_UNITS, FS, NOTCH, PREFIX, DataError, Recipe, channel, electrode
 from eeg.edf import prepare_edf, read_header
 from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
 from eeg.layouts import find_events, identify
@@ -182,16 +182,32 @@ def _convert(source, task, target):
 
 
 def rename(header, renames):
-    """Give signals other labels, in any case. What the file itself calls so gives way."""
+    """Give signals other labels, in any case: an electrode with the reference that the file names
+    behind a hyphen, unless the table has one. What the file itself calls so gives way, whatever
+    its reference: the user knows better."""
     lower = {label.lower(): name for label, name in renames.items()}
     labels = header.signals["label"]
-    given = {channel(lower[label.lower()]) for label in labels if label.lower() in lower}
+    named = {i: _with_reference(lower[label.lower()], label)
+             for i, label in enumerate(labels) if label.lower() in lower}
+    given = {_place(name) for name in named.values()}
     for i, label in enumerate(labels):
-        if label.lower() in lower:
-            labels[i] = lower[label.lower()]
-            header.notes.append(f"{label} renamed {labels[i]}")
-        elif channel(label) in given:
+        if i in named:
+            labels[i] = named[i]
+            header.notes.append(f"{label} renamed {named[i]}")
+        elif _place(label) in given:
             labels[i] = f"unused {label}"
+
+
+def _with_reference(name, label):
+    head, _, tail = label.upper().rpartition("-")
+    known = channel(f"{name}-{tail}") if head and not PREFIX.fullmatch(head.strip()) else None
+    return f"{name}-{known[1]}" if known and "-" not in name else name
+
+
+def _place(label):
+    """(electrode, electrode) of a derivation, (electrode,) of a label with any reference."""
+    parts = channel(label) or channel(label.rpartition("-")[0]) or ()
+    return tuple(filter(electrode, map(str.upper, parts)))
 
 
 def channel_names(text):
@@ -231,7 +247,7 @@ def read_renames(path):
                             "in the file and an electrode such as Fp1, or a pair such as Fp1-F7")
         if key is None:
             continue                    # titles of the columns
-        name = one_spelling(name)
+        name = "-".join(filter(None, key))
         first = named.setdefault(label.lower(), name)       # in any case, as rename takes it
         if first != name:
             raise DataError(f"--rename {path}: {label} is named {first} and {name}")

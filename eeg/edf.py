@@ -53,6 +53,7 @@ PLAUSIBLE = (0.1, 1000.0)
 WIDEST_UV = 10 ** 7                     # from lowest to highest; amplifiers have less than 2 V
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
 MAX_LATE_SECONDS = 0.01                 # of a record after the one before it: two samples
+MAX_DRIFT = 0.1                         # s, of resampling at the end: a header gives 1/3 s as .333333
 
 
 class DataError(ValueError):
@@ -641,7 +642,7 @@ def _pair(places, ends):
 
 def _all_reduced(header, channels, places):
     """A row for each channel that the user named: of its alternatives the first that is there."""
-    rows = []
+    rows, alone = [], []
     for name in channels:
         choices = name.split("|")
         found = [(choice, row) for choice in choices if (row := _reduced(header, choice, places))]
@@ -654,6 +655,9 @@ def _all_reduced(header, channels, places):
         if choice != choices[0]:
             header.notes.append(f"{choice} in the place of {choices[0]}")
         rows.append(row)
+        alone += [row] if choice in places.electrodes else []
+    if several := _several_references(places, alone):
+        header.notes.append(several)    # no reason to refuse: a wearable's may be that way
     return rows
 
 
@@ -674,10 +678,14 @@ def _reduced(header, name, places):
 
 
 def _check_references(places, rows):
-    references = {places.references[i] for row in rows for i in row}
-    if len(references) > 1:
-        names = ", ".join(sorted(reference or "none" for reference in references))
-        raise DataError(f"electrodes with different references: {names}")
+    if several := _several_references(places, rows):
+        raise DataError(several)
+
+
+def _several_references(places, rows):
+    references = sorted({places.references[i] or "none" for row in rows for i in row})
+    return (f"electrodes with different references: {', '.join(references)}"
+            if len(references) > 1 else "")
 
 
 def _labels(header):
@@ -758,7 +766,7 @@ def prepare_row(row: np.ndarray, rate: Fraction, mains: tuple) -> np.ndarray:
     from scipy import signal as dsp     # here, too
     row -= np.float32(np.median(sparse(row)))
     ratio = resampling(rate)
-    if abs(ratio / (FS / rate) - 1) * len(row) > 1:
+    if abs(ratio / (FS / rate) - 1) * len(row) / rate > MAX_DRIFT:
         raise DataError(f"sampling rate {float(rate)} Hz cannot be resampled to {FS} Hz "
                         "without drift")
     if ratio != 1:

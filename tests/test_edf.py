@@ -638,6 +638,23 @@ def test_a_reduced_montage_takes_the_very_ear_that_is_named(tmp_path):
     assert "channel missing: C4-A2" in refusal(path, "reduced", reduced=("C4-A2",))
 
 
+def test_electrodes_of_a_reduced_montage_that_have_different_references_are_noted(tmp_path):
+    path = write_edf(tmp_path / "a.edf", labels=["C3-A2", "C4-A1", "F3-A2"])
+    wanted = "electrodes with different references: A1, A2"
+    assert prepare(path, "reduced", reduced=("C3", "C4")).notes == wanted
+    for named in (("C3", "F3"), ("C3-A2", "C4-A1"), ("C3-A2", "C4")):
+        assert prepare(path, "reduced", reduced=named).notes == ""
+
+
+def test_an_hour_in_records_of_a_third_of_a_second_is_no_drift(tmp_path):
+    """A header has room for 0.333333; 256 Hz by it are 3.6 ms off after an hour."""
+    rate = 128 / Fraction("0.333333")
+    samples = edf.prepare_row(np.zeros(3600 * 384, np.float32), rate, ()).size
+    assert abs(samples / 256 - 3600) < 0.1
+    with pytest.raises(edf.DataError, match="without drift"):
+        edf.prepare_row(np.zeros(7200 * 256, np.float32), 256 * Fraction(40001, 40000), ())
+
+
 def test_a_gap_is_refused_where_the_header_has_lost_its_mark(tmp_path):
     for kind in ("", "edf+d"):
         assert "gap of 10 s" in refusal(plus(tmp_path / "a.edf", [*range(5), *range(15, 20)], kind))

@@ -213,6 +213,32 @@ def test_channels_of_other_names_are_read_by_a_table_and_a_changed_table_makes_t
         imported(tmp_path / "src", tmp_path / "out", renames=tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("reference", ["-Ref", " - G2", "-A1A2", "-Cz"])
+def test_a_renamed_channel_keeps_its_reference_and_what_the_file_calls_so_gives_way(tmp_path, reference):
+    names = [name for name in NAMES if not reference.endswith(name)]
+    eeg = np.random.default_rng(1).normal(0, 300, (len(names) + 1, 5 * 256))
+    right = eeg[:-1].copy()
+    right[names.index("T3")] = eeg[-1]
+    good = prepare(write_edf(tmp_path / "good.edf", 5, labels=[name + reference for name in names], eeg=right))
+    table = tmp_path / "names.csv"
+    table.write_text(f"EEG Foo{reference},T7\n")
+    for there in (f"EEG T7{reference}", "X"):
+        labels = [*(there if name == "T3" else name + reference for name in names), f"EEG Foo{reference}"]
+        write_edf(tmp_path / "src" / "a.edf", 5, labels=labels, eeg=eeg)
+        assert imported(tmp_path / "src", tmp_path / "out", renames=table).refused == []
+        np.testing.assert_array_equal(data.open_corpus(tmp_path / "out")[0].read(0, 1280), good.memory)
+
+
+def test_a_table_of_names_may_say_the_reference(tmp_path):
+    labels = [f"EEG {name}-Ref" for name in NAMES]
+    table = tmp_path / "names.csv"
+    for name, refused in (("C3", "different references: REF, none"), ("C3-Ref", "")):
+        table.write_text(f"Foo,{name}\n")
+        write_edf(tmp_path / "src" / "a.edf", 5, labels=[*labels, "Foo"])
+        report = imported(tmp_path / "src", tmp_path / "out", renames=table)
+        assert bool(report.refused) == bool(refused) and refused in str(report.refused)
+
+
 def test_advice_on_montages_is_never_a_circle(tmp_path):
     """What a refusal names as the cure works."""
     bipolar = list(edf.BIPOLAR)
