@@ -53,7 +53,7 @@ PLAUSIBLE = (0.1, 1000.0)
 WIDEST_UV = 10 ** 7                     # from lowest to highest; amplifiers have less than 2 V
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
 MAX_LATE_SECONDS = 0.01                 # of a record after the one before it: two samples
-MAX_DRIFT = 0.1                         # s, of resampling at the end: a header gives 1/3 s as .333333
+MAX_DRIFT = 0.1                         # s, of resampling at the end: 1/3 s is .333333 in a header
 
 
 class DataError(ValueError):
