@@ -343,7 +343,7 @@ def _check_usage(layout, workers):
 
 def _sweep(out):
     """Remove what a killed import has left."""
-    for form in ("*.h5.*.part", ".*.json.*.part"):
+    for form in (".*.h5.part", "*.h5.*.part", ".*.json.*.part"):
         for stale in out.rglob(form):
             stale.unlink()
 
@@ -467,8 +467,14 @@ def refuse_mixture(out, recipe):
 
 def refuse_twice(out, sources, root, report):
     """DataError where `out` holds one of the sources under another name, and perhaps patient, from
-    an import of one file or of a part of the corpus: it would count twice, train and validate. What
-    `out` holds of an EDF that has left `root` is noted: it may have been renamed, or withdrawn."""
+    an import of one file or of a part of the corpus: it would count twice, train and validate.
+    What `out` holds of an EDF that is refused by now, as x_eeg.edf beside x.edf, goes; of one that
+    has left `root`, it is noted: it may have been renamed, or withdrawn."""
+    for path, _ in report.refused:
+        target = out / f"{os.path.relpath(path, root).rpartition('.')[0]}.h5"
+        made = _prepared(target)
+        if made and made["source"] == os.path.abspath(path):
+            target.unlink()
     names = {source.name for source in sources}
     paths = {os.path.realpath(source.path) for source in sources}
     for path in sorted(out.rglob("*.h5")):

@@ -259,7 +259,7 @@ def _unread_beside(path, of_folder=False):
 def channel_notes(path):
     """What the BIDS channels.tsv beside an EDF says that the import does not act on, as notes."""
     place = path.with_name(path.stem.removesuffix("_eeg") + "_channels.tsv")
-    if not place.exists():
+    if not os.path.exists(place):       # nor may be: an EDF may have the longest of names
         return []
     try:
         text = annotations.read_text(place)

@@ -305,8 +305,11 @@ def _reasons(recordings):
 # ---- persons, by the EDF headers ----
 
 # what stands where a patient would be named, and names nobody
-NOBODY = set("x xx xxx xxxx anonym anonymous anonymized anonymised unknown patient subject name id "
-             "none na n/a nn test default male female m f 0 00 000 0000 - ? .".split())
+NOBODY = re.compile(r"\W*([x0_\W]*|anonym|anonymous|anonymi[sz]ed|anon|deidentified|de-identified|"
+                    r"removed|hidden|redacted|unknown|patient|subject|name|id|none|na|n/a|nn|test|"
+                    r"default|male|female|m|f)\W*")
+# a day of birth, which many share
+DAY = re.compile(r"\d\d?[-./](\d\d?|[a-z]{3})[-./]\d{4}|\d{4}-\d\d-\d\d")
 
 
 def person_code(header):
@@ -315,9 +318,9 @@ def person_code(header):
     words = [word.strip("_").lower() for word in re.split(r"[\0-\x20]+", header.patient) if word]
     if header.plus and len(words) >= 4:                 # EDF+: code, sex, birthdate, name
         code, _, born, name = words[:4]
-        words = [code] if code not in NOBODY else [born, name]
-    words = [word for word in words if word and word not in NOBODY]
-    if not words:
+        words = [born, name] if NOBODY.fullmatch(code) else [code]
+    words = [word for word in words if not NOBODY.fullmatch(word)]
+    if all(map(DAY.fullmatch, words)):
         return ""
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
 

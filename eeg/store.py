@@ -26,7 +26,7 @@ def write_recording(target, eeg, events, attributes):
     Format 2: `eeg` lies in chunks of (C, CHUNK), uncompressed, one after the other behind all else,
     so that a window of training is one read. Where HDF5 puts them elsewhere, DataError."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temp = target.with_name(f"{target.name}.{os.getpid()}.part")
+    temp = target.with_name(f".{os.getpid()}.h5.part")     # no longer than the name of any EDF
     try:
         with h5py.File(temp, "w", libver="latest") as f:
             f.attrs.update(attributes)

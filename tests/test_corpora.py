@@ -439,6 +439,26 @@ def test_an_edf_never_stands_twice_in_a_folder_under_two_names(tmp_path):
     assert [(r.name, r.patient) for r in data.open_corpus(tmp_path / "out")] == [("anna/night1", "anna")]
 
 
+@pytest.mark.parametrize("first, second, stays", [("x_eeg.edf", "x.edf", "x"), ("x.edf", "x.EDF", "x"),
+                                                  ("x.edf", "x_eeg.edf", "x")])
+def test_of_two_edf_files_of_one_name_the_refused_one_leaves_the_folder(tmp_path, first, second, stays):
+    write_edf(tmp_path / "src" / first, 5)
+    imported(tmp_path / "src", tmp_path / "out")
+    write_edf(tmp_path / "src" / second, 7)
+    refused = imported(tmp_path / "src", tmp_path / "out").refused
+    there = data.open_corpus(tmp_path / "out")
+    assert [r.name for r in there] == [stays] and len(refused) == 1 and "same name" in refused[0][1]
+    left = {first, second} - {Path(refused[0][0]).name}
+    assert there[0].seconds == (5 if left == {first} else 7)
+
+
+@pytest.mark.parametrize("length", [230, 242, 251])
+def test_the_longest_of_names_stops_no_import(tmp_path, length):
+    for name in ("a", "x" * length):
+        write_edf(tmp_path / "src" / f"{name}.edf", 5)
+    assert imported(tmp_path / "src", tmp_path / "out").read == ["a", "x" * length]
+
+
 def test_eeg_under_two_names_is_said_by_the_import_and_by_info(tmp_path):
     """A link, a copy, and a patient's folder that was renamed between two imports."""
     src, out = tmp_path / "src", tmp_path / "out"
@@ -551,7 +571,7 @@ def test_raw_edf_files_in_place_of_an_imported_folder_are_told_apart(tmp_path):
 def test_control_characters_of_a_label_file_do_not_break_the_table(tmp_path):
     write_edf(tmp_path / "src" / "a.edf", 10)
     (tmp_path / "src" / "a_events.tsv").write_bytes(
-        "on\0set\x0b\x85\u2028\x1b[2Jevil\tduration\n1\t2\n".encode()
+        "on\0set\x08\x85\x1b[2Jevil\tduration\n1\t2\n".encode()
     )
     report, text = said(tmp_path / "src", tmp_path / "out")
     line = next(line for line in text.splitlines() if "a.edf" in line)

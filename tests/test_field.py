@@ -797,6 +797,14 @@ def test_header_codes_that_contradict_the_names_are_said_with_what_to_do_and_nev
     assert any("anna, who trains, and berta, who validates" in line for line in splits.told([one, two], [one], [two], "patient"))
 
 
+@pytest.mark.parametrize("patient", ["00000000 X X X", "ANON M 01-JAN-1900 X", "XXXXXXX", "Unknown, Unknown", "^^^ ????", "Removed",
+                                     "X F 01-JAN-1950 X_X", "de-identified M 1.1.1900", ""])
+@pytest.mark.parametrize("kind", ["EDF+C", ""])
+def test_what_stands_for_nobody_makes_no_two_patients_one_person(tmp_path, patient, kind):
+    path = plus(tmp_path / "a.edf", range(5), kind, patient=patient)
+    assert splits.person_code(edf.read_header(path)) == ""
+
+
 def test_files_named_eeg_and_a_patient_are_of_several(tmp_path):
     for name in ("EEG_P01_a", "EEG_P02_a", "P03_EEG", "anna_1", "EEG"):
         write_edf(tmp_path / f"{name}.edf", 5)
