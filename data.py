@@ -265,7 +265,7 @@ def _named(recordings, folder):
 
 
 def _join(recordings, line):
-    """The patient before the = goes under the name behind it."""
+    """The patient before the =, under each of its names, goes under the name behind it."""
     names = [name.strip() for name in line.split("=")]
     known = sorted({r.patient for r in recordings})
     unknown = [name for name in names if name not in known]
@@ -273,7 +273,7 @@ def _join(recordings, line):
         raise DataError(f"data.same_person {line!r}: write A = B with two patients of "
                         f"{', '.join(known[:20])}")
     for r in recordings:
-        if r.patient == names[0]:
+        if person(r.patient) == person(names[0]):
             r.patient = names[1]
 
 

@@ -22,7 +22,7 @@ from eeg import corpora, disk, store
 import data
 from eeg import edf
 import forked
-from conftest import NAMES, ROOT, Held, prepare, write_edf
+from conftest import NAMES, ROOT, Held, imported, prepare, write_edf
 
 
 
@@ -222,6 +222,15 @@ def test_splits_are_disjoint_by_person():
     for seed in range(10):
         train, dev = data.split_patients(mixed, seed=seed)
         assert any(len(r.events) for r in train) and any(len(r.events) for r in dev)
+
+
+@pytest.mark.parametrize("line", ["chb01 = anna", "chb21 = anna"])
+def test_who_is_joined_under_one_name_is_joined_under_all(tmp_path, line):
+    """CHB-MIT's chb21 is chb01 on either side of an = too, or the one would train and the other validate."""
+    for name in ("chb01_01", "chb21_01", "anna_1"):
+        write_edf(tmp_path / "src" / f"{name}.edf", 5)
+    imported(tmp_path / "src", tmp_path / "out")
+    assert {r.patient for r in data.open_corpora(tmp_path / "out", [line])} == {"anna"}
 
 
 # ---- windows ----
