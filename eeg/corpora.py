@@ -19,7 +19,7 @@ import numpy as np
 from eeg import annotations, console, terms
 from eeg.disk import INDEX, LASTING, REPORT, InUse, TemporaryFault, hold, holder, write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, PREFIX, DataError, Recipe, channel, electrode
-from eeg.edf import prepare_edf, read_header
+from eeg.edf import prepare_edf, read_header, split_label
 from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
 from eeg.layouts import find_events, identify
 from eeg.release import release
@@ -206,8 +206,7 @@ def _with_reference(name, label):
 
 def _place(label):
     """(electrode, electrode) of a derivation, (electrode,) of a label with any reference."""
-    parts = channel(label) or channel(label.rpartition("-")[0]) or ()
-    return tuple(filter(electrode, map(str.upper, parts)))
+    return tuple(filter(electrode, map(str.upper, split_label(label) or ())))
 
 
 def channel_names(text):

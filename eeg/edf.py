@@ -467,13 +467,13 @@ def _words(label):
     return words
 
 
-def _parts(label):
+def split_label(label: str) -> tuple[str, str] | None:
     """(electrode, what stands behind it) of a label; None where it does not begin with one."""
     words = _words(label)
     glued = GLUED.fullmatch(words[0]) if words else None
     if not glued:
         return None
-    name = electrode(glued[1])
+    name = electrode(glued[1]) or ""
     rest = [glued[2], *words[1:]] if glued[2] else words[1:]
     # T7(T3): its new and its old name
     if rest and electrode(rest[0]) == name and rest[0] != glued[1]:
@@ -489,7 +489,7 @@ def _parts(label):
 def channel(label: str) -> tuple[str, str] | None:
     """An EDF label as (electrode, reference), (electrode, electrode) for a derivation, or None.
     find_channels, which has the whole file, knows better what is a reference."""
-    parts = _parts(label)
+    parts = split_label(label)
     if parts is None or parts[0] == parts[1]:
         return None
     known = not parts[1] or parts[1] in SPELLED.values() or REFERENCE.fullmatch(parts[1])
@@ -549,7 +549,7 @@ def find_channels(header: Header) -> Places:
     labels = header.signals["label"]
     if _of_cap(labels):
         return places
-    found = {i: parts for i, label in enumerate(labels) if (parts := _parts(label))}
+    found = {i: parts for i, label in enumerate(labels) if (parts := split_label(label))}
     shared = Counter(suffix for _, suffix in set(found.values()))
     enough = max(2, min(COMMON, len({name for name, _ in found.values()})))
     for i, (name, suffix) in found.items():
@@ -673,7 +673,7 @@ def _reduced(header, name, places):
     if len(ends) == 2 and all(end in places.electrodes for end in ends):
         return _pair(places, ends)
     named = [i for i, label in enumerate(header.signals["label"])
-             if label.lower() == name.lower() or len(ends) == 2 and _parts(label) == ends]
+             if label.lower() == name.lower() or len(ends) == 2 and split_label(label) == ends]
     return {named[0]: 1} if len(named) == 1 else None
 
 
@@ -893,7 +893,7 @@ def _check_twins(header, body, twins):
         name = header.signals["label"][other]
         if np.array_equal(header.block(body, first), header.block(body, other)):
             continue
-        if _parts(name) != ("T4", "T6"):
+        if split_label(name) != ("T4", "T6"):
             raise DataError(f"{name} stands twice with different signals")
         header.notes.append(f"{name} stands twice with different signals, the first is taken")
 

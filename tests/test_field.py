@@ -230,11 +230,11 @@ def test_a_renamed_channel_keeps_its_reference_and_what_the_file_calls_so_gives_
 
 
 def test_a_table_of_names_may_say_the_reference(tmp_path):
-    labels = [f"EEG {name}-Ref" for name in NAMES]
     table = tmp_path / "names.csv"
-    for name, refused in (("C3", "different references: REF, none"), ("C3-Ref", "")):
+    for form, name, refused in (("EEG {}-Ref", "C3", "different references: REF, none"), ("EEG {}-Ref", "C3-Ref", ""),
+                                ("POL {} REF1", "C3", "different references: REF1, none")):
         table.write_text(f"Foo,{name}\n")
-        write_edf(tmp_path / "src" / "a.edf", 5, labels=[*labels, "Foo"])
+        write_edf(tmp_path / "src" / "a.edf", 5, labels=[*map(form.format, NAMES), "Foo"])
         report = imported(tmp_path / "src", tmp_path / "out", renames=table)
         assert bool(report.refused) == bool(refused) and refused in str(report.refused)
 
