@@ -73,6 +73,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -88,7 +89,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy, deepcopy
 from numbers import Integral
-from operator import itemgetter
+from operator import itemgetter, length_hint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ MAX_STARTS = 100                # earlier starts of its run that a checkpoint na
 PAGE, CHUNK = 4096, 32 << 20
 # zip comment: MAGIC, SHA-256 of all bytes that are not tensor data, CRC-32 of the JSON, JSON
 MAGIC = b"holdfast1 "
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."     # head of torch.save until 1.5: no zip
+PICKLE = re.compile(rb"\x80[\2-\5]")       # head of a pickle, as torch.save wrote until 1.5: no zip
 # what an OSError says of the path itself: a resume passes such a file, as it does a damaged one
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
            errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST}
@@ -368,12 +369,28 @@ def _frozen(state):
         raise TypeError("state" + _blamed(state, error, ())) from None
 
 
+def _parts(value):
+    """(key, part) of each part of a container."""
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple, set)) else ()
+
+
+def _tensors(value):
+    """(name, tensor) of all that is in `value`, however nested, each container once."""
+    left, seen = [("", value)], set()
+    while left:
+        name, value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            left += [(f"{name}.{key}".lstrip("."), part) for key, part in _parts(value)]
+
+
 def _blamed(value, error, inside):
     """The path to the smallest part of `value` that cannot be saved by itself, and why."""
-    parts = value.items() if isinstance(value, dict) else ()
-    if isinstance(value, (list, tuple, set)):
-        parts = enumerate(value)
-    for key, part in parts:
+    for key, part in _parts(value):
         try:
             if id(part) not in inside:
                 _pickled(part)
@@ -436,13 +453,11 @@ class _Image:
             pickler, state = _frozen(state)
             self.pickled, self.facts = pickler.file.getvalue(), _facts(state)
             self.weights = {}               # storage number: [(name, view, place, is Parameter)]
-            weights = state.get(self.finite) if self.finite else None
-            for name, value in weights.items() if isinstance(weights, dict) else ():
-                if isinstance(value, torch.Tensor):
-                    view = _View.of(value)
-                    storage, *place = pickler.views[view]
-                    weight = name, view, place, type(value) is torch.nn.Parameter
-                    self.weights.setdefault(storage.number, []).append(weight)
+            for name, value in _tensors(state.get(self.finite) if self.finite else None):
+                view = _View.of(value)
+                storage, *place = pickler.views[view]
+                weight = name, view, place, type(value) is torch.nn.Parameter
+                self.weights.setdefault(storage.number, []).append(weight)
             layout = [(s.nbytes, s.dtype, s.memory.device) for s in pickler.storages]
             if layout != self.layout:
                 self._place(layout)
@@ -703,25 +718,23 @@ def atomic_write(path: str | os.PathLike, buffers: Iterable[Any],
     retried: the kernel may call the lost pages clean (Rebello et al., ATC'20). check(temp) may
     refuse what was written. Raises OSError, and what `check` raises."""
     path = Path(path).absolute()            # another thread may change the directory meanwhile
-    temp = _temp(path)
-    try:
-        # the umask decides, unlike mkstemp's 0600
-        fd = _open_above_streams(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    with _temp(path) as temp:
         try:
-            size = _write_all(fd, buffers)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if check:
-            check(temp)
-        os.replace(temp, path)
-    except BaseException as error:
-        _unlink(temp)
-        if isinstance(error, OSError) and error.filename == str(temp):
-            error.filename = str(path)          # what the caller knows
-        raise
-    finally:
-        _own_temps.discard(temp.name)
+            # the umask decides, unlike mkstemp's 0600
+            fd = _open_above_streams(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                size = _write_all(fd, buffers)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            if check:
+                check(temp)
+            os.replace(temp, path)
+            _own_temps.discard(temp.name)
+        except OSError as error:
+            if error.filename == str(temp):
+                error.filename = str(path)      # what the caller knows
+            raise
     _sync_directory(path.parent)
     return size
 
@@ -738,14 +751,10 @@ def link_or_copy(source: str | os.PathLike, target: str | os.PathLike, links: bo
     if not links:
         return copy_checked(source, target)
     target = Path(target).absolute()
-    temp = _temp(target)
-    try:
+    with _temp(target) as temp:
         os.link(source, temp)
         # replacing one name of a file by another one of it does nothing: the temp is left then
         os.replace(temp, target)
-    finally:
-        _unlink(temp)
-        _own_temps.discard(temp.name)
     _sync_directory(target.parent)
 
 
@@ -787,12 +796,18 @@ def is_alive(process: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
 def _temp(path):
-    """A name beside `path` that says who writes it: .NAME.PID@HOST.RANDOM.tmp"""
+    """A name beside `path` that says who writes it, .NAME.PID@HOST.RANDOM.tmp; gone afterwards."""
     random_part = uuid.uuid4().hex[:8]
     temp = path.parent / f".{path.name}.{os.getpid()}@{_host()}.{random_part}.tmp"
     _own_temps.add(temp.name)
-    return temp
+    try:
+        yield temp
+    finally:
+        if temp.name in _own_temps:         # not renamed
+            _unlink(temp)
+            _own_temps.discard(temp.name)
 
 
 def _host():
@@ -996,9 +1011,9 @@ def _check(file):
 def _is_foreign(archive, entries):
     """Whether a zip is whole, and no damage has made of torch.save's entries what they are: all
     with attributes, or some compressed."""
-    odd = [entry for entry in entries if entry.external_attr]
+    odd = bool(entries) and all(entry.external_attr for entry in entries)
     packed = any(entry.compress_type and entry.file_size for entry in entries)
-    return bool(packed or odd) and (packed or len(odd) == len(entries)) and not archive.testzip()
+    return (packed or odd) and not archive.testzip()
 
 
 def _foreign(what):
@@ -1044,8 +1059,8 @@ def _comment(file):
             break
     if not found or len(record) < 18:
         file.seek(0)
-        if file.read(len(LEGACY)) == LEGACY:
-            raise _foreign("torch.save wrote it without a zip: nothing in it can be checked")
+        if PICKLE.match(file.read(2)):
+            raise _foreign("a pickle without a zip: nothing in it can be checked")
         raise CorruptCheckpoint("truncated: no zip end record" if size else "empty file")
     comment = record[18:]
     if record[16:18] != struct.pack("<H", len(comment)) or comment[:len(MAGIC)] not in (b"", MAGIC):
@@ -1135,8 +1150,6 @@ class Candidate:
         self.damage = self.fault = None
         self.foreign = False
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise CorruptCheckpoint(f"{path}: not a regular file")
             self.facts = peek(path)
             if not self.facts["position"]:
                 self.damage = "foreign: it names no epoch and batch to go on from"
@@ -1224,7 +1237,6 @@ def choose(found: list[Candidate], open_: Callable[[Path], Any],
             _expect_another(candidate, candidate.fault, usable, say)
     for candidate in refused:
         say(f"resume: skipped {candidate.label}: {candidate.damage}")
-    chosen, opened = None, None
     for number, candidate in enumerate(usable):
         if candidate.kind == "best" and not refused:
             say(f"resume: best.pt alone is no run to continue: --resume {candidate.path} would "
@@ -1239,11 +1251,9 @@ def choose(found: list[Candidate], open_: Callable[[Path], Any],
                 say(f"resume: skipped {candidate.label}: {reason_of(error)}")
                 refused.append(candidate)
         else:
-            chosen = candidate
-            break
-    if chosen:
-        _explain(chosen, [c for c in usable if c not in refused], say)
-    return chosen, opened
+            _explain(candidate, [c for c in usable if c not in refused], say)
+            return candidate, opened
+    return None, None
 
 
 def _expect_another(candidate, error, others, say):
@@ -1392,10 +1402,8 @@ class Signals:
             self.take(number)
             name = signal.Signals(number).name
             text = f"\n{name}: saving at the next step; once more to exit at once\n"
-            try:
+            with contextlib.suppress(OSError):              # after SIGHUP the terminal may be gone
                 os.write(2, text.encode())
-            except OSError:
-                pass                        # after SIGHUP the terminal may be gone
         elif time.monotonic() - self.since >= 1:
             self._act(number)
 
@@ -1464,10 +1472,12 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.keep = {"mid_epoch": mid_epoch_keep, "checkpoint_epoch": checkpoint_keep}
         _check_counts(mid_epoch_keep=mid_epoch_keep, checkpoint_keep=checkpoint_keep,
                       checkpoint_interval=checkpoint_interval)
-        if mode not in ("max", "min") and not isinstance(mode, dict):
-            raise ValueError(f"mode must be max or min, not {mode!r}")
-        if not mid_epoch_minutes >= 0:      # NaN would never be due
-            raise ValueError(f"mid_epoch_minutes must be 0 or more, not {mid_epoch_minutes}")
+        for way in mode.values() if isinstance(mode, dict) else (mode,):
+            if way not in ("max", "min"):
+                raise ValueError(f"mode must be max or min, not {way!r}")
+        for minutes in (mid_epoch_minutes, save_patience_minutes):
+            if not minutes >= 0:            # NaN would never be due
+                raise ValueError(f"minutes must be 0 or more, not {minutes}")
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         self.minutes = mid_epoch_minutes
         self.interval = checkpoint_interval
@@ -1802,7 +1812,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         with self._turn:
             here = (int(state["epoch"]), int(state["batch"]))
             if here < self.position or self._in_progress not in (None, here):
-                before = self._in_progress or self.position
+                before = max(self._in_progress or self.position, self.position)
                 raise ValueError(f"a snapshot of epoch {here[0]}, batch {here[1]} comes after "
                                  f"epoch {before[0]}, batch {before[1]}: count epochs and batches "
                                  f"from saver.position, or by saver.batches()")
@@ -1847,6 +1857,8 @@ class Checkpointer(contextlib.AbstractContextManager):
 
         The end of an epoch that waits in memory is written first: it may be the best. The file is
         asked, so no resume can forget it; where it cannot be read, what it held last."""
+        if measured and isinstance(self.mode, dict) and measured["name"] not in self.mode:
+            raise ValueError(f"mode says of no metric {measured['name']!r} whether max is better")
         with self._turn:
             self.wait()
             if not self._finish_epoch():
@@ -2041,8 +2053,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._due_at = min(self._due_at, now + 60)          # no need to wait for the whole interval
         line = f"save failed ({self._failures} in a row): {reason_of(error)}"
         if getattr(error, "errno", None) == errno.ENOSPC:
-            needed, free = self._image.end / 1e6, _free_bytes(self.directory) / 1e6
-            line += f" ({needed:.1f} MB needed, {free:.1f} MB free)"
+            line += f" ({self._image.end / 1e6:.1f} MB needed"
+            with contextlib.suppress(OSError):
+                line += f", {shutil.disk_usage(self.directory).free / 1e6:.1f} MB free"
+            line += ")"
         self.say(f"{line}; every earlier checkpoint is as it was")
         # time mends a disk, but no weights that are not finite
         patience = 0 if isinstance(error, NotFinite) else 60 * self.patience
@@ -2113,10 +2127,9 @@ def _epoch_order(loader, seed, epoch):
 
 
 def _drawn(loader, samplers, seed, epoch):
-    try:
-        most = len(loader.batch_sampler)
-    except (TypeError, NotImplementedError):        # as of one that does not know before it drew
-        most = len(loader.dataset)
+    most = length_hint(loader.dataset)
+    with contextlib.suppress(NotImplementedError):  # a length may be unknown, or a guess too low
+        most = max(most, length_hint(loader.batch_sampler))
     with _seeded(seed, epoch):
         for sampler in samplers:
             if hasattr(sampler, "set_epoch"):       # a DistributedSampler has a seed of its own
@@ -2146,7 +2159,8 @@ class _SeededBatches(torch.utils.data.Dataset):
 
     def __init__(self, loader, order, seed, epoch):
         self.dataset = loader.dataset
-        self.collate = loader.collate_fn
+        self.fetcher = torch.utils.data._utils.fetch._MapDatasetFetcher(
+            loader.dataset, True, loader.collate_fn, False)
         self.init = loader.worker_init_fn
         self.order = order
         # processes of a distributed training load other items under the same number
@@ -2158,11 +2172,7 @@ class _SeededBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         with _seeded(*self.key, index):
-            if getattr(self.dataset, "__getitems__", None):     # items of a batch at once
-                items = self.dataset.__getitems__(self.order[index])
-            else:
-                items = [self.dataset[item] for item in self.order[index]]
-            return self.collate(items)
+            return self.fetcher.fetch(self.order[index])
 
     def begin_worker(self, number):
         if self.init:
@@ -2203,7 +2213,12 @@ def _mixed(*numbers):
 
 def measurement(value: float, name: str = "metric", tie: float | None = None,
                 rules: str | None = None) -> dict[str, Any]:
-    """A metric as a checkpoint holds it. rules: a short text for the rules it was computed by."""
+    """A metric as a checkpoint holds it. rules: a short text for the rules it was computed by.
+    ValueError for a name or rules that a file's note cannot hold: no resume would know them."""
+    for text in (name, rules or ""):
+        if not _is_name(text):
+            raise ValueError(f"a metric's name and rules must be printable texts of at most 100 "
+                             f"characters, not {text!r}")
     found = {"name": name, "value": float(value), "tie": None if tie is None else float(tie),
              "rules": rules}
     return {key: part for key, part in found.items() if part is not None}
@@ -2227,10 +2242,9 @@ def abandoned_name(best: Candidate) -> Path:
 def tolerant(say: Callable[[str], object]) -> Callable[[str], object]:
     """`say` without what it raises: a closed or narrow terminal stops no save."""
     def said(line, *arguments, **options):
-        try:
+        # a broken pipe, a closed stream, an ASCII console
+        with contextlib.suppress(OSError, ValueError):
             say(line, *arguments, **options)
-        except (OSError, ValueError):       # a broken pipe, a closed stream, an ASCII console
-            pass
     return said
 
 
@@ -2260,27 +2274,14 @@ def _free_name(path):
 
 def links_work(directory: str | os.PathLike) -> bool:
     """Whether a file of `directory` can have two names. Raises OSError where it takes no file."""
-    probe, other = _temp(Path(directory, "probe")), _temp(Path(directory, "probe"))
-    try:
+    with _temp(Path(directory, "probe")) as probe, _temp(probe) as other:
+        # where the directory takes no file at all this raises
         os.close(_open_above_streams(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        os.link(probe, other)
-        return True
-    except OSError:
-        if not probe.exists():
-            raise                           # the directory takes no file at all
-        return False
-    finally:
-        for temp in (probe, other):
-            _unlink(temp)
-            _own_temps.discard(temp.name)
-
-
-def _free_bytes(directory):
-    try:
-        room = os.statvfs(directory)
-        return room.f_bavail * room.f_frsize
-    except OSError:
-        return 0
+        try:
+            os.link(probe, other)
+            return True
+        except OSError:
+            return False
 
 
 # ---- a directory held by one process ----
@@ -2310,11 +2311,9 @@ class Lock(contextlib.AbstractContextManager):
         if self not in self.held:
             return
         self.held.discard(self)
-        try:
+        with contextlib.suppress(OSError):  # a file system without locks: nothing to give back
             # closing alone would leave it to a child that has the descriptor
             fcntl.flock(self.fd, fcntl.LOCK_UN)
-        except OSError:
-            pass                            # a file system without locks: nothing to give back
         os.close(self.fd)
 
     @classmethod
@@ -2420,17 +2419,16 @@ def health(path: str | os.PathLike) -> str:
 
 
 def _verify_all(paths):
-    counts = {"found": 0, "wrong": 0}
+    states = []
     for path in paths:
         for file in files_below(path):
             found = health(file)
             if found != "gone":
-                counts["found"] += 1
-                counts["wrong"] += found != "ok" and not found.startswith("FOREIGN")
+                states.append(found.split(":")[0])
                 print(f"{file}: {found}")
-    if not counts["found"]:
+    if not states:
         print(f"no .pt file in {' '.join(map(str, paths))}", file=sys.stderr)
-    return 1 if counts["wrong"] or not counts["found"] else 0
+    return 0 if states and {"ok", "FOREIGN"}.issuperset(states) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2445,6 +2443,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--yes", action="store_true", help="clean: remove, do not only list")
     parser.add_argument("--out", metavar="FILE", help="average: the file to write")
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # a name that the console lacks
     try:
         for path in args.paths[:1 if args.command == "strip" else None]:
             if not os.path.lexists(path):

@@ -783,6 +783,16 @@ def test_the_command_line_lists_verifies_cleans_and_strips(tmp_path, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_a_name_that_the_console_lacks_ends_no_verify_before_the_damaged_file(tmp_path):
+    for name in ("a-\udce4.pt", "b-\u00fc.pt", "c.pt"):
+        checkpoint.atomic_save({"a": 1}, tmp_path / name)
+    (tmp_path / "c.pt").write_bytes(b"PK")
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run([sys.executable, str(ROOT / "checkpoint.py"), "verify", str(tmp_path)], capture_output=True,
+                              env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert done.returncode == 1 and b"c.pt: DAMAGED" in done.stdout and done.stdout.count(b": ok") == 2, done
+
+
 def test_verify_passes_over_no_folder_that_it_cannot_list(capsys):
     with tempfile.TemporaryDirectory() as folder:           # pytest's own are closed to other users
         for name in ("", "open", "closed"):

@@ -412,11 +412,24 @@ def test_what_training_waited_counts_from_where_packing_the_state_began(tmp_path
 
 @pytest.mark.parametrize("wrong", [{"mid_epoch_keep": -1}, {"checkpoint_keep": -1}, {"mid_epoch_keep": 1.5}, {"mode": "maximum"},
                                    {"checkpoint_interval": "1"}, {"checkpoint_interval": 0.5}, {"checkpoint_interval": -1},
-                                   {"mid_epoch_minutes": float("nan")}, {"mid_epoch_minutes": -1}])
+                                   {"mid_epoch_minutes": float("nan")}, {"mid_epoch_minutes": -1},
+                                   {"save_patience_minutes": float("nan")}, {"save_patience_minutes": -1},
+                                   {"mode": {"loss": "minimum"}}])
 def test_settings_that_a_save_would_fail_on_are_refused_at_once(tmp_path, wrong):
     with pytest.raises(ValueError, match="must be"):
         checkpoint.Checkpointer(tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"name": "x" * 101}, {"name": "two\nlines"}, {"name": 3}, {"name": "error"},
+                                   {"name": "loss", "rules": "r" * 101}])
+def test_a_metric_that_a_resume_would_not_know_again_is_refused_and_best_stays(tmp_path, wrong):
+    with saver(tmp_path, mode={"loss": "min"}) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.1, name="loss")
+        with pytest.raises(ValueError, match="metric"):
+            s.save_epoch(state(2, epoch=2), metric=0.5, **wrong)
+        s.save_epoch(state(2, epoch=2), metric=0.5, name="loss")
+    assert checkpoint.peek(tmp_path / "best.pt")["epoch"] == 1 and checkpoint.peek(tmp_path / "last.pt")["epoch"] == 2
 
 
 def test_a_save_after_the_end_is_refused_at_once_and_waits_for_nothing(tmp_path):

@@ -294,6 +294,13 @@ class Buckets:
         return iter(buckets)
 
 
+class Guessed(Buckets):
+    """A batch sampler that guesses too low how many batches it will give."""
+
+    def __len__(self):
+        return 5
+
+
 class ByNumpy(RandomSampler):
     def __iter__(self):
         return iter(numpy.random.permutation(23))
@@ -334,6 +341,7 @@ MAKES = {
     "WeightedRandomSampler": lambda data: {"batch_size": 4, "sampler": WeightedRandomSampler([1.0, 5.0] * 11 + [1.0], 26)},
     "BatchSampler": lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 5, True)},
     "a batch sampler by random": lambda data: {"batch_sampler": Buckets()},
+    "a batch sampler that guesses": lambda data: {"batch_sampler": Guessed()},
     "a batch sampler of tensors": lambda data: {"batch_sampler": Tensors()},
     "a sampler by numpy": lambda data: {"batch_size": 4, "sampler": ByNumpy(data)},
     "a sampler with set_epoch": lambda data: {"batch_size": 4, "sampler": OfOneEpoch()},

@@ -352,6 +352,18 @@ def test_page_locked_memory_that_is_refused_is_said_once_and_pageable_memory_ser
 
 # ---- weights that are not finite ----
 
+def test_weights_that_are_not_finite_are_found_however_deep_the_models_parts_lie(tmp_path, capsys):
+    def nets(value):
+        return {"generator": {"w": torch.ones(3)}, "critics": [{"w": torch.full((3,), value)}]}
+    with saver(tmp_path, say=print, mid_epoch_keep=0) as s:
+        for step, value in enumerate((1.0, math.nan, math.inf, 2.0), 1):
+            model = nets(value)
+            model["itself"] = model                         # no loop without end
+            s.save_mid({"model": model, "epoch": 1, "batch": step, "global_step": step})
+    assert capsys.readouterr().out.count("weights are not finite (critics.0.w)") == 2
+    assert [int(name[14:20]) for name in names(tmp_path)] == [1, 4]
+
+
 def test_a_mask_of_infinities_that_was_there_from_the_start_forbids_no_save_and_a_weight_still_does(tmp_path, capsys):
     mask = torch.full((4, 4), -math.inf).triu(1)
 
@@ -507,11 +519,13 @@ def test_what_another_program_wrote_whole_is_foreign_and_what_is_damaged_is_not(
     torch.save({"epoch": 1, "model": Code()}, tmp_path / "code.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"epoch": 1, "batch": 2}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "newer.pt", _use_new_zipfile_serialization=False, pickle_protocol=4)
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"epoch": 1, "batch": 2}))
     torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)).save(tmp_path / "script.pt")
     numpy.savez(tmp_path / "arrays", a=1)
     (tmp_path / "arrays.npz").rename(tmp_path / "arrays.pt")
     torch.save({"weights": torch.ones(500)}, tmp_path / "weights.pt")
-    for name in ("code.pt", "list.pt", "legacy.pt", "script.pt", "arrays.pt"):
+    for name in ("code.pt", "list.pt", "legacy.pt", "newer.pt", "pickle.pt", "script.pt", "arrays.pt"):
         with pytest.raises(checkpoint.CorruptCheckpoint) as refusal:
             checkpoint.load(tmp_path / name)
         assert refusal.value.foreign, name
