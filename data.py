@@ -215,10 +215,13 @@ def open_corpora(paths: Paths, same_person: Sequence[str] = ()) -> list[Recordin
                             "rename one")
         recordings = []
         for path, name in zip(paths, names):
-            recordings += _named(open_corpus(path), name)
+            for r in open_corpus(path):
+                r.corpus = name
+                r.name = f"{name}/{r.name}"
+                r.patient = f"{name}/{r.patient}"
+                recordings.append(r)
         _check_alike("data.path", recordings)
-    for line in same_person:
-        _join(recordings, line)
+    _join(recordings, same_person)
     return recordings
 
 
@@ -243,38 +246,32 @@ def split_of(recordings: list[Recording], path: str | os.PathLike | None, c: dic
     """(train, dev, fingerprint of all that was divided) of the recordings in the folder `path`, as
     a run with the section `data` c divided them: one of several folders together with the
     others."""
-    place = Path(path).resolve() if path else None
-    if not isinstance(c.get("path"), list) or place not in resolved(c["path"]):
-        here = {r.patient for r in recordings}
-        for line in c.get("same_person", ()):
-            if here.issuperset(name.strip() for name in line.split("=")):
-                _join(recordings, line)
-        train, dev = splits.split(recordings, c, seed)
-        return train, dev, fingerprint(train + dev)
-    parts = splits.split(open_corpora(c["path"], c.get("same_person", ())), c, seed)
-    mine = [[r for r in part if r.corpus == place.name] for part in parts]
+    place, same_person = Path(path).resolve() if path else Path(), c.get("same_person", ())
+    several = isinstance(c.get("path"), list) and place in resolved(c["path"])
+    if several:
+        recordings = open_corpora(c["path"], same_person)
+    else:
+        _join(recordings, same_person, skip=True)
+    parts = splits.split(recordings, c, seed)
+    mine = [[r for r in part if not several or r.corpus == place.name] for part in parts]
     return *mine, fingerprint(sum(parts, []))
 
 
-def _named(recordings, folder):
-    for r in recordings:
-        r.corpus = folder
-        r.name = f"{folder}/{r.name}"
-        r.patient = f"{folder}/{r.patient}"
-    return recordings
-
-
-def _join(recordings, line):
-    """The patient before the =, under each of its names, goes under the name behind it."""
-    names = [name.strip() for name in line.split("=")]
-    known = sorted({r.patient for r in recordings})
-    unknown = [name for name in names if name not in known]
-    if len(names) != 2 or unknown:
-        raise DataError(f"data.same_person {line!r}: write A = B with two patients of "
-                        f"{', '.join(known[:20])}")
-    for r in recordings:
-        if person(r.patient) == person(names[0]):
-            r.patient = names[1]
+def _join(recordings, same_person, skip=False):
+    """The patient before the = of a line, under each of its names, goes under the name behind it.
+    skip: a line with a patient of another folder says nothing."""
+    for line in same_person:
+        names = [name.strip() for name in line.split("=")]
+        known = sorted({r.patient for r in recordings})
+        unknown = [name for name in names if name not in known]
+        if unknown and skip:
+            continue
+        if len(names) != 2 or unknown:
+            raise DataError(f"data.same_person {line!r}: write A = B with two patients of "
+                            f"{', '.join(known[:20])}")
+        for r in recordings:
+            if person(r.patient) == person(names[0]):
+                r.patient = names[1]
 
 
 def _check_alike(path, recordings):
@@ -315,8 +312,7 @@ def fingerprint(recordings: list[Recording]) -> str:
     """Hash over what must not change within a run: names, lengths, preparation, events, montage."""
     digest = hashlib.sha256()
     for r in sorted(recordings, key=lambda r: r.name):
-        events = r.events.tolist()
-        facts = [r.name, r.samples, r.prepared, r.montage, r.labelled, events]
+        facts = [r.name, r.samples, r.prepared, r.montage, r.labelled, r.events.tolist()]
         digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
 

@@ -60,9 +60,7 @@ from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
 from scoring.files import STOPS, default_out, drawing, output, take_file, take_folder
 from scoring.files import write, write_events
-# also for training, which knows only this file
-from scoring.metrics import METRICS, check_metric, deciding     # noqa: F401
-from scoring.report import validation_line                      # noqa: F401
+from scoring.metrics import METRICS
 
 FS = edf.FS
 DAY = (0, 86400)                        # seconds, or how often in them
@@ -206,10 +204,15 @@ def _probabilities(net, recording, eeg, device, precision):
         x = baseline.equalise(x, torch.from_numpy(gain))
         # its filter rings on into the padding of a short recording, which stays 0
         x[..., recording.samples:] = 0
-    kind = PRECISIONS[precision]
-    with torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
+    with autocast(precision, torch.device(device)):
         logits = net(x)
     return torch.sigmoid(logits.float()).cpu().numpy()
+
+
+def autocast(precision, device):
+    """The arithmetic of a forward pass, in training too."""
+    kind = PRECISIONS[precision]
+    return torch.autocast(device.type, kind, enabled=kind is not None)
 
 
 # ---- post-processing: probability -> events ----
@@ -288,6 +291,11 @@ def _thresholds(c):
     return np.unique([*GRID, c["threshold"]])
 
 
+def _in_use(c):
+    """Index of the threshold in use."""
+    return int(np.searchsorted(_thresholds(c), c["threshold"]))
+
+
 # ---- metrics of a set ----
 
 def summarise(scores, config):
@@ -315,7 +323,7 @@ def summarise(scores, config):
     for name, (_, formula, _) in metrics.RANKED.items():
         result[name] = formula(probability, label)
     curves = metrics.over_patients(metrics.by_patient(records))
-    index = int(np.searchsorted(thresholds, c["threshold"]))
+    index = _in_use(c)
     why = metrics.undefined(records)
     if c["tune"] and "event_f1" not in why:
         cap = c["max_false_alarms_per_24h"]
@@ -356,10 +364,8 @@ def load_model(path, device):
     """(detector on device, checkpoint dict) from any checkpoint of train.py, stripped or not."""
     try:
         state = checkpoint.load(path)
-    except FileNotFoundError:
-        raise Refused(f"checkpoint {path}: {_missing(Path(path))}") from None
-    except IsADirectoryError:
-        raise Refused(f"checkpoint {path}: {_of_folder(Path(path))}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise Refused(f"checkpoint {path}: {_instead(Path(path))}") from None
     except OSError as error:
         raise fault(error, path, asked=f"checkpoint {path}") from None
     missing = [key for key in ("model", "config", "montage", "channels") if key not in state]
@@ -374,23 +380,18 @@ def load_model(path, device):
     return net.to(device), state
 
 
-def _missing(path):
-    """Why a checkpoint that is not there may be missing, and what to give instead."""
-    why, folder = "No such file or directory", path.parent
-    newest = checkpoint.find_resume(folder, lambda line: None) if folder.is_dir() else None
-    if not newest:
-        return why
-    if path.name == "best.pt":
-        why = "no validation has finished yet"
-    return f"{why}; the newest weights are {newest}"
-
-
-def _of_folder(path):
-    """What to give instead of a folder, such as a run's."""
+def _instead(path):
+    """Why a path is no checkpoint, and what to give instead of it, or of a run's folder."""
     for best in (path / "checkpoints" / "best.pt", path / "best.pt"):
         if best.is_file():
             return f"Is a directory; its best weights are {best}"
-    return "Is a directory: give a checkpoint in it"
+    if path.is_dir():
+        return "Is a directory: give a checkpoint in it"
+    why, folder = "No such file or directory", path.parent
+    newest = checkpoint.find_resume(folder, lambda line: None) if folder.is_dir() else None
+    if newest and path.name == "best.pt":
+        why = "no validation has finished yet"
+    return f"{why}; the newest weights are {newest}" if newest else why
 
 
 def stored(state, section):
@@ -468,8 +469,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
         recordings = data.open_corpus(scratch)
     else:
         recordings = data.open_corpus(path)
-        unlabelled = [(r.name, r.unlabelled) for r in recordings if not r.labelled]
-        for line in splits.no_labels(unlabelled):
+        for line in splits.no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled):
             print(line)
     for r in recordings:
         if r.montage != state["montage"] or list(r.channels) != list(state["channels"]):
@@ -482,10 +482,8 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
                           f"import with {how}")
     prepared = recordings[0].prepared
     if state.get("prepared", prepared) != prepared:
-        here = corpora.describe(vars(recordings[0]))
-        there = corpora.describe(state)
-        print(f"evaluate.py: {path} is of {here}, the checkpoint was trained on {there}",
-              file=sys.stderr)
+        print(f"evaluate.py: {path} is of {corpora.describe(vars(recordings[0]))}, the checkpoint "
+              f"was trained on {corpora.describe(state)}", file=sys.stderr)
     return recordings, refused
 
 
@@ -524,9 +522,9 @@ def choose(recordings, split, state, path=None):
                           "--split away") from None
         except edf.DataError as error:
             raise Refused(f"--split {split}: {error}; or leave --split away") from None
-        chosen = train if split == "train" else dev
+        chosen = train
         if split == "dev":
-            warning = splits.WARNINGS.get(config["data"].get("split"), "")
+            chosen, warning = dev, splits.WARNINGS.get(config["data"].get("split"), "")
         if divided != state.get("data", divided):
             warning = DIVIDED_ANEW
     else:
@@ -548,7 +546,7 @@ def includes_training(recordings, args, state):
     return bool(usable) and (bool(near) or data.fingerprint(usable) == state.get("data"))
 
 
-def evaluate(net, recordings, c, device, precision, out, plot, save):
+def evaluate(net, recordings, c, precision, out, plot, save):
     """Score recordings and write to the folder `out` their events, pictures as `plot` ("png", "pdf"
     or "") and with `save` probability tracks. Returns the records and the detections in each."""
     records, detections = [], []
@@ -557,7 +555,7 @@ def evaluate(net, recordings, c, device, precision, out, plot, save):
     with bar, contextlib.closing(read_ahead(recordings, c)) as windows:
         for r in recordings:
             bar.set_postfix_str(r.name[-40:], refresh=False)
-            probability, found = detect(net, r, device, c, precision, bar.update, windows)
+            probability, found = detect(net, r, c, precision, bar.update, windows)
             records.append(score(r, probability, c))
             detections.append(len(found))
             write(r, probability, found, c, out, plot, save)
@@ -566,8 +564,9 @@ def evaluate(net, recordings, c, device, precision, out, plot, save):
     return records, detections
 
 
-def detect(net, recording, device, c, precision, poll=None, windows=None):
+def detect(net, recording, c, precision, poll=None, windows=None):
     """(probability, events) of a recording, as predict() and postprocess() give them."""
+    device = next(net.parameters()).device
     probability = predict(net, recording, device, c, precision, poll, windows)
     if not np.isfinite(probability).all():
         raise Refused(f"the model gives a probability that is not finite on {recording.name}")
@@ -578,9 +577,8 @@ def scores(records, c, counted=()):
     """{metric: value} of some records at the threshold in use, None where not computable. counted:
     what metrics.by_patient() gives of one patient, for the values that enter the means."""
     summary = summarise(records, c)
-    index = int(np.searchsorted(_thresholds(c), c["threshold"]))
     for row in counted:
-        summary |= {name: float(values[index]) for name, values in row.items()}
+        summary |= {name: float(values[_in_use(c)]) for name, values in row.items()}
     return {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
 
 
@@ -590,16 +588,14 @@ def tell(records, detections, c):
     labelled = [s for s in records if s["labelled"]]
     ground = metrics.grounds(labelled)
     whole = scores(records, c)
-    found = list(zip(records, detections))
-    patients = [[pair for pair in found if pair[0]["patient"] == name]
+    pairs = list(zip(records, detections))
+    patients = [[pair for pair in pairs if pair[0]["patient"] == name]
                 for name in sorted({s["patient"] for s in records})]
     intervals, trade_off = {}, []
     if whole["event_f1"] is not None:
         counts = metrics.by_patient(labelled)
-        thresholds = _thresholds(c)
-        trade_off = report.trade_off(counts, metrics.over_patients(counts), thresholds)
-        index = int(np.searchsorted(thresholds, c["threshold"]))
-        intervals = report.intervals_at(counts, metrics.COUNTED, index)
+        trade_off = report.trade_off(counts, metrics.over_patients(counts), _thresholds(c))
+        intervals = report.intervals_at(counts, metrics.COUNTED, _in_use(c))
     return {
         **whole,
         "not_computed": metrics.undefined(records),
@@ -613,19 +609,19 @@ def tell(records, detections, c):
         "always_on_f1": None if math.isnan(ground["always_on_f1"]) else ground["always_on_f1"],
         "trade_off": trade_off,
         "per_patient": [_row(mine, c, recordings=len(mine)) for mine in patients],
-        "per_recording": [_row([pair], c, recording=pair[0]["recording"]) for pair in found],
+        "per_recording": [_row([pair], c, recording=pair[0]["recording"]) for pair in pairs],
     }
 
 
-def _row(found, c, **names):
-    """Of some recordings: [(record, detections)]."""
-    records = [s for s, _ in found]
+def _row(pairs, c, **names):
+    """A row of scores.json, named by `names`: of one patient's [(record, detections)]."""
+    records = [s for s, _ in pairs]
     labelled = [s for s in records if s["labelled"]]
     return names | {
         "patient": records[0]["patient"],
         "seconds": sum(s["seconds"] for s in records),
         "seizures": sum(s["seizures"] for s in labelled) if labelled else None,
-        "detections": sum(count for _, count in found),
+        "detections": sum(count for _, count in pairs),
         **scores(records, c, metrics.by_patient(labelled)),
     }
 
@@ -711,13 +707,12 @@ def score_folder(args):
     """Score as the command line asks and write the folder --out."""
     net, state, c, about = prepare(args)
     out = args.out or default_out(args.checkpoint, state)
-    device = next(net.parameters()).device
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
         recordings, warning = choose(recordings, args.split, state, args.data)
         with take_folder(out, recordings, args.data):
-            records, detections = evaluate(net, recordings, c, device, about["precision"], out,
-                                           args.plot, args.save_probabilities)
+            records, detections = evaluate(net, recordings, c, about["precision"], out, args.plot,
+                                           args.save_probabilities)
             result = tell(records, detections, c) | about | {
                 "data": str(args.data),
                 "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
@@ -746,29 +741,23 @@ def score_one(args):
     if not args.data.is_file():
         raise Refused(f"--events takes one EDF: {args.data} is no file")
     take_file(args.events, args.data)
-    device = next(net.parameters()).device
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 # what labels say must not change a prediction, nor keep it from being made
                 recordings, _ = open_data(args.data, state, Path(scratch), corpora.NEVER)
         except (Refused, edf.DataError) as refusal:
-            seconds = _declared_seconds(args.data)
+            seconds = 0.0
+            with contextlib.suppress(edf.DataError, OSError):
+                seconds = edf.read_header(args.data).seconds
             annotations.write_events_tsv(args.events, [], seconds)
             print(f"evaluate.py: {refusal}: written as {seconds:g} s of background: {args.events}",
                   file=sys.stderr)
             return
         r = recordings[0]
-        probability, found = detect(net, r, device, c, about["precision"])
+        probability, found = detect(net, r, c, about["precision"])
     write_events(args.events, found, probability, r)
     print(f"{console.how_many(len(found), 'detection')} in {r.seconds:.0f} s: {args.events}")
-
-
-def _declared_seconds(path):
-    """Length that the header of a refused EDF gives, 0 where that cannot be read either."""
-    with contextlib.suppress(edf.DataError, OSError):
-        return edf.read_header(path).seconds
-    return 0.0
 
 
 def main(argv=None):
@@ -778,19 +767,18 @@ def main(argv=None):
             score_one(args)
         if not args.events or args.out or args.plot or args.save_probabilities:
             score_folder(args)
-    except (data.ReadFailed, TemporaryFault, OSError) as fault:     # may pass: not bad data
-        print(f"evaluate.py: stopped: {' '.join(str(fault).split())}", file=sys.stderr)
-        return 1
-    except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as refusal:
-        print(f"evaluate.py: {refusal}", file=sys.stderr)
-        return 2
+        return 0
+    except (data.ReadFailed, TemporaryFault, OSError) as error:     # may pass: not bad data
+        code, line = 1, f"stopped: {' '.join(str(error).split())}"
+    except (Refused, edf.DataError, checkpoint.CorruptCheckpoint) as error:
+        code, line = 2, str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("evaluate.py: stopped: out of memory: --set evaluation.batch_size=1 takes least, "
-              "--device cpu nothing of a GPU", file=sys.stderr)
-        return 1
-    return 0
+        code, line = 1, ("stopped: out of memory: --set evaluation.batch_size=1 takes least, "
+                         "--device cpu nothing of a GPU")
+    print(f"evaluate.py: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
 from run.config import add, describe, load as load_config, run_directory
 from run.listing import list_run
-from run.machine import Group, autocast, data_parallel, machine_facts
-from run.machine import prepare_torch, rank_and_size
+from run.machine import Group, data_parallel, machine_facts, prepare_torch, rank_and_size
 from run.messages import command_again, tell_next, tell_stopped, time_left, true_or_false
 from run.prepare import check           # noqa: F401 - for those who import train
 from run.prepare import Split, as_saved, build_model, expect_data, expect_same, open_recordings
@@ -46,6 +45,7 @@ from run.prepare import start_from
 from run.records import Log, RunDirectory, has_run, tolerated
 from run.records import holds_checkpoints, move_aside    # noqa: F401 - for those who import train
 from run.watch import Watchdog
+from scoring.report import validation_line
 
 # the tables of the scripts that have settings, beside those of run/config.py
 add("model", model.KEYS, model.settings)
@@ -232,7 +232,7 @@ class Trainer:
             # gradients travel between the processes once a batch, with its last piece
             travel = number == len(pieces) or self.group.size == 1
             with contextlib.nullcontext() if travel else self.net.no_sync():
-                with autocast(s["precision"], self.group.device):
+                with evaluate.autocast(s["precision"], self.group.device):
                     logits = self.net(self.filled(x))[:len(x)]
                 part = focal_loss(logits, y, mask * weight, s["focal_alpha"], s["focal_gamma"])
                 share = part / total
@@ -393,7 +393,7 @@ class Trainer:
         state = self.pack()
         if self.group.main:
             self.home.save_epoch(state, value, tie, began)
-        line = evaluate.validation_line(summary, name)
+        line = validation_line(summary, name)
         self.say(f"validation of epoch {self.epoch}: {line}")
         missed = evaluate.over_cap(summary, self.config["evaluation"])
         if missed:
@@ -630,15 +630,15 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
 
 def take_home(group, *arguments):
     """The RunDirectory that the main process takes (None in the others), and what it found."""
-    homes = []
+    home = None
 
     def enter():
+        nonlocal home
         home = RunDirectory(*arguments)
-        homes.append(home)
         return home.state, home.position
 
     found = group.from_main(enter)
-    return (homes[0] if homes else None), found
+    return home, found
 
 
 def fit_and_tell(trainer, again):

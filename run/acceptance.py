@@ -20,7 +20,6 @@ import model
 from eeg import edf
 import evaluate
 from run.attempts import money
-from run.machine import autocast
 from run.prepare import Split, folders
 
 DRIVER = {"13": 580, "12": 525}         # oldest NVIDIA driver for a torch of that CUDA version
@@ -193,7 +192,7 @@ def train_speed(config, device, trainer):
     for step in range(warm + steps):
         if step == warm:
             began = time.perf_counter()
-        with autocast(settings["precision"], torch.device(device)):
+        with evaluate.autocast(settings["precision"], torch.device(device)):
             logits = net(x)
         loss = trainer.focal_loss(logits, y, mask + 1, settings["focal_alpha"],
                                   settings["focal_gamma"])

@@ -175,13 +175,6 @@ def quotas():
     return [root / "cpu.max"]
 
 
-def autocast(precision, device):
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    kind = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, kind)
-
-
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -198,7 +191,7 @@ def data_parallel(net, group, shape, config):
     devices = [group.device] if group.device.type == "cuda" else None
     net = torch.nn.parallel.DistributedDataParallel(net, devices, broadcast_buffers=False)
     x = torch.randn(*shape, device=group.device)
-    with autocast(config["training"]["precision"], group.device):
+    with evaluate.autocast(config["training"]["precision"], group.device):
         logits = net(x)
     logits.float().sum().backward()
     net.zero_grad()

@@ -16,7 +16,6 @@ import data
 from eeg import edf
 from eeg.console import how_many
 from eeg.disk import Refused, fault, hold
-import evaluate
 import model
 from eeg import splits
 from eeg.settings import PATH, PATHS
@@ -24,6 +23,7 @@ from eeg import synth
 from run.config import KEYS, flat, run_directory
 from run.machine import Group, device_name, rank_and_size
 from run.watch import Watchdog
+from scoring.metrics import deciding
 
 
 def check(config, say):
@@ -133,7 +133,7 @@ class Split:
             self.train, self.dev = splits.split(recordings, c, self.seed)
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             first = self.order(1)
-            name, why = evaluate.deciding(config["training"]["best_metric"], self.dev)
+            name, why = deciding(config["training"]["best_metric"], self.dev)
         except (edf.DataError, ValueError) as error:
             raise Refused(f"{c['path']}: {error}") from None
         # written into the run's configuration: best.pt is compared by it from now on

@@ -10,7 +10,6 @@ import numpy as np
 from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring, SampleScoring
 
-from eeg.settings import nearest
 from eeg.splits import person
 
 DEFINITIONS = 2                         # raised where a metric's value changes: see evaluate.rules
@@ -126,30 +125,21 @@ RANKING = [name for name, row in RANKED.items() if row[2]]
 FALLBACK = "average_precision"          # decides where there is too little background for the other
 
 
-def check_metric(name, recordings=None, part="these recordings"):
-    """Raise ValueError unless `name` is in METRICS and, where recordings are given, computable on
-    them; `part` names them."""
-    if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; the nearest is {nearest(name, METRICS)}")
-    why = _undefined_on(recordings)[1] if recordings is not None else {}
-    if name in why:
-        raise ValueError(f"{name} cannot be computed on {part}: {why[name]}")
-
-
-def deciding(name, recordings, part="validation (dev)"):
-    """(the metric that decides best.pt, a warning or ""). Too little background leaves FALLBACK
-    instead of `name`, since no epoch would ever be the best otherwise; of an event score it is said
-    how little it tells. Raises ValueError where FALLBACK cannot be computed either."""
-    grounds, why = _undefined_on(recordings)
+def deciding(name, dev):
+    """(the metric that decides best.pt, a warning or ""), by the recordings `dev` that validate.
+    Too little background leaves FALLBACK instead of `name`, since no epoch would ever be the best
+    otherwise; of an event score it is said how little it tells. Raises ValueError where FALLBACK
+    cannot be computed either."""
+    grounds, why = _undefined_on(dev)
+    refusal = f"{name} cannot be computed on validation (dev): {why.get(name)}"
     if name in why and FALLBACK in why:
-        raise ValueError(f"{name} cannot be computed on {part}: {why[name]}; name other "
-                         "patients with data.dev_patients, or set training.best_metric: loss")
+        raise ValueError(f"{refusal}; name other patients with data.dev_patients, or set "
+                         "training.best_metric: loss")
     if name in why:
-        return FALLBACK, (f"{name} cannot be computed on {part}: {why[name]}; "
-                          f"{FALLBACK} decides best.pt instead of training.best_metric")
+        return FALLBACK, f"{refusal}; {FALLBACK} decides best.pt instead of training.best_metric"
     if name in BY_EVENT and name not in ALWAYS and _always_on(grounds) <= max(FALSE_ALARMS):
-        return name, (f"{part} has {_background(grounds):.2f} h of background: a detector that is "
-                      f"always on has event_f1 {always_on_f1(grounds):.2f} there; "
+        return name, (f"validation (dev) has {_background(grounds):.2f} h of background: a "
+                      f"detector that is always on has event_f1 {always_on_f1(grounds):.2f} there; "
                       f"training.best_metric {FALLBACK} would tell more")
     return name, ""
 
@@ -159,14 +149,8 @@ def _undefined_on(recordings):
     labelled = [r for r in recordings if r.labelled]
     grounds = [{"patient": person(r.patient), "seconds": r.seconds, **ground(r.events, r.seconds)}
                for r in labelled]
-    inside = sum(_inside(r) for r in labelled)
+    inside = sum(np.diff(r.events).sum() for r in labelled)
     return grounds, _undefined(grounds, inside < sum(r.seconds for r in labelled))
-
-
-def _inside(recording):
-    """Seconds within seizures."""
-    begin, end = recording.events.T
-    return float((end - begin).sum())
 
 
 # ---- counts of one recording ----

@@ -29,7 +29,9 @@ from eeg import edf
 import evaluate
 from scoring import events
 import forked
+from eeg.settings import checked
 from run import share
+from run.config import rows as keys
 from scoring import metrics
 import model as v3
 from scoring import report
@@ -67,13 +69,12 @@ def summary_of(pairs, **config):
     ("sensitivity_at_2_5fa", "sensitivity_at_2.5fa")])
 def test_an_unknown_metric_is_refused_with_the_nearest_name(wrong, right):
     with pytest.raises(ValueError, match=f"nearest is {right}$"):
-        evaluate.check_metric(wrong)
+        checked({"best_metric": wrong}, keys("training"), "training")
 
 
 def test_every_metric_is_computed_under_its_own_name():
     summary = summary_of([(Track("a", 600, [(100, 160)]), [(110, 150)])])
     for name, direction in METRICS.items():
-        evaluate.check_metric(name)
         short = name.startswith("sensitivity_at")               # of hours of background
         assert math.isnan(summary[name]) == short and direction in ("min", "max")
     assert set(summary) == set(METRICS) | {"threshold", *metrics.grounds([])}
@@ -81,12 +82,12 @@ def test_every_metric_is_computed_under_its_own_name():
 
 def test_a_metric_that_the_dev_set_cannot_give_is_refused_by_name():
     with pytest.raises(ValueError, match="event_f1 cannot be computed.*no seizure"):
-        evaluate.check_metric("event_f1", [Track("a", 60), Track("b", 60, [(1, 9)], labelled=False)])
-    evaluate.check_metric("loss", [Track("a", 60)])
+        metrics.deciding("event_f1", [Track("a", 60), Track("b", 60, [(1, 9)], labelled=False)])
+    assert metrics.deciding("loss", [Track("a", 60)]) == ("loss", "")
     with pytest.raises(ValueError, match="auroc.*no background"):
-        evaluate.check_metric("auroc", [Track("a", 60, [(0, 60)])])
+        metrics.deciding("auroc", [Track("a", 60, [(0, 60)])])
     with pytest.raises(ValueError, match=r"loss cannot be computed on validation \(dev\): no recording is labelled"):
-        evaluate.check_metric("loss", [Track("a", 60, labelled=False)], "validation (dev)")
+        metrics.deciding("loss", [Track("a", 60, labelled=False)])
 
 
 @pytest.mark.parametrize("config, text", [
@@ -551,17 +552,17 @@ def test_an_event_f1_of_a_validation_stands_beside_that_of_a_detector_that_is_al
 def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
     clips = SETS["clips of 60 s"]
     for name in ("sensitivity_at_10fa", "sensitivity_at_1fa"):
-        metric, why = evaluate.deciding(name, clips)
+        metric, why = metrics.deciding(name, clips)
         assert metric == "average_precision"
         assert why.startswith(f"{name} cannot be computed on validation (dev): 0.00 h of background")
-    metric, why = evaluate.deciding("event_f1", clips)
+    metric, why = metrics.deciding("event_f1", clips)
     assert metric == "event_f1" and "a detector that is always on has event_f1 1.00 there" in why
-    assert evaluate.deciding("event_f1", SETS["hours"]) == ("event_f1", "")
-    assert evaluate.deciding("sensitivity_at_10fa", SETS["hours"]) == ("sensitivity_at_10fa", "")
-    metric, why = evaluate.deciding("sensitivity_at_1fa", SETS["hours"])
+    assert metrics.deciding("event_f1", SETS["hours"]) == ("event_f1", "")
+    assert metrics.deciding("sensitivity_at_10fa", SETS["hours"]) == ("sensitivity_at_10fa", "")
+    metric, why = metrics.deciding("sensitivity_at_1fa", SETS["hours"])
     assert metric == "average_precision" and "5.62 h of background, 24 h needed" in why
     with pytest.raises(ValueError, match=r"^sensitivity_at_10fa .*validation \(dev\): there is no seizure in it; name other pat"):
-        evaluate.deciding("sensitivity_at_10fa", [Track("a", 9000)])
+        metrics.deciding("sensitivity_at_10fa", [Track("a", 9000)])
 
 
 def test_the_start_and_the_scores_agree_on_what_cannot_be_computed():
