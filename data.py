@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import shlex
 import sys
 import time
@@ -99,11 +100,10 @@ class Recording:
     @property
     def log_gain(self) -> np.ndarray:
         """What brings its baseline to the usual one: float32 (C, BANDS). Reads 10 min, once."""
-        def microvolts(start, n):
-            return self.read(start, n) * self.scale[:, None]
         # a cached_property would have one lock, in which readers wait for all other recordings
         if self.gain is None:
-            own = baseline.log_baseline(microvolts, self.samples)
+            own = baseline.log_baseline(
+                lambda start, n: self.read(start, n) * self.scale[:, None], self.samples)
             none = np.zeros((len(self.channels), len(baseline.MIDDLES)), np.float32)
             self.gain = none if own is None else baseline.log_gain(own, self.seconds)
         return self.gain
@@ -236,9 +236,8 @@ def copy_corpus(path: str | os.PathLike, folder: str | os.PathLike, say: Say = p
 
 def resolved(paths: Paths) -> list[Path]:
     """The folders of data.path, absolute."""
-    if not isinstance(paths, list):
-        paths = [paths]
-    return [Path(path).resolve() for path in paths if path]
+    folders = paths if isinstance(paths, list) else [paths]
+    return [Path(path).resolve() for path in folders if path]
 
 
 def split_of(recordings: list[Recording], path: str | os.PathLike | None, c: dict,
@@ -285,10 +284,8 @@ def _check_alike(path, recordings):
 
 def _recording(path, name, state, entry):
     fields = dict(entry)
-    size = fields.pop("size")
-    mtime = fields.pop("mtime")
     # the same size and time as the index says: nothing is left to prove
-    if tuple(state) == (size, mtime):
+    if tuple(state) == (fields.pop("size"), fields.pop("mtime")):
         fields["digest"] = ""
     fields["channels"] = tuple(fields["channels"])
     fields["scale"] = np.array(fields["scale"], np.float32)
@@ -337,19 +334,14 @@ class Windows:
             raise DataError(f"windows of {seconds} s every {stride} s: "
                             f"both must be at least {1 / FS:.4f} s")
         starts = [self._starts(r.samples, step) for r in self.recordings]
-        counts = [len(s) for s in starts]
-        self.recording = np.repeat(np.arange(len(starts), dtype=np.int32), counts)
+        numbers = np.arange(len(starts), dtype=np.int32)
+        self.recording = np.repeat(numbers, list(map(len, starts)))
         self.start = np.concatenate(starts)
-        kinds = [self._kinds(r, s) for r, s in zip(self.recordings, starts)]
-        self.kind = np.concatenate(kinds)
+        self.kind = np.concatenate([self._kinds(r, s) for r, s in zip(self.recordings, starts)])
         self._orders: dict[tuple, np.ndarray] = {}
 
     def __len__(self):
         return len(self.start)
-
-    def chunks(self, samples: int) -> int:
-        """The most chunks of a file that so many samples from a window's start touch."""
-        return int(whole_chunks(self.start % CHUNK + samples).max())
 
     def _starts(self, samples, step):
         last = max(0, samples - self.length)
@@ -387,13 +379,13 @@ class Windows:
                             "data.balanced: false")
         drawn = []
         for group, ids in enumerate(partial):
-            if balance == "equal" and len(ids):
+            if balance == "equal":
                 # those that come once more than others are other ones in the next epoch
-                ids = ids[(epoch * most + np.arange(most)) % len(ids)]
-            place = seed, epoch, balance, group
+                ids = _turn(ids, epoch, most)
             drawn.append(ids)
-            drawn.append(self._next(2, "full_per_partial", full, len(ids), *place))
-            drawn.append(self._next(0, "background_per_partial", background, len(ids), *place))
+            for kind, key, ratio in ((2, "full", full), (0, "background", background)):
+                count = self._count(kind, f"{key}_per_partial", ratio, len(ids))
+                drawn.append(_turn(self._order(seed, kind, balance, group), epoch, count))
         return rng.permutation(np.concatenate(drawn))
 
     def _groups(self, balance):
@@ -403,24 +395,32 @@ class Windows:
             return [np.ones(len(self), bool)]
         return [corpus == name for name in np.unique(corpus)]
 
-    def _next(self, kind, key, ratio, partial, seed, epoch, balance, group):
-        """The next round(ratio * partial) windows of a kind."""
+    def _count(self, kind, key, ratio, partial):
+        """How many windows of a kind go with so many partial ones."""
         if not (np.isfinite(ratio) and ratio >= 0):
             raise DataError(f"data.{key} is {ratio}: a ratio of 0 or more is needed")
         count = round(ratio * partial)
-        if (seed, kind, balance, group) not in self._orders:
-            ids = np.flatnonzero(self._groups(balance)[group] & (self.kind == kind))
-            # a lone corpus draws as it did before there were several
-            keys = [seed, kind, 2, group] if group else [seed, kind, 2]
-            self._orders[seed, kind, balance, group] = np.random.default_rng(keys).permutation(ids)
-        order = self._orders[seed, kind, balance, group]
         if count and not (self.kind == kind).any():
             what = "contains no seizure" if kind == 0 else "lies wholly inside a seizure"
             raise DataError(f"no window {what}, {count} are asked for: "
                             f"set data.{key}: 0, or other data.window_seconds")
-        # where one corpus of several has none of a kind, it gives none
-        count = count if len(order) else 0
-        return order[(epoch * count + np.arange(count)) % max(1, len(order))]
+        return count
+
+    def _order(self, *key):
+        """The windows of a kind in a group of `balance`, in the random order of a seed."""
+        if key not in self._orders:
+            seed, kind, balance, group = key
+            ids = np.flatnonzero(self._groups(balance)[group] & (self.kind == kind))
+            # a lone corpus draws as it did before there were several
+            keys = [seed, kind, 2, group] if group else [seed, kind, 2]
+            self._orders[key] = np.random.default_rng(keys).permutation(ids)
+        return self._orders[key]
+
+
+def _turn(order, epoch, count):
+    """The next `count` windows of an order that is gone through from epoch to epoch; none of an
+    empty one: a corpus of several may lack a kind."""
+    return order[(epoch * count + np.arange(count)) % len(order)] if len(order) else order
 
 
 # ---- loader ----
@@ -515,7 +515,9 @@ class Loader:
         if ring and len(ring[0].arrays["eeg"]) >= size:
             return ring
         import torch
-        channels, chunks = self.scale.shape[1], self.windows.chunks(self.windows.length)
+        channels = self.scale.shape[1]
+        # of a file, the most that a window touches
+        chunks = int(whole_chunks(self.windows.start % CHUNK + self.windows.length).max())
         shapes = {
             "eeg": ((size, chunks, channels, CHUNK), torch.int16),
             "y": ((size, self.windows.length), torch.uint8),
@@ -529,11 +531,8 @@ class Loader:
         for kind, width in self.augmenter.widths.items():
             shapes[kind] = (size, width), torch.float32
         pin = self.device.type == "cuda"
-
-        def tensors():
-            return {key: torch.zeros(shape, dtype=kind, pin_memory=pin)
-                    for key, (shape, kind) in shapes.items()}
-        return [Slot(tensors()) for _ in range(self.buffers)]
+        return [Slot({key: torch.zeros(shape, dtype=kind, pin_memory=pin)
+                      for key, (shape, kind) in shapes.items()}) for _ in range(self.buffers)]
 
     def _fill(self, slot, place, window, epoch):
         """In a reader: one window into its place; seconds that it took to read."""
@@ -559,8 +558,7 @@ class Loader:
             amplitude, log_gain = recording.reference(self.baseline)
             host["norm"][place] = amplitude
             host["log_gain"][place] = log_gain
-        draws = self.augmenter.draw(self.seed, epoch, window)
-        for kind, numbers in draws.items():
+        for kind, numbers in self.augmenter.draw(self.seed, epoch, window).items():
             host[kind][place] = numbers
         return took
 
@@ -618,9 +616,7 @@ class Loader:
         if self.device.type != "cuda":
             return None
         import torch
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return torch.cuda.current_stream(self.device).record_event()
 
 
 def read_ahead(windows: Iterable[tuple[Recording, int]], n: int, depth: int = 32,
@@ -649,15 +645,14 @@ def speed(path: str | os.PathLike, seconds: float = 10.0, say: Say = print) -> f
     length = 60 * FS
     places = [(r, start) for r in recordings
               for start in range(0, max(1, r.samples - length), length)]
-    places = [places[i] for i in np.random.default_rng().permutation(len(places))]
+    random.shuffle(places)
     for r in recordings:
         with open(r.path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     say(f"{path} on {file_system(path)}, {READERS} readers, windows of 60 s in random order")
     count, cold, ratio = _rate(places, length, 0.6 * seconds)
-    from_disk = "this disk's reads are not counted"
-    if ratio:
-        from_disk = f"{ratio:.2f} bytes from the disk per byte used"
+    from_disk = (f"{ratio:.2f} bytes from the disk per byte used" if ratio
+                 else "this disk's reads are not counted")
     say(f"  cold: {cold:,.0f} windows/s ({count} windows), {from_disk}")
     count, rate, _ = _rate(itertools.cycle(places[:min(count, 1000)]), length, 0.3 * seconds)
     say(f"  warm: {rate:,.0f} windows/s")
@@ -705,10 +700,9 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
     say(f"  shorter than 60 s: {sum(r.seconds < 60 for r in recordings)}, without labels: "
         f"{len(recordings) - len(labelled)}, with notes: {sum(bool(r.notes) for r in recordings)}")
     if labelled:
-        w = Windows(labelled)
-        counts = np.bincount(w.kind, minlength=3)
-        say(f"  windows of 60 s every 10 s: {counts[0]} background, {counts[1]} partial, "
-            f"{counts[2]} full ({100 * (counts[1] + counts[2]) / len(w):.1f} % with seizure)")
+        none, partial, full = counts = np.bincount(Windows(labelled).kind, minlength=3)
+        say(f"  windows of 60 s every 10 s: {none} background, {partial} partial, "
+            f"{full} full ({100 * (partial + full) / counts.sum():.1f} % with seizure)")
     noted = corpora.grouped((r.name, r.notes) for r in recordings if r.notes)
     refused = corpora.read_report(path)
     for line in (*(f"note {line}" for line in noted),
@@ -724,30 +718,28 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="EDF to HDF5, synthetic EDF, what a folder holds.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("import", help="EDF files to one HDF5 file per recording")
-    p.add_argument("src", help="corpus folder, any folder of EDF files, or one EDF")
-    p.add_argument("out", help="folder of the recordings, new or of the same preparation")
-    p.add_argument("--layout", choices=("auto", *corpora.LAYOUTS), default="auto",
-                   help="corpus; auto tells it by the names of the files")
-    p.add_argument("--montage", choices=MONTAGES, default="referential",
-                   help="19 electrodes (default), 18 double-banana derivations, or what --channels "
-                        "names")
-    p.add_argument("--channels", type=corpora.channel_names, default=(), metavar="F7-T3,...",
-                   help="of --montage reduced: electrodes, pairs of them, or labels of the EDF; "
-                        "| between alternatives, the best first")
-    p.add_argument("--notch", choices=sorted(NOTCH, reverse=True), default="both",
-                   help="mains to take out, Hz; default both")
-    p.add_argument("--blank-unit", choices=BLANK_UNITS, default="",
-                   help="unit where the EDF names none")
-    p.add_argument("--seizure-label", action="append", default=[], metavar="TEXT",
-                   help="annotation of a seizure; START..END for a pair; may be repeated")
-    p.add_argument("--background-label", action="append", default=[], metavar="TEXT",
-                   help="annotation of a recording that was read and holds no other seizure")
-    p.add_argument("--rename", metavar="FILE",
-                   help="two columns: label in the EDF, electrode; for channels of other names")
-    p.add_argument("--replace", action="store_true",
-                   help="make recordings of another preparation anew")
-    p.add_argument("--workers", type=int, default=0, help="processes (0: one per core)")
-    p.add_argument("--skip-bad", action="store_true", help="exit 0 although files were refused")
+    add = p.add_argument
+    add("src", help="corpus folder, any folder of EDF files, or one EDF")
+    add("out", help="folder of the recordings, new or of the same preparation")
+    add("--layout", choices=("auto", *corpora.LAYOUTS), default="auto",
+        help="corpus; auto tells it by the names of the files")
+    add("--montage", choices=MONTAGES, default="referential",
+        help="19 electrodes (default), 18 double-banana derivations, or what --channels names")
+    add("--channels", type=corpora.channel_names, default=(), metavar="F7-T3,...",
+        help="of --montage reduced: electrodes, pairs of them, or labels of the EDF; "
+             "| between alternatives, the best first")
+    add("--notch", choices=sorted(NOTCH, reverse=True), default="both",
+        help="mains to take out, Hz; default both")
+    add("--blank-unit", choices=BLANK_UNITS, default="", help="unit where the EDF names none")
+    add("--seizure-label", action="append", default=[], metavar="TEXT",
+        help="annotation of a seizure; START..END for a pair; may be repeated")
+    add("--background-label", action="append", default=[], metavar="TEXT",
+        help="annotation of a recording that was read and holds no other seizure")
+    add("--rename", metavar="FILE",
+        help="two columns: label in the EDF, electrode; for channels of other names")
+    add("--replace", action="store_true", help="make recordings of another preparation anew")
+    add("--workers", type=int, default=0, help="processes (0: one per core)")
+    add("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
     p.add_argument("out", help="a new folder")
     p.add_argument("--hours", type=float, default=1.0, help="in all; default 1")
@@ -767,12 +759,9 @@ def main() -> int:
         console.install()
     try:
         return _run(args)
-    except DataError as error:
+    except (DataError, TemporaryFault) as error:
         print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    except TemporaryFault as fault:
-        print(f"data.py: {fault}", file=sys.stderr)
-        return fault.code
+        return 2 if isinstance(error, DataError) else error.code
     # disk full, a worker out of memory
     except (OSError, BrokenProcessPool, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and args.command == "info":
@@ -790,8 +779,7 @@ def _run(args):
     """The exit code of a command."""
     if args.command == "synth":
         synth.synth(args.out, args.hours, args.patients, args.seed)
-        patients = console.how_many(args.patients, "patient")
-        print(f"{patients}, {args.hours:g} h, in {args.out}; "
+        print(f"{console.how_many(args.patients, 'patient')}, {args.hours:g} h, in {args.out}; "
               f"next: python data.py import {shlex.quote(args.out)} OUT")
     elif args.command == "info":
         info(args.out)
