@@ -18,10 +18,8 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 import uuid
-from concurrent.futures import Future, wait
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,8 +29,9 @@ from eeg import console
 from eeg.disk import Refused, Stop, TemporaryFault, fault
 from run.attempts import DATA, DOLLARS_AS_OF, MIRROR, RESULTS, TIME_IS_UP
 from run.attempts import attempts, bill, billed, card_and_count, get, hourly, hours_of_attempt
-from run.attempts import money, next_number, of_launch, progress, put, run_directory, spent
-from run.attempts import why_over
+from run.attempts import money, next_number, of_launch, progress, put, spent, why_over
+from run.config import run_directory, run_folders
+from run.watch import answered
 
 GPU = "A100-80GB"                       # "A100-80GB,H100": what is free first; "A100-80GB:8": eight
 CPU, MEMORY = 8, 32                     # cores, GiB
@@ -46,7 +45,7 @@ GRACE = 35                              # s in which a preempted container may s
 SETTLE = 10                             # s in which another launch's claim would become visible
 PATIENCE = 300                          # s for which a Volume that refuses is asked again
 UNPUBLISHED = 7200                      # s of failing commits after which a container is given up
-SILENCE = 1800                          # s after which a Volume that does not answer has failed
+SILENCE = 1800                          # s that a Volume may take: its client waits without end
 GPU_TRIES = 10                          # times that a container asks its GPU, 2 s apart
 COMMIT_EVERY = 60                       # s between the commits of an import
 
@@ -273,19 +272,18 @@ def ls():
 
 def standing(run):
     """Call, app and state of a run, its dollars, and the command that stops it."""
-    last = attempts(run)[-1:]
-    for owner in (get(run / "launch.json"), *last):     # who only claimed it left no record
-        # in a copy the call is the original's: stopping it would stop that
-        own = owner.get("run", run.name) == run.name
-        state = call_state(owner.get("call")) if own else "ended"
+    tried = attempts(run)
+    for owner in (get(run / "launch.json"), *tried[-1:]):   # who only claimed it left no record
+        state = state_of(owner, run)
         if state != "ended":
             break
-    if state == "ended" and last:
-        silent = "died without a word" if own else f"copied from {owner['run']}"
+    if state == "ended" and tried:
+        copied = owner.get("run", run.name) != run.name
+        silent = f"copied from {owner['run']}" if copied else "died without a word"
         left = owner["left"] or silent
         state = left if left == "finished" else f"ended ({left})"
     line = (f"call {owner.get('call')}, app {owner.get('app', '?')}: {state}, "
-            f"{money(spent(run))}")
+            f"{money(spent(tried))}")
     return f"{line}; stop: modal app stop {owner.get('app')}" if state == "working" else line
 
 
@@ -400,14 +398,12 @@ def expect_alone(run, launch, others):
     here. What cannot be told is refused too: two writers are worse."""
     for record in others:
         call = record.get("call")
-        if not call or call == modal.current_function_call_id() or record.get("launch") == launch:
+        if call == modal.current_function_call_id() or record.get("launch") == launch:
             continue
-        if record.get("run", run.name) != run.name:     # this is a copy: that one works there
-            continue
-        state = call_state(call)
+        state = state_of(record, run)
         if state == "working":
             raise Refused(f"call {call} works in {run}: stop its app first "
-                                  f"(modal app stop {record.get('app', 'APP')})")
+                          f"(modal app stop {record.get('app', 'APP')})")
         if state != "ended":
             raise Refused(
                 f"whether call {call} still works in {run} {state}: look with `modal app list`; "
@@ -423,52 +419,53 @@ def take(trainer, config, run, before, resume, fresh):
     if any(a.get("saved") for a in before) or before and resume in ("true", "false"):
         return "true"
     if resume == fresh == "false":
-        expect_free(trainer, config, run)
+        expect_free(trainer, config)
     elif fresh == "true":
-        second = config["training"].get("mirror")
-        trainer.move_aside(run, print, Path(second, run.name) if second else None)
+        second = run_folders(config)[1:]
+        trainer.move_aside(run, print, *second)
         if second:
             # first: an old second copy beside a new run would be resumed
             persist("commit of the mirror", lambda: commit(mirror))
     return resume
 
 
-def expect_free(trainer, config, run):
+def expect_free(trainer, config):
     """Refuse to start over checkpoints that are there, in either place."""
-    second = config["training"].get("mirror")
-    for place in [run, Path(second, run.name)] if second else [run]:
-        if trainer.holds_checkpoints(place / "checkpoints"):
-            raise Refused(f"{place} holds checkpoints: "
+    for folder in run_folders(config):
+        if trainer.holds_checkpoints(folder / "checkpoints"):
+            raise Refused(f"{folder} holds checkpoints: "
                           "--resume true goes on, --fresh true starts over")
 
 
 def new_record(config, run, launch, gpu):
     """What the Volume keeps of one attempt; `left`, `saved` and `seen` follow."""
-    paid = billed(gpu, card())
+    name, dollars = paid(gpu)
     # moved aside, the run has neither attempts nor a claim: this one is the first
     first = get(run / "launch.json").get("first", 1)
     return claimed(run, launch) | {
-        "first": first, "left": "", "saved": "", "gpu": paid or "unknown",
+        "first": first, "left": "", "saved": "", "gpu": name or "unknown",
         "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
         "progress": progress(run), "epochs": config["training"]["epochs"],
-        "dollars": hourly(paid, CPU, MEMORY) if paid else None}
+        "dollars": dollars}
+
+
+def paid(gpu):
+    """(which of the GPUs that were asked for came, dollars an hour); ("", None): not known."""
+    name = billed(gpu, card())
+    return name, hourly(name, CPU, MEMORY) if name else None
 
 
 def leave(way):
     """What the platform has to be told."""
-    if way == "preempted":
-        raise KeyboardInterrupt
-    if way == "cancelled":
-        raise modal.exception.InputCancellation
-    if way == "refused":
-        raise Refused("train.py said why")
-    if way == "handed over":
-        raise RuntimeError("time limit of this attempt reached, saved: the next one goes on")
-    if way == "failed":
-        raise RuntimeError("training stopped: its last lines say why")
-    if way == "time limit":
-        return result(way, TIME_IS_UP)
-    return result(way)
+    raised = {
+        "preempted": KeyboardInterrupt(), "cancelled": modal.exception.InputCancellation(),
+        "refused": Refused("train.py said why"),
+        "handed over": RuntimeError("time limit of this attempt reached, saved: the next one goes "
+                                    "on"),
+        "failed": RuntimeError("training stopped: its last lines say why")}
+    if way in raised:
+        raise raised[way]
+    return result(way, TIME_IS_UP if way == "time limit" else "")
 
 
 def card():
@@ -509,9 +506,8 @@ def acceptance(config, planned, gpu):
     import train as trainer
     from run.acceptance import checks, report
     device, count = gpu_or_raise(config, gpu), card_and_count(billed(gpu))[1]
-    paid = billed(gpu, card())
-    dollars = hourly(paid, CPU, MEMORY) if paid else None
-    found = checks(planned, device, count, dollars, Path(RESULTS), lambda: commit(results), trainer)
+    found = checks(planned, device, count, paid(gpu)[1], Path(RESULTS), lambda: commit(results),
+                   trainer)
     return report(found, lambda line: print(f"smoke: {line}", flush=True))
 
 
@@ -520,7 +516,7 @@ def acceptance(config, planned, gpu):
 def reload(volume=None):
     """See what other containers committed. Modal refuses while this one has a file open there."""
     if not modal.is_local():
-        persist("reload of the Volume", lambda: answered((volume or results).reload))
+        persist("reload of the Volume", lambda: answered(SILENCE, (volume or results).reload))
 
 
 def commit(volume):
@@ -528,29 +524,11 @@ def commit(volume):
     if modal.is_local():
         return
     try:
-        answered(volume.commit)
+        answered(SILENCE, volume.commit)
     except Exception as error:
         # version 1 commits, reloads, and says that it could not: metrics.jsonl is open
         if "open files" not in str(error):
             raise
-
-
-def answered(do):
-    """do(), in a thread that is left behind after SILENCE: Modal's client waits without end, and
-    the container is paid until its timeout."""
-    answer = Future()
-
-    def ask():
-        try:
-            answer.set_result(do())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    wait([answer], SILENCE)
-    if not answer.done():
-        raise TimeoutError(f"no answer for {SILENCE} s")
-    return answer.result()
 
 
 def persist(what, do):
@@ -665,6 +643,12 @@ NO_ANSWER = (
     modal.exception.ClientClosed, modal.exception.PermissionDeniedError,
     modal.exception.ServiceError, modal.exception.InternalError,
     modal.exception.ResourceExhaustedError, modal.exception.UnimplementedError)
+
+
+def state_of(record, run):
+    """call_state() of the call that left a record there. In a copy of a run's folder it has ended:
+    its call is the original's, and stopping it would stop that."""
+    return call_state(record.get("call")) if record.get("run", run.name) == run.name else "ended"
 
 
 def call_state(call):

@@ -12,7 +12,6 @@ import math
 import re
 import statistics
 import time
-from pathlib import Path
 
 from eeg.disk import read_json_lines, write_json
 
@@ -28,10 +27,6 @@ DOLLARS_AS_OF = "October 2026"
 
 
 # ---- records ----
-
-def run_directory(config):
-    return Path(config["experiment"]["results"], config["experiment"]["name"])
-
 
 def put(path, value):
     """Write JSON so that a reader, or a commit in the middle, meets the old file or the new one."""
@@ -68,8 +63,8 @@ def attempts(run):
     return [{"launch": launch if int(path.stem) >= first else "",
              "call": None, "left": "", "saved": "?", "progress": None,
              "began": 0.0, "seen": 0.0, "dollars": 0.0, "epochs": 0,
-             "task": f"the container of {path.name}, a record that cannot be read,"} | get(path)
-            for path in record_files(run)]
+             "task": f"the container of {path.name}, a record that cannot be read,"}
+            | (get(path) or {"unread": path.name}) for path in record_files(run)]
 
 
 def of_launch(run, launch):
@@ -185,9 +180,8 @@ def money(dollars, unit=""):
     return "price unknown" if dollars is None else f"about ${dollars:.2f}{unit}"
 
 
-def spent(run):
-    """Dollars of all attempts so far, None where a price is unknown."""
-    tried = attempts(run)
+def spent(tried):
+    """Dollars of some attempts, None where a price is unknown."""
     if any(a["dollars"] is None for a in tried):
         return None
     return sum(hours(a) * a["dollars"] for a in tried)
@@ -195,11 +189,12 @@ def spent(run):
 
 def bill(run):
     """One line: hours and dollars so far, and of the whole run by the speed in metrics.jsonl."""
-    tried, dollars = attempts(run), spent(run)
+    tried = attempts(run)
+    dollars = spent(tried)
     line = (f"{run.name}: {sum(map(hours, tried)):.2f} h in {len(tried)} attempts, "
             f"{money(dollars, ' so far')}")
     known = [record for record in tried if record["epochs"]]
-    unread = [path.name for path in record_files(run) if not get(path)]
+    unread = [record["unread"] for record in tried if "unread" in record]
     if unread:
         line += f", without {', '.join(unread)} of attempts/, which cannot be read"
     epoch, seconds = speed(run)

@@ -207,11 +207,6 @@ def placed(path):
     return os.path.join(HERE, os.path.expanduser(path)) if path else path
 
 
-def get(config, name):
-    section, _, key = name.partition(".")
-    return config[section][key]
-
-
 # ---- the environment ----
 
 def effective(config, name, say=print):
@@ -219,7 +214,8 @@ def effective(config, name, say=print):
     which is said, else the configuration's. Raises Refused for a variable that holds no number."""
     variable = KEYS[name].environment
     text = os.environ.get(variable, "").strip() if variable else ""
-    value = get(config, name)
+    section, _, key = name.partition(".")
+    value = config[section][key]
     if not text:
         return value
     kind = type(KEYS[name].default)
@@ -292,3 +288,9 @@ def shown(key):
 def run_directory(config):
     """Its whole path: relative ones depend on where a command was started."""
     return Path(config["experiment"]["results"], config["experiment"]["name"]).absolute()
+
+
+def run_folders(config):
+    """[the run directory, and its second copy where the run has one]."""
+    run, mirror = run_directory(config), config["training"].get("mirror")
+    return [run, Path(mirror, run.name)] if mirror else [run]

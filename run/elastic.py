@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from eeg.disk import read_json_lines
+from run.config import run_directory
 from run.machine import cores
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -31,12 +32,12 @@ def train_on(count, config, resume, saved, signals):
     resume: what its --resume takes. saved(path) is called here after each save that they make.
     signals: its `number` becomes the signal that came. In the main thread only: each process gets
     the signal, saves, and is waited for."""
-    run = Path(config["experiment"]["results"], config["experiment"]["name"])
+    saves = run_directory(config) / "saves.jsonl"
     with tempfile.TemporaryDirectory(prefix="holdfast_") as scratch:
         path = Path(scratch, "config.yaml")
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         words = ["-u", str(TRAIN), "--config", str(path), "--resume", resume]
-        with threads_shared(count), signals_restored(), following(run / "saves.jsonl", saved):
+        with threads_shared(count), signals_restored(), following(saves, saved):
             return launched(count, words, signals)
 
 
@@ -83,15 +84,17 @@ def signals_restored():
 def following(path, saved):
     """Call saved(path of the checkpoint) for each save that the main process of the training lists
     in `path`, in a thread. What it raises, but for OSError, ends the training and is raised."""
-    ended, known, failed = threading.Event(), [len(saves(path))], []
+    ended, known, failed = threading.Event(), len(listed_saves(path)), None
 
     def look():
-        rows = saves(path)
-        if len(rows) > known[0]:
-            known[0] = len(rows)
+        nonlocal known
+        rows = listed_saves(path)
+        if len(rows) > known:
+            known = len(rows)
             saved(path.parent / "checkpoints" / rows[-1]["file"])
 
     def follow():
+        nonlocal failed
         over = False
         while not over:                 # once more at the end: for the save on the way out
             over = ended.wait(0.5)
@@ -100,7 +103,7 @@ def following(path, saved):
             except OSError:                             # out of reach: looked at again
                 pass
             except Exception as error:
-                failed.append(error)
+                failed = error
                 os.kill(os.getpid(), signal.SIGTERM)    # the agent lets the processes save
                 return
 
@@ -112,9 +115,9 @@ def following(path, saved):
         ended.set()
         thread.join()
     if failed:
-        raise failed[0]
+        raise failed
 
 
-def saves(path):
+def listed_saves(path):
     """Rows of saves.jsonl that tell of a save; one that is being written is left out."""
     return [row for row in read_json_lines(path, lambda line: None) if row.get("kind") == "save"]

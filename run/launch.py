@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import checkpoint
 from eeg.disk import INDEX, Refused
-from run.attempts import DATA, MIRROR, RESULTS, run_directory
+from run.attempts import DATA, MIRROR, RESULTS
+from run.config import run_directory
 from run.prepare import folders
 
 NAMES = {RESULTS: "holdfast-results", DATA: "holdfast-data", MIRROR: "holdfast-mirror"}
@@ -45,6 +46,11 @@ def outside(path, mount):
     return os.path.relpath(path or "/", mount).startswith("..")
 
 
+def put(mount, what, path):
+    """The command that brings `what` to a path on a Volume."""
+    return f"modal volume put {NAMES[mount]} {what} /{os.path.relpath(path, mount)}"
+
+
 def expect_recordings(path, folder, listing):
     """Refuse a data.path that holds no imported recordings on the data Volume."""
     if outside(folder, DATA):
@@ -52,8 +58,7 @@ def expect_recordings(path, folder, listing):
                       f"not {folder!r}")
     names = listing(folder)
     if not names:
-        raise Refused(f"{folder} is not on the Volume: modal volume put {NAMES[DATA]} "
-                      f"IMPORTED_FOLDER /{os.path.relpath(folder, DATA)}")
+        raise Refused(f"{folder} is not on the Volume: {put(DATA, 'IMPORTED_FOLDER', folder)}")
     if INDEX in names:
         return
     names = listing(folder, recursive=True)
@@ -87,17 +92,15 @@ def expect_start(config, asked, listing):
 
 def stored(config, listing):
     """Checkpoints that the run of `config` has on the results Volume."""
-    names = listing(run_directory(config) / "checkpoints")
-    return [name for name in names if checkpoint.NAME.fullmatch(name) or name == "best.pt"]
+    return list(filter(checkpoint.NAME.fullmatch, listing(run_directory(config) / "checkpoints")))
 
 
 def expect_file(what, path, listing):
     """Refuse a path that is no file on a Volume."""
-    for mount, name in NAMES.items():
+    for mount in NAMES:
         if not outside(path, mount):
             if Path(path).name not in listing(os.path.dirname(path)):
-                raise Refused(f"{what} {path} is no file on the Volume: modal volume put {name} "
-                              f"FILE /{os.path.relpath(path, mount)}")
+                raise Refused(f"{what} {path} is no file on the Volume: {put(mount, 'FILE', path)}")
             return
     raise Refused(f"{what} must be a file on a Volume ({', '.join(NAMES)}), not {path!r}")
 
@@ -116,5 +119,4 @@ def expect_source(path, config, source, listing):
         raise Refused(f"--source {source or 'is missing'}: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
                       f"https://SERVER/FOLDER, or a folder in {DATA}, the Volume")
     if not listing(source):
-        raise Refused(f"--source {source} is not on the Volume: modal volume put {NAMES[DATA]} "
-                      f"EDF_FOLDER /{os.path.relpath(source, DATA)}")
+        raise Refused(f"--source {source} is not on the Volume: {put(DATA, 'EDF_FOLDER', source)}")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import checkpoint
 from eeg.disk import Refused, Stop, TemporaryFault
 import evaluate
-from run.watch import finished_within
+from run.watch import answered
 
 
 # what torchrun tells each of its processes; deploy/slurm.sh sets the same
@@ -134,7 +134,8 @@ class Group:
     def __exit__(self, *exception):
         if self.size > 1 and dist.is_initialized():
             # NCCL's teardown waits for all processes: for good, where this one leaves alone
-            finished_within(LATE_SECONDS, dist.destroy_process_group)
+            with contextlib.suppress(Exception):
+                answered(LATE_SECONDS, dist.destroy_process_group)
 
 
 def prepare_torch(config, group):

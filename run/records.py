@@ -21,7 +21,7 @@ import evaluate
 import model
 from eeg.console import how_many
 from eeg.disk import Refused, TemporaryFault, fault, read_json_lines, write_json
-from run.config import compare, effective, run_directory
+from run.config import compare, effective, run_directory, run_folders
 from run.mirror import Mirrored
 
 
@@ -201,8 +201,7 @@ class RunDirectory:
                                  f"disk and try again; --fresh begins anew")
 
     def _move_aside(self):
-        mirror = self.config["training"]["mirror"]
-        move_aside(self.directory, self.say, mirror and Path(mirror, self.directory.name))
+        move_aside(self.directory, self.say, *run_folders(self.config)[1:])
         self.kept = "the old run was moved aside, whole"
 
     def _go_back(self, path):
@@ -389,12 +388,10 @@ def holds_checkpoints(directory):
 
 def has_run(config):
     """Whether the run directory, or its mirror, holds checkpoints."""
-    directory, mirror = run_directory(config), config["training"]["mirror"]
-    places = [directory, Path(mirror, directory.name)] if mirror else [directory]
     try:
-        return any(holds_checkpoints(place / "checkpoints") for place in places)
+        return any(holds_checkpoints(run / "checkpoints") for run in run_folders(config))
     except OSError as error:
-        raise fault(error, directory) from None
+        raise fault(error, run_directory(config)) from None
 
 
 def move_aside(directory, say, second=None):

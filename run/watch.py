@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+from concurrent.futures import Future, wait
 
 REPORT = b"standstill:"                 # how the report of a process begins
 EXIT_CODE = 70                          # EX_SOFTWARE of sysexits.h
@@ -92,15 +93,22 @@ class Watchdog:
 
     def _end(self):
         text = self._report()
-        # each in a thread of its own: what stands still may be the disk of the file and the log
-        kept: list[str] = []
-        finished_within(REPORT_SECONDS, self._keep, text, kept)
-        where = kept[0] if kept else f"{self.path} could not be written"
+        where = f"written to {self.path}"
+        # what stands still may be the disk of the file and the log, and the end must come
+        try:
+            answered(REPORT_SECONDS, lambda: self._keep(text))
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or error
+            where = f"{self.path} could not be written ({reason})"
         words = f"{text}standstill: {where}; --resume goes on"
-        if not finished_within(REPORT_SECONDS, self._tell, words):
-            finished_within(REPORT_SECONDS, os.write, 2, f"{words}\n".encode())
+        with contextlib.suppress(Exception):
+            try:
+                answered(REPORT_SECONDS, lambda: self.say(words, every=True))
+            except Exception:
+                answered(REPORT_SECONDS, lambda: os.write(2, f"{words}\n".encode()))
         if self.count > 1:
-            finished_within(OTHERS_SECONDS, self._wait_for_others)
+            with contextlib.suppress(Exception):
+                answered(OTHERS_SECONDS, self._wait_for_others)
         os._exit(EXIT_CODE)
 
     def _wait_for_others(self):
@@ -121,25 +129,26 @@ class Watchdog:
                 f"(allowed: {self.allowed() / 60:.1f}); last done: {self.last}; {self.facts()}")
         return f"{line}\n{stacks()}"
 
-    def _keep(self, text, kept):
-        """Write to the file, and into the list `kept` that it is there, or why not."""
+    def _keep(self, text):
+        with open(self.path, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def answered(seconds, work):
+    """What work() returns or raises. TimeoutError after so long: its thread is left behind."""
+    answer = Future()
+
+    def ask():
         try:
-            with open(self.path, "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            kept.append(f"written to {self.path}")
-        except OSError as error:
-            kept.append(f"{self.path} could not be written ({error.strerror})")
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
 
-    def _tell(self, text):
-        self.say(text, every=True)
-
-
-def finished_within(seconds, work, *arguments):
-    """Whether work(*arguments) ended within so long; it is not waited for any longer."""
-    thread = threading.Thread(target=work, args=arguments, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
+    threading.Thread(target=ask, daemon=True).start()
+    wait([answer], seconds)
+    if not answer.done():
+        raise TimeoutError(f"no answer for {seconds:g} s")
+    return answer.result()
 
 
 def stacks():
