@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import data
 from eeg import corpora
+from eeg.console import Timer
 from eeg.disk import Refused, TemporaryFault, fault, replace_durably
 from eeg.edf import DataError
 
@@ -57,7 +58,7 @@ def fetch(url, folder, say=print, fetched=lambda name: None):
     listed = {name: digest for digest, name in sums(url)}
     missing = [name for name in listed if not (folder / name).exists()]
     say(f"{url}: {len(listed)} files, {len(missing)} of them to fetch to {folder}")
-    said, over = time.monotonic(), threading.Event()
+    plain, over = Timer(10), threading.Event()
 
     def one(name):
         return fetch_file(url, name, listed[name], folder, over)
@@ -66,8 +67,7 @@ def fetch(url, folder, say=print, fetched=lambda name: None):
     try:
         for number, name in enumerate(pool.map(one, missing), 1):
             fetched(name)
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
+            if plain.due():
                 say(f"fetched {number} of {len(missing)} files")
     finally:
         over.set()                      # the parts stay: a grace of seconds waits for no file
@@ -76,7 +76,7 @@ def fetch(url, folder, say=print, fetched=lambda name: None):
 
 def sums(url):
     """[(digest, name)] of the files at `url`."""
-    lines = request(url + SUMS).decode(errors="replace").splitlines()
+    lines = b"".join(pieces(url + SUMS)).decode(errors="replace").splitlines()
     found = [line.split(maxsplit=1) for line in lines if line.strip()]
     for entry in found:
         if len(entry) != 2 or len(entry[0]) != 64 or not inside(entry[1].removeprefix("*")):
@@ -87,11 +87,6 @@ def sums(url):
 def inside(name):
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
-
-
-def request(url, begin=0):
-    """All bytes at `url` from `begin` on."""
-    return b"".join(pieces(url, begin))
 
 
 def pieces(url, begin=0):

@@ -10,6 +10,7 @@ import checkpoint
 from eeg.disk import Refused
 from run.config import KEYS
 from run.machine import rank_and_size
+from run.prepare import folders
 from run.records import tolerated
 
 STUCK_STARTS = 3                        # in a row that came no further than where they began
@@ -66,10 +67,10 @@ def tell_next(home, config, say):
         say(f"{home.checkpoints} lacks the newest states, which are in {home.newest} alone: make "
             f"room or mend the disk, then --resume brings them home")
     say(f"picture: {near(home.directory / 'curves.png')}")
-    paths = config["data"]["path"]
-    for path in paths if isinstance(paths, list) else [paths]:
+    paths = folders(config)
+    for path in paths:
         words = ["evaluate.py", "--checkpoint", near(weights), "--data", near(path)]
-        if path != paths:               # of several, each needs a folder
+        if len(paths) > 1:              # each needs a folder
             words += ["--out", near(home.directory / f"evaluation_{Path(path).name}")]
         say(f"next: python {shlex.join([*words, '--split', 'dev', '--plot'])}")
 

@@ -70,25 +70,24 @@ def longer(here, there):
 
 
 def line_of_both(home, newest):
-    """As `longer`, of the candidates `home` and the newest one there, or None."""
-    here = newest_of(home)
-    while here:
+    """(as `longer`, of the candidates `home` and the newest one there, or None; the Candidate of
+    `home` that counts for it, or None)."""
+    while here := newest_of(home):
         line = longer(here.facts, newest.facts) if newest else here.facts
         if line:
-            return line
+            return line, here
         # the other line may have begun because this save is damaged: then an older one counts
         here.damage = checkpoint.damage_of(here.path)
         if not here.damage:
-            return None
-        here = newest_of(home)
-    return newest and newest.facts
+            return None, here
+    return newest and newest.facts, None
 
 
 def usable(home, there):
     """Those of `there`, the second copy's, that a resume may take beside the candidates `home`."""
     if not newest_of(home):
         return [c for c in there if c.facts]
-    line = line_of_both(home, newest_of(there))
+    line, _ = line_of_both(home, newest_of(there))
     return [c for c in there if c.facts and line and in_line(c.facts, line)]
 
 
@@ -308,8 +307,7 @@ class Mirrored(Checkpointer):
             line = (newest or there[0]).facts
         else:
             self._expect_own(there, here.facts["run"], home)
-            line = line_of_both(home, newest)
-            here = newest_of(home)
+            line, here = line_of_both(home, newest)
         if line is None:
             self._keep_apart("it holds another line of this run, from an earlier save on")
             return

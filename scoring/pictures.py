@@ -454,8 +454,8 @@ def curves(run_directory):
     marked. Returns its path."""
     directory = Path(run_directory)
     directory.stat()                    # gone: no picture may make it anew
-    rows = _rows(directory / "metrics.jsonl")
-    files = _rows(directory / "saves.jsonl")
+    rows = list(read_json_lines(directory / "metrics.jsonl"))
+    files = list(read_json_lines(directory / "saves.jsonl"))
     train = [r for r in rows if r["kind"] == "train"]
     checks = [r for r in rows if r["kind"] == "validation"]
     metric = _best_metric(directory / "config.yaml")
@@ -511,10 +511,6 @@ def _resumes(axis, files):
 
 def _steps(files, kind):
     return sorted({r["step"] for r in files if r["kind"] == kind})
-
-
-def _rows(path):
-    return list(read_json_lines(path))
 
 
 def _best_metric(config):

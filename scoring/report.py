@@ -93,18 +93,18 @@ def validation_line(summary, name):
         if key == "event_f1":           # says nothing without what looking at nothing gives
             parts[-1] += f" (always on: {_shown(summary['always_on_f1'])})"
     parts.append(f"{_shown(summary['false_alarms_per_24h'])} false alarms in 24 h")
-    return f"{', '.join(parts)}; {ground_line(summary)}"
+    return f"{', '.join(parts)}; {_ground(summary, mean='mean over ')}"
 
 
 def _shown(value):
     return "-" if math.isnan(value) else f"{value:.4g}"
 
 
-def ground_line(summary):
-    """The ground of a summary: what its scores rest on."""
-    return (f"on {summary['hours']:.2f} h ({summary['background_hours']:.2f} h of background), "
-            f"{how_many(summary['seizures'], 'seizure')}, "
-            f"mean over {how_many(summary['patients'], 'patient')}")
+def _ground(scores, of="", mean=""):
+    """What scores rest on. of: "labelled_" for scores.json, whose hours and patients are all."""
+    return (f"on {scores[of + 'hours']:.2f} h ({scores['background_hours']:.2f} h of background), "
+            f"{how_many(scores['seizures'], 'seizure')}, "
+            f"{mean}{how_many(scores[of + 'patients'], 'patient')}")
 
 
 def show(result, names, out):
@@ -134,7 +134,7 @@ def show(result, names, out):
 
 
 def _show_metrics(result, names):
-    print(f"scores on {_ground(result)}; by event and by sample: mean over patients")
+    print(f"scores {_ground(result, 'labelled_')}; by event and by sample: mean over patients")
     if result["always_on_f1"] is not None:
         print(f"  a detector that is always on has event_f1 {result['always_on_f1']:.4f} here")
     for name in names:
@@ -148,15 +148,9 @@ def _show_metrics(result, names):
             print(f"  {name:<22} {value:.4f}")
 
 
-def _ground(result):
-    return (f"{result['labelled_hours']:.2f} h ({result['background_hours']:.2f} h of background), "
-            f"{how_many(result['seizures'], 'seizure')}, "
-            f"{how_many(result['labelled_patients'], 'patient')}")
-
-
 def _show_trade_off(result):
-    print(f"sensitivity against false alarms on {_ground(result)}; * the threshold in use; "
-          f"[{LEVEL} % over patients]")
+    print(f"sensitivity against false alarms {_ground(result, 'labelled_')}; * the threshold in "
+          f"use; [{LEVEL} % over patients]")
     print("    threshold  false alarms/24 h        sensitivity          event F1")
     for row in some(result["trade_off"], result["threshold"]):
         mark = "*" if row["threshold"] == result["threshold"] else " "
