@@ -51,7 +51,7 @@ COMMIT_EVERY = 60                       # s between the commits of an import
 
 HERE = Path(__file__).parent
 BEGAN = time.monotonic()                # of this container: the platform counts from here
-LEFT = {                                # by train.py's exit codes
+OUTCOME = {                             # by train.py's exit codes
     0: "finished", 2: "refused", 75: "handed over", 138: "cancelled",
     129: "preempted", 130: "preempted", 143: "preempted"}
 EXIT = {"finished": 0, "refused": 2, "time limit": 75}      # others: 1
@@ -343,7 +343,7 @@ def work(run, config, launch, resume, fresh, longest, gpu):
     way = "failed"
     try:
         code = trained(trainer, config, gpu, resume, publish, signals)
-        way = LEFT.get(code, "failed")
+        way = OUTCOME.get(code, "failed")
         if way == "handed over" and last:
             way = "time limit"
     except KeyboardInterrupt:
@@ -358,7 +358,7 @@ def work(run, config, launch, resume, fresh, longest, gpu):
         with console.signals_wait(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             record["left"] = way
             publish.end(way)
-    return leave(way)
+    return end_call(way)
 
 
 def trained(trainer, config, gpu, resume, publish, signals):
@@ -455,7 +455,7 @@ def paid(gpu):
     return name, hourly(name, CPU, MEMORY) if name else None
 
 
-def leave(way):
+def end_call(way):
     """What the platform has to be told."""
     raised = {
         "preempted": KeyboardInterrupt(), "cancelled": modal.exception.InputCancellation(),

@@ -46,9 +46,10 @@ def outside(path, mount):
     return os.path.relpath(path or "/", mount).startswith("..")
 
 
-def put(mount, what, path):
-    """The command that brings `what` to a path on a Volume."""
-    return f"modal volume put {NAMES[mount]} {what} /{os.path.relpath(path, mount)}"
+def absent(said, mount, path, what):
+    """The refusal of a path on a Volume, with the command that brings `what` there."""
+    return Refused(f"{said} on the Volume: modal volume put {NAMES[mount]} {what} "
+                   f"/{os.path.relpath(path, mount)}")
 
 
 def expect_recordings(path, folder, listing):
@@ -58,7 +59,7 @@ def expect_recordings(path, folder, listing):
                       f"not {folder!r}")
     names = listing(folder)
     if not names:
-        raise Refused(f"{folder} is not on the Volume: {put(DATA, 'IMPORTED_FOLDER', folder)}")
+        raise absent(f"{folder} is not", DATA, folder, "IMPORTED_FOLDER")
     if INDEX in names:
         return
     names = listing(folder, recursive=True)
@@ -100,7 +101,7 @@ def expect_file(what, path, listing):
     for mount in NAMES:
         if not outside(path, mount):
             if Path(path).name not in listing(os.path.dirname(path)):
-                raise Refused(f"{what} {path} is no file on the Volume: {put(mount, 'FILE', path)}")
+                raise absent(f"{what} {path} is no file", mount, path, "FILE")
             return
     raise Refused(f"{what} must be a file on a Volume ({', '.join(NAMES)}), not {path!r}")
 
@@ -119,4 +120,4 @@ def expect_source(path, config, source, listing):
         raise Refused(f"--source {source or 'is missing'}: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "
                       f"https://SERVER/FOLDER, or a folder in {DATA}, the Volume")
     if not listing(source):
-        raise Refused(f"--source {source} is not on the Volume: {put(DATA, 'EDF_FOLDER', source)}")
+        raise absent(f"--source {source} is not", DATA, source, "EDF_FOLDER")

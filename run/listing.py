@@ -20,7 +20,7 @@ import yaml
 import checkpoint
 from checkpoint import KINDS, Candidate, candidates, checkpoints
 from eeg.console import how_many
-from run.mirror import usable
+from run.mirror import latest_of, usable
 
 
 def command(args):
@@ -104,8 +104,7 @@ def old_run(directory):
 
 def summary(directory):
     """One line of a run: newest state, best metric, size, what a resume takes."""
-    found = [c for c in candidates(directory) if c.facts]
-    newest = max(found, key=lambda c: c.order, default=None)
+    newest = latest_of(candidates(directory))
     best = Candidate(directory / KINDS["best"].name)
     metric = best.facts and best.facts["metric"]
     files, size = disk_use(directory)
@@ -170,8 +169,7 @@ def _table(directory, chosen, say):
         return
     sound = [c for c in found if c.facts]
     sound.sort(key=lambda c: (c.order, c.path.name), reverse=True)
-    sizes, first = {}, {}
-    count = 0
+    first, count = {}, 0
     for c in sound + [c for c in found if not c.facts]:
         try:
             info = os.lstat(c.path)
@@ -181,7 +179,6 @@ def _table(directory, chosen, say):
         health = f"= {twin}" if twin != c.path.name else checkpoint.health(c.path)
         if health == "gone":
             continue
-        sizes[info.st_ino] = info.st_size
         count += 1
         facts = c.facts or dict.fromkeys(checkpoint.PROGRESS, "-") | {"metric": None}
         metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
@@ -189,8 +186,9 @@ def _table(directory, chosen, say):
         say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
             f"{facts['global_step']:>9}  {metric:<22} "
             f"{info.st_size / 1e6:>7.1f} MB {age(time.time() - info.st_mtime):>7}  {health}")
-    say(f"    {how_many(count, 'name')}, {how_many(len(sizes), 'file')} on disk, "
-        f"{sum(sizes.values()) / 1e6:.1f} MB in all")
+    files, size = disk_use(directory)
+    say(f"    {how_many(count, 'name')}, {how_many(files, 'file')} on disk, "
+        f"{size / 1e6:.1f} MB in all")
 
 
 def age(seconds):

@@ -42,6 +42,11 @@ def newest_of(found):
     return next((c for c in found if c.facts and not c.damage and c.kind != "best"), None)
 
 
+def latest_of(found):
+    """The Candidate of the latest save, best.pt too, or None."""
+    return max((c for c in found if c.facts), key=lambda c: c.order, default=None)
+
+
 def abandoned(facts, line) -> bool:
     """Whether `line` left the one of `facts` because a person asked for it: it went back to a save
     of the start that made `facts`, or of one that they had gone on from at that save or later."""
@@ -52,9 +57,9 @@ def abandoned(facts, line) -> bool:
         for (start, counter, asked), following in zip(line["starts"], after))
 
 
-def longer(here, there):
-    """The facts of the save that a resume goes on from, of the newest ones of both places; None
-    where they are of two lines that no order tells apart."""
+def line_that_goes_on(here, there):
+    """Of the facts of the newest saves in both places, those that a resume goes on from; None where
+    they are of two lines that no order tells apart."""
     if in_line(there, here):
         return here
     if in_line(here, there):
@@ -70,10 +75,10 @@ def longer(here, there):
 
 
 def line_of_both(home, newest):
-    """(as `longer`, of the candidates `home` and the newest one there, or None; the Candidate of
-    `home` that counts for it, or None)."""
+    """(line_that_goes_on() by the candidates `home` and the newest one there, or None; the
+    Candidate of `home` that counts for it, or None)."""
     while here := newest_of(home):
-        line = longer(here.facts, newest.facts) if newest else here.facts
+        line = line_that_goes_on(here.facts, newest.facts) if newest else here.facts
         if line:
             return line, here
         # the other line may have begun because this save is damaged: then an older one counts
@@ -252,7 +257,7 @@ class Mirrored(Checkpointer):
     def _pass(self, there):
         """Remember the latest save of the second copy where the run goes on before it: damaged, or
         a best.pt that was copied before the state that follows."""
-        ahead = max((c for c in there if c.facts), key=lambda c: c.order, default=None)
+        ahead = latest_of(there)
         if ahead and not self.apart and not in_line(ahead.facts, self.line):
             self.passed = {name: ahead.facts[name] for name in self.line}
 
@@ -329,7 +334,7 @@ class Mirrored(Checkpointer):
         """Raise OtherRun where the second copy is of another run: that of its latest save. Older
         ones may be of the run before a --resume FILE of another one."""
         self.known |= {run or self.run, *(c.facts["run"] for c in home if c.facts)}
-        latest = max((c for c in there if c.facts), key=lambda c: c.order, default=None)
+        latest = latest_of(there)
         if latest and latest.facts["run"] not in self.known:
             raise OtherRun(f"{self.place} holds another run of this name ({latest.facts['run']}): "
                            f"move it away, or name another mirror")
