@@ -579,7 +579,7 @@ def scores(records, c, counted=()):
     summary = summarise(records, c)
     for row in counted:
         summary |= {name: float(values[_in_use(c)]) for name, values in row.items()}
-    return {name: None if math.isnan(summary[name]) else summary[name] for name in METRICS}
+    return {name: report.plain(summary[name]) for name in METRICS}
 
 
 def tell(records, detections, c):
@@ -606,7 +606,7 @@ def tell(records, detections, c):
         **{f"labelled_{key}": ground[key] for key in ("recordings", "hours", "patients")},
         "background_hours": ground["background_hours"],
         "seizures": ground["seizures"] if labelled else None,       # nothing is known, not 0
-        "always_on_f1": None if math.isnan(ground["always_on_f1"]) else ground["always_on_f1"],
+        "always_on_f1": report.plain(ground["always_on_f1"]),
         "trade_off": trade_off,
         "per_patient": [_row(mine, c, recordings=len(mine)) for mine in patients],
         "per_recording": [_row([pair], c, recording=pair[0]["recording"]) for pair in pairs],

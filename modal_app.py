@@ -445,8 +445,7 @@ def new_record(config, run, launch, gpu):
     return claimed(run, launch) | {
         "first": first, "left": "", "saved": "", "gpu": name or "unknown",
         "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
-        "progress": progress(run), "epochs": config["training"]["epochs"],
-        "dollars": dollars}
+        "progress": progress(run), "epochs": config["training"]["epochs"], "dollars": dollars}
 
 
 def paid(gpu):

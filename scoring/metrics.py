@@ -130,7 +130,7 @@ def deciding(name, dev):
     Too little background leaves FALLBACK instead of `name`, since no epoch would ever be the best
     otherwise; of an event score it is said how little it tells. Raises ValueError where FALLBACK
     cannot be computed either."""
-    grounds, why = _undefined_on(dev)
+    grounds, why = _before_scoring(dev)
     refusal = f"{name} cannot be computed on validation (dev): {why.get(name)}"
     if name in why and FALLBACK in why:
         raise ValueError(f"{refusal}; name other patients with data.dev_patients, or set "
@@ -144,13 +144,13 @@ def deciding(name, dev):
     return name, ""
 
 
-def _undefined_on(recordings):
-    """(what they rest on, undefined()) of recordings that are not scored yet."""
+def _before_scoring(recordings):
+    """(their ground, undefined()) of recordings that are not scored yet."""
     labelled = [r for r in recordings if r.labelled]
     grounds = [{"patient": person(r.patient), "seconds": r.seconds, **ground(r.events, r.seconds)}
                for r in labelled]
     inside = sum(np.diff(r.events).sum() for r in labelled)
-    return grounds, _undefined(grounds, inside < sum(r.seconds for r in labelled))
+    return grounds, _reasons(grounds, inside < sum(r.seconds for r in labelled))
 
 
 # ---- counts of one recording ----
@@ -240,10 +240,10 @@ def undefined(scores):
     records = [s for s in scores if s["labelled"]]
     if any(not s["finite"] for s in records):
         return dict.fromkeys(METRICS, "the model gave a probability that is not finite")
-    return _undefined(records, any(not s["label"].all() for s in records))
+    return _reasons(records, any(not s["label"].all() for s in records))
 
 
-def _undefined(grounds, background):
+def _reasons(grounds, background):
     """{metric: reason}, from ground() with patient and seconds of each labelled recording, and
     whether any moment lies outside seizures.
 

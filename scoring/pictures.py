@@ -470,7 +470,8 @@ def curves(run_directory):
     _curve(best, checks, metric, FOUND, f"{metric} (dev)", "o-")
     if metrics.METRICS.get(metric) == "max":
         best.set_ylim(-0.02, 1.02)      # a share: every run on the same axis
-    _stars(best, checks, metric)
+    best_ones = _points([r for r in checks if r.get("best")], metric)
+    best.plot(*best_ones, "*", color=TRUE, ms=13, label="best.pt")
     _saves(best, files)
     for axis in (loss, rate, entropy, best):
         _resumes(axis, files)
@@ -479,12 +480,6 @@ def curves(run_directory):
     path = directory / "curves.png"
     _save([figure], path)
     return path
-
-
-def _stars(axis, checks, metric):
-    chosen = [r for r in checks if r.get("best")]
-    steps, values = _points(chosen, metric)
-    axis.plot(steps, values, "*", color=TRUE, ms=13, label="best.pt")
 
 
 def _points(rows, key):

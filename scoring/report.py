@@ -60,16 +60,17 @@ def trade_off(patients, curves, thresholds):
         row = {"threshold": float(threshold)}
         for name in SHOWN:
             low, high = bounds[name]
-            row[name] = [_plain(x) for x in (curves[name][i], low[i], high[i])]
+            row[name] = [plain(x) for x in (curves[name][i], low[i], high[i])]
         rows.append(row)
     return rows
 
 
-def _plain(value):
+def plain(value):
+    """A number as JSON has it: None for NaN."""
     return None if np.isnan(value) else float(value)
 
 
-def some(rows, threshold):
+def rows_to_print(rows, threshold):
     """Of a trade-off the row in use, and for each of RATES the best sensitivity within it, with the
     fewest false alarms that give it."""
     chosen = [row for row in rows if row["threshold"] == threshold]
@@ -152,7 +153,7 @@ def _show_trade_off(result):
     print(f"sensitivity against false alarms {_ground(result, 'labelled_')}; * the threshold in "
           f"use; [{LEVEL} % over patients]")
     print("    threshold  false alarms/24 h        sensitivity          event F1")
-    for row in some(result["trade_off"], result["threshold"]):
+    for row in rows_to_print(result["trade_off"], result["threshold"]):
         mark = "*" if row["threshold"] == result["threshold"] else " "
         alarms = _cell(row["false_alarms_per_24h"])
         found = _cell(row["event_sensitivity"])

@@ -568,7 +568,7 @@ def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
 def test_the_start_and_the_scores_agree_on_what_cannot_be_computed():
     for tracks in SETS.values():
         records = [evaluate.score(t, silent(t, None), {}) for t in tracks]
-        assert metrics.undefined(records) == metrics._undefined_on(tracks)[1]
+        assert metrics.undefined(records) == metrics._before_scoring(tracks)[1]
 
 
 # ---- sets that lack something ----
@@ -679,11 +679,11 @@ def test_the_table_of_the_trade_off_holds_the_row_in_use_and_the_best_within_eac
     rows = [{"threshold": 0.1 * i, "false_alarms_per_24h": [alarms, None, None],
              "event_sensitivity": [found, None, None]}
             for i, (alarms, found) in enumerate([(300, 1.0), (40, 0.9), (12, 0.8), (0.5, 0.1)])]
-    chosen = [row["false_alarms_per_24h"][0] for row in report.some(rows, 0.0)]
+    chosen = [row["false_alarms_per_24h"][0] for row in report.rows_to_print(rows, 0.0)]
     assert chosen == [300, 40, 12, 0.5]
-    assert len(report.some(rows[3:], 0.3)) == 1
+    assert len(report.rows_to_print(rows[3:], 0.3)) == 1
     rows[1]["event_sensitivity"] = [0.8, None, None]        # 28 false alarms more, and nothing found for them
-    assert [row["false_alarms_per_24h"][0] for row in report.some(rows, 0.0)] == [300, 12, 0.5]
+    assert [row["false_alarms_per_24h"][0] for row in report.rows_to_print(rows, 0.0)] == [300, 12, 0.5]
 
 
 # ---- events files ----
