@@ -27,9 +27,10 @@ import modal
 
 from eeg import console
 from eeg.disk import Refused, Stop, TemporaryFault, fault
-from run.attempts import DATA, DOLLARS_AS_OF, MIRROR, RESULTS, TIME_IS_UP
-from run.attempts import attempts, bill, billed, card_and_count, get, hourly, hours_of_attempt
-from run.attempts import money, next_number, of_launch, progress, put, spent, why_over
+from run.attempts import DATA, DOLLARS_AS_OF, FETCHED, MIRROR, RESULTS, TIME_IS_UP
+from run.attempts import attempts, bill, billed, card_and_count, dearest, get, hourly
+from run.attempts import hours_of_attempt, money, next_number, of_launch, progress, put
+from run.attempts import spent, why_over
 from run.config import run_directory, run_folders
 from run.watch import answered
 
@@ -58,6 +59,11 @@ EXIT = {"finished": 0, "refused": 2, "time limit": 75}      # others: 1
 
 
 # ---- the command line ----
+
+def refuse(reason):
+    print(f"modal_app.py: {reason}", file=sys.stderr)
+    sys.exit(getattr(reason, "code", 2))                # 1 for a fault that may pass
+
 
 def options(words):
     """What `modal run modal_app.py` is asked for. Exits with 2 for words that are none."""
@@ -93,6 +99,8 @@ def command_line():
     It is read here, before Modal builds anything: the functions below depend on it, and Modal's own
     options know neither a bare --resume beside --resume FILE nor a list."""
     names = [word.partition("::")[0].rpartition("/")[2] for word in sys.argv]
+    if modal.is_local() and {"-m", "run", Path(__file__).stem} <= set(names):
+        refuse("start it by its file, modal run modal_app.py: GPU and bucket depend on the words")
     if not modal.is_local() or Path(__file__).name not in names[1:] or "run" not in names:
         return None, False
     here = names.index(Path(__file__).name, 1)
@@ -113,11 +121,6 @@ def gpu_of(default):
     if len(counts) > 1:                 # as many processes as the first asks for would be started
         refuse(f"GPU {text!r}: of a list, each with the same number of cards")
     return several[0] if len(several) == 1 else several
-
-
-def refuse(reason):
-    print(f"modal_app.py: {reason}", file=sys.stderr)
-    sys.exit(2)
 
 
 # ---- the app ----
@@ -244,7 +247,7 @@ def import_corpus(source, out, layout="auto", montage="referential"):
             print(f"committed after {what}", flush=True)
 
     try:
-        refused = import_from(source, out, f"{DATA}/raw/{Path(out).name}", save,
+        refused = import_from(source, out, str(Path(FETCHED, os.path.relpath(out, DATA))), save,
                               layout=layout, montage=montage, workers=CPU)
     except TemporaryFault as error:
         raise RuntimeError(f"a fault that may pass: {error}") from None
@@ -504,7 +507,10 @@ def acceptance(config, planned, gpu):
     """Faults of this machine and of the run `planned`, measured and printed line by line."""
     import train as trainer
     from run.acceptance import checks, report
+    from run.machine import prepare_torch
     device, count = gpu_or_raise(config, gpu), card_and_count(billed(gpu))[1]
+    for settings in (config, planned):  # training.deterministic takes hold before the first product
+        prepare_torch(settings, argparse.Namespace(rank=0))
     found = checks(planned, device, count, paid(gpu)[1], Path(RESULTS), lambda: commit(results),
                    trainer)
     return report(found, lambda line: print(f"smoke: {line}", flush=True))
@@ -671,10 +677,6 @@ def call_state(call):
 def main(*words):
     """See --help: the words are those that `command_line` has read."""
     asked = options(words)
-    if asked.split != "all" and asked.action != "evaluate":
-        refuse(f"--split belongs to --action evaluate; what {asked.action} takes is in its config")
-    if asked.source and asked.action != "import":
-        refuse("--source belongs to --action import")
     try:
         if asked.action == "ls":
             close(ls.remote())
@@ -682,7 +684,7 @@ def main(*words):
             await_result(launched(asked))
     except Stop as stop:
         refuse(stop)
-    except (RuntimeError, modal.exception.Error) as error:
+    except (RuntimeError, OSError, modal.exception.Error) as error:
         print(f"modal_app.py: {type(error).__name__}: {error}; whether a call began: "
               "modal app list", file=sys.stderr)
         sys.exit(1)
@@ -691,12 +693,12 @@ def main(*words):
 def launched(asked):
     """The call that was asked for, with what it costs and how to follow and stop it said."""
     settings = checked(asked)
-    plan = planned(settings) if asked.action == "smoke" else None
+    plan = planned(settings, asked.set) if asked.action == "smoke" else None
     launch = uuid.uuid4().hex[:12]
     tell(asked)
     if asked.action == "import":
         from run.prepare import folders
-        source = SOURCE if asked.source.startswith(("s3://", "gs://")) else asked.source
+        source = SOURCE if urlsplit(asked.source).scheme in ("s3", "gs") else asked.source
         call = import_corpus.spawn(source, folders(settings)[0], asked.layout, asked.montage)
     elif asked.action == "evaluate":
         call = evaluate.spawn(settings, asked.split)
@@ -751,10 +753,11 @@ def listing(path, recursive=False):
     return []
 
 
-def planned(smoke_config):
-    """The config whose hours and dollars `smoke` foretells: the real run's, on its device."""
+def planned(smoke_config, overrides=()):
+    """The config whose hours and dollars `smoke` foretells: the real run's, on its device, with
+    what was --set."""
     import train as trainer
-    config = trainer.load_config(HERE / "configs" / "modal" / "train.yaml")
+    config = trainer.load_config(HERE / "configs" / "modal" / "train.yaml", overrides)
     config["training"]["device"] = smoke_config["training"]["device"]
     return config
 
@@ -762,13 +765,14 @@ def planned(smoke_config):
 def tell(asked):
     """What the call will cost and what ends it, before it starts."""
     gpu = {"import": "", "evaluate": SCORE_GPU}.get(asked.action, TRAIN_GPU)
-    hour = hourly(gpu, CPU, MEMORY)
-    on = f"{gpu}, " if gpu else ""
-    day = "" if hour is None else f", ${24 * hour:.0f} a day"
+    hour = dearest(gpu, CPU, MEMORY)
+    several = isinstance(gpu, list)
+    on = f"{' or '.join(gpu) if several else gpu}, " if gpu else ""
+    day = "" if hour is None else f", ${24 * hour:.0f} a day" + " at most" * several
     print(f"cost:   {money(hour, ' an hour')}{day} on {on}{CPU} cores, {MEMORY} GiB (prices of "
           f"{DOLLARS_AS_OF})")
     if hour is None:
-        print(f"        {billed(gpu)} is not in the list of run/attempts.py")
+        print("        a GPU of it is not in the list of run/attempts.py")
     if asked.action == "smoke":
         print(f"        this test: {money(hour and SMOKE_TIMEOUT * hour)} at most, it is cut off "
               f"after {60 * SMOKE_TIMEOUT:.0f} minutes")

@@ -157,7 +157,7 @@ def check_training(config, device, trainer, count, dollars, read):
     """Steps of the planned run: their speed, and by it the hours and dollars of the run."""
     settings = config["training"]
     try:
-        trained = count * train_speed(config, device, trainer)
+        trained = count * train_speed(config, device, trainer, count)
     except (MemoryError, RuntimeError) as error:
         if not evaluate.is_out_of_memory(error):
             raise
@@ -174,18 +174,20 @@ def check_training(config, device, trainer, count, dollars, read):
     windows, epochs = epoch_length(config), settings["epochs"]
     hours = windows / min(*read, trained) / 3600
     epoch, whole = (money(dollars and n * hours * dollars) for n in (1, epochs))
-    yield (f"{windows} windows an epoch: {hours:.2f} h, {epoch}; {epochs} epochs: "
-           f"{epochs * hours:.0f} h, {whole}; without validation"), ""
+    yield (f"{config['experiment']['name']}, {windows} windows an epoch: {hours:.2f} h, {epoch}; "
+           f"{epochs} epochs: {epochs * hours:.0f} h, {whole}; without validation"), ""
 
 
-def train_speed(config, device, trainer):
-    """Windows/s of training steps on random EEG; on a CPU of one step of one window."""
+def train_speed(config, device, trainer, count=1):
+    """Windows/s of one of `count` cards in training steps on random EEG, in the pieces and the
+    arithmetic of the run; on a CPU of one step of one window."""
     settings = config["training"]
-    warm, steps, batch = (3, 10, settings["batch_size"]) if device == "cuda" else (0, 1, 1)
-    batch = math.ceil(batch / settings["accumulate"])
+    warm, steps, batch = (3, 10, piece(settings, count)) if device == "cuda" else (0, 1, 1)
     samples = round(edf.FS * config["data"]["window_seconds"])
     net = model.build(CHANNELS, config["model"]).to(device)
     optimizer = trainer.make_optimizer(net, settings, device == "cuda")
+    if settings["compile"]:
+        net = torch.compile(net, fullgraph=True, dynamic=False)
     x = torch.randn(batch, CHANNELS, samples, device=device)
     y, mask = torch.zeros(2, batch, samples, device=device)
     began = time.perf_counter()
@@ -201,6 +203,11 @@ def train_speed(config, device, trainer):
         optimizer.step()
         loss.item()                                     # waits for the step
     return steps * batch / (time.perf_counter() - began)
+
+
+def piece(settings, count):
+    """Windows that one of `count` cards takes at once: a batch is that of all cards together."""
+    return math.ceil(settings["batch_size"] / (settings["accumulate"] * count))
 
 
 def epoch_length(config):

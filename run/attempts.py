@@ -16,6 +16,7 @@ import time
 from eeg.disk import read_json_lines, write_json
 
 RESULTS, DATA, MIRROR = "/results", "/data", "/mirror"      # where the Volumes are mounted
+FETCHED = f"{DATA}/raw"                 # files of a corpus from the web, as they are published
 STUCK = 3                               # attempts without progress end a run
 SHORT = 15                              # minutes: an earlier death without a word does not count,
 SHORT_DEATHS = 10                       # unless this many come one after another
@@ -174,6 +175,12 @@ def hourly(gpu, cores, memory):
     name, count = card_and_count(gpu)
     name = name.rstrip("!+")
     return DOLLARS[name] * count + rest if name in DOLLARS else None
+
+
+def dearest(gpus, cores, memory):
+    """Dollars an hour of whichever of the GPUs comes, at most; None where a price is unknown."""
+    prices = [hourly(gpu, cores, memory) for gpu in ([gpus] if isinstance(gpus, str) else gpus)]
+    return None if None in prices else max(prices)
 
 
 def money(dollars, unit=""):

@@ -15,9 +15,9 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import data
 from eeg import corpora
@@ -38,7 +38,7 @@ def import_from(source, out, raw, progress, **options):
 
     progress(what) is called after each file. Raises Refused, TemporaryFault."""
     try:
-        if source.startswith(("https://", "http://")):
+        if urlsplit(source).scheme in ("https", "http"):
             fetch(source, raw, fetched=progress)
             source = raw
         report = corpora.import_corpus(source, out, progress=progress, **options)
@@ -81,7 +81,7 @@ def sums(url):
     for entry in found:
         if len(entry) != 2 or len(entry[0]) != 64 or not inside(entry[1].removeprefix("*")):
             raise Refused(f"{url}{SUMS}: a line is no digest and name: {' '.join(entry)[:80]!r}")
-    return [(digest, name.removeprefix("*")) for digest, name in found]
+    return [(digest.lower(), name.removeprefix("*")) for digest, name in found]
 
 
 def inside(name):
@@ -109,30 +109,32 @@ def pieces(url, begin=0):
             return
         kind = Refused if 400 <= error.code < 500 and error.code != 429 else TemporaryFault
         raise kind(f"{url}: {error.code} {error.reason}") from None
+    except (ValueError, InvalidURL) as error:
+        raise Refused(f"{url}: {error}") from None
     except (OSError, HTTPException) as error:
         raise TemporaryFault(f"{url}: {error}") from None
-    except ValueError as error:
-        raise Refused(f"{url}: {error}") from None
 
 
 def fetch_file(url, name, digest, folder, over):
     """Bring one file, verified, under its name, and return the name. Raises TemporaryFault once
-    `over` is set."""
+    `over` is set, Refused where the same wrong bytes come twice: the server has no others."""
     target = folder / name
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
+    wrong = ""
     for number in range(TRIES):
         try:
             take(url + quote(name), part, over)
-            break
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == digest:
+                break
+            part.unlink()
+            kind, wrong = Refused if found == wrong else TemporaryFault, found
+            raise kind(f"{url}{name}: its SHA-256 is {found}, not that of {SUMS}")
         except TemporaryFault:
             if number == TRIES - 1 or over.wait(PAUSE * 2 ** number):
                 raise
-    with open(part, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != digest:
-        part.unlink()
-        raise TemporaryFault(f"{url}{name}: its SHA-256 is {found}, not that of {SUMS}")
     # whole seconds, which every file system keeps: the import knows a file by its time
     os.utime(part, times=(int(time.time()),) * 2)
     replace_durably(part, target)

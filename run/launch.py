@@ -3,25 +3,40 @@ there, recordings, weights and checkpoints that are not on its Volumes.
 
     config = checked(load(path), path, asked, listing)
 
-`asked` is a command line: action, resume, fresh, source. listing(path) names what a folder of
+`asked` is a command line of modal_app.py. listing(path) names what a folder of
 a Volume holds, folders with a slash at their end, [] where there is none; with recursive=True also
 what its folders hold.
 """
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import checkpoint
 from eeg.disk import INDEX, Refused
-from run.attempts import DATA, MIRROR, RESULTS
-from run.config import run_directory
+from run import fetch
+from run.attempts import DATA, FETCHED, MIRROR, RESULTS
+from run.config import run_directory, run_folders
 from run.prepare import folders
 
 NAMES = {RESULTS: "holdfast-results", DATA: "holdfast-data", MIRROR: "holdfast-mirror"}
 
+# options that another action would pass over in silence: {name: (its default, who takes it)}
+TAKEN_BY = {
+    "resume": ("false", ["train", "smoke"]), "fresh": ("false", ["train", "smoke"]),
+    "split": ("all", ["evaluate"]), "gpu": ("", ["train", "smoke", "evaluate"]),
+    "source": ("", ["import"]), "secret": ("", ["import"]), "layout": ("auto", ["import"]),
+    "montage": ("referential", ["import"])}
+
 
 def checked(config, path, asked, listing):
-    """`config`, which stands at `path`, if what is asked for can work with it. Raises Refused."""
+    """`config`, which stands at `path`, if what is asked for can work with it. Raises Refused;
+    TemporaryFault where a server does not answer."""
+    for name, (default, actions) in TAKEN_BY.items():
+        if getattr(asked, name) != default and asked.action not in actions:
+            raise Refused(f"--{name} belongs to --action {' or '.join(actions)}")
+    if asked.action == "evaluate" and re.search(r":([2-9]|1\d)", asked.gpu):
+        raise Refused("--action evaluate scores on one card: the others would be paid in vain")
     if asked.action == "import":
         expect_source(path, config, asked.source, listing)
         return config
@@ -32,9 +47,14 @@ def checked(config, path, asked, listing):
     if second and outside(second, MIRROR):
         raise Refused(f"config {path}: training.mirror must be a folder in {MIRROR}, the second "
                       f"Volume, not {second!r}")
-    if not config["data"]["synth_hours"]:
-        for folder in folders(config):
+    for folder in folders(config):
+        # synthetic ones are made anywhere but on the data Volume, which a training cannot write to
+        if not config["data"]["synth_hours"] or not outside(folder, DATA):
             expect_recordings(path, folder, listing)
+    names = [os.path.basename(os.path.normpath(folder)) for folder in folders(config)]
+    if len(set(names)) < len(names):
+        raise Refused(f"config {path}: data.path: two folders have one name among "
+                      f"{', '.join(names)}: rename one")
     if asked.action == "evaluate":
         expect_best(config, listing)
     else:
@@ -58,8 +78,8 @@ def expect_recordings(path, folder, listing):
         raise Refused(f"config {path}: data.path must be a folder in {DATA}, the Volume, "
                       f"not {folder!r}")
     names = listing(folder)
-    if not names:
-        raise absent(f"{folder} is not", DATA, folder, "IMPORTED_FOLDER")
+    if names in ([], [os.path.basename(folder)]):       # a file is listed as itself
+        raise absent(f"{folder} is no folder", DATA, folder, "IMPORTED_FOLDER")
     if INDEX in names:
         return
     names = listing(folder, recursive=True)
@@ -73,7 +93,7 @@ def expect_recordings(path, folder, listing):
 
 
 def expect_best(config, listing):
-    if "best.pt" not in stored(config, listing):
+    if "best.pt" not in stored(run_directory(config), listing):
         raise Refused(f"{run_directory(config)} on the Volume holds no best.pt to evaluate: "
                       "the first validation of a run writes it")
 
@@ -82,18 +102,20 @@ def expect_start(config, asked, listing):
     """Refuse what --resume, --fresh and training.init ask for and the Volumes have not."""
     if asked.fresh == "true" and asked.resume != "false":
         raise Refused("--fresh and --resume exclude each other")
-    if asked.fresh == asked.resume == "false" and stored(config, listing):
-        raise Refused(f"{run_directory(config)} on the Volume holds checkpoints: "
-                      "--resume true goes on, --fresh true starts over")
+    if asked.fresh == asked.resume == "false":
+        for place in run_folders(config):
+            if stored(place, listing):
+                raise Refused(f"{place} on the Volume holds checkpoints: "
+                              "--resume true goes on, --fresh true starts over")
     if asked.resume not in ("true", "false"):
         expect_file("--resume", asked.resume, listing)
     if config["training"].get("init"):
         expect_file("training.init", config["training"]["init"], listing)
 
 
-def stored(config, listing):
-    """Checkpoints that the run of `config` has on the results Volume."""
-    return list(filter(checkpoint.NAME.fullmatch, listing(run_directory(config) / "checkpoints")))
+def stored(run, listing):
+    """Checkpoints that the folder of a run has on its Volume."""
+    return list(filter(checkpoint.NAME.fullmatch, listing(run / "checkpoints")))
 
 
 def expect_file(what, path, listing):
@@ -115,6 +137,13 @@ def expect_source(path, config, source, listing):
     if url.scheme in ("s3", "gs", "https", "http"):
         if not url.netloc:
             raise Refused(f"--source {source}: no bucket or server is named")
+        if url.query or url.fragment:
+            raise Refused(f"--source {source}: an address with ? or # is none of a folder")
+        if url.scheme.startswith("http"):
+            if not outside(folders(config)[0], FETCHED):
+                raise Refused(f"config {path}: data.path must lie outside {FETCHED}, where the "
+                              "files that are fetched go and which is removed in the end")
+            fetch.sums(source.rstrip("/") + "/")        # wrong addresses are refused here
         return
     if not source or outside(source, DATA):
         raise Refused(f"--source {source or 'is missing'}: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, "

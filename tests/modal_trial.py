@@ -788,7 +788,7 @@ async def ready(trial):
                      r"smoke: checkpoint of \d+ MB: written in \d+\.\d s, committed in \d",
                      r"smoke: data Volume: /data/tusz: \d+ windows/s",
                      r"smoke: training: \d+\.\d windows/s at batch 8",
-                     r"smoke: \d+ windows an epoch: \d+\.\d\d h, about \$\d+\.\d\d; 100 epochs: \d+ h, about \$"):
+                     r"smoke: planned, \d+ windows an epoch: \d+\.\d\d h, about \$\d+\.\d\d; 100 epochs: \d+ h, about \$"):
             assert re.search(line, out), (line, out)
         assert code == 0 and "modal_app.py: finished: ready" in out and len(fake.tasks) == 1, out
 

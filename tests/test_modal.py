@@ -118,6 +118,12 @@ def test_wrong_options_get_one_clear_line_before_anything_is_started(arguments, 
     assert code == 2 and line in error and "Traceback" not in error
 
 
+def test_a_start_by_the_name_of_the_module_is_refused_which_passed_over_gpu_and_bucket():
+    done = forked.run([sys.executable, "-m", "modal", "run", "-m", "modal_app", "--action", "train", "--gpu", "H100"],
+                      cwd=modal_trial.ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and "start it by its file, modal run modal_app.py" in done.stderr, done.stderr
+
+
 def test_nothing_is_read_that_a_container_does_not_have(trial):
     for path in trial.project.iterdir():
         if path.suffix != ".py" and path.is_file():
@@ -155,7 +161,7 @@ def test_functions_are_defined_with_the_gpu_volumes_timeout_and_retries_of_the_c
 VOLUMES = {                             # what lies on the Volumes of the tests below
     "results/good/checkpoints/last.pt", "results/good/checkpoints/best.pt", "results/good/checkpoints/mid_epoch_001_000002.pt",
     "results/new/log.txt", "data/tusz/index.json", "data/tusz/a.h5", "data/old/deep/a.h5", "data/raw/a/b.EDF",
-    "data/empty/x.txt"}
+    "data/empty/x.txt", "data/x/tusz/index.json", "mirror/away/checkpoints/last.pt"}
 
 
 @pytest.fixture
@@ -168,6 +174,8 @@ def volumes(tmp_path):
 
     def listing(path, recursive=False):
         folder = Path(tmp_path, "volumes", str(path).lstrip("/"))
+        if folder.is_file():
+            return [folder.name]
         found = folder.rglob("*") if recursive else folder.glob("*")
         return [f"{p.name}/" if p.is_dir() else p.name for p in found]
     return listing
@@ -182,7 +190,7 @@ def test_a_folder_of_a_volume_is_asked_for_by_its_path_from_the_root(path, place
 
 
 def asked(**words):
-    return argparse.Namespace(**{"action": "train", "resume": "false", "fresh": "false", "source": ""} | words)
+    return argparse.Namespace(**{name: default for name, (default, _) in launch.TAKEN_BY.items()} | {"action": "train"} | words)
 
 
 RUN = "experiment: {name: %s, results: /results}\ndata: {path: /data/tusz}\n"
@@ -192,7 +200,7 @@ NEW, GOOD = RUN % "new", RUN % "good"
 @pytest.mark.parametrize("text, words, line", [
     ("experiment: {results: results}", {}, "experiment.results must be /results"),
     ("experiment: {results: /results}\ndata: {path: data/tusz}", {}, "data.path must be a folder in /data"),
-    ("experiment: {results: /results}\ndata: {path: /data/none}", {}, "/data/none is not on the Volume"),
+    ("experiment: {results: /results}\ndata: {path: /data/none}", {}, "/data/none is no folder on the Volume"),
     ("experiment: {results: /results}\ndata: {path: /data/raw}", {}, "holds raw EDF"),
     ("experiment: {results: /results}\ndata: {path: [/data/tusz, /data/empty]}", {}, "holds no recordings"),
     (NEW + "training: {mirror: /results/m}", {}, "training.mirror must be a folder in /mirror"),
@@ -206,6 +214,16 @@ NEW, GOOD = RUN % "new", RUN % "good"
     (NEW, {"action": "import"}, "--source is missing: s3://BUCKET/FOLDER"),
     (NEW, {"action": "import", "source": "raw"}, "--source raw: s3://BUCKET/FOLDER"),
     (NEW, {"action": "import", "source": "s3://"}, "no bucket or server is named"),
+    (NEW, {"action": "import", "source": "https://a.b/c?d"}, "an address with ? or # is none of a folder"),
+    (NEW, {"action": "import", "source": "https://a.b/c d"}, "https://a.b/c d/SHA256SUMS.txt: URL can't contain"),
+    ("data: {path: /data/raw/a}", {"action": "import", "source": "https://a.b/c"}, "data.path must lie outside /data/raw"),
+    (NEW, {"split": "dev"}, "--split belongs to --action evaluate"), (NEW, {"source": "s3://a"}, "--source belongs to --action import"),
+    (GOOD, {"action": "evaluate", "resume": "true"}, "--resume belongs to --action train or smoke"),
+    (GOOD, {"action": "evaluate", "gpu": "A100:8"}, "scores on one card: the others would be paid in vain"),
+    ("experiment: {results: /results}\ndata: {path: [/data/tusz, /data/x/tusz]}", {}, "two folders have one name among tusz, tusz"),
+    ("experiment: {results: /results}\ndata: {path: /data/new, synth_hours: 1}", {}, "/data/new is no folder on the Volume"),
+    ("experiment: {results: /results}\ndata: {path: /data/tusz/index.json}", {}, "/data/tusz/index.json is no folder on"),
+    (RUN % "away" + "training: {mirror: /mirror}", {}, "/mirror/away on the Volume holds checkpoints"),
     (NEW, {"action": "import", "source": "/data/gone"}, "--source /data/gone is not on the Volume"),
     (RUN % "x" + "  ", {"action": "import", "source": "/data/raw"}, ""),
     (GOOD, {"action": "evaluate"}, ""), (GOOD, {"resume": "true"}, ""), (GOOD, {"fresh": "true"}, ""), (NEW, {}, ""),
@@ -535,6 +553,16 @@ def test_an_hour_costs_what_gpus_cores_and_memory_cost():
         assert records.hourly(gpu, 8, 32) == pytest.approx(dollars + rest)
     assert records.hourly(["A100-80GB:2", "H100"], 8, 32) == pytest.approx(5.0 + rest)
     assert records.hourly("NEXT-GPU", 8, 32) is None
+    for gpus, dollars in {("A100-80GB", "H100"): 3.95, ("H100:2",): 7.9}.items():
+        assert records.dearest(list(gpus), 8, 32) == pytest.approx(dollars + rest)
+    assert records.dearest(["H100", "NEXT-GPU"], 8, 32) is None and records.dearest("", 8, 32) == pytest.approx(rest)
+
+
+def test_of_a_list_the_dearest_is_foretold(monkeypatch, capsys):
+    monkeypatch.setattr(modal_app, "TRAIN_GPU", ["A100-80GB", "H100"])
+    modal_app.tell(argparse.Namespace(action="smoke"))
+    told = capsys.readouterr().out
+    assert "about $4.58 an hour, $110 a day at most on A100-80GB or H100, 8 cores" in told and "about $1.15 at most" in told
 
 
 @pytest.mark.parametrize("asked, card, paid", [
@@ -580,6 +608,24 @@ def test_a_batch_that_does_not_fit_is_a_fault_that_names_the_key(tmp_path):
 
     [(line, fault)] = acceptance.check_training(config, "cpu", Full(), 1, 3.0, [])
     assert line == fault and "training.batch_size 8 does not fit" in fault
+
+
+def test_what_smoke_foretells_is_the_run_that_will_be_paid(monkeypatch):
+    """Its arithmetic, its --set, its pieces of a batch: 48 windows on 8 cards are 6 on each."""
+    smoke = train.load_config(modal_trial.ROOT / "configs" / "modal" / "smoke.yaml")
+    smoke["training"]["device"] = "cpu"
+    plan = modal_app.planned(smoke, ["training.compile=true", "training.deterministic=true", "model.size=small",
+                                     "training.precision=fp32", "training.accumulate=2"])
+    assert acceptance.piece(plan["training"], 8) == 3 and plan["training"]["device"] == "cpu"
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net, **options: compiled.append(
+        torch.are_deterministic_algorithms_enabled()) or net)
+    monkeypatch.setattr(acceptance, "checks", lambda config, device, *rest: {
+        "training": lambda: acceptance.check_training(config, device, train, 1, 3.0, [])})
+    try:
+        assert modal_app.acceptance(smoke, plan, "A100-80GB") == [] and compiled == [True]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 WORKER = """
@@ -892,8 +938,9 @@ def test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused(site, tmp_pat
     folder, url = site
     monkeypatch.setattr(fetch, "PAUSE", 0.01)
     (folder / "chb01" / "summary.txt").write_text("changed\n")
-    with pytest.raises(TemporaryFault, match="its SHA-256 is"):
+    with pytest.raises(Refused, match="its SHA-256 is"):
         fetch.fetch(url, tmp_path / "raw", lambda line: None)
+    assert Server.asked.count(("/chb01/summary.txt", 0)) == 2, "the same bytes twice are no passing fault"
     assert not (tmp_path / "raw" / "chb01" / "summary.txt").exists()
     with pytest.raises(Refused, match="404"):
         fetch.fetch(f"{url}/none", tmp_path / "raw", lambda line: None)
