@@ -301,7 +301,7 @@ class Trainer:
             return
         waited = self.loader.waited
         share = self.loader.share()
-        self.home.metrics.write(
+        self.home.write(
             kind="train", epoch=self.epoch, batch=self.batch, batches=self.batches,
             step=self.step, loss=loss, lr=rate, grad_norm=norm, skipped=self.skipped,
             seconds=seconds, waited=waited, time=time.time())
@@ -387,8 +387,8 @@ class Trainer:
             self.stopping["waited"] += 1
         self.summary, self.scores = summary, {}
         if self.group.main:
-            self.home.metrics.write(kind="validation", epoch=self.epoch, step=self.step,
-                                   best=improved, time=time.time(), **summary)
+            self.home.write(kind="validation", epoch=self.epoch, step=self.step, best=improved,
+                            time=time.time(), **summary)
         began = time.monotonic()
         state = self.pack()
         if self.group.main:

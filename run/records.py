@@ -25,6 +25,9 @@ from run.config import compare, effective, run_directory, run_folders
 from run.mirror import Mirrored
 
 
+ABANDONED = "metrics.abandoned.jsonl"   # rows that a resume has cut off
+
+
 class Log:
     """Prints lines, above a progress bar where there is one, and appends them with date and time to
     a file once the run directory is held. A console that takes no line holds up nothing: the file
@@ -317,11 +320,15 @@ class RunDirectory:
         ended = facts["kind"] == "epoch" or not self.state["batch"]
         copies = [place.parent / "metrics.jsonl" for place in self.saver.places[1:]]
         rows = self.state.get("rows")
-        others = bool(rows and os.path.exists(rows))    # those here are of another run or line
+        others = bool(rows and os.path.exists(rows))    # those here are of another run
         if others:
             copies = [Path(rows)]
+        # a line that was left, and is gone back to, has its rows there
+        path = Path(rows) if others else self.directory / "metrics.jsonl"
+        copies.append(path.with_name(ABANDONED))
         step = facts["global_step"]
-        metrics = MetricsFile(self.directory, step, ended, self.own, self.say, copies, others)
+        metrics = MetricsFile(self.directory, step, ended, self.own, self.say, copies, others,
+                              facts)
         if step - metrics.ends >= self.state["config"]["training"].get("log_every", math.inf):
             self.say(f"metrics.jsonl has no rows of steps {metrics.ends + 1} to {step}")
         metrics.event("resume", self.saver.resumed, facts)
@@ -346,6 +353,10 @@ class RunDirectory:
         name = self.config["training"]["best_metric"]
         measured = checkpoint.measurement(value, name, tie, self.rules)
         return self.saver.is_best(measured)
+
+    def write(self, **row):
+        """A row of metrics.jsonl, with the first save that it leads to: in_line knows it again."""
+        self.metrics.write(**row, save=[self.saver.start, self.saver.counter + 1])
 
     def save_mid(self, state, since, last=False):
         self.metrics.flush()
@@ -470,19 +481,20 @@ class MetricsFile:
     ended       the epoch ended with it, so that its validation row stays too
     own()       whether the directory's path still leads to the folder of this run
     copies      other files like metrics.jsonl; their rows replace those that are lost
-    others      the rows here are of another run or line: none of them stays
+    others      the rows here are of another run: none of them stays
+    line        facts of the resumed state: rows of a line that it does not come from go too
     ends        the step of the last row that a resume found, 0 for none"""
 
-    def __init__(self, directory, step, ended, own, say, copies=(), others=False):
+    def __init__(self, directory, step, ended, own, say, copies=(), others=False, line=None):
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
-        self.own = own
+        self.own, self.line = own, line
         self.pending = []               # lines that a full or dead disk refused
         self.torn = False               # the last write failed: half a line may stand there
         # lines of this process, for a copy that lags behind a disk that dies
         self.newest = collections.deque(maxlen=10_000)
         kept, dropped = self._parted(self.path, -1 if others else step, ended)
         if dropped:                     # trained again, or of a line that --resume FILE left
-            append_rows(directory / "metrics.abandoned.jsonl", dropped)
+            append_rows(directory / ABANDONED, dropped)
         for copy in copies:
             kept = self._completed(kept, copy, step, ended)
         self.ends = max((row["step"] for row in kept), default=0)
@@ -499,13 +511,21 @@ class MetricsFile:
             place = row["kind"], row["step"]
             before = row["step"] < step
             at = row["step"] == step and (ended or row["kind"] == "train")
+            if not (before or at) or not self._leads_here(row, path):
+                dropped.append(row)
+                continue
             if place in kept:
                 dropped.append(kept.pop(place))
-            if before or at:
-                kept[place] = row
-            else:
-                dropped.append(row)
+            kept[place] = row
         return list(kept.values()), dropped
+
+    def _leads_here(self, row, path):
+        """Whether the resumed state comes from that row; one of an older version names no save, and
+        counts unless it was set aside."""
+        if self.line is None or "save" not in row:
+            return path.name != ABANDONED
+        start, number = row["save"]
+        return checkpoint.in_line(self.line | {"start": start, "save_counter": number}, self.line)
 
     def _completed(self, kept, second, *place):
         """`kept`, with rows of the second copy for those that it lacks."""
@@ -522,8 +542,11 @@ class MetricsFile:
     def _rows(self, path):
         for row in read_json_lines(path, self.say):
             try:
-                yield {**row, "step": int(row["step"]), "kind": str(row["kind"])}
-            except (ValueError, TypeError, KeyError, OverflowError):
+                row |= {"step": int(row["step"]), "kind": str(row["kind"])}
+                if "save" in row:
+                    row["save"] = [str(row["save"][0]), int(row["save"][1])]
+                yield row
+            except (ValueError, TypeError, LookupError, OverflowError):
                 self.say(f"metrics.jsonl: dropped a row that cannot be read: "
                          f"{json.dumps(row)[:60]!r}")
 

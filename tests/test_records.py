@@ -350,6 +350,22 @@ def test_going_back_to_a_file_of_another_run_brings_its_rows_and_sets_those_of_t
     assert [row["loss"] for row in aside] == [row["loss"] for row in wrong]
 
 
+def test_going_back_to_a_line_that_was_left_brings_its_rows_and_sets_those_of_the_other_aside(tmp_path, corpus):
+    assert train.run(loaded(corpus, tmp_path)) == 0
+    checkpoints, ours = tmp_path / "t/checkpoints", rows(tmp_path)
+    shutil.copy(checkpoints / "last.pt", checkpoints / "checkpoint_epoch_900.pt")
+    changed = loaded(corpus, tmp_path, training__learning_rate=3e-3)
+    assert train.run(changed, resume=str(checkpoints / "checkpoint_epoch_001.pt")) == 0
+    theirs = rows(tmp_path)
+    assert [row["step"] for row in theirs] == [row["step"] for row in ours] and theirs != ours
+    for back, expected in (("checkpoint_epoch_900.pt", ours), ("checkpoint_epoch_002.pt", theirs)):
+        assert train.run(changed, resume=str(checkpoints / back)) == 0
+        assert rows(tmp_path) == expected
+    with open(tmp_path / "t/metrics.jsonl", "a") as file:
+        file.write("".join(json.dumps({"kind": "train", "step": 3, "save": save}) + "\n" for save in (7, [[], 1], ["a"], {})))
+    assert train.run(changed, resume="true") == 0 and rows(tmp_path) == theirs
+
+
 @pytest.mark.parametrize("batch_size", [4, 6])
 def test_going_back_to_a_file_killed_before_the_rows_are_cut_ends_as_if_it_had_not_been(tmp_path, corpus, monkeypatch, batch_size):
     now = {"training__batch_size": batch_size}
