@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import modal
+from grpclib.exceptions import StreamTerminatedError
 
 from eeg import console
 from eeg.disk import Refused, Stop, TemporaryFault, fault
@@ -334,7 +335,7 @@ def work(run, config, launch, resume, fresh, longest, gpu):
         trainer.check(config, print)    # refused while the old run stands
     # all that takes long is done: the record follows before another launch looks again
     claim(run, launch)
-    resume = take(trainer, config, run, before, resume, fresh)
+    resume = take(trainer, config, before, resume, fresh)
     longest -= (time.monotonic() - BEGAN) // 60 / 60    # a Volume may have kept it waiting
     limit, last = hours_of_attempt(run, launch, config["training"]["time_limit_hours"], longest)
     config["training"]["time_limit_hours"] = limit
@@ -413,7 +414,7 @@ def expect_alone(run, launch, others):
                 f"when it is stopped, `modal volume rm holdfast-results /{run.name}/launch.json`")
 
 
-def take(trainer, config, run, before, resume, fresh):
+def take(trainer, config, before, resume, fresh):
     """How train.py is to begin in the run directory: what its --resume takes. before: the attempts
     of this launch.
 
@@ -424,9 +425,12 @@ def take(trainer, config, run, before, resume, fresh):
     if resume == fresh == "false":
         expect_free(trainer, config)
     elif fresh == "true":
-        second = run_folders(config)[1:]
-        trainer.move_aside(run, print, *second)
-        if second:
+        folders = run_folders(config)
+        # a claim alone is no run that would have to be kept
+        held = [f for f in folders if f.is_dir() and set(os.listdir(f)) - {"launch.json"}]
+        if held:
+            trainer.move_aside(held[0], print, *held[1:])
+        if folders[1:]:
             # first: an old second copy beside a new run would be resumed
             persist("commit of the mirror", lambda: commit(mirror))
     return resume
@@ -447,7 +451,9 @@ def new_record(config, run, launch, gpu):
     first = get(run / "launch.json").get("first", 1)
     return claimed(run, launch) | {
         "first": first, "left": "", "saved": "", "gpu": name or "unknown",
-        "began": time.time(), "task": os.environ.get("MODAL_TASK_ID", "local"),
+        # of the container, which is paid from there on, with what it waited for
+        "began": time.time() - (time.monotonic() - BEGAN),
+        "task": os.environ.get("MODAL_TASK_ID", "local"),
         "progress": progress(run), "epochs": config["training"]["epochs"], "dollars": dollars}
 
 
@@ -647,7 +653,8 @@ NO_ANSWER = (
     OSError, modal.exception.ConnectionError, modal.exception.AuthError,
     modal.exception.ClientClosed, modal.exception.PermissionDeniedError,
     modal.exception.ServiceError, modal.exception.InternalError,
-    modal.exception.ResourceExhaustedError, modal.exception.UnimplementedError)
+    modal.exception.ResourceExhaustedError, modal.exception.UnimplementedError,
+    modal.exception.ConflictError, modal.exception.DataLossError, StreamTerminatedError)
 
 
 def state_of(record, run):

@@ -403,6 +403,28 @@ def test_a_volume_that_does_not_answer_has_failed_and_the_container_is_not_paid_
         modal_app.commit(answers)
 
 
+def test_of_what_modal_raises_only_the_end_of_a_call_or_no_such_call_is_taken_for_its_end(monkeypatch):
+    """What merely failed to answer let a second launch train beside the first."""
+    from grpclib import GRPCError
+    from grpclib.exceptions import StreamTerminatedError
+    known = [kind for kind in vars(modal_app.modal.exception).values() if isinstance(kind, type)]
+    silent = [kind for kind in known if issubclass(kind, GRPCError) and not kind.__name__.startswith("_")]
+    silent += [StreamTerminatedError, ConnectionResetError, modal_app.modal.exception.ConnectionError]
+    assert len(silent) > 10
+    over = {"NotFoundError", "InvalidError", "AlreadyExistsError"}
+    for kind in silent:
+        call = argparse.Namespace(get=lambda timeout: (_ for _ in ()).throw(kind("not today")))
+        monkeypatch.setattr(modal_app.modal.FunctionCall, "from_id", lambda name: call)
+        told = modal_app.call_state("fc-1")
+        assert told == "ended" if kind.__name__ in over else told.startswith("cannot be told"), (kind, told)
+
+
+def test_a_container_is_billed_from_its_start_with_what_it_waited_for(runs):
+    runs.trial.change(r"BEGAN = time.monotonic\(\)", "BEGAN = time.monotonic() - 360")
+    runs.attempt(ONE)
+    assert 0.1 <= records.hours(runs.records()[0]) < 0.2
+
+
 def test_a_run_that_works_is_listed_so_where_another_launch_claimed_it_and_was_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(modal_app, "call_state", {"fc-1": "working", "fc-2": "ended"}.get)
     records.put(tmp_path / "attempts" / "001.json", {"launch": "one", "call": "fc-1", "app": "ap-1"})
@@ -451,6 +473,11 @@ def test_another_launch_is_refused_unless_it_resumes_and_fresh_moves_the_old_run
     assert '"refused"' in second[0] and "--resume true" in second[0]
     assert '"finished"' in third[0] and "from step 0" in third[1]
     assert sorted(p.name for p in runs.results.iterdir()) == ["toy", "toy.1"]
+
+
+def test_fresh_where_there_is_no_run_leaves_no_folder_that_holds_a_claim_alone(runs):
+    [(end, log)] = runs.attempt(THREE)
+    assert '"finished"' in end and "moved" not in log and [p.name for p in runs.results.iterdir()] == ["toy"]
 
 
 def test_a_cancelled_call_saves_and_ends_as_cancelled(runs):
