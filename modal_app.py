@@ -28,11 +28,10 @@ from grpclib.exceptions import StreamTerminatedError
 
 from eeg import console
 from eeg.disk import Refused, Stop, TemporaryFault, fault
-from run.attempts import DATA, DOLLARS_AS_OF, FETCHED, MIRROR, RESULTS, TIME_IS_UP
-from run.attempts import attempts, bill, billed, card_and_count, dearest, get, hourly
-from run.attempts import hours_of_attempt, money, next_number, of_launch, progress, put
-from run.attempts import spent, why_over
-from run.config import run_directory, run_folders
+from run.attempts import DATA, DOLLARS_AS_OF, FETCHED, MIRROR, RESULTS, TIME_IS_UP, attempts
+from run.attempts import bill, billed, card_and_count, dearest, get, hourly, hours_of_attempt
+from run.attempts import money, next_number, of_launch, progress, put, spent, why_over
+from run.config import run_directory, run_folders, true_or_false
 from run.watch import answered
 
 GPU = "A100-80GB"                       # "A100-80GB,H100": what is free first; "A100-80GB:8": eight
@@ -76,7 +75,7 @@ def options(words):
     add("--action", required=True, choices=["train", "evaluate", "smoke", "ls", "import"])
     add("--config", default="", metavar="FILE", help="of configs/modal by default")
     add("--resume", nargs="?", const="true", default="false", metavar="true|false|CHECKPOINT",
-        type=lambda word: word.lower() if word.lower() in ("true", "false") else word,
+        type=true_or_false,
         help="a CHECKPOINT is a path on the Volume: /results/NAME/checkpoints/FILE")
     add("--fresh", nargs="?", const="true", default="false", choices=["true", "false"],
         help="move an existing run aside and start over")
@@ -238,13 +237,12 @@ def import_corpus(source, out, layout="auto", montage="referential"):
     imported stays, and a container that takes over goes on from there."""
     from run.fetch import import_from
     reload(recordings)
-    last = [time.monotonic()]
+    timer = console.Timer(COMMIT_EVERY)
 
     def save(what):
-        if time.monotonic() - last[0] >= COMMIT_EVERY:
+        if timer.due():
             # what a container cannot publish it would import in vain
             persist(f"commit after {what}", lambda: commit(recordings))
-            last[0] = time.monotonic()
             print(f"committed after {what}", flush=True)
 
     try:
@@ -286,8 +284,7 @@ def standing(run):
         silent = f"copied from {owner['run']}" if copied else "died without a word"
         left = owner["left"] or silent
         state = left if left == "finished" else f"ended ({left})"
-    line = (f"call {owner.get('call')}, app {owner.get('app', '?')}: {state}, "
-            f"{money(spent(tried))}")
+    line = f"call {owner.get('call')}, app {owner.get('app', '?')}: {state}, {money(spent(tried))}"
     return f"{line}; stop: modal app stop {owner.get('app')}" if state == "working" else line
 
 

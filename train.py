@@ -35,10 +35,11 @@ import evaluate
 import model
 from checkpoint import Signals
 from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those who import train
-from run.config import add, describe, load as load_config, run_directory
+from run.config import add, describe, load as load_config, run_directory, true_or_false
 from run.listing import list_run
-from run.machine import Group, data_parallel, machine_facts, prepare_torch, rank_and_size
-from run.messages import command_again, tell_next, tell_stopped, time_left, true_or_false
+from run.machine import Group, data_parallel, machine_facts, piece, prepare_torch
+from run.machine import rank_and_size
+from run.messages import command_again, tell_next, tell_stopped, time_left
 from run.prepare import check           # noqa: F401 - for those who import train
 from run.prepare import Split, as_saved, build_model, expect_data, expect_same, open_recordings
 from run.prepare import start_from
@@ -133,7 +134,7 @@ class Trainer:
         s, device = self.settings, self.group.device
         self.model = model
         # windows of the largest piece that a batch is cut into
-        self.piece = math.ceil(s["batch_size"] / (s["accumulate"] * self.group.size))
+        self.piece = piece(s, self.group.size)
         self.net = model
         if s["compile"]:
             # one graph for one shape: pieces of a batch that are smaller are filled up to it

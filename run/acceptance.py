@@ -20,6 +20,7 @@ import model
 from eeg import edf
 import evaluate
 from run.attempts import money
+from run.machine import piece
 from run.prepare import Split, folders
 
 DRIVER = {"13": 580, "12": 525}         # oldest NVIDIA driver for a torch of that CUDA version
@@ -171,7 +172,8 @@ def check_training(config, device, trainer, count, dollars, read):
         return
     if min(read) < trained:
         yield "the data Volume is slower than the card: set data.copy_to to a folder in /tmp", ""
-    windows, epochs = epoch_length(config), settings["epochs"]
+    recordings = data.open_corpora(config["data"]["path"], config["data"]["same_person"])
+    windows, epochs = len(Split(config, recordings, lambda line: None).order(1)), settings["epochs"]
     hours = windows / min(*read, trained) / 3600
     epoch, whole = (money(dollars and n * hours * dollars) for n in (1, epochs))
     yield (f"{config['experiment']['name']}, {windows} windows an epoch: {hours:.2f} h, {epoch}; "
@@ -203,14 +205,3 @@ def train_speed(config, device, trainer, count=1):
         optimizer.step()
         loss.item()                                     # waits for the step
     return steps * batch / (time.perf_counter() - began)
-
-
-def piece(settings, count):
-    """Windows that one of `count` cards takes at once: a batch is that of all cards together."""
-    return math.ceil(settings["batch_size"] / (settings["accumulate"] * count))
-
-
-def epoch_length(config):
-    """Windows that an epoch of the planned run trains."""
-    recordings = data.open_corpora(config["data"]["path"], config["data"]["same_person"])
-    return len(Split(config, recordings, lambda line: None).order(1))

@@ -285,6 +285,11 @@ def shown(key):
     return f"; {lowest:g} to {highest:,}"
 
 
+def true_or_false(resume):
+    """What --resume takes: "true" and "false" in any capitals, or a checkpoint."""
+    return resume.lower() if resume.lower() in ("true", "false") else resume
+
+
 def run_directory(config):
     """Its whole path: relative ones depend on where a command was started."""
     return Path(config["experiment"]["results"], config["experiment"]["name"]).absolute()

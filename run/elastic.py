@@ -86,20 +86,16 @@ def following(path, saved):
     in `path`, in a thread. What it raises, but for OSError, ends the training and is raised."""
     ended, known, failed = threading.Event(), len(listed_saves(path)), None
 
-    def look():
-        nonlocal known
-        rows = listed_saves(path)
-        if len(rows) > known:
-            known = len(rows)
-            saved(path.parent / "checkpoints" / rows[-1]["file"])
-
     def follow():
-        nonlocal failed
+        nonlocal known, failed
         over = False
         while not over:                 # once more at the end: for the save on the way out
             over = ended.wait(0.5)
             try:
-                look()
+                rows = listed_saves(path)
+                if len(rows) > known:
+                    known = len(rows)
+                    saved(path.parent / "checkpoints" / rows[-1]["file"])
             except OSError:                             # out of reach: looked at again
                 pass
             except Exception as error:

@@ -200,6 +200,11 @@ def data_parallel(net, group, shape, config):
     return net
 
 
+def piece(settings, count):
+    """Windows that one of `count` processes takes at once: a batch is that of all together."""
+    return math.ceil(settings["batch_size"] / (settings["accumulate"] * count))
+
+
 def machine_facts(group, settings):
     """What decides how sums round: another value of one of them, and a resume is not bit-exact."""
     return {"device": device_name(group.device), "processes": group.size,

@@ -80,10 +80,6 @@ def near(path):
     return os.path.relpath(path) if path and Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
-def true_or_false(resume):
-    return resume.lower() if resume.lower() in ("true", "false") else resume
-
-
 def command_again(args):
     """The command that continues this run."""
     words = ["train.py", "--config", args.config, "--resume"]
