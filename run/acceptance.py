@@ -184,7 +184,8 @@ def train_speed(config, device, trainer, count=1):
     """Windows/s of one of `count` cards in training steps on random EEG, in the pieces and the
     arithmetic of the run; on a CPU of one step of one window."""
     settings = config["training"]
-    warm, steps, batch = (3, 10, piece(settings, count)) if device == "cuda" else (0, 1, 1)
+    batch = piece(settings, count)
+    warm, steps, batch = (3, 10, batch) if device == "cuda" else (0, 1, 1)
     samples = round(edf.FS * config["data"]["window_seconds"])
     net = model.build(CHANNELS, config["model"]).to(device)
     optimizer = trainer.make_optimizer(net, settings, device == "cuda")
