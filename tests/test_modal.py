@@ -763,6 +763,8 @@ assert modal_app.import_corpus.local(attempts.DATA + "/raw", attempts.DATA + "/t
 assert modal_app.import_corpus.local(sys.argv[1], attempts.DATA + "/web")["status"] == "finished"
 config = modal_app.checked(asked)
 assert modal_app.checked(modal_app.options(["--action", "import", "--source", attempts.DATA + "/raw"]))
+assert modal_app.checked(modal_app.options(["--action", "import", "--source", sys.argv[1]]))
+assert modal_app.checked(modal_app.options(["--action", "train", "--config", "config.yaml"]))
 modal_app.tell(asked)
 verdict = modal_app.smoke.local(config, "one", "false", "false", modal_app.planned(config))
 assert verdict == {"status": "finished", "why": "ready"}, verdict
