@@ -7,6 +7,7 @@
 `ls` writes nothing. `clean` names what no resume needs; only with --yes it writes, and removes,
 never of a run in use.
 """
+import collections
 import contextlib
 import fcntl
 import os
@@ -25,9 +26,9 @@ from run.mirror import latest_of, usable
 
 def command(args):
     """`ls` or `clean` as checkpoint.py's command line asks; returns the exit code."""
-    folders = []
-    for path in map(Path, args.paths):
-        folders += find_runs(path) if path.is_dir() else [path.parent]
+    # each once, also where a shell names every file of it
+    folders = list({folder.resolve(): folder for path in map(Path, args.paths)
+                    for folder in find_runs(path)}.values())
     if not folders:
         print(f"no checkpoints in {' '.join(args.paths)}")
         return 1
@@ -45,9 +46,13 @@ def command(args):
 
 
 def find_runs(path):
-    """Folders at or below `path` that hold checkpoints, links followed, each once; those that may
-    not be read are left out."""
-    return [Path(folder) for folder, _ in checkpoint.folders_below(path) if checkpoints(folder)]
+    """Folders at or below `path`, or that of a file, that hold checkpoints, links followed, each
+    once; those that may not be read are named and left out."""
+    if not path.is_dir():
+        return [path.parent] if checkpoints(path.parent) else []
+    found = checkpoint.folders_below(
+        path, lambda error: print(f"{error.filename}: cannot be read: {error.strerror}"))
+    return [Path(folder) for folder, _ in found if checkpoints(folder)]
 
 
 def second_place(directory):
@@ -209,18 +214,20 @@ def clean(directory, yes):
     except checkpoint.InUse as error:
         print(f"left alone: {error.strerror}")
         return 0
-    freed = 0
     with held:
         doomed, spared = _removable(directory)
         for path, why in spared:
             print(f"left {path}  ({why})")
-        for path, why in doomed:
-            info = os.lstat(path)
+        found = [(path, os.lstat(path), why) for path, why in doomed]
+        for path, info, why in found:
             print(f"{'removed' if yes else 'would remove'} {path}  "
                   f"{info.st_size / 1e6:.1f} MB  ({why})")
-            freed += info.st_size if info.st_nlink == 1 else 0
             if yes:
                 os.unlink(path)
+        # a name that stays, here or elsewhere, keeps its file
+        names = collections.Counter(info.st_ino for _, info, _ in found)
+        freed = sum({info.st_ino: info.st_size for _, info, _ in found
+                     if info.st_nlink == names[info.st_ino]}.values())
         print(f"{directory}: {how_many(len(doomed), 'file')}, {freed / 1e6:.1f} MB")
     if old_run(directory):
         print(f"{directory.parent}: a whole old run, moved aside by --fresh: "

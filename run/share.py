@@ -134,6 +134,7 @@ def model_card(state, target, source):
     folders = data.get("path") or []
     if not isinstance(folders, list):
         folders = [folders]
+    eeg = state.get("montage")
     rows = {
         "run": _dict(config.get("experiment")).get("name"),
         "from": Path(source).name,
@@ -143,7 +144,7 @@ def model_card(state, target, source):
         # the names alone: a whole path tells strangers about the machine
         "data": _listed([Path(str(folder)).name for folder in folders]),
         "validation patients": _listed(data.get("dev_patients"))
-        or "the corpus's own, or drawn by the seed",
+        or (eeg and "the corpus's own, or drawn by the seed"),
         "montage": state.get("montage"),
         "channels": _listed(state.get("channels")),
         "threshold": scores.get("threshold", evaluation.get("threshold")),
@@ -154,15 +155,23 @@ def model_card(state, target, source):
     lines += [f"- {name}: {value}" for name, value in rows.items() if value not in (None, "")]
     numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float)) and k != "threshold"}
     if numbers:
-        lines += ["", "## Scores on the validation patients", "", "| score | value |", "|---|---|"]
+        whose = "patients" if eeg else "data"
+        lines += ["", f"## Scores on the validation {whose}", "", "| score | value |", "|---|---|"]
         lines += [f"| {name} | {'not computable' if math.isnan(value) else f'{value:.4g}'} |"
                   for name, value in numbers.items()]
-    lines += ["", "## Intended use", "",
-              "Research on the detection of epileptic seizures in scalp EEG. Not a medical device:",
-              "not for diagnosis, alarms or treatment. The scores above were seen by the choice of",
-              "these weights; on other patients, hospitals and recording systems expect worse, and",
-              "measure it before use.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "## Intended use", "", *_intended_use(eeg, numbers), ""])
+
+
+def _intended_use(eeg, numbers):
+    """Lines of a card; the weights of another loop may be of anything, and not scored."""
+    where = "data"
+    if eeg:
+        yield "Research on the detection of epileptic seizures in scalp EEG. Not a medical device:"
+        yield "not for diagnosis, alarms or treatment."
+        where = "patients, hospitals and recording systems"
+    if numbers:
+        yield "The scores above were seen by the choice of these weights."
+    yield f"On other {where} expect worse, and measure it before use."
 
 
 def _listed(value):

@@ -9,6 +9,7 @@ import crash
 import forked
 from conftest import ROOT
 from crash import state
+from run import listing
 from test_crash import saver
 from test_mirror import mirrored, names
 
@@ -90,6 +91,26 @@ def test_clean_removes_damage_of_this_format_only(tmp_path, capsys):
     assert names(tmp_path) == sorted(["best.pt", "checkpoint_epoch_001.pt", "last.pt", *left])
     out = capsys.readouterr().out
     assert all(f"left {tmp_path}/{name}  (" in out for name in left), out
+
+
+def test_what_clean_frees_is_that_of_each_folder_and_of_each_file_of_several_names_once(tmp_path, capsys):
+    with saver(tmp_path / "v3") as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        s.save_epoch(state(2, epoch=2), metric=0.6)
+    last = tmp_path / "v3/last.pt"
+    size = last.stat().st_size - 50
+    subprocess.run(["truncate", "-s", str(size), str(last)], check=True)        # best.pt and checkpoint_epoch_002.pt too
+    files = [str(path) for path in sorted((tmp_path / "v3").glob("*.pt"))]
+    assert listing.clean(tmp_path / "v3", yes=False) == size
+    capsys.readouterr()
+    assert checkpoint.main(["ls", *files]) == checkpoint.main(["clean", *files]) == 0
+    out = capsys.readouterr().out
+    assert "4 names, 2 files on disk" in out and out.count("would remove") == 3 and "; --yes removes the files" in out
+    (tmp_path / "kept.pt").hardlink_to(last)
+    assert listing.clean(tmp_path / "v3", yes=False) == listing.clean(tmp_path / "v3", yes=True) == 0
+    assert names(tmp_path / "v3") == ["checkpoint_epoch_001.pt"]
+    for command in ("ls", "clean"):             # of a file beside which no run lies
+        assert checkpoint.main([command, str(tmp_path / "kept.pt")]) == 1 and "no checkpoints in" in capsys.readouterr().out
 
 
 def test_several_runs_are_a_line_each_and_one_that_fresh_moved_aside_is_called_so(tmp_path, capsys):

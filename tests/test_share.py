@@ -13,7 +13,7 @@ from test_listing import tree
 def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_path, capsys):
     for name in ("a", "b", "c"):
         with saver(tmp_path / name) as s:
-            s.save_epoch({**state(1, epoch=4), "config": {"data": {"path": "tusz"}, "evaluation": {"threshold": 0.86}},
+            s.save_epoch({**state(1, epoch=4), "montage": "referential", "config": {"data": {"path": "tusz"}, "evaluation": {"threshold": 0.86}},
                           "scores": {"event_f1": 0.71, "auroc": float("nan"), "threshold": 0.9}}, metric=0.71, name="event_f1")
     files = [str(tmp_path / name / "best.pt") for name in ("a", "b", "c")]
     before = tree(tmp_path)
@@ -25,7 +25,7 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     assert checkpoint.main(["strip", files[0]]) == 0 and checkpoint.main(["strip", files[0]]) == 2
     assert f"its model card: {tmp_path}/a/best_weights.md\n" in capsys.readouterr().out
     card = (tmp_path / "a/best_weights.md").read_text()
-    for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "| auroc | not computable |", "Not a medical device", "chosen by: event_f1\n- at: 0.71"):
+    for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "| auroc | not computable |", "not for diagnosis", "The scores above", "chosen by: event_f1\n- at: 0.71"):
         assert text in card, card
     assert "optimizer" not in checkpoint.load(tmp_path / "a/best_weights.pt")
 
@@ -38,6 +38,8 @@ def test_a_card_takes_what_another_loop_keeps_under_the_names_of_ours(tmp_path):
         assert checkpoint.main(["strip", str(path)]) == 0
     assert "- channels: 19\n" in (tmp_path / "0_weights.md").read_text()
     assert "- channels: Fz, 3\n" in (tmp_path / "2_weights.md").read_text()
+    card = (tmp_path / "3_weights.md").read_text()
+    assert not any(word in card for word in ("EEG", "patients", "medical", "corpus", "above"))
 
 
 def test_an_average_is_the_mean_of_weights_with_the_newest_buffers_and_refuses_other_runs_shapes_and_twins(tmp_path, capsys):
