@@ -78,6 +78,8 @@ def sums(url):
     """[(digest, name)] of the files at `url`."""
     lines = b"".join(pieces(url + SUMS)).decode(errors="replace").splitlines()
     found = [line.split(maxsplit=1) for line in lines if line.strip()]
+    if not found:
+        raise Refused(f"{url}{SUMS} lists no file")
     for entry in found:
         if len(entry) != 2 or len(entry[0]) != 64 or not inside(entry[1].removeprefix("*")):
             raise Refused(f"{url}{SUMS}: a line is no digest and name: {' '.join(entry)[:80]!r}")
@@ -86,7 +88,7 @@ def sums(url):
 
 def inside(name):
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return bool(path.parts) and not path.is_absolute() and not {"..", "\0"} & {*path.parts, *name}
 
 
 def pieces(url, begin=0):
@@ -108,11 +110,11 @@ def pieces(url, begin=0):
         if error.code == 416:                           # the part was already the whole
             return
         kind = Refused if 400 <= error.code < 500 and error.code != 429 else TemporaryFault
-        raise kind(f"{url}: {error.code} {error.reason}") from None
+        raise kind(corpora.one_line(f"{url}: {error.code} {error.reason}")) from None
     except (ValueError, InvalidURL) as error:
-        raise Refused(f"{url}: {error}") from None
+        raise Refused(corpora.one_line(f"{url}: {error}")) from None
     except (OSError, HTTPException) as error:
-        raise TemporaryFault(f"{url}: {error}") from None
+        raise TemporaryFault(corpora.one_line(f"{url}: {error}")) from None
 
 
 def fetch_file(url, name, digest, folder, over):

@@ -979,7 +979,10 @@ def test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused(site, tmp_pat
     assert not (tmp_path / "raw" / "chb01" / "summary.txt").exists()
     with pytest.raises(Refused, match="404"):
         fetch.fetch(f"{url}/none", tmp_path / "raw", lambda line: None)
-    for evil in ("../../evil", "/evil", f"*{tmp_path}/evil", "*../evil"):
+    (folder / "SHA256SUMS.txt").write_text("\n")
+    with pytest.raises(Refused, match="SHA256SUMS.txt lists no file"):
+        fetch.fetch(url, tmp_path / "raw", lambda line: None)
+    for evil in ("../../evil", "/evil", f"*{tmp_path}/evil", "*../evil", "."):
         (folder / "SHA256SUMS.txt").write_text(f"{'0' * 64} {evil}\n")
         with pytest.raises(Refused, match="no digest and name"):
             fetch.fetch(url, tmp_path / "raw", lambda line: None)
