@@ -822,8 +822,10 @@ def site_of_edf(tmp_path):
 # called where a card has no memory: test_a_batch_that_does_not_fit_is_a_fault_that_names_the_key;
 # where a Volume takes no record: test_a_volume_that_takes_no_record_of_a_start_is_said_with_its_place;
 # in a container alone: test_a_volume_that_does_not_answer_has_failed_and_the_container_is_not_paid_for_waiting;
+# of a server's errors: test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused;
 # by argparse, which stands between: true_or_false
-ELSEWHERE = {("run/acceptance.py", "evaluate.py", "is_out_of_memory"), ("modal_app.py", "eeg/disk.py", "fault"),
+ELSEWHERE = {("run/fetch.py", "eeg/corpora.py", "one_line"),
+             ("run/acceptance.py", "evaluate.py", "is_out_of_memory"), ("modal_app.py", "eeg/disk.py", "fault"),
              ("modal_app.py", "run/watch.py", "answered"), ("modal_app.py", "run/config.py", "true_or_false")}
 
 
