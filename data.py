@@ -701,7 +701,7 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
         f"{len(recordings) - len(labelled)}, with notes: {sum(bool(r.notes) for r in recordings)}")
     if labelled:
         none, partial, full = counts = np.bincount(Windows(labelled).kind, minlength=3)
-        say(f"  windows of 60 s every 10 s: {none} background, {partial} partial, "
+        say(f"  windows of 60 s every 10 s, the defaults: {none} background, {partial} partial, "
             f"{full} full ({100 * (partial + full) / counts.sum():.1f} % with seizure)")
     noted = corpora.grouped((r.name, r.notes) for r in recordings if r.notes)
     refused = corpora.read_report(path)

@@ -161,7 +161,8 @@ class Trainer:
         if self.finished():
             self.say("this run is finished: raise training.epochs or training.patience to go on")
             return False
-        self.say(self.split.described(self.epoch))
+        self.say(f"{self.split.described(self.epoch)}, "
+                 f"{self.total} steps in {console.how_many(self.settings['epochs'], 'epoch')}")
         try:
             while not self.finished():
                 self.train_epoch()

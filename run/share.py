@@ -148,8 +148,7 @@ def model_card(state, target, source):
         "montage": state.get("montage"),
         "channels": _listed(state.get("channels")),
         "threshold": scores.get("threshold", evaluation.get("threshold")),
-        "chosen by": metric.get("name"),
-        "at": metric.get("value"),
+        "chosen by": metric.get("name") and f"{metric['name']} = {metric.get('value')}",
     }
     lines = [f"# {target.name}", ""]
     lines += [f"- {name}: {value}" for name, value in rows.items() if value not in (None, "")]

@@ -25,7 +25,7 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     assert checkpoint.main(["strip", files[0]]) == 0 and checkpoint.main(["strip", files[0]]) == 2
     assert f"its model card: {tmp_path}/a/best_weights.md\n" in capsys.readouterr().out
     card = (tmp_path / "a/best_weights.md").read_text()
-    for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "| auroc | not computable |", "not for diagnosis", "The scores above", "chosen by: event_f1\n- at: 0.71"):
+    for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "| auroc | not computable |", "not for diagnosis", "The scores above", "chosen by: event_f1 = 0.71\n"):
         assert text in card, card
     assert "optimizer" not in checkpoint.load(tmp_path / "a/best_weights.pt")
 

@@ -1054,7 +1054,7 @@ def test_the_log_file_holds_every_printed_line_over_resumes_with_date_and_time(c
     assert [stamp for stamp, _ in lines] == sorted(stamp for stamp, _ in lines)
     assert re.search(r"^validation of epoch 1: loss [\d.]+, auroc [\d.]+, [\d.]+ false alarms in 24 h; on "
                      r"[\d.]+ h \([\d.]+ h of background\), \d+ seizures, mean over \d patients?$", out, re.M)
-    assert re.search(r"^epoch 1: \d+ windows \(\d+ with a seizure's start or end, \d+ inside a seizure, \d+ without\), 6 batches$", out, re.M)
+    assert re.search(r"^epoch 1: \d+ windows \(\d+ with a seizure's start or end, \d+ inside a seizure, \d+ without\), 6 batches, \d+ steps in \d+ epochs?$", out, re.M)
     assert "of the epoch, " in out and "of the run" in out and "steps skipped" not in out and "waited 0 %" not in out
     assert re.search("^picture: .*t/curves.png\nnext: python evaluate.py --checkpoint .*t/checkpoints/best.pt --data .* --split dev --plot$",
                      out, re.M)
