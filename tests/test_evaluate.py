@@ -527,9 +527,9 @@ def test_minutes_of_one_patient_make_no_sensitivity_of_the_clips_of_the_others()
     clips = [{"patient": "p1", "seconds": 600.0, "reference": 1, "background": 450.0, "always_on": 0}] * 200
     quiet = {"patient": "p2", "seconds": 300.0, "reference": 0, "background": 300.0, "always_on": 1}
     # always on, it finds all 200 with one false alarm in 33 hours, which are 288 a day of the second patient
-    assert set(metrics.AT_RATE) == set(metrics._undefined([*clips, quiet], True))
+    assert set(metrics.AT_RATE) == set(metrics._reasons([*clips, quiet], True))
     day = {"patient": "p2", "seconds": 200000.0, "reference": 0, "background": 200000.0, "always_on": 667}
-    assert not metrics._undefined([*clips, day], True)
+    assert not metrics._reasons([*clips, day], True)
 
 
 def test_the_f1_that_is_said_of_a_detector_that_is_always_on_is_what_one_gets():
