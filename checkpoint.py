@@ -39,8 +39,8 @@ kill it whenever you like:
                 step += 1
                 if saver.due() or saver.stopping():     # the time has come; or Ctrl-C, SIGTERM ...
                     saver.save_mid(pack())
-                if saver.stopping():
-                    sys.exit(saver.stopping())      # once the save is durable
+                    if saver.stopping():
+                        sys.exit(saver.stopping())      # once the save is durable
             model.eval()
             with torch.no_grad():
                 score = -model(data).square().mean().item()
@@ -1766,8 +1766,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         process with its exit code."""
         if self.due() or self.stopping():
             self.save_mid(self.pack(parts))
-        if self.stopping():
-            sys.exit(self.stopping())
+            if self.stopping():             # asked again only here: after a save
+                sys.exit(self.stopping())
 
     # -- when --
 

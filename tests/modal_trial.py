@@ -133,9 +133,9 @@ def fit(config, toy, settings, resume, on_saved, caught):
                     time.sleep(toy["drain"])
                 if caught or late or saver.due():
                     saver.save_mid(pack())
-                if caught or late:
-                    saver.wait()
-                    return 128 + caught[0] if caught else 75
+                    if caught or late:      # a signal since the save was asked for waits for the next step
+                        saver.wait()
+                        return 128 + caught[0] if caught else 75
             saver.save_epoch(pack(), metric=step)
             batch = 0
     return 0

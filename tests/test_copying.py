@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
 import checkpoint
+import crash
 import forked
 from checkpoint import Checkpointer
 from conftest import ROOT
@@ -528,6 +529,49 @@ def test_parts_that_the_checkpoint_lacks_are_named_and_nothing_is_changed(saver)
 def test_a_part_by_a_name_that_the_saver_needs_is_refused_not_lost(saver, name):
     with pytest.raises(ValueError, match=f"a part cannot be called '{name}'"):
         saver.pack({"model": torch.nn.Linear(1, 1), name: torch.nn.Linear(1, 1)})
+
+
+STEPS = """
+with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
+    saver.unpack(parts, saver.resume())
+    for number, (x, y) in saver.batches(loader):
+        train(x, y)
+        saver.boundary(parts)
+"""
+
+
+@pytest.mark.parametrize("loop", ["docstring", "boundary"])
+def test_a_signal_between_any_two_lines_of_a_loop_leaves_only_after_a_save_of_the_last_step(tmp_path, monkeypatch, loop):
+    code = crash.docstring_loop().replace("0.001", "30") if loop == "docstring" else HEAD + STEPS
+    code = compile(code, "<loop>", "exec")
+    watched = {code, Checkpointer.boundary.__code__, Checkpointer.stopping.__code__, Checkpointer.due.__code__}
+    ends = []
+    for line in range(20, 50):              # lines that ran
+        here = tmp_path / str(line)
+        here.mkdir()
+        monkeypatch.chdir(here)
+        scope, left = {}, [line]
+
+        def trace(frame, event, _):
+            if frame.f_code in watched:
+                left[0] -= event == "line" and "saver" in scope
+                if left[0] == 0 and event == "line":
+                    left[0] = -1
+                    signal.raise_signal(signal.SIGTERM)
+                return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with pytest.raises(SystemExit) as left_with:
+                exec(code, scope)
+        finally:
+            sys.settrace(before)
+        done = scope["step"] if loop == "docstring" else scope["saver"].global_step
+        newest = checkpoint.load(checkpoint.find_resume("checkpoints", say=str))
+        assert (left_with.value.code, newest["global_step"]) == (128 + signal.SIGTERM, done), line
+        ends.append(done)
+    assert len(set(ends)) > 3               # steps in the middle of which it came
 
 
 # ---- a notebook ----
