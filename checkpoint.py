@@ -1282,6 +1282,11 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def megabytes(size: float) -> str:
+    """Bytes as "195.4 MB", few of them as "1.4 kB"."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
 def find_resume(checkpoints_directory: str | os.PathLike,
                 say: Callable[[str], object] = print) -> Path | None:
     """Path of the checkpoint to resume from, verified, or None. Prints each candidate and why it
@@ -1968,7 +1973,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             link_or_copy(first, self.directory / name, self.links)
         wrote = time.monotonic() - began
         self._slowest = max(self._slowest, blocked + wrote)
-        self.say(f"saved {' = '.join(names)}: {size / 1e6:.1f} MB, training waited "
+        self.say(f"saved {' = '.join(names)}: {megabytes(size)}, training waited "
                  f"{blocked * 1e3:.0f} ms, durable in {wrote:.2f} s{self._remark()}")
         self._call_hook(first)
         for kind, keep in self.keep.items():
@@ -2053,9 +2058,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._due_at = min(self._due_at, now + 60)          # no need to wait for the whole interval
         line = f"save failed ({self._failures} in a row): {reason_of(error)}"
         if getattr(error, "errno", None) == errno.ENOSPC:
-            line += f" ({self._image.end / 1e6:.1f} MB needed"
+            line += f" ({megabytes(self._image.end)} needed"
             with contextlib.suppress(OSError):
-                line += f", {shutil.disk_usage(self.directory).free / 1e6:.1f} MB free"
+                line += f", {megabytes(shutil.disk_usage(self.directory).free)} free"
             line += ")"
         self.say(f"{line}; every earlier checkpoint is as it was")
         # time mends a disk, but no weights that are not finite

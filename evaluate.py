@@ -429,8 +429,8 @@ def stored_settings(state):
     missed = over_cap({**dict.fromkeys(METRICS, math.nan), **scored}, config)
     if missed:
         return c, f"{source}: {missed}"
-    cap = c["max_false_alarms_per_24h"]
-    return c, f"{source}: best event F1 there with at most {cap:g} false alarms per 24 h"
+    score, cap = scored.get("event_f1", math.nan), c["max_false_alarms_per_24h"]
+    return c, f"{source}: event F1 {score:.3f} there, at most {cap:g} false alarms per 24 h"
 
 
 def overridden(c, source, args):

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 import checkpoint
-from checkpoint import KINDS, Candidate, candidates, checkpoints
+from checkpoint import KINDS, Candidate, candidates, checkpoints, megabytes
 from eeg.console import how_many
 from run.mirror import latest_of, usable
 
@@ -34,7 +34,7 @@ def command(args):
         return 1
     if args.command == "clean":
         freed = sum(clean(folder, args.yes) for folder in folders)
-        print(f"{'freed' if args.yes else 'to free'} in all: {freed / 1e6:.1f} MB"
+        print(f"{'freed' if args.yes else 'to free'} in all: {megabytes(freed)}"
               + ("" if args.yes or not freed else "; --yes removes the files"))
         return 0
     for folder in folders:
@@ -121,7 +121,7 @@ def summary(directory):
     parts = [
         f"newest: {newest}" if newest else "no sound checkpoint",
         "best: {name} {value:.4f}".format(**metric) if metric else "no best yet",
-        f"{how_many(files, 'file')}, {size / 1e6:.1f} MB", resume, in_use_text(directory),
+        f"{how_many(files, 'file')}, {megabytes(size)}", resume, in_use_text(directory),
         "an old run, moved aside" if old_run(directory) else ""]
     return f"{directory}: " + "; ".join(part for part in parts if part)
 
@@ -190,10 +190,10 @@ def _table(directory, chosen, say):
         mark = "->" if chosen and c.path == chosen.path else "  "
         say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
             f"{facts['global_step']:>9}  {metric:<22} "
-            f"{info.st_size / 1e6:>7.1f} MB {age(time.time() - info.st_mtime):>7}  {health}")
+            f"{megabytes(info.st_size):>10} {age(time.time() - info.st_mtime):>7}  {health}")
     files, size = disk_use(directory)
     say(f"    {how_many(count, 'name')}, {how_many(files, 'file')} on disk, "
-        f"{size / 1e6:.1f} MB in all")
+        f"{megabytes(size)} in all")
 
 
 def age(seconds):
@@ -221,17 +221,17 @@ def clean(directory, yes):
         found = [(path, os.lstat(path), why) for path, why in doomed]
         for path, info, why in found:
             print(f"{'removed' if yes else 'would remove'} {path}  "
-                  f"{info.st_size / 1e6:.1f} MB  ({why})")
+                  f"{megabytes(info.st_size)}  ({why})")
             if yes:
                 os.unlink(path)
         # a name that stays, here or elsewhere, keeps its file
         names = collections.Counter(info.st_ino for _, info, _ in found)
         freed = sum({info.st_ino: info.st_size for _, info, _ in found
                      if info.st_nlink == names[info.st_ino]}.values())
-        print(f"{directory}: {how_many(len(doomed), 'file')}, {freed / 1e6:.1f} MB")
+        print(f"{directory}: {how_many(len(doomed), 'file')}, {megabytes(freed)}")
     if old_run(directory):
         print(f"{directory.parent}: a whole old run, moved aside by --fresh: "
-              f"{disk_use(directory)[1] / 1e6:.1f} MB; rm -r it when nothing of it is wanted")
+              f"{megabytes(disk_use(directory)[1])}; rm -r it when nothing of it is wanted")
     return freed
 
 

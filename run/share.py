@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from checkpoint import megabytes
 
 
 def command(args):
@@ -46,8 +47,8 @@ def strip(source, target=None):
     elif checkpoint.facts_of(state)["kind"] not in (None, "epoch"):
         kept |= _threshold_alone(state)         # the scores are of the validation before it
     _share(kept, target, source)
-    print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB of "
-          f"{os.path.getsize(source) / 1e6:.1f} MB; its model card: {target.with_suffix('.md')}")
+    print(f"{target}: {megabytes(os.path.getsize(target))} of "
+          f"{megabytes(os.path.getsize(source))}; its model card: {target.with_suffix('.md')}")
 
 
 def average(sources, target):

@@ -130,7 +130,7 @@ def test_several_runs_are_a_line_each_and_one_that_fresh_moved_aside_is_called_s
     checkpoint.main(["clean", str(tmp_path)])
     assert not list(tmp_path.rglob(".lock")), "a look writes nothing"
     out = capsys.readouterr().out
-    assert "a whole old run, moved aside by --fresh" in out and "to free in all: 0.0 MB" in out.splitlines()[-1]
+    assert "a whole old run, moved aside by --fresh" in out and "to free in all: 0.0 kB" in out.splitlines()[-1]
 
 
 def test_verify_takes_every_pt_below_a_path_links_once_and_nothing_found_is_an_error(tmp_path, capsys):
