@@ -653,14 +653,15 @@ def fit_and_tell(trainer, again):
         if stopped:
             return trainer.group.from_main(lambda: settle_and_tell(trainer, again))
         trainer.group.from_main(home.saver.settle if home else None)
-        if home:
-            list_run(home.newest, say)
-            tell_next(home, trainer.config, say)
+        if home:                        # its work is done: a disk that fails now costs lines
+            with tolerated(say, home.newest):
+                list_run(home.newest, say)
+                tell_next(home, trainer.config, say)
         return 0
     except Diverged:
         good = None
-        if home:
-            good = checkpoint.find_resume(home.newest, lambda line: None)
+        with tolerated(say, home and home.newest):
+            good = home and checkpoint.find_resume(home.newest, lambda line: None)
         say(f"{MAX_NONFINITE} losses in a row were not finite; the last good checkpoint is {good}; "
             f"lower the learning rate")
     except checkpoint.SaveFailed as error:

@@ -683,6 +683,27 @@ def test_a_stop_in_a_validation_before_which_the_snapshot_was_turned_away_keeps_
     assert_same_run(small_disk, reference)
 
 
+@pytest.mark.parametrize("diverged", [False, True])
+def test_a_disk_that_fails_once_the_last_state_is_durable_costs_a_run_lines_and_not_its_exit_code(corpus, ext4_disk, capsys, monkeypatch,
+                                                                                                  diverged):
+    def fails(*arguments):                  # a dead ext4 still gives what the kernel has in memory
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def fit(self):
+        self.save_mid()
+        self.home.saver.wait()
+        dies(ext4_disk)
+        monkeypatch.setattr("run.listing.in_use_text", fails)
+        if diverged:
+            raise train.Diverged
+        return False
+    monkeypatch.setattr(train.Trainer, "fit", fit)
+    assert train.run(loaded(corpus, ext4_disk)) == diverged
+    out = capsys.readouterr().out
+    assert f"{ext4_disk}/t/checkpoints: Input/output error" in out
+    assert ("50 losses in a row were not finite" in out) == diverged
+
+
 @pytest.mark.parametrize("name", ["t", "unseen"])
 def test_a_start_on_a_dead_disk_is_one_line_and_may_be_tried_again(corpus, ext4_disk, name):
     with cut_at(3):
