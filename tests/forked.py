@@ -5,16 +5,19 @@ first line on.
 
 is subprocess.Popen, to the caller: same arguments, same object, a child of this process with its own number, signals and
 exit code. Only its interpreter and the libraries come out of a fork; scripts and modules of the project are imported by the
-child, from its own sys.path. One server for each process of the suite, started by the first use; it has imported and never
+child, from its own sys.path: where a file's bytes are those of the checkout, only their translation to bytecode, most of the
+time of such an import, is the server's. One server for each process of the suite, started by the first use; it has imported and never
 computed, so no thread and no random number is handed down.
 
-What the fork hides: the environment is read too late for the interpreter (PYTHONPATH, PYTHONHASHSEED, PYTHONWARNINGS) and
-for the libraries (OMP_NUM_THREADS). Who needs those takes subprocess.
+What the fork hides: the environment is read too late for the interpreter (PYTHONPATH, PYTHONHASHSEED, PYTHONWARNINGS; only
+PYTHONUNBUFFERED and PYTHONIOENCODING are heard) and for the libraries (OMP_NUM_THREADS). Who needs those takes subprocess.
 """
+import _imp
 import array
 import atexit
 import ctypes
 import gc
+import importlib.machinery
 import io
 import json
 import os
@@ -25,12 +28,15 @@ import subprocess
 import sys
 import tempfile
 import types
+import weakref
 from pathlib import Path
 
 NAME = "forks"                              # of the process that forks, in ps
 SUBREAPER = 36                              # of linux/prctl.h
+ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "torch._dynamo", "torch.distributed", "torch.utils.tensorboard", "numpy", "h5py", "scipy.signal",
-             "yaml", "tqdm", "modal", "torch.distributed.run", "matplotlib.pyplot", "matplotlib.backends.backend_agg")
+             "yaml", "tqdm", "modal", "torch.distributed.run", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
+             "timescoring.scoring", "concurrent.futures.process", "multiprocessing.queues")
 
 
 # ---- the process of a test ----
@@ -150,6 +156,9 @@ def serve(address, ends, ready):
     """Fork a child for each request; return its request in the child, nothing once the descriptor `ends` has ended."""
     for name in LIBRARIES:
         __import__(name)
+    translate()
+    for finalizer in weakref.finalize._registry:        # those of torch take its operators apart, page by page
+        finalizer.atexit = False
     Path("/proc/self/comm").write_text(NAME)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -195,6 +204,26 @@ def serve(address, ends, ready):
             os.close(descriptor)
 
 
+TRANSLATED = {}                             # {bytes of a file of the checkout: code}
+
+
+def translate():
+    """Have the checkout's files as code, for whoever imports the same bytes, from there or from a copy."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        if not path.name.startswith("test_"):
+            content = path.read_bytes()
+            TRANSLATED[content] = compile(content, str(path), "exec", dont_inherit=True)
+    importlib.machinery.SourceFileLoader.source_to_code = lambda self, content, path, **options: code_from(content, path)
+
+
+def code_from(content, path):
+    code = TRANSLATED.pop(bytes(content), None)         # it bears one name, and so is given once
+    if not code:
+        return compile(content, path, "exec", dont_inherit=True)
+    _imp._fix_co_filename(code, os.fspath(path))
+    return code
+
+
 def received(line):
     fds = array.array("i")
     head, ancillary, _, _ = line.recvmsg(8, socket.CMSG_SPACE(3 * fds.itemsize))
@@ -220,15 +249,18 @@ def become(request, descriptors):
     for descriptor in descriptors:
         if descriptor > 2:
             os.close(descriptor)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    words = {"encoding": encoding or None, "errors": errors or ("strict" if encoding else None), "closefd": False}
+    sys.stdin = open(0, **words)
+    sys.stdout = open(1, "w", **words)
+    sys.stderr = open(2, "w", buffering=1, **words | {"errors": "backslashreplace"})
     if os.environ.get("PYTHONUNBUFFERED"):
         unbuffer()
 
 
 def unbuffer():
-    sys.stdout = io.TextIOWrapper(open(1, "wb", buffering=0, closefd=False), write_through=True)
+    words = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    sys.stdout = io.TextIOWrapper(open(1, "wb", buffering=0, closefd=False), write_through=True, **words)
 
 
 def execute(words):
@@ -251,7 +283,9 @@ def execute(words):
     else:
         sys.argv = options
         sys.path.insert(0, os.path.dirname(os.path.abspath(options[0])))
-        runpy.run_path(options[0], run_name="__main__")
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        main.__file__ = options[0]
+        exec(code_from(Path(options[0]).read_bytes(), options[0]), vars(main))
 
 
 def leave(codes):
