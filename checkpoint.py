@@ -964,7 +964,8 @@ def _read_state(file, map_location):
         file.seek(0)
         # torch may lose an error of readinto; where there is none, it reads by `read`
         plain = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-        state = torch.load(plain, map_location=map_location, weights_only=True, mmap=False)
+        with torch.no_grad():               # else 2.14 makes no leaf of a storage of another dtype
+            state = torch.load(plain, map_location=map_location, weights_only=True, mmap=False)
         if not isinstance(state, dict):
             raise CorruptCheckpoint(f"holds a {type(state).__name__}, not a checkpoint dict")
     except Exception as error:

@@ -190,7 +190,8 @@ def test_whatever_state_is_saved_comes_back_as_it_was_and_as_torch_save_brings_i
             checkpoint.atomic_save(state, tmp_path / "x.pt")
             ours = checkpoint.load(tmp_path / "x.pt")
             Pairs(state, ours)
-            Pairs(ours, torch.load(tmp_path / "x.pt", weights_only=True, mmap=True))
+            with torch.no_grad():           # torch 2.14 alone reads no leaf among views of two dtypes
+                Pairs(ours, torch.load(tmp_path / "x.pt", weights_only=True, mmap=True))
             checkpoint.verify(tmp_path / "x.pt")
             if not numpy:
                 theirs = io.BytesIO()
