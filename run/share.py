@@ -115,15 +115,21 @@ def _with_weights(source):
 
 
 def _share(state, target, source):
-    """Weights and their card, where neither exists yet."""
+    """Weights and their card, where neither exists yet. The weights come last: where they are, all
+    is; a card of this very text is that of a call which was killed before them."""
     card = target.with_suffix(".md")
     if card == target:
         raise ValueError(f"{target}: a .md is the card that goes beside the weights")
+    text = model_card(state, target, source).encode()
     for path in (target, card):
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not (path == card and path.read_bytes() == text):
             raise ValueError(f"{path} exists: name another file, or move it away")
-    checkpoint.atomic_save(state, target)
-    checkpoint.atomic_write(card, [model_card(state, target, source).encode()])
+    checkpoint.atomic_write(card, [text])
+    try:
+        checkpoint.atomic_save(state, target)
+    except BaseException:
+        card.unlink()
+        raise
 
 
 def model_card(state, target, source):

@@ -1,13 +1,15 @@
 """run/share.py: weights to share, and the card beside them."""
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint
 import evaluate
-from crash import state
+from crash import kill_sweep, state
 from test_crash import saver
 from test_listing import tree
+from run import share
 
 
 def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_path, capsys):
@@ -20,7 +22,7 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     assert checkpoint.main(["strip", *files]) == checkpoint.main(["strip", *files[:2]]) == 2
     assert checkpoint.main(["strip", files[0], str(tmp_path / "x.md")]) == 2
     assert checkpoint.main(["strip", files[0], str(tmp_path / "no/x.pt")]) == 2
-    assert "no/x.pt: No such file" in capsys.readouterr().err.splitlines()[-1]
+    assert "no/x.md: No such file" in capsys.readouterr().err.splitlines()[-1]
     assert tree(tmp_path) == before
     assert checkpoint.main(["strip", files[0]]) == 0 and checkpoint.main(["strip", files[0]]) == 2
     assert f"its model card: {tmp_path}/a/best_weights.md\n" in capsys.readouterr().out
@@ -28,6 +30,23 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     for text in ("data: tusz", "threshold: 0.9\n", "| event_f1 | 0.71 |", "| auroc | not computable |", "not for diagnosis", "The scores above", "chosen by: event_f1 = 0.71\n"):
         assert text in card, card
     assert "optimizer" not in checkpoint.load(tmp_path / "a/best_weights.pt")
+
+
+def test_a_strip_killed_at_any_call_leaves_no_weights_without_their_card_and_the_same_command_finishes_it(tmp_path, capsys):
+    def setup(directory):
+        checkpoint.atomic_save(state(1), directory / "a.pt")
+
+    def check(directory):
+        whole = (directory / "b.pt").exists()
+        assert not whole or (directory / "b.md").exists()
+        assert checkpoint.main(["strip", str(directory / "a.pt"), str(directory / "b.pt")]) == (2 if whole else 0)
+        assert sorted(tree(directory)) == ["a.pt", "b.md", "b.pt"] and not checkpoint.damage_of(directory / "b.pt")
+    assert kill_sweep(tmp_path / "d", setup, lambda d: share.strip(d / "a.pt", d / "b.pt"), check, every=2) > 7
+    with pytest.raises(TypeError):          # a state that no file takes leaves no card
+        share._share({"model": object()}, tmp_path / "c.pt", "a.pt")
+    (tmp_path / "c.md").write_text("of another hand")
+    with pytest.raises(ValueError, match="c.md exists"):
+        share._share({"model": {}}, tmp_path / "c.pt", "a.pt")
 
 
 def test_a_card_takes_what_another_loop_keeps_under_the_names_of_ours(tmp_path):
