@@ -2320,7 +2320,8 @@ class Lock(contextlib.AbstractContextManager):
         with contextlib.suppress(OSError):  # a file system without locks: nothing to give back
             # closing alone would leave it to a child that has the descriptor
             fcntl.flock(self.fd, fcntl.LOCK_UN)
-        os.close(self.fd)
+        with contextlib.suppress(OSError):  # a network disk may say only now what it refused
+            os.close(self.fd)
 
     @classmethod
     def leave_to_parent(cls) -> None:

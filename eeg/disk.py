@@ -7,6 +7,7 @@ mean, and a copy of it on a faster disk.
 
 Without torch: importing that takes a second. checkpoint.py, which is copied alone, has its own.
 """
+import contextlib
 import errno
 import fcntl
 import json
@@ -74,7 +75,8 @@ class Hold:
             self.taken.discard(self.fd)
             # closing alone would leave it to a child that has the descriptor
             fcntl.flock(self.fd, fcntl.LOCK_UN)
-            os.close(self.fd)
+            with contextlib.suppress(OSError):      # a network disk may refuse its text only now
+                os.close(self.fd)
 
     @classmethod
     def leave_to_parent(cls):

@@ -19,6 +19,7 @@ import crash
 import forked
 from conftest import ROOT
 from crash import sound, state
+from eeg import disk
 from test_crash import recover, saver
 
 
@@ -53,6 +54,15 @@ def test_the_death_of_a_process_frees_its_lock_though_its_forked_worker_lives_on
         checkpoint.lock(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("take", [checkpoint.lock, disk.hold])
+def test_a_lock_file_whose_disk_refuses_its_text_at_close_is_given_back_without_an_error(tmp_path, take):
+    def refuse(number, name, arguments):
+        return OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)) if name == "close" else None
+    with crash.Watched(tmp_path, refuse):
+        take(tmp_path).close()
+    take(tmp_path).close()
 
 
 def test_a_lock_follows_no_symbolic_link_and_waits_for_no_fifo(tmp_path):
