@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from eeg.columns import COLUMNS, NOTHING, SECONDS, another_clock, kind_of, refuse_codes
+from eeg.columns import refuse_described, refuse_edges, refuse_lines, refuse_others, refuse_times
+from eeg.columns import title_of
 from eeg.disk import write_file
 from eeg.edf import NUMBER, DataError, number
 from eeg.terms import CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
 from eeg.terms import meaning_of, marks, plain, speaks, without_number
 
-CLOCK = re.compile(r"(?<!\d)(\d?\d):(\d\d):(\d\d)(?:\.\d*)?(?: ?([ap])\.?m\b)?", re.I)
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
 SHORT = 2.0                             # s; a list of shorter ones alone is odd
 SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
@@ -122,7 +124,7 @@ def table(text, name, delimiter, columns):
         _refuse_cut(rows, 1 + max(map(header.index, columns)), text)
         _refuse_hidden([line for line in text.split("\n")
                         if line.count(delimiter) >= len(columns) - 1])
-        _refuse_others(rows[1:], header, name)
+        refuse_others(rows[1:], header, name)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     return [dict(zip(header, row)) for row in rows[1:]]
@@ -160,25 +162,13 @@ def _lines(text, name):
 
 
 def read_events_tsv(path, header, texts=None):
-    return parse_events_tsv(read_text(path), path.name, texts, header.began if header else "")
-
-
-def another_clock(stamp, began, after=0.0):
-    """Whether a time stamp is neither the recording's start, YYYY-MM-DD hh:mm:ss, nor `after` s
-    later. A date may be shifted; midnight is no start: anonymised."""
-    stamped, begin = map(_of_day, (stamp, began))
-    late = [(stamped - begin - later) % 86400 for later in (0, after)]
-    return bool(stamped and begin) and all(1 < seconds < 86399 for seconds in late)
-
-
-def _of_day(text):
-    """s of the day of the first hh:mm:ss in a text, 0 where it has none."""
-    found = CLOCK.search(text)
-    if not found:
-        return 0
-    seconds = sum(int(part) * 60 ** k for k, part in enumerate(found.groups()[2::-1]))
-    # 12:05 PM is 5 past 12, 12:05 AM 5 past 0
-    return seconds % 43200 + 43200 * (found[4] in "pP") if found[4] else seconds
+    text = read_text(path)
+    labels = parse_events_tsv(text, path.name, texts, header.began if header else "")
+    try:
+        refuse_described(path, text, texts or Texts())
+    except DataError as error:
+        raise Unlabelled(str(error)) from None
+    return labels
 
 
 def parse_events_tsv(text, name="events.tsv", texts=None, began=""):
@@ -212,6 +202,8 @@ def parse_events_tsv(text, name="events.tsv", texts=None, began=""):
         elif span:
             labels.events.append(span)
 
+    refuse_edges(list(rows[0]), [(number(row["onset"], name), row["duration"], list(row.values()))
+                                 for row in rows if row["eventType"].startswith("sz")])
     for begin, end in tests:
         if any(onset < end and stop > begin for onset, stop in labels.events):
             raise DataError(f"{name}: a seizure inside an impedance test "
@@ -362,34 +354,12 @@ def is_list(path):
     return True
 
 
-# what a column of an exported list is called, without units
-COLUMNS = {
-    "onset": {"onset", "time", "start", "start time", "begin", "onset time"},
-    "end": {"end", "stop", "stop time", "end time", "offset"},
-    "duration": {"duration", "length"},
-    "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
-             "comment", "note", "type", "eventtype", "event type"},
-    "file": {what + end for end in ("", "name", "id", "path", " name", " id", " path", " no", " nr")
-             for what in "file recording record run edf session patient subject study segment part "
-                         "block datei fichier aufnahme".split()}}
-FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
-OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
-SECONDS = r"(s|secs?|seconds?)\.?( (from|after|since|of) .*(start|begin|onset)\w*)?|"
-# lines and columns with a time of day: of the recording's start, of a row
-BEGINS = re.compile(r"^(?!.*\b(end|ende|fin|stop|dur\w*|length|dauer)\b).*("
-                    r"orig|start|beg[aiu]n|record(ing|ed)|meas|aufnahme|d[eé]but|ini[cz]io|"
-                    r"date\W?time)", re.I)
-OF_DAY = re.compile(r"^(?!.*(\bend|\bstop|creat|modif|chang|export|edit|updat|review|dur|clin))"
-                    r"(?!.*video).*(onset|time|clock|date|stamp|start|begin|uhr|zeit|heure|hora)")
 # other columns that may say of a row that it does not count, or which edge of a seizure it is
 JUDGES = re.compile(r"[ck]omment|comentar|remar|bemerk|befund|\bnot[ae]|review|confirm|verif|"
                     "valid|accept|certain|status|phase|state|edge|marker|confiden|probab|sicher|"
                     "opinion|assess|urteil|bewert|avis|interpret|class|categ|result|outcome|"
                     "consens|description|flag|level|value|action|bound|off|tag|moment|point|kind|"
                     "switch")
-# a cell that says nothing, or no
-NOTHING = re.compile(r"(no?|none|nein|non|false|n/?a|nan|null|nil|-*|0+([.,]0*)?)", re.I)
-
 
 def list_labels(text, name, texts=None, began=""):
     """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where
@@ -399,6 +369,7 @@ def list_labels(text, name, texts=None, began=""):
     try:
         found = parse_list(text, name, texts, began)
         labels = parse_annotations(found, texts)
+        refuse_codes(found, texts)
     except NoTable:
         raise
     except (DataError, csv.Error) as error:
@@ -413,14 +384,14 @@ def list_labels(text, name, texts=None, began=""):
 def parse_list(text, name, meanings, began=""):
     """[(onset in s, duration in s or None, text)] of a table with a column of onsets and one of
     texts, delimited by tabs, commas or semicolons."""
-    lines = [line for line in text.split("\n") if line.strip("# ")]
+    lines, seizures = [line for line in text.split("\n") if line.strip("# ")], []
     for at, line in enumerate(lines[:10]):
         for delimiter in "\t,;":
             titles = _cells(line.lstrip("# "), delimiter)
             columns = _columns(titles)
             if {"onset", "text"} <= columns.keys():
                 _refuse_hidden(lines[at + 1:])
-                _refuse_clock(lines[:at], began)
+                refuse_lines(lines[:at], began)
                 _refuse_above([_cells(row, delimiter) for row in lines[:at]], columns)
                 # MNE quotes nothing: what a last text holds of delimiters
                 count = len(titles) if len(titles) - 1 in columns["text"] else None
@@ -430,9 +401,14 @@ def parse_list(text, name, meanings, began=""):
                 needed = min(len(titles), max([columns["onset"][0] + 1, columns["text"][0] + 1,
                                                *map(len, rows)]))
                 _refuse_cut([titles, *rows], needed, text)
-                _refuse_others(rows, titles, name)
-                found = [found for row in rows
-                         for found in _list_row(row, titles, columns, meanings, began)]
+                refuse_others(rows, titles, name)
+                found = []
+                for row in rows:
+                    of_row = _list_row(row, titles, columns, meanings, began)
+                    seizures += [(*times, row) for *times, text in of_row
+                                 if meanings.meaning(text)[0] == "seizure"][:1]
+                    found += of_row
+                refuse_edges(titles, seizures)
                 _refuse_heading(lines[:at], [text for *_, text in found], meanings)
                 return found
     raise NoTable(f"{name} is no table of onsets and texts")
@@ -454,16 +430,6 @@ def _refuse_heading(lines, texts, meanings):
             raise DataError(f"{line[:60]!r} stands above rows that are on none")
 
 
-def _refuse_clock(lines, began):
-    """Refuse a list whose lines above its titles say that its times are no seconds from the
-    recording's start: MNE writes orig_time, others Start, of one that was cut since, perhaps."""
-    for line in lines:
-        said = line.strip("# ")
-        if (re.match(rf"(all )?(times?|onsets?|units?)\b(\W+\w+){{0,2}}\W+{OTHER_UNIT}", said, re.I)
-                or BEGINS.search(CLOCK.split(said)[0]) and another_clock(said, began)):
-            raise DataError(f"{said[:60]!r}: the recording's seconds count from its start, {began}")
-
-
 def _cells(line, delimiter, count=None):
     """Cells of a line, `count` at most. A quote ends with its line: a lone one swallows no row."""
     cells = next(csv.reader([line], delimiter=delimiter))
@@ -476,9 +442,10 @@ def _columns(cells):
     """{kind of column: its places}."""
     found = {}
     for place, cell in enumerate(cells):
-        for kind, titles in COLUMNS.items():
-            if _title(cell) in titles:
-                found.setdefault(kind, []).append(place)
+        found.setdefault(kind_of(cell), []).append(place)
+    found.pop("", None)
+    for kind, places in found.items():  # one called onset before one called seizure start
+        places.sort(key=lambda place: title_of(cells[place]) not in COLUMNS[kind])
     if {"onset", "text"} <= found.keys():
         for place in (p for kind in ("onset", "end", "duration") for p in found.get(kind, ())):
             unit = re.search(r"[(\[,]\s*([^)\]]*)", cells[place])
@@ -489,29 +456,6 @@ def _columns(cells):
     return found
 
 
-def _title(cell):
-    return " ".join(re.sub(r"[(\[,].*|[_-]", " ", cell.lower()).split())
-
-
-def _refuse_others(rows, titles, name):
-    """Refuse a table that has rows of another recording than the one it lies beside, or a column
-    that gives its times in another unit than seconds."""
-    cells = [(_title(title), cell) for row in rows for title, cell in zip(titles, row)]
-    odd = [cell for title, cell in cells if title in ("unit", "units", "time unit")
-           and re.match(OTHER_UNIT, cell, re.I)]
-    if odd:
-        raise DataError(f"its times are in {odd[0]}, not in seconds")
-    kinds = COLUMNS["file"]
-    named = max(({cell for title, cell in cells if title == kind} for kind in kinds), key=len)
-    edfs = {cell for title, cell in cells if cell.lower().endswith(".edf")
-            or FILE.match(title) and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
-    others = [cell for cell in sorted(edfs) if not name.lower().startswith(
-        re.sub(r"(_eeg)?(\.\w{1,4})?$", "", re.split(r"[\\/]", cell.lower())[-1], count=1))]
-    if len(named) > 1 or others:
-        raise DataError(f"it has rows of {', '.join(others or sorted(named))[:60]}: one list for "
-                        "each recording")
-
-
 def _list_row(row, titles, columns, meanings, began=""):
     """One annotation for each of its texts: a type and a comment say more together. Where they do
     not speak of a seizure, what other columns say of one is a text too; where they do, what judges
@@ -520,16 +464,15 @@ def _list_row(row, titles, columns, meanings, began=""):
                             for kind in ("onset", "duration", "end"))
     if onset is None:
         raise DataError(f"no onset in the row {' '.join(row)[:60]!r}")
-    odd = [cell for title, cell in zip(map(_title, titles), row) if OF_DAY.search(title)
-           and another_clock(cell, began, onset) and abs(_of_day(cell) - onset) > 1]
-    if odd:
-        raise DataError(f"{odd[0]} is not {onset:g} s after the recording's start, {began}")
+    refuse_times(list(map(title_of, titles)), row, onset, began)
     length = duration or (end - onset if end else 0)
     if length < 0 or duration and end and abs(onset + duration - end) > 1:
         raise DataError(f"the times of the row {' '.join(row)[:60]!r} do not agree")
     texts = [row[place] for place in columns["text"] if place < len(row) and row[place]]
     if not any(map(marks, texts)):
-        read = {place for places in columns.values() for place in places}
+        # one called seizure start says so itself
+        read = {place for kind, places in columns.items() for place in places
+                if title_of(titles[place]) in COLUMNS[kind]}
         texts += [said for place, (title, cell) in enumerate(zip(titles, row)) if place not in read
                   and (said := _of_another(title, cell))]
     judged = judgements(titles, row)
@@ -546,7 +489,7 @@ def judgements(titles, row):
     """Cells of a row on a seizure that say that there is none, in whatever column, or that it is
     doubtful, or that the row is its start or end; title=cell where the title says so."""
     found = []
-    for title, cell in zip(map(_title, titles), row):
+    for title, cell in zip(map(title_of, titles), row):
         said = plain(cell)
         bare = re.sub("^(is|true) ", "", title)
         asks = CONFIRMS.search(title) or meaning_of(bare)[0] == "seizure"

@@ -593,6 +593,24 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", '"Event, type","Onset","Duration","Text"\nx,5,4,Seizure\n', [[5, 9]]),
     ("a.csv", '"Onset, ms","Duration, ms","Text"\n5000,4000,Seizure\n', "Onset, ms is not in seconds"),
     ("a_events.tsv", "onset\tduration\teventType\teventType\n5\t4\tbckg\tsz\n", "several columns eventType"),
+    # codes of edges and of labels
+    ("a.csv", "onset,duration,label,code\n5,1,Seizure,1\n9,1,Seizure,2\n", "code is 1 and 2 in turn, in rows of one length"),
+    ("a.csv", "onset;duration;label;Phase\n5;1;Anfall;A\n9;1;Anfall;E\n12;1;Anfall;A\n15;1;Anfall;E\n", "Phase is a and e in turn"),
+    ("a_events.tsv", "onset\tduration\teventType\tvalue\n5\t1\tsz\t1.0\n9\t1\tsz\t0.0\n", "value is 1 and 0 in turn"),
+    ("a.csv", "onset,duration,label,No,Rater\n5,4,Seizure,1,1\n12,4,Seizure,2,1\n", [[5, 9], [12, 16]]),
+    ("a.csv", "onset,duration,label,value\n5,4,Seizure,1\n12,5,Seizure,2\n", [[5, 9], [12, 17]]),
+    ("a.csv", "start,end,label,comment\n0,5,0,background\n5,9,1,\n9,20,0,background\n", "'1' at 5 s is a code"),
+    # a second onset, or one from another start, in another unit, with a point of thousands
+    ("a.csv", "t0,t1,label\n5,9,seizure\n", [[5, 9]]),
+    ("a.csv", "onset,duration,label,t0,t1\n0,10,seizure,5,9\n", "onset is 0 and 5 in one row"),
+    ("a.csv", "Sz start,Sz end,Start,End,label\n5,9,0,10,Seizure\n", "onset is 0 and 5 in one row"),
+    ("a.csv", "Seizure start,Seizure end,label\n5,9,left temporal\n", "'Seizure start=5' at 5 s speaks"),
+    ("a.csv", "clip_start,onset,duration,label\n10,5,4,Seizure\n", "clip start is 10 beside an onset of 5"),
+    ("a_events.tsv", "Day\tonset\tduration\teventType\n1\t2\t2\tsz\n2\t5\t4\tsz\n", "day is 2 beside an onset of 5"),
+    ("a_events.tsv", "onset\tduration\ttrial_type\tsample\n15\t4\tseizure\t15\n", "sample is 15 beside an onset of 15"),
+    ("a.csv", "latency,type,time,duration\n1280,Seizure,5,4\n", "latency is 1280 beside an onset of 5"),
+    ("a.csv", "Onset;Duration;Text\n5;1;background\n812;4;Seizure\n1.200;4;Seizure\n", "is its point one of thousands?"),
+    ("a.csv", "Epoch start,Day,sample,onset,duration,label\n0,1,1280,5,4,Seizure\n12,1,3072,12,4,Seizure\n", [[5, 9], [12, 16]]),
     ("a.lbl_bi", "version = lbl_v1.0.0\n", "not read as labels: a.lbl_bi"),
     ("a_annotations.xml", "<xml/>", "not read as labels: a_annotations.xml")])
 def test_label_files_and_exported_lists_beside_an_edf_are_read_or_named(tmp_path, name, content, events):
@@ -623,19 +641,36 @@ def test_a_label_file_of_another_start_is_noted_or_gives_no_labels(tmp_path, tim
 
 @pytest.mark.parametrize("above, titles, row, right", [
     ("Recording start: 2024-03-05 {}\n", "", "", None), ("# start;{} end 23:00:00\n", "", "", None), ("Study began 2024-03-05T{}Z\n", "", "", None),
+    ("Aufnahmebeginn: 05.03.2024 {.}\n", "", "", None), ("Start der Aufnahme: {h}\n", "", "", None), ("\u5f00\u59cb\u65f6\u95f4\uff1a{}\n", "", "", None),
+    ("", "Uhrzeit,", "{.}", 12), ("", "\u65f6\u95f4,", "{}", 12), ("", "Saat,", "{h}", 12), ("Datum der Aufnahme: 05.03.24\n", "Clock time,", "{}", 12),
     ("", "Clock time,", "{}", 12), ("", "dateTime,", "2024-03-05T{}.250", 12), ("", "Start,", "{}", 12)])
 def test_a_list_whose_times_of_day_are_not_those_of_its_seconds_gives_no_labels(tmp_path, above, titles, row, right):
     """The recording was cut since: from its own start its seizures are elsewhere."""
     for name, hour, minute in (("a", "21", 59), ("b", "21", 30), ("c", "09", 59)):
         write_edf(tmp_path / "src" / f"{name}.edf", 20, time="21.59.00")
-        clock = f"{hour}:{minute}:{right or 0:02d}" + " PM" * (hour == "09" and "T" not in above + row)
+        written = "T" in above + row or "." in above + row.replace(".250", "") or "h}" in above + row
+        clock = f"{hour}:{minute}:{right or 0:02d}" + " PM" * (hour == "09" and not written)
         (tmp_path / "src" / f"{name}.csv").write_text(
-            f"Exported at 10:00:00\n{above.format(clock)}Onset,{titles}End time,Annotation,Created\n"
-            f"12,{row.format(clock)}{',' * bool(titles)}16,Seizure,2024-04-01 10:00:00\n")
+            f"Exported at 10:00:00\n{above}Onset,{titles}End time,Annotation,Created\n12,{row}{',' * bool(titles)}16,Seizure,2024-04-01 10:00:00\n"
+            .replace("{}", clock).replace("{.}", clock.replace(":", ".")).replace("{h}", clock[:5].replace(":", "h")))
     text = said(tmp_path / "src", tmp_path / "out")[1]
     a, b, c = data.open_corpus(tmp_path / "out")
-    assert a.events.tolist() == [[12, 16]] and not b.labelled and c.labelled == ("T" not in above + row)
-    assert "NO LABELS, not used for training or scoring: b (b.csv: " in text and "21:30:" in text
+    assert a.events.tolist() == [[12, 16]] and not b.labelled and c.labelled == (not written)
+    assert "NO LABELS, not used for training or scoring: b (b.csv: " in text and re.search("21[:.h]30", text)
+
+
+@pytest.mark.parametrize("place", ["sub-01/eeg/sub-01_task-sz_events.json", "task-sz_events.json", "task-rest_events.json"])
+@pytest.mark.parametrize("column, said, why", [
+    ("trial_type", {"Levels": {"event": "epileptic seizure"}}, "trial_type event is 'epileptic seizure'"),
+    ("value", {"Levels": {"1": {"Description": "Seizure"}, "0": "background"}}, "value 1 is"),
+    ("onset", {"Units": "ms"}, "onset is in ms"), ("onset", {"Units": "s"}, ""), ("value", {"Levels": {"1": "no seizure", "9": "seizure"}}, "")])
+def test_a_bids_description_that_calls_a_code_a_seizure_leaves_no_labels(tmp_path, place, column, said, why):
+    write_edf(tmp_path / "sub-01" / "eeg" / "sub-01_task-sz_eeg.edf", 20)
+    (tmp_path / "sub-01" / "eeg" / "sub-01_task-sz_events.tsv").write_text("onset\tduration\ttrial_type\tvalue\n0\t1\tbackground\t0\n5\t4\tevent\t1\n")
+    (tmp_path / place).write_text(json.dumps({column: said}))
+    imported(tmp_path, tmp_path / "out")
+    r, = data.open_corpus(tmp_path / "out")
+    assert why in r.unlabelled if why and "rest" not in place else r.labelled and not len(r.events)
 
 
 def test_what_an_annotation_file_that_counts_alone_keeps_from_being_read_is_said(tmp_path):
