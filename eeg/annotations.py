@@ -17,7 +17,7 @@ from eeg.columns import refuse_described, refuse_edges, refuse_lines, refuse_oth
 from eeg.columns import title_of
 from eeg.disk import write_file
 from eeg.edf import NUMBER, DataError, number
-from eeg.terms import CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
+from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
 from eeg.terms import meaning_of, marks, plain, speaks, without_number
 
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
@@ -279,6 +279,10 @@ def parse_csv(text, name="csv"):
     if duration:
         labels.seconds = float(number(duration[1], f"{name}: duration"))
     rows = table(text, name, ",", ("channel", "start_time", "stop_time", "label"))
+    doubted = [row for row in rows if row["label"] in SEIZURE
+               and NO.fullmatch(row.get("confidence") or "")]
+    if doubted:
+        raise DataError(f"{name}: confidence {doubted[0]['confidence']} of a seizure")
     _add_tuh_rows(labels, [(row["channel"], row["start_time"], row["stop_time"], row["label"])
                            for row in rows], name)
     of = re.search(r"^#\s*bname\s*=\s*(\S+)", text, re.M)
@@ -592,7 +596,17 @@ def parse_annotations(found, texts):
                 denied.append((onset, onset + (duration or 0), text))
     _refuse_unended(begun)
     _refuse_denied(labels.events, denied)
+    _note_buttons(labels, once)
     return labels if labelled else None
+
+
+def _note_buttons(labels, found):
+    """Note where a button was pressed, perhaps for a seizure, and none is labelled near."""
+    alone = [onset for onset, _, text in found if BUTTON.search(plain(text)) and not any(
+        begin - 60 <= onset <= end + 120 for begin, end in labels.events)]
+    if alone:
+        labels.notes.append(f"a button pressed at {alone[0]:g} s, where no seizure is labelled "
+                            f"({len(alone)} in all): taken for background")
 
 
 def _refuse_unknown(onset, text, begun):

@@ -325,9 +325,13 @@ def person_code(header):
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
 
 
+# what tells the parts of one recording apart, behind a digit: P01a, P01-2, P01 left, P01 (2)
+PART = re.compile(r"(.*\d)[a-z]|(.*[a-z].*\d)([-. ]\w{1,5}| ?\(\d\d?\))", re.I)
+
+
 def contradictions(recordings):
     """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
-    one code, or one under several; and on names that differ in capitals alone."""
+    one code, or one under several; and on names that differ in capitals or in a part alone."""
     recordings = list(recordings)
     spelled = {}
     for patient in sorted({patient for patient, _ in recordings}):
@@ -336,6 +340,17 @@ def contradictions(recordings):
         for other in others:
             yield (f"warning: patients {first} and {other} differ in capitals alone: if they are "
                    f"one person, train with data.same_person: [{other} = {first}]")
+    parts = {}
+    for patient in sorted({patient for patient, _ in recordings}):
+        whole = PART.fullmatch(patient)
+        parts.setdefault(whole[1] or whole[2] if whole else patient, []).append(patient)
+    for first, *others in parts.values():
+        if others:
+            more = ", ..." * (len(others) > 3)
+            one = ", ".join(f"{other} = {first}" for other in others[:3])
+            yield (f"warning: patients {', '.join([first, *others[:3]])}{more} count as "
+                   f"{len(others) + 1}: if they are one person, give them one folder, or train "
+                   f"with data.same_person: [{one}{more}]")
     pairs = Counter((patient, code) for patient, code in recordings if code)
     for kind in (0, 1):
         groups = {}

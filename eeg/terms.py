@@ -43,6 +43,8 @@ SPEAKS = re.compile(
     r"g\S{1,2}rcs|lekme|"
     r"priepuol|traukul|\bepi\w*hoog|bangkitan|kifafa|degedege|frav.r|fr.nvaro|poissaolo|havale\b|"
     r"rangas|\bgrc(evi)?\b|krece\b|odsutnost|^absent[ae]$|\bt?tcg\b|ctcg|bns\b|blick nick|"
+    r"kas[ıi]lma|ひきつけ|\b(cgtc|cpc)\b|^epil\w+?(ic[aoe]?|ique|isch\w?)$|electrodecr|"
+    r"\bclin\w*\.? (start|beg[ai]n|debut|inicio)|\bevent:? (typical|habitual)|target event|"
     r"(etat|estado) de mal|stato di male|\bmal (epil|comit)|secondar\w* gen|"
     r"\w spells?\b|^(spell|episod[eio]o?)s?( #?\d+)?$|\bata(ky?|ck|que)|atta(ck|que)|"
     r"status epi|siez|"
@@ -69,6 +71,11 @@ DOUBTS = re.compile(
     r"equivoc|art[ei]fa[ck]t|false|fraglich|unklar|unsicher|moglich|verdacht|douteu|dubbi|dudos|"
     rf"maybe|perhaps|vielleicht|functional|{_UNTRUE}|{_OUT})\w*( \w+)?|"
     r"(not|nicht|kein|pas)( \w+){0,3}")
+# pressed by the patient or who is there; perhaps for a seizure
+BUTTON = re.compile(
+    r"\bbutton|\bpush|\bpb\b|patient(en)? ?(event|ereignis|alarm|taste)|^pat\w* ev|^event( \d+)?$|"
+    r"(event|ereignis) ?(mark|taste)|^alarm|nurse call|\bknop\b|bouton|poussoir|pulsa(dor|nte)|"
+    r"botao|butonu?\b|按[钮鈕键鍵]|ホタン|кнопк")
 CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
                       "agree|consens|correlate|^epileptic|^real")
 NO = re.compile(r"no?|nein|non|false|0([.,]0*)?")

@@ -424,7 +424,7 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   "\xe9tat de mal", "stato di male", "mal epil\xe9ptico", "secondarily generalized", "CTCG", "абсанс", "欠神", "癫痫", "frånvaro", "szr1", "spell #2",
                                   # spelt, run together or cut short as in none of the above; of Hindi as it is taken apart
                                   "FBTCSz", "FBTC", "PTCS", "SzDetect", "szstrt", "Anfal", "Kriz 2", "absense", "abscence", "ausencia", "assenza", "Absence during HV", "grandmal",
-                                  "Klonien", "mioclonia", "astatic", "Subclinical", "electrographic", "Clinical end", "habitual event", "Episode 3", "मिर्गी",
+                                  "Klonien", "mioclonia", "astatic", "Subclinical", "electrographic", "Clinical end", "Clin. Beginn", "epileptisch", "event: typical", "CGTC", "kas\u0131lma", "\u3072\u304d\u3064\u3051", "habitual event", "Episode 3", "मिर्गी",
                                   "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
@@ -436,7 +436,7 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
 
 
 @pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no electrographic seizures",
-                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "processor", "saisir", "measure", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
+                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "epileptische Potentiale", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "processor", "saisir", "measure", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
@@ -453,6 +453,15 @@ def test_a_bare_start_or_end_within_a_seizure_may_be_its_own():
         assert f"{inner!r} at 9 s stands between 'sz start' at 5 s and its end" in why
     for outer in (3, None, "End"), (5, None, "start"), (40, None, "stop"):
         assert parse(outer, (5, None, "sz start"), (9, None, "HV end"), (30, None, "sz end")) == [(5, 30)]
+
+
+@pytest.mark.parametrize("text", ["Patient Event", "Pushbutton", "PB", "Patientenereignis", "Bouton patient", "Pulsador", "Hasta butonu", "\u60a3\u8005\u6309\u952e", "Event 1"])
+def test_a_button_pressed_where_no_seizure_is_labelled_is_noted(tmp_path, text):
+    for onset in (5, 400):
+        labels = annotations.parse_annotations([(1, 3, "Seizure"), (onset, None, text)], terms.Texts())
+        assert labels.events == [(1, 4)]
+        assert labels.notes == ["a button pressed at 400 s, where no seizure is labelled (1 in all): taken for background"] * (onset == 400)
+    assert parse((400, None, text)) is None
 
 
 def test_texts_that_speak_of_a_seizure_come_first_in_the_list(tmp_path):
@@ -589,6 +598,7 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv_bi", CSV.format("20") + "TERM,0,20,bckg,1\n#TERM,5,9,seiz,1\n", "is commented out"),
     ("a.tse", "version = tse_v1.0.0\n\n0.0 20.0 bckg 1.0\n# 5.0 9.0 cpsz 0.9\n", "'# 5.0 9.0 cpsz 0.9' is commented out"),
     ("a.tse", "version = tse_v1.0.0\n# seizures, 2 at most\n0.0 20.0 bckg 1.0\n", []),
+    ("a.csv_bi", CSV.format("20") + "TERM,5,9,seiz,0.0000\n", "confidence 0.0000 of a seizure"),
     ("a.csv_bi", "# seizures, if any, by ab\n" + CSV.format("20") + "TERM,0,20,bckg,1\n", []),
     ("a.csv", '"Event, type","Onset","Duration","Text"\nx,5,4,Seizure\n', [[5, 9]]),
     ("a.csv", '"Onset, ms","Duration, ms","Text"\n5000,4000,Seizure\n', "Onset, ms is not in seconds"),
@@ -865,6 +875,21 @@ def test_patients_whose_names_differ_in_capitals_alone_are_said(tmp_path):
     assert line in said(tmp_path / "src", tmp_path / "out")[1].splitlines()
     data.info(tmp_path / "out", told.append)
     assert f"  {line}" in told
+
+
+def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
+    """Else P001a trains and P001b validates."""
+    for name in ("P001a", "P001b", "P002", "P003-1_x", "P003-2_x", "20240305a", "20240305b", "PN00-1", "PN00-2", "sub1", "sub2", "01-1", "01-2"):
+        write_edf(tmp_path / "src" / f"{name}.edf", 5)
+    told = []
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    data.info(tmp_path / "out", told.append)
+    for pair in (("P001a", "P001b"), ("P003-1", "P003-2"), ("20240305a", "20240305b")):
+        line = (f"warning: patients {pair[0]}, {pair[1]} count as 2: if they are one person, give them one folder, or train with "
+                f"data.same_person: [{pair[1]} = {pair[0]}]")
+        assert line in text.splitlines() and f"  {line}" in told
+    assert text.count("count as") == 3
+    assert "A1, A1b, A1c, A1d, ... count as 5" in list(splits.contradictions((f"A1{part}", "") for part in ("", *"bcde")))[0]
 
 
 # ---- an import that has not finished ----
