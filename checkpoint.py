@@ -2469,6 +2469,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:             # nobody reads on, as in `ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("checkpoint.py: interrupted: no file is half written", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
         where = f"{name}: " if name else ""

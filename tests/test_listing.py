@@ -1,7 +1,9 @@
 """run/listing.py: what `ls` and `clean` say of real runs, and that they harm nothing."""
+import signal
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import checkpoint
@@ -16,6 +18,15 @@ from test_mirror import mirrored, names
 
 def tree(directory):
     return {str(p.relative_to(directory)): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("words, slow", [(["verify"], "health"), (["clean", "--yes"], "candidates"), (["ls"], "candidates")])
+def test_ctrl_c_in_a_command_on_checkpoints_is_one_line(tmp_path, capsys, monkeypatch, words, slow):
+    with saver(tmp_path / "run") as s:
+        s.save_epoch(state(1))
+    monkeypatch.setattr(checkpoint if slow == "health" else listing, slow, lambda *arguments: signal.raise_signal(signal.SIGINT))
+    assert checkpoint.main([*words, str(tmp_path / "run")]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "checkpoint.py: interrupted: no file is half written\n"
 
 
 def test_ls_and_verify_write_nothing_and_follow_no_lock_that_is_a_link(tmp_path, capsys):
