@@ -4,6 +4,7 @@ small synthetic corpus."""
 import collections
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -150,7 +151,10 @@ class Track:
         self.seconds, self.events = self.samples / edf.FS, np.array(events, float).reshape(-1, 2)
         self.scale, self.norm = np.full(channels, 0.5, np.float32), 10.0
         self.began = ""
-        self.eeg = np.random.default_rng(self.samples).integers(-99, 99, (channels, self.samples), np.int16)
+
+    @functools.cached_property
+    def eeg(self):
+        return np.random.default_rng(self.samples).integers(-99, 99, (len(self.scale), self.samples), np.int16)
 
     def read(self, start, n):
         piece = self.eeg[:, start:start + n]

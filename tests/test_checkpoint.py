@@ -788,8 +788,8 @@ def test_a_name_that_the_console_lacks_ends_no_verify_before_the_damaged_file(tm
         checkpoint.atomic_save({"a": 1}, tmp_path / name)
     (tmp_path / "c.pt").write_bytes(b"PK")
     for encoding in ("ascii", "utf-8"):
-        done = subprocess.run([sys.executable, str(ROOT / "checkpoint.py"), "verify", str(tmp_path)], capture_output=True,
-                              env={**os.environ, "PYTHONIOENCODING": encoding})
+        done = forked.run([sys.executable, str(ROOT / "checkpoint.py"), "verify", str(tmp_path)], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding})
         assert done.returncode == 1 and b"c.pt: DAMAGED" in done.stdout and done.stdout.count(b": ok") == 2, done
 
 
@@ -868,7 +868,7 @@ def test_the_command_itself_names_damage_and_exits_one(tmp_path):
     checkpoint.atomic_save(state(1), tmp_path / "last.pt")
     put(tmp_path, "mid_epoch_001_000002.pt", batch=2, save_counter=2)
     (tmp_path / "mid_epoch_001_000002.pt").write_bytes((tmp_path / "mid_epoch_001_000002.pt").read_bytes()[:-1])
-    result = subprocess.run([sys.executable, str(ROOT / "checkpoint.py"), "verify", str(tmp_path)], capture_output=True, text=True)
+    result = forked.run([sys.executable, str(ROOT / "checkpoint.py"), "verify", str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 1 and f"{tmp_path}/mid_epoch_001_000002.pt: DAMAGED: " in result.stdout
     assert f"{tmp_path}/last.pt: ok" in result.stdout and not result.stderr
 

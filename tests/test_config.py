@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+import forked
 import train            # it hands the tables of model.py and evaluate.py to run/config.py  # noqa: F401
 from eeg.disk import Refused
 from run import config
@@ -270,6 +271,6 @@ def test_a_variable_that_holds_no_number_gets_one_line(variable, text, what, mon
 
 
 def test_the_help_of_train_lists_every_key_and_an_example_of_set():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], text=True, capture_output=True)
+    done = forked.run([sys.executable, ROOT / "train.py", "--help"], text=True, capture_output=True)
     assert done.returncode == 0 and done.stdout.count("--set ") >= 1, done.stderr
     assert config.describe() in done.stdout and "--set training.batch_size=4" in done.stdout

@@ -435,18 +435,32 @@ def test_one_loss_that_is_not_finite_skips_optimizer_and_schedule_together_and_i
     assert [r["skipped"] for r in rows(tmp_path) if r["kind"] == "train"][1] == 1
 
 
+def command_after(first, config_path):
+    """The command for a fork, whose process does the lines `first` before anything of train.py's."""
+    code = (f"import fcntl, os, runpy, sys, termios\n{first}\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"runpy.run_path({PYTHON[1]!r}, run_name='__main__')")
+    return [sys.executable, "-c", code, "--config", str(config_path)]
+
+
+def on_terminal(config_path, hook=""):
+    """(process, the other end of the terminal): a run that leads the session of a terminal of 24 lines."""
+    master, terminal = os.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = forked.Popen(command_after(f"fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{hook}", config_path), start_new_session=True, **streams)
+    os.close(terminal)
+    return process, master
+
+
 def test_a_terminal_that_dies_like_a_killed_tmux_session_loses_at_most_the_step_in_progress(corpus, tmp_path):
     loaded(corpus, tmp_path, training__epochs=500)
-    pid, master = os.forkpty()
-    if pid == 0:
-        os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
-    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process, master = on_terminal(tmp_path / "config.yaml")
     seen, end = b"", time.monotonic() + LIMIT
     while b"loss=" not in seen:                                             # the progress bar after a first step
         seen += os.read(master, 4096)
         assert time.monotonic() < end, seen[-2000:]
     os.close(master)                                                        # SIGHUP, and every write fails from here on
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert process.wait() == 128 + signal.SIGHUP
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["global_step"] >= 1 and checkpoint.facts_of(state)["kind"] == "mid_epoch"
     # the bar shows the losses, the log has them
@@ -459,11 +473,8 @@ def test_a_terminal_that_dies_like_a_killed_tmux_session_loses_at_most_the_step_
 def test_a_terminal_that_nobody_reads_holds_up_neither_training_nor_saves_and_the_log_has_every_row(corpus, tmp_path):
     """Its output is stopped, as by Ctrl-S; the watchdog would end a training that stands still."""
     loaded(corpus, tmp_path, training__hang_minutes=0.2, training__epochs=1)
-    pid, master = os.forkpty()
-    if pid == 0:
-        termios.tcflow(1, termios.TCOOFF)
-        os.execv(sys.executable, [*PYTHON, "--config", str(tmp_path / "config.yaml")])
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    process, master = on_terminal(tmp_path / "config.yaml", "termios.tcflow(1, termios.TCOOFF)")
+    assert process.wait() == 0
     os.close(master)
     text = "\n".join(log_lines(tmp_path))
     assert len(re.findall(r" epoch 1/1 batch \d/6 step \d+ loss ", text)) == EPOCH_STEPS, text
@@ -471,11 +482,18 @@ def test_a_terminal_that_nobody_reads_holds_up_neither_training_nor_saves_and_th
 
 
 # a reader that is gone: also in test_console.py
-@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", pytest.param("| head -n 1", marks=pytest.mark.slow)])
+CLOSED = "[os.close(number) for number in range(3)]; sys.stdin = sys.stdout = sys.stderr = None"     # as at a start without them
+
+
+@pytest.mark.parametrize("streams", [CLOSED, pytest.param("<&- >&- 2>&-", marks=pytest.mark.slow),
+                                     pytest.param("| head -n 1", marks=pytest.mark.slow)], ids=["closed", "closed by bash", "head"])
 def test_streams_that_are_closed_broken_or_full_change_nothing(corpus, tmp_path, streams):
     path = loaded_path(corpus, tmp_path, training__epochs=1)
-    line = f"set -o pipefail; {' '.join(PYTHON)} --config {path} {streams}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "BGB_MID_EPOCH_MINUTES": "0"})
+    if streams == CLOSED:
+        words, run = command_after(CLOSED, path), forked.run
+    else:
+        words, run = ["bash", "-c", f"set -o pipefail; {' '.join(PYTHON)} --config {path} {streams}"], subprocess.run
+    done = run(words, capture_output=True, text=True, env={**os.environ, "BGB_MID_EPOCH_MINUTES": "0"})
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     assert [checkpoint.verify(p) for p in (tmp_path / "t/checkpoints").glob("*.pt")]
     assert log_lines(tmp_path)[-1] and last(tmp_path)["global_step"] == EPOCH_STEPS
