@@ -59,7 +59,7 @@ from eeg.disk import Refused, TemporaryFault, fault, write_json
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
 from scoring.files import STOPS, default_out, drawing, output, take_file, take_folder
-from scoring.files import write, write_events
+from scoring.files import trade_off_picture, write, write_events
 from scoring.metrics import METRICS
 
 FS = edf.FS
@@ -480,10 +480,8 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
                           f"({r.channels[0]} ...), but the checkpoint was trained on "
                           f"{state['montage']}, {len(state['channels'])} channels: "
                           f"import with {how}")
-    prepared = recordings[0].prepared
-    if state.get("prepared", prepared) != prepared:
-        print(f"evaluate.py: {path} is of {corpora.describe(vars(recordings[0]))}, the checkpoint "
-              f"was trained on {corpora.describe(state)}", file=sys.stderr)
+    if differs := corpora.differs(recordings[0], path, state):
+        print(f"evaluate.py: {differs}", file=sys.stderr)
     return recordings, refused
 
 
@@ -710,6 +708,7 @@ def score_folder(args):
     with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
         recordings, warning = choose(recordings, args.split, state, args.data)
+        differs = corpora.differs(recordings[0], args.data, state)
         with take_folder(out, recordings, args.data):
             records, detections = evaluate(net, recordings, c, about["precision"], out, args.plot,
                                            args.save_probabilities)
@@ -719,19 +718,20 @@ def score_folder(args):
                 "split": args.split or "all",
                 "includes_training": includes_training(recordings, args, state),
                 "split_warning": warning,
+                "preparation_warning": differs,
                 "refused": refused,
             }
             write_json(out / "scores.json", result, indent=2)
             if args.plot and result["trade_off"]:
                 with drawing() as pictures:
                     pictures.trade_off(result["trade_off"], c["threshold"],
-                                       out / f"trade_off.{args.plot}")
+                                       trade_off_picture(out, recordings, args.plot))
     report.show(result, list(METRICS), out)
     if args.plot:
         print(f"pictures: {output(out, recordings[0], '.' + args.plot)}"
               + (f" and {len(recordings) - 1} more" if len(recordings) > 1 else ""))
-    if warning:
-        print(f"warning: {warning}")
+    for line in filter(None, (warning, differs)):
+        print(f"warning: {line}")
 
 
 def score_one(args):

@@ -515,6 +515,15 @@ def describe(entry):
     return str(recipe or f"montage {entry['montage']}, prepared by another version of edf.py")
 
 
+def differs(recording, path, state):
+    """A line where a recording of `path` was prepared otherwise than those of a checkpoint's
+    training, else ""."""
+    if state.get("prepared", recording.prepared) == recording.prepared:
+        return ""
+    return (f"{path} is of {describe(vars(recording))}, the checkpoint was trained on "
+            f"{describe(state)}")
+
+
 def _import_all(report, sources, task, workers, say, progress):
     size = sum(_size(source.path) for source in sources)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -59,11 +59,22 @@ def take_folder(out, recordings, source):
 
 
 def _of_another(out, recording):
-    """Whether the events there are of a recording of the same name, but of another length."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        first = output(out, recording, EVENTS).read_text().splitlines()[1]
-        return abs(float(first.split("\t")[-1]) - recording.seconds) > 0.01
+    """Whether the events there are of a recording of the same name, but of another length or
+    start."""
+    with contextlib.suppress(OSError, ValueError):
+        first = output(out, recording, EVENTS).read_text().splitlines()[1:2]
+        *_, began, seconds = "".join(first).split("\t")
+        return (abs(float(seconds) - recording.seconds) > 0.01
+                or began != recording.began and "" not in (began.strip("n/a"), recording.began))
     return False
+
+
+def trade_off_picture(out, recordings, plot):
+    """File of the picture of the whole evaluation: that of no recording, whatever it is called."""
+    taken, name = {output(out, r, "") for r in recordings}, "trade_off"
+    while out / name in taken:
+        name += "_of_all"
+    return out / f"{name}.{plot}"
 
 
 def _make(folder, option):

@@ -801,6 +801,10 @@ def test_raw_edf_files_are_prepared_as_the_training_was_and_another_preparation_
     line = capsys.readouterr().err.splitlines()[-1]
     assert "is of montage referential, notch both, the checkpoint was trained on" in line
     assert line.endswith("montage referential, notch 50, blank unit mV")
+    checkpoint.atomic_save(state | {"prepared": recipe.hash}, tmp_path / "other.pt")
+    assert here("--checkpoint", tmp_path / "other.pt", "--data", corpus / "imported", "--out", tmp_path / "out")[0] == 0
+    told = json.loads((tmp_path / "out" / "scores.json").read_text())["preparation_warning"]
+    assert line == f"evaluate.py: {told}" and f"warning: {told}" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_file_that_cannot_be_read_is_named_beside_the_scores_of_the_others(corpus, tmp_path):
@@ -1082,7 +1086,21 @@ def test_events_of_other_recordings_are_never_left_beside_new_scores(corpus, tmp
     before = (out / "scores.json").read_bytes()
     code, lines = here("--checkpoint", good, "--data", another, "--out", out)
     assert code == 2 and "events of other recordings (a_events.tsv; 1 in all)" in lines[-1]
+    another.write_bytes(edfs[0].read_bytes()[:176] + b"11.22.33" + edfs[0].read_bytes()[184:])     # of the same length, of another start
+    code, lines = here("--checkpoint", good, "--data", another, "--out", out)
+    assert code == 2 and "events of other recordings (a_events.tsv; 1 in all)" in lines[-1]
     assert (out / "scores.json").read_bytes() == before
+
+
+def test_the_picture_of_the_trade_off_takes_the_place_of_no_recordings(corpus, tmp_path):
+    labelled = next(path for path in sorted((corpus / "edf").rglob("*_eeg.edf")) if "\tsz" in path.with_name(path.name.replace("_eeg.edf", "_events.tsv")).read_text())
+    for name in ("trade_off", "trade_off_of_all"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.edf").write_bytes(labelled.read_bytes())
+        (tmp_path / "in" / f"{name}_events.tsv").write_bytes(labelled.with_name(labelled.name.replace("_eeg.edf", "_events.tsv")).read_bytes())
+    assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "in", "--out", tmp_path / "out", "--plot")[0] == 0
+    sizes = {path.stem: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+    assert set(sizes) == {"trade_off", "trade_off_of_all", "trade_off_of_all_of_all"} and len(set(sizes.values())) == 3
 
 
 def test_the_annotations_of_a_corpus_are_never_written_over(corpus, tmp_path):
