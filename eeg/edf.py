@@ -449,6 +449,8 @@ REFERENCE = re.compile(r"(V?REF|LER?|CLE|AR|AA|AVG?|AVE|AVR|AVERAGE|CAR|[AM][12]
 GLUED = re.compile(rf"(?:EEG|POL)?({'|'.join([*SPELLED, *ALIAS])})"
                    r"(V?REF|LE|AVG?|AVE|AA|A1A2|M1M2|[AM][12])?")
 COMMON = 8                              # electrodes that share a suffix, which is their reference
+SEEG = re.compile(r"\b(s|i|stereo.?)eeg\b|\becog\b", re.I)
+CONTACT = re.compile(r"C([7-9]|1\d)|[FPT]1[1-9]|O([3-8]|1[1-9])")   # no place of 10-10
 CAP = re.compile(r"[A-H](1[1-9]|2\d|3[0-2])")       # a place on a BioSemi cap, beyond all of 10-20
 
 
@@ -550,6 +552,9 @@ def find_channels(header: Header) -> Places:
     if _of_cap(labels):
         return places
     found = {i: parts for i, label in enumerate(labels) if (parts := split_label(label))}
+    if within := _within(labels, found):
+        header.notes.append(f"contacts, no scalp electrodes: {', '.join(within.values())}")
+        found = {i: parts for i, parts in found.items() if i not in within}
     shared = Counter(suffix for _, suffix in set(found.values()))
     enough = max(2, min(COMMON, len({name for name, _ in found.values()})))
     for i, (name, suffix) in found.items():
@@ -581,6 +586,22 @@ def _of_cap(labels):
     if sum(CAP.fullmatch(name) is not None for name in names) < 4:
         return False
     return not any(electrode(name) and not re.fullmatch(r"[A-H]\d", name) for name in names)
+
+
+def _within(labels, found):
+    """{signal: label} of contacts inside the skull that are called like electrodes: SEEG beside
+    others, and all of a shaft C where its C7 and C8 are there, which no scalp has."""
+    words = {i: _words(label) or [""] for i, label in enumerate(labels)}
+    # by its letter and the reference, which may tell scalp from shaft
+    kinds = {i: (first[:1], *rest) for i, (first, *rest) in words.items()}
+    deep = Counter(kinds[i] for i, (first, *_) in words.items() if CONTACT.fullmatch(first))
+    # a cap has A32, and electrodes where they were renamed
+    cap = any(first == "A32" for first, *_ in words.values())
+    shafts = {kind for kind, count in deep.items() if count > 1 and not cap}
+    seeg = [i for i in found if SEEG.search(labels[i])]
+    within = [*seeg * (len(seeg) < len(found)),
+              *(i for i in found if kinds[i] in shafts and re.fullmatch(r"\D\d+", words[i][0]))]
+    return {i: labels[i] for i in sorted(within)}
 
 
 def _choose_reference(header, places, groups):

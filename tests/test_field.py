@@ -158,6 +158,29 @@ def test_what_only_looks_like_an_electrode_beside_the_others_is_not_taken(tmp_pa
     assert np.array_equal(r.memory, good.memory)
 
 
+@pytest.mark.parametrize("contacts", [["SEEG C3-Ref"], ["EEG SEEG C3-Ref"], ["iEEG C3-Ref"], ["ECoG C3"], [f"EEG C{i}-Ref" for i in range(1, 9)],
+                                      [f"POL C{i}" for i in range(1, 13)]])
+def test_contacts_inside_the_skull_are_no_scalp_electrodes_though_they_are_called_so(tmp_path, contacts):
+    """Else --channels C3 takes them where the scalp has no C3, or the whole file is refused where it has one."""
+    eeg = np.random.default_rng(0).normal(0, 300, (19 + len(contacts), 5 * 256))
+    scalp = [f"EEG {name}-Ref" for name in NAMES]
+    rest = [i for i, name in enumerate(NAMES) if name not in ("C3", "C4")]
+    path = write_edf(tmp_path / "a.edf", 5, labels=[*(scalp[i] for i in rest), *contacts], eeg=eeg[[*rest, *range(19, len(eeg))]])
+    assert np.array_equal(prepare(path, "reduced", reduced=("Fp1-O1",)).memory,
+                          prepare(write_edf(tmp_path / "b.edf", 5, labels=scalp, eeg=eeg[:19]), "reduced", reduced=("Fp1-O1",)).memory)
+    for channels in ("C3",), ("C3-O1",):
+        with pytest.raises(edf.DataError, match="channel missing: C3"):
+            prepare(path, "reduced", reduced=channels)
+    if len(contacts) < 2 or "POL" in contacts[0]:
+        r = prepare(write_edf(tmp_path / "c.edf", 5, labels=[*scalp, *contacts], eeg=eeg))
+        assert np.array_equal(r.memory, prepare(tmp_path / "b.edf").memory)
+        assert "C3" not in r.notes or "contacts, no scalp electrodes: " in r.notes
+    # of a file that calls all of them so nothing else is known; 10-10 has places beyond C4
+    for form in ("SEEG {}-Ref", "EEG {}-Ref"):
+        labels = [*map(form.format, NAMES), *map(form.format, ("C5", "C6", "F9", "F10", "P9", "P10", "C7"))]
+        prepare(write_edf(tmp_path / "d.edf", 5, labels=labels))
+
+
 @pytest.mark.parametrize("form", ["{}", "EEG {}-Ref"])
 def test_impedances_named_like_the_electrodes_are_not_taken_though_they_come_first(tmp_path, form):
     eeg = np.random.default_rng(1).normal(0, 300, (38, 5 * 256))
