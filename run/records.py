@@ -1,6 +1,7 @@
 """The run directory: who holds it, the state found in it, its records cut back to that state."""
 import collections
 import contextlib
+import errno
 import json
 import math
 import os
@@ -338,10 +339,9 @@ class RunDirectory:
         """Whether the run's path still leads to the folder that this process holds."""
         try:
             return self.saver.is_own_directory()
-        except FileNotFoundError:
-            return True                 # gone: writing fails by itself
-        except OSError:
-            return False                # no longer held: another start may be there already
+        except OSError as error:
+            # no longer held: another start may be there already. Else writing fails by itself
+            return error.errno != errno.EBADF
 
     @property
     def newest(self):

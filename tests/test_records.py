@@ -1,4 +1,5 @@
 """run/records.py: a run's folder and its rows, on real files that other programs touch."""
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import checkpoint
 import forked
 import train
 from conftest import ROOT
-from eeg.disk import Refused, TemporaryFault
+from eeg.disk import Refused, TemporaryFault, read_json_lines
 from helpers import EPOCH_STEPS, assert_same_run, last, loaded, rows
 from run.watch import Watchdog
 from run.records import Log, MetricsFile, RunDirectory, move_aside, refused_lock
@@ -420,3 +421,19 @@ def test_a_best_under_other_rules_is_no_bar_and_patience_starts_over(tmp_path, c
     assert (after["epoch"], after["value"], after["waited"]) == (4, 0.0, 0)
     assert checkpoint.peek(tmp_path / "t/checkpoints/best.pt")["epoch"] == 4
     assert "measured by other rules, so the best starts anew" in capsys.readouterr().out
+
+
+def test_a_disk_that_cannot_be_asked_for_a_moment_whose_folder_it_is_costs_no_line_of_saves(small_corpus, tmp_path, monkeypatch):
+    saved = train.RunDirectory.saved
+
+    def asked_in_vain(self, path):
+        def fails():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with monkeypatch.context() as faulty:
+            faulty.setattr(self.saver, "is_own_directory", fails)
+            saved(self, path)
+    monkeypatch.setattr(train.RunDirectory, "saved", asked_in_vain)
+    monkeypatch.setattr(train.Trainer, "draw", lambda self: None)
+    assert train.run(loaded(small_corpus, tmp_path, training__epochs=1)) == 0
+    listed = [row["file"] for row in read_json_lines(tmp_path / "t/saves.jsonl") if row["kind"] == "save"]
+    assert listed == [f"mid_epoch_001_{EPOCH_STEPS:06d}.pt", "checkpoint_epoch_001.pt"]
