@@ -8,6 +8,7 @@ recording, by time or in folds where a corpus has too few patients. Unlabelled r
 corpus's own eval split are in neither part. """
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 
@@ -329,23 +330,32 @@ def person_code(header):
 PART = re.compile(r"(.*\d)[a-z]|(.*[a-z].*\d)([-. ]\w{1,5}| ?\(\d\d?\))", re.I)
 
 
+def _spelling(patient):
+    """A name without what differs between hands and systems: capitals, forms of one letter, zeros
+    before a number, and marks before it: p-1 is P01."""
+    bare = unicodedata.normalize("NFKC", patient).casefold().strip()
+    return re.sub(r"(?<=[^\W\d])[\W_]*0*(?=\d)|(?<!\d)0+(?=\d)", "", bare)
+
+
 def contradictions(recordings):
     """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
-    one code, or one under several; and on names that differ in capitals or in a part alone."""
+    one code, or one under several; and, where these say nothing, on names that differ in spelling
+    or in a part alone."""
     recordings = list(recordings)
     spelled = {}
     for patient in sorted({patient for patient, _ in recordings}):
-        spelled.setdefault(patient.casefold(), []).append(patient)
+        spelled.setdefault(_spelling(patient), []).append(patient)
     for first, *others in spelled.values():
         for other in others:
-            yield (f"warning: patients {first} and {other} differ in capitals alone: if they are "
+            yield (f"warning: patients {first} and {other} differ in spelling alone: if they are "
                    f"one person, train with data.same_person: [{other} = {first}]")
+    coded = {patient for patient, code in recordings if code}
     parts = {}
     for patient in sorted({patient for patient, _ in recordings}):
         whole = PART.fullmatch(patient)
         parts.setdefault(whole[1] or whole[2] if whole else patient, []).append(patient)
     for first, *others in parts.values():
-        if others:
+        if others and not coded.issuperset([first, *others]):
             more = ", ..." * (len(others) > 3)
             one = ", ".join(f"{other} = {first}" for other in others[:3])
             yield (f"warning: patients {', '.join([first, *others[:3]])}{more} count as "

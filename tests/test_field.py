@@ -890,12 +890,15 @@ def test_folders_that_hold_a_kind_of_files_name_no_patient(tmp_path):
         assert corpora.identify(tmp_path / f"{place}.edf", tmp_path).patient == patient, place
 
 
-def test_patients_whose_names_differ_in_capitals_alone_are_said(tmp_path):
-    for place in ("P01/a", "p01/b", "P02/c"):
+@pytest.mark.parametrize("first, other", [("P01", "p01"), ("P01", "P1"), ("P-01", "P01"), ("M\xfcller", "Mu\u0308ller"), ("01", "1"), ("Pat 3", "pat003")])
+def test_patients_whose_names_differ_in_spelling_alone_are_said(tmp_path, first, other):
+    first, other = sorted((first, other))
+    for place in (f"{first}/a", f"{other}/b", "P02/c", "P020/d", "P-1-02/e", "P-10-2/f"):
         write_edf(tmp_path / "src" / f"{place}.edf", 5)
-    line = "warning: patients P01 and p01 differ in capitals alone: if they are one person, train with data.same_person: [p01 = P01]"
+    line = f"warning: patients {first} and {other} differ in spelling alone: if they are one person, train with data.same_person: [{other} = {first}]"
     told = []
-    assert line in said(tmp_path / "src", tmp_path / "out")[1].splitlines()
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    assert line in text.splitlines() and text.count("in spelling alone") == 1
     data.info(tmp_path / "out", told.append)
     assert f"  {line}" in told
 
@@ -912,6 +915,8 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
                 f"data.same_person: [{pair[1]} = {pair[0]}]")
         assert line in text.splitlines() and f"  {line}" in told
     assert text.count("count as") == 3
+    # where the headers of all say who they are
+    assert not any("count as" in line for line in splits.contradictions([("A1", "x"), ("A1b", "y")]))
     assert "A1, A1b, A1c, A1d, ... count as 5" in list(splits.contradictions((f"A1{part}", "") for part in ("", *"bcde")))[0]
 
 
