@@ -65,7 +65,8 @@ def finish(labels, seconds):
         if onset < 0 or end <= onset:
             raise DataError(f"{what}: it begins before the recording, or does not last")
         if onset >= seconds:
-            raise DataError(f"{what} lies beyond the recording's {seconds:g} s")
+            raise DataError(f"{what} lies beyond the recording's {seconds:g} s: of another, or in "
+                            "samples or ms?")
         if end > seconds + 0.02:
             labels.notes.append(f"{what} cut at the recording's end, {seconds:g} s")
         end = min(end, seconds)

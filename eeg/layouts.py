@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from eeg import annotations, lists, terms
+from eeg import annotations, columns, lists, terms
 from eeg.edf import DataError, read_annotations
 
 NEAR_SECONDS = 10                       # of a seizure: a text so near may be on it
@@ -218,6 +218,8 @@ def _events_inside(header, task):
         if found:
             why = "no EDF+ annotation says that it was read for seizures"
         if labels:
+            # a mark of the amplifier has none
+            columns.refuse_codes([mark for mark in found if mark[1]], task.texts)
             events = annotations.finish(labels, header.seconds)
             header.notes += labels.notes
     except DataError as damage:

@@ -487,6 +487,16 @@ def test_a_button_pressed_where_no_seizure_is_labelled_is_noted(tmp_path, text):
     assert parse((400, None, text)) is None
 
 
+def test_numbers_that_last_beside_known_texts_of_an_edf_may_be_labels(tmp_path):
+    for name, duration in (("a", 2), ("b", None)):
+        plus(tmp_path / "src" / f"{name}.edf", range(10), "EDF+C", {0: mark(0, "background", 2), 4: mark(4, "1", duration)})
+    text = said(tmp_path / "src", tmp_path / "out")[1]
+    a, b = data.open_corpus(tmp_path / "out")
+    assert not a.labelled and b.labelled and "a (its EDF+ annotations: '1' at 4 s is a code: say what it means with --seizure-label" in text
+    imported(tmp_path / "src", tmp_path / "out", seizure_labels=["1"])
+    assert data.open_corpus(tmp_path / "out")[0].events.tolist() == [[4, 6]]
+
+
 def test_texts_that_speak_of_a_seizure_come_first_in_the_list(tmp_path):
     notes = {i: mark(i, f"note {i // 2}") for i in range(100)}
     plus(tmp_path / "src" / "P03_EEG.edf", range(100), "EDF+C", notes | {50: mark(50, "Ictal rhythm L", 5)})
@@ -633,6 +643,7 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "onset,duration,label,No,Rater\n5,4,Seizure,1,1\n12,4,Seizure,2,1\n", [[5, 9], [12, 16]]),
     ("a.csv", "onset,duration,label,value\n5,4,Seizure,1\n12,5,Seizure,2\n", [[5, 9], [12, 17]]),
     ("a.csv", "start,end,label,comment\n0,5,0,background\n5,9,1,\n9,20,0,background\n", "'1' at 5 s is a code"),
+    ("a.csv", "onset,duration,label\n1280,1024,seizure\n", "event from 1280 s to 2304 s lies beyond the recording's 20 s: of another, or in samples or ms?"),
     # a second onset, or one from another start, in another unit, with a point of thousands
     ("a.csv", "t0,t1,label\n5,9,seizure\n", [[5, 9]]),
     ("a.csv", "onset,duration,label,t0,t1\n0,10,seizure,5,9\n", "onset is 0 and 5 in one row"),
