@@ -171,7 +171,9 @@ def _refuse_thousands(cells):
 def refuse_edges(titles, rows):
     """Refuse (onset, duration, cells) of a table's rows on a seizure where all last as long and a
     column has two values in turn: these may tell its start from its end."""
-    if len(rows) % 2 or not rows or len({duration for _, duration, _ in rows}) > 1:
+    onsets, durations = ({row[kind] for row in rows} for kind in (0, 1))
+    # two raters of one seizure have one onset
+    if len(rows) % 2 or len(durations) != 1 or len(onsets) < len(rows):
         return
     rows = [cells for *_, cells in sorted(rows)]
     for place, title in enumerate(titles):

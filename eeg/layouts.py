@@ -218,8 +218,13 @@ def _events_inside(header, task):
         if found:
             why = "no EDF+ annotation says that it was read for seizures"
         if labels:
-            # a mark of the amplifier has none
+            # of an amplifier's marks none lasts
             columns.refuse_codes([mark for mark in found if mark[1]], task.texts)
+            codes = {text: None for *_, text in found if columns.NUMBER.match(text)
+                     and not task.texts.meaning(text)[0]}
+            if codes:
+                header.notes.append("codes inside its EDF+, taken for no labels: "
+                                    + ", ".join(list(codes)[:5]))
             events = annotations.finish(labels, header.seconds)
             header.notes += labels.notes
     except DataError as damage:

@@ -493,6 +493,7 @@ def test_numbers_that_last_beside_known_texts_of_an_edf_may_be_labels(tmp_path):
     text = said(tmp_path / "src", tmp_path / "out")[1]
     a, b = data.open_corpus(tmp_path / "out")
     assert not a.labelled and b.labelled and "a (its EDF+ annotations: '1' at 4 s is a code: say what it means with --seizure-label" in text
+    assert "codes inside its EDF+, taken for no labels: 1;" in b.notes and "codes" not in a.notes
     imported(tmp_path / "src", tmp_path / "out", seizure_labels=["1"])
     assert data.open_corpus(tmp_path / "out")[0].events.tolist() == [[4, 6]]
 
@@ -641,6 +642,7 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "onset;duration;label;Phase\n5;1;Anfall;A\n9;1;Anfall;E\n12;1;Anfall;A\n15;1;Anfall;E\n", "Phase is a and e in turn"),
     ("a_events.tsv", "onset\tduration\teventType\tvalue\n5\t1\tsz\t1.0\n9\t1\tsz\t0.0\n", "value is 1 and 0 in turn"),
     ("a.csv", "onset,duration,label,No,Rater\n5,4,Seizure,1,1\n12,4,Seizure,2,1\n", [[5, 9], [12, 16]]),
+    ("a.csv", "onset,duration,label,Rater\n5,4,Seizure,1\n5,4,Seizure,2\n", [[5, 9]]),
     ("a.csv", "onset,duration,label,value\n5,4,Seizure,1\n12,5,Seizure,2\n", [[5, 9], [12, 17]]),
     ("a.csv", "start,end,label,comment\n0,5,0,background\n5,9,1,\n9,20,0,background\n", "'1' at 5 s is a code"),
     ("a.csv", "onset,duration,label\n1280,1024,seizure\n", "event from 1280 s to 2304 s lies beyond the recording's 20 s: of another, or in samples or ms?"),
