@@ -271,6 +271,18 @@ def small_corpus(tmp_path_factory):
 
 
 @pytest.fixture
+def curves():
+    """Curves are drawn: half of the time of an epoch."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """No curves in this process, but for the tests that ask for them."""
+    if "train" in sys.modules and "curves" not in request.fixturenames:
+        monkeypatch.setattr(sys.modules["train"].Trainer, "draw", lambda self: None)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A real file system of one megabyte."""
     place = tmp_path / "disk"

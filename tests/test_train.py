@@ -52,18 +52,6 @@ def reference(corpus, tmp_path_factory):
     return results
 
 
-@pytest.fixture
-def curves():
-    """Curves are drawn: half of the time of an epoch."""
-
-
-@pytest.fixture(autouse=True)
-def no_curves(request, monkeypatch):
-    """No curves in this process, but for the tests that ask for them."""
-    if "curves" not in request.fixturenames:
-        monkeypatch.setattr(train.Trainer, "draw", lambda self: None)
-
-
 @contextlib.contextmanager
 def cut_at(boundary, number=signal.SIGTERM):
     """A real signal to this process just before the given step or recording boundary of the run."""
