@@ -652,8 +652,7 @@ def write_edf(path, eeg, amplifier, step):
         "digital_min": -top, "digital_max": top}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with pyedflib.EdfWriter(str(path), len(NAMES), pyedflib.FILETYPE_EDF) as writer:
-        for i, name in enumerate(NAMES):
-            writer.setSignalHeader(i, header | {"label": name})
+        writer.setSignalHeaders([header | {"label": name} for name in NAMES])     # at once: each call writes all anew
         writer.setStartdatetime(datetime.datetime.fromisoformat(START))
         for block in blocks:
             writer.blockWriteDigitalShortSamples(block)
