@@ -652,7 +652,8 @@ def write_edf(path, eeg, amplifier, step):
         "digital_min": -top, "digital_max": top}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with pyedflib.EdfWriter(str(path), len(NAMES), pyedflib.FILETYPE_EDF) as writer:
-        writer.setSignalHeaders([header | {"label": name} for name in NAMES])     # at once: each call writes all anew
+        # at once: each call writes the headers of all
+        writer.setSignalHeaders([header | {"label": name} for name in NAMES])
         writer.setStartdatetime(datetime.datetime.fromisoformat(START))
         for block in blocks:
             writer.blockWriteDigitalShortSamples(block)

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import fcntl
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -58,6 +59,11 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="long sweep: run with --slow"))
+
+
+def pytest_collection_finish():
+    # what is imported by now stays: no later collection of garbage goes through it, nor copies its pages in a forked child
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -92,6 +92,7 @@ class Runs:
 @pytest.fixture
 def runs(trial):
     trial.grace(1)
+    trial.change("SETTLE = 1 ", "SETTLE = 0.1 ")    # no two launches at once here, as in the trial
     return Runs(trial)
 
 
