@@ -181,7 +181,9 @@ def _table(directory, chosen, say):
         except FileNotFoundError:
             continue                        # rotated away meanwhile
         twin = first.setdefault(info.st_ino, c.path.name)
-        health = f"= {twin}" if twin != c.path.name else checkpoint.health(c.path)
+        health = f"= {twin}" if twin != c.path.name else ""
+        if not health:                      # what a resume takes has just been read whole
+            health = "ok" if chosen and c.path == chosen.path else checkpoint.health(c.path)
         if health == "gone":
             continue
         count += 1

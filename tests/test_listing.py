@@ -29,6 +29,18 @@ def test_ctrl_c_in_a_command_on_checkpoints_is_one_line(tmp_path, capsys, monkey
     assert capsys.readouterr().err == "checkpoint.py: interrupted: no file is half written\n"
 
 
+def test_ls_reads_no_file_twice(tmp_path, capsys, monkeypatch):
+    with saver(tmp_path / "run") as s:
+        for step in (1, 2):
+            s.save_mid(state(step))
+        s.save_epoch(state(3))
+    read, verify = [], checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda path: read.append(path.name) or verify(path))
+    assert checkpoint.main(["ls", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("  ok") for line in lines) == len(set(read)) == len(read) > 1, lines
+
+
 def test_ls_and_verify_write_nothing_and_follow_no_lock_that_is_a_link(tmp_path, capsys):
     run = tmp_path / "run"
     with saver(run) as s:
