@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eeg.columns import COLUMNS, NOTHING, SECONDS, another_clock, kind_of, refuse_codes
+from eeg.columns import COLUMNS, NOTHING, SECONDS, SHORT, another_clock, kind_of, refuse_codes
 from eeg.columns import refuse_described, refuse_edges, refuse_lines, refuse_others, refuse_times
 from eeg.columns import title_of
 from eeg.disk import write_file
@@ -21,7 +21,6 @@ from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZ
 from eeg.terms import meaning_of, marks, plain, speaks, without_number
 
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
-SHORT = 2.0                             # s; a list of shorter ones alone is odd
 SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
 
 
@@ -203,7 +202,7 @@ def parse_events_tsv(text, name="events.tsv", texts=None, began=""):
         elif span:
             labels.events.append(span)
 
-    refuse_edges(list(rows[0]), [(number(row["onset"], name), row["duration"], list(row.values()))
+    refuse_edges(list(rows[0]), [(float(row["onset"]), float(row["duration"]), list(row.values()))
                                  for row in rows if row["eventType"].startswith("sz")])
     for begin, end in tests:
         if any(onset < end and stop > begin for onset, stop in labels.events):

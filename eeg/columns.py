@@ -22,7 +22,8 @@ COLUMNS = {
                          "block datei fichier aufnahme".split()}}
 FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
 OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
-SECONDS = r"(s|secs?|seconds?)\.?( (from|after|since|of) .*(start|begin|onset)\w*)?|"
+SECONDS = (r"(s|secs?|seconds?)\.?( (from|after|since|of) (?!.*(clip|segm|epoch|window)).*"
+           r"(start|begin|onset)\w*)?|")
 # a cell that says nothing, or no
 NOTHING = re.compile(r"(no?|none|nein|non|false|n/?a|nan|null|nil|-*|0+([.,]0*)?)", re.I)
 # of another beginning than the recording's, where it is not 0
@@ -30,10 +31,19 @@ ORIGIN = re.compile(r"(clip|epoch|segment|file|window|chunk|page|edf|eeg) ?"
                     r"(start|begin|onset|offset|t0)( time| sec\w*)?|"
                     r"(tag|day|jour|dia|giorno)( ?(no|nr|number))?")
 # a row's place by samples
-SAMPLES = re.compile(r"samples?( (no|nr|number|index|onset|start))?|latency|data ?points?")
+SAMPLES = re.compile(r"\b(samples?|latency|frames?|data ?points?)\b")
+STARTS = re.compile(r"\b(onset|start|begin|offset)\b")
+# a line above the titles that says so of all times
+OTHERWISE = re.compile(
+    r"(all )?(times?|onsets?|units?|values?|zeit(en)?|angaben|einheit(en)?|temps|tiempos?|tempos?|"
+    rf"tempi|unites?|unidades?)\b(\W+\w+){{0,2}}\W+({OTHER_UNIT}|min(uten|utos|uti)\b|proben\b)|"
+    r".*\b(relative to|from|since) (the )?(clip|segment|epoch|window)|"
+    r"(clip|segment|epoch|window)s? (offset|start)\W+\d")
+NEAR = 60.0                             # s between a seizure's clinical onset and its onset in EEG
+SHORT = 2.0                             # s; a list of shorter ones alone is odd
 # titles of a column that counts its rows
-COUNTS = re.compile(r"(|\W|#|no\.?|nr\.?|n|id|index|idx|number|(seizure|sz|event|anfall|crise)"
-                    r"( ?(no|nr|id|number|index))?\.?)")
+COUNTS = re.compile(r"(|\W|#|no\.?|nr\.?|n|id|index|idx|number|#|(seizure|sz|event|anfall|crise)"
+                    r"( ?(no|nr|id|number|index|#))?\.?)")
 EDGE_CODES = {"12", "01", "10", "se", "be", "ae", "df", "if", "ud", "+-", "1-1"}
 
 # a description that speaks of seizures, and of none
@@ -91,7 +101,7 @@ def refuse_lines(lines, began):
     for line in lines:
         said = line.strip("# ")
         found = find_clock(said)
-        if (re.match(rf"(all )?(times?|onsets?|units?)\b(\W+\w+){{0,2}}\W+{OTHER_UNIT}", said, re.I)
+        if (OTHERWISE.match(plain(said.strip("(")))
                 or found and BEGINS.search(plain(found.string[:found.start()]))
                 and another_clock(said, began)):
             raise DataError(f"{said[:60]!r}: the recording's seconds count from its start, {began}")
@@ -154,7 +164,12 @@ def _refuse_origin(row, onset="n/a"):
         day = title.startswith(("tag", "day", "jour", "dia", "giorno"))
         if ORIGIN.fullmatch(title) and other > day and other != float(onset):
             raise DataError(f"{title} is {cell} beside an onset of {onset}: from which start?")
-        if SAMPLES.fullmatch(title) and other and (other == float(onset) or title == "latency"):
+        # in minutes, hours, ms it is the same one, or another
+        if STARTS.search(title) and other and not SAMPLES.search(title) and all(
+                abs(other * scale - float(onset)) > near
+                for scale, near in ((1, NEAR), (60, 1), (3600, 1), (0.001, 1))):
+            raise DataError(f"{title} is {cell} beside an onset of {onset}: which of them?")
+        if SAMPLES.search(title) and other and (other == float(onset) or title == "latency"):
             raise DataError(f"{title} is {cell} beside an onset of {onset}: seconds or samples?")
 
 
@@ -170,20 +185,26 @@ def _refuse_thousands(cells):
 
 def refuse_edges(titles, rows):
     """Refuse (onset, duration, cells) of a table's rows on a seizure where all last as long and a
-    column has two values in turn: these may tell its start from its end."""
-    onsets, durations = ({row[kind] for row in rows} for kind in (0, 1))
+    column may tell its start from its end: by two values in turn, or of rows that are moments."""
+    onsets, durations = {row[0] for row in rows}, {float(row[1] or 0) for row in rows}
     # two raters of one seizure have one onset
-    if len(rows) % 2 or len(durations) != 1 or len(onsets) < len(rows):
+    if len(rows) < 2 or len(durations) != 1 or len(onsets) < len(rows):
         return
+    lasts = max(durations)
     rows = [cells for *_, cells in sorted(rows)]
     for place, title in enumerate(titles):
         said = [re.sub(r"\.0+$", "", row[place]).lower() for row in rows if place < len(row)]
-        pair = said[:2]
-        if (len(set(pair)) == 2 and said == pair * (len(rows) // 2)
-                and (len(rows) > 2 or "".join(pair) in EDGE_CODES
-                     and not COUNTS.fullmatch(title_of(title)))):
-            raise DataError(f"{title} is {pair[0]} and {pair[1]} in turn, in rows of one length: "
-                            "where these are a seizure's start and end, write start and end")
+        pair, counts = said[:2], COUNTS.fullmatch(title_of(title))
+        if len(set(said)) != 2:
+            continue
+        in_turn = len(said) % 2 == 0 and said == pair * (len(said) // 2)
+        moments = 0 < lasts <= SHORT and not kind_of(title) and not any(
+            find_clock(cell) or len(cell) > 3 and NUMBER.match(cell) for cell in said)
+        if (in_turn and len(rows) > 2
+                or not counts and (moments or in_turn and "".join(pair) in EDGE_CODES)):
+            raise DataError(f"{title} is {pair[0]!r} or {(set(said) - {pair[0]}).pop()!r} in rows "
+                            f"of {lasts:g} s: where these are a seizure's start and end, write "
+                            "start and end")
 
 
 def refuse_codes(found, meanings):
