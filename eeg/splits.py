@@ -337,18 +337,8 @@ def _spelling(patient):
     return re.sub(r"(?<=[^\W\d])[\W_]*0*(?=\d)|(?<!\d)0+(?=\d)", "", bare)
 
 
-def contradictions(recordings):
-    """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
-    one code, or one under several; and, where these say nothing, on names that differ in spelling
-    or in a part alone."""
-    recordings = list(recordings)
-    spelled = {}
-    for patient in sorted({patient for patient, _ in recordings}):
-        spelled.setdefault(_spelling(patient), []).append(patient)
-    for first, *others in spelled.values():
-        for other in others:
-            yield (f"warning: patients {first} and {other} differ in spelling alone: if they are "
-                   f"one person, train with data.same_person: [{other} = {first}]")
+def _parts(recordings):
+    """Lines on names that differ in a part alone, where no headers say who all of them are."""
     coded = {patient for patient, code in recordings if code}
     parts = {}
     for patient in sorted({patient for patient, _ in recordings}):
@@ -361,6 +351,21 @@ def contradictions(recordings):
             yield (f"warning: patients {', '.join([first, *others[:3]])}{more} count as "
                    f"{len(others) + 1}: if they are one person, give them one folder, or train "
                    f"with data.same_person: [{one}{more}]")
+
+
+def contradictions(recordings):
+    """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
+    one code, or one under several; and, where these say nothing, on names that differ in spelling
+    or in a part alone."""
+    recordings = list(recordings)
+    spelled = {}
+    for patient in sorted({patient for patient, _ in recordings}):
+        spelled.setdefault(_spelling(patient), []).append(patient)
+    for first, *others in spelled.values():
+        for other in others:
+            yield (f"warning: patients {first} and {other} differ in spelling alone: if they are "
+                   f"one person, train with data.same_person: [{other} = {first}]")
+    yield from _parts(recordings)
     pairs = Counter((patient, code) for patient, code in recordings if code)
     for kind in (0, 1):
         groups = {}
