@@ -450,7 +450,8 @@ GLUED = re.compile(rf"(?:EEG|POL)?({'|'.join([*SPELLED, *ALIAS])})"
                    r"(V?REF|LE|AVG?|AVE|AA|A1A2|M1M2|[AM][12])?")
 COMMON = 8                              # electrodes that share a suffix, which is their reference
 SEEG = re.compile(r"\b(s|i|stereo.?)eeg\b|\becog\b", re.I)
-CONTACT = re.compile(r"C([7-9]|1\d)|[FPT]1[1-9]|O([3-8]|1[1-9])")   # no place of 10-10
+# no place of 10-10, nor of the caps of 128 that go on to F12 and O12
+CONTACT = re.compile(r"C([7-9]|1\d)|[FPT]1[3-9]|O([3-8]|1[3-9])")
 CAP = re.compile(r"[A-H](1[1-9]|2\d|3[0-2])")       # a place on a BioSemi cap, beyond all of 10-20
 
 

@@ -175,9 +175,9 @@ def test_contacts_inside_the_skull_are_no_scalp_electrodes_though_they_are_calle
         r = prepare(write_edf(tmp_path / "c.edf", 5, labels=[*scalp, *contacts], eeg=eeg))
         assert np.array_equal(r.memory, prepare(tmp_path / "b.edf").memory)
         assert "C3" not in r.notes or "contacts, no scalp electrodes: " in r.notes
-    # of a file that calls all of them so nothing else is known; 10-10 has places beyond C4
+    # of a file that calls all of them so nothing else is known; 10-10 has places beyond C4, and large caps more
     for form in ("SEEG {}-Ref", "EEG {}-Ref"):
-        labels = [*map(form.format, NAMES), *map(form.format, ("C5", "C6", "F9", "F10", "P9", "P10", "C7"))]
+        labels = [*map(form.format, NAMES), *map(form.format, ("C5", "C6", "C7", *(f"{x}{i}" for x in "FPTO" for i in range(9, 13))))]
         prepare(write_edf(tmp_path / "d.edf", 5, labels=labels))
 
 
