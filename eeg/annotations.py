@@ -15,7 +15,7 @@ import numpy as np
 from eeg.columns import COLUMNS, NOTHING, SECONDS, SHORT, another_clock, kind_of, refuse_codes
 from eeg.columns import refuse_described, refuse_edges, refuse_lines, refuse_others, refuse_times
 from eeg.columns import title_of
-from eeg.disk import write_file
+from eeg.disk import named, write_file
 from eeg.edf import NUMBER, DataError, number
 from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
 from eeg.terms import meaning_of, marks, plain, speaks, without_number
@@ -98,7 +98,8 @@ def _note_holes(labels, seconds):
 
 def read_text(path):
     """Text of an annotation file without its byte order mark, each line ended by \\n."""
-    raw = Path(path).read_bytes()
+    with named(path):
+        raw = Path(path).read_bytes()
     if not raw.strip():
         raise DataError(f"{Path(path).name} is empty")
     # a mark says UTF-16, what Windows calls Unicode; else UTF-8, and Latin-1 where it is not that

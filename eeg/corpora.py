@@ -13,29 +13,28 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from eeg import annotations, console, terms
-from eeg.disk import INDEX, LASTING, REPORT, InUse, TemporaryFault, hold, holder, write_json
+from eeg.disk import INDEX, LASTING, REPORT, InUse, TemporaryFault, hold, holder, named, walk
+from eeg.disk import write_json
 from eeg.edf import BLANK_UNITS, FS, NOTCH, PREFIX, DataError, Recipe, channel, electrode
 from eeg.edf import prepare_edf, read_header, split_label
 from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
 from eeg.layouts import find_events, identify
 from eeg.release import release
 from eeg.splits import contradictions, no_labels, person, person_code, twins
-from eeg.store import FORMAT, entries, read_index, write_recording
+from eeg.store import FORMAT, attributes, entries, read_index, write_recording
 
 BYTES_PER_WORKER = 200_000_000          # of EDF that make a further process worth its start
 MAX_LINES_PER_REASON = 3                # of refused files; more share a line
 MAX_LISTED_TEXTS = 20                   # in the table
 MAX_DRIFT_SECONDS = 1.0                 # of a clock, beyond which a label file may be off
-# folders where a program keeps what the user sees elsewhere or threw away: .git/annex of DataLad
-NOT_THE_USERS = re.compile(r"\.|@eaDir$|#recycle$|\$RECYCLE\.BIN$|lost\+found$", re.I)
 
 
-class Occupied(DataError):
-    """The place of a recording holds one of another corpus, which stays."""
+class Stays(DataError):
+    """A recording is refused, and what lies in its place stays: it is of another corpus, or of an
+    EDF that could not be read this time."""
 
 
 # ---- import: one recording ----
@@ -98,10 +97,9 @@ def origin(source, task):
 
 def finished(target, source, task):
     """Outcome of an earlier import that made `target` from these very files in this way, else None.
-    Occupied where it holds another recording, as sub-01 of a second corpus would be."""
+    Stays where it holds another recording, as sub-01 of a second corpus would be."""
     try:
-        with h5py.File(target, "r") as f:
-            made = dict(f.attrs)
+        if made := attributes(target):
             before = Path(made["source"])
             same = all(made.get(key, "") == value for key, value in origin(source, task).items())
             # what texts mean matters where they gave the labels, or might give some
@@ -112,10 +110,10 @@ def finished(target, source, task):
                     labelled=bool(made["labelled"]), unlabelled=made.get("unlabelled", ""),
                     patient_code=made.get("patient_code", ""),
                     texts=json.loads(made["annotations"]))
-    except (OSError, KeyError, ValueError):
+    except (KeyError, ValueError):
         return None
-    if before.exists() and not before.samefile(source.path):
-        raise Occupied(f"its place holds {before}: give each corpus a folder of its own")
+    if made and before.exists() and not before.samefile(source.path):
+        raise Stays(f"its place holds {before}: give each corpus a folder of its own")
     return None
 
 
@@ -124,7 +122,7 @@ def import_one(source, task):
     target = task.out / f"{source.name}.h5"
     try:
         return finished(target, source, task) or _convert(source, task, target)
-    except Occupied as refusal:
+    except Stays as refusal:
         return Outcome(source, "refused", one_line(refusal))
     except DataError as refusal:
         target.unlink(missing_ok=True)                  # what an earlier state of the source gave
@@ -160,7 +158,8 @@ def _convert(source, task, target):
         header.notes += channel_notes(source.path)
     except OSError as error:
         what = Path(error.filename).name + ": " if error.filename else ""
-        raise DataError(what + (error.strerror or str(error))) from None
+        kind = DataError if error.errno in LASTING else Stays
+        raise kind(what + (error.strerror or str(error))) from None
 
     attributes = made_of | {
         "scale": signal.scale, "fs": FS,
@@ -327,7 +326,7 @@ def import_corpus(src, out, layout="auto", montage="referential", notch="both", 
         task = Task(out, recipe, texts, said, names, labels)
         _import_all(report, sources, task, workers, say, progress)
         report.alone = [] if labels == NEVER else _labels_alone(sources, others)
-        _close(out, files, others, report, stopped)
+        _close(out, src, files, others, report, stopped)
     report.hints = hints(sources, layout, task, report, others)
     _table(report, task, say)
     return report
@@ -408,17 +407,11 @@ def find_edf(src):
         return [src], src.parent, [], [path for path in beside if not _foreign([path])]
     if not src.is_dir():
         raise DataError(f"{src}: no such file or folder")
-    paths, seen, closed = [], set(), []
+    paths, closed = [], []
 
     def note(error):
         closed.append((str(error.filename), error.strerror))
-    for folder, folders, files in os.walk(src, followlinks=True, onerror=note):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not NOT_THE_USERS.match(name))
+    for folder, files in walk(src, note):
         paths += [Path(folder, name) for name in files]
     # ._x.edf is what macOS writes beside x.edf on a foreign disk: no recording
     paths = [path for path in paths if not path.name.startswith("._")]
@@ -491,11 +484,8 @@ def refuse_twice(out, sources, root, report):
 
 def _prepared(path):
     """What a recording says of its preparation; None where it says nothing."""
-    try:
-        with h5py.File(path, "r") as f:
-            return {key: f.attrs[key] for key in ("prepared", "montage", "channels", "source")}
-    except (OSError, KeyError):
-        return None
+    made = attributes(path)
+    return made if {"prepared", "montage", "channels", "source"} <= made.keys() else None
 
 
 def recipe_of(prepared, montage, channels):
@@ -677,7 +667,7 @@ def grouped(refused):
             yield from (f"{path}: {why}" for path in paths)
 
 
-def _close(out, files, others, report, stopped):
+def _close(out, src, files, others, report, stopped):
     """Write the index, what was refused and label files of no EDF, for `info`; of other files, what
     an earlier import said. From here on the folder is whole, but for what `stopped` commands were
     to bring."""
@@ -685,7 +675,8 @@ def _close(out, files, others, report, stopped):
     report.twins += twins((name, entry["samples"], entry["norm"], entry["scale"])
                           for name, (_, entry) in made.items())
     seen = {shown(path) for path in files}
-    before = [refusal for refusal in read_report(out) if refusal[0] not in seen]
+    before = [[file, why] for file, why in read_report(out) if file not in seen
+              and not (Path(file).is_relative_to(src) and os.path.isdir(file))]
     met = {shown(path.absolute()) for path in others}
     alone = [file for file in labels_alone(out) if file not in met]
     marks = {"refused": before + report.refused,
@@ -716,7 +707,8 @@ def _unfinished(out):
 def _read_marks(out):
     """What an import keeps beside its recordings: {"refused": ..., "unfinished": commands}."""
     try:
-        marks = json.loads(Path(out, REPORT).read_text())
+        with named(Path(out, REPORT)):
+            marks = json.loads(Path(out, REPORT).read_text())
         return marks if isinstance(marks, dict) else {}
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):     # out of reach: it may say that not all is there
         return {}

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from eeg.edf import FS, DataError
 INDEX, REPORT = "index.json", "import.json"     # beside the recordings of an imported folder
 CHUNK = 10 * FS                         # samples of a recording's chunk: windows begin every 10 s
 COPIERS = 16                            # files copied at once
+# folders where a program keeps what the user sees elsewhere or threw away: .git/annex of DataLad
+NOT_THE_USERS = re.compile(r"\.|@eaDir$|#recycle$|\$RECYCLE\.BIN$|lost\+found$", re.I)
 # what an OSError says of the path itself, until somebody mends it; every other one may pass
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
            errno.ENXIO, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST}
@@ -53,6 +56,41 @@ def fault(error, where, kept="nothing was touched", asked=""):
     if error.errno is None or error.errno in LASTING:
         return Refused(line)
     return TemporaryFault(f"{line}; {kept}: try again")
+
+
+@contextlib.contextmanager
+def named(path):
+    """An OSError within names `path`: that of a read names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def exists(path):
+    """os.path.lexists, but for a fault that may pass: that is raised, for it says nothing."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno not in LASTING:
+            raise
+        return False
+    return True
+
+
+def walk(root, onerror):
+    """(folder, its files) of `root` and of all folders below that are the user's; links are
+    followed, each folder once. onerror(OSError): a folder that cannot be listed or looked at."""
+    seen = set()
+    for folder, folders, files in os.walk(root, onerror=onerror, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not NOT_THE_USERS.match(name))
+        yield folder, files
 
 
 # ---- held by one process, written durably ----

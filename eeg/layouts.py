@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from eeg import annotations, columns, lists, terms
+from eeg.disk import exists
 from eeg.edf import DataError, read_annotations
 
 NEAR_SECONDS = 10                       # of a seizure: a text so near may be on it
@@ -115,7 +116,7 @@ def identify(path, root, layout="auto"):
         above = (*relative.parts[:-1], place.name, place.parent.name)
         split = next((part for part in above if part in SPLITS), "")
     # a dead link counts: labels that cannot be read are no reason to call a recording unlabelled
-    annotation = next((place for place in row.find(path) if os.path.lexists(place)), None)
+    annotation = next((place for place in row.find(path) if exists(place)), None)
     return Source(path, relative.with_suffix("").as_posix(), layout, patient, split, annotation)
 
 
@@ -266,7 +267,7 @@ def _unread_beside(path, of_folder=False):
 def channel_notes(path):
     """What the BIDS channels.tsv beside an EDF says that the import does not act on, as notes."""
     place = path.with_name(path.stem.removesuffix("_eeg") + "_channels.tsv")
-    if not os.path.exists(place):       # nor may be: an EDF may have the longest of names
+    if not exists(place):               # nor may be: an EDF may have the longest of names
         return []
     try:
         text = annotations.read_text(place)

@@ -9,12 +9,13 @@ all else, so that a window of training is one read.
 import hashlib
 import json
 import os
+import re
 import stat
 
 import h5py
 import numpy as np
 
-from eeg.disk import CHUNK, INDEX, file_state, replace_durably, write_json
+from eeg.disk import CHUNK, INDEX, LASTING, file_state, replace_durably, walk, write_json
 from eeg.edf import FS, DataError
 
 FORMAT = 2                              # version of the HDF5 layout
@@ -38,11 +39,10 @@ def write_recording(target, eeg, events, attributes):
         if os.path.getsize(temp) != end:
             raise DataError(f"{target}: HDF5 put something behind the samples")
         replace_durably(temp, target)
-    except OSError as error:            # in a page of HDF5's own words
-        if error.errno:
-            raise OSError(error.errno, os.strerror(error.errno), str(target)) from None
-        raise
-    except RuntimeError as error:       # what h5py makes of a full disk while it closes the file
+    except (OSError, RuntimeError) as error:    # RuntimeError: of a full disk while h5py closes
+        number = errno_of(error)
+        if number:
+            raise OSError(number, os.strerror(number), str(target)) from None
         raise OSError(f"{target}: {error}") from None
     finally:
         temp.unlink(missing_ok=True)
@@ -107,6 +107,7 @@ def load_recording(path):
     except DataError:
         raise
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise_passing(error, path)
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
     chunks = -(-entry["samples"] // CHUNK)
     if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:
@@ -119,6 +120,28 @@ def load_recording(path):
             raise DataError(f"{path}: an event from {begin:g} s to {end:g} s does not lie inside "
                             "it: import it again")
     return entry
+
+
+def errno_of(error):
+    """That of an error of HDF5, which says it in a page of its own words; 0: of no system call."""
+    found = re.search(r"errno = (\d+)", str(error))
+    return getattr(error, "errno", None) or int(found[1] if found else 0)
+
+
+def raise_passing(error, path):
+    """Raise what may pass as an OSError: it says nothing of the file at `path`."""
+    if (number := errno_of(error)) and number not in LASTING:
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def attributes(path):
+    """All that an HDF5 file says of itself; {} where it is none. Raises what may pass."""
+    try:
+        with h5py.File(path, "r") as f:
+            return dict(f.attrs)
+    except (OSError, RuntimeError, LookupError) as error:
+        raise_passing(error, path)
+        return {}
 
 
 def _entry(path, file):
@@ -201,9 +224,13 @@ def _write_index(root, recordings):
 
 
 def _walk(root):
-    """(name, path) of every .h5 file, links followed."""
+    """(name, path) of every .h5 file, links followed. Raises OSError where a folder is closed: the
+    patients in it would be missed in silence."""
     base = len(str(root)) + 1
-    for folder, _, files in os.walk(root, followlinks=True):
+
+    def stop(error):
+        raise error
+    for folder, files in walk(root, stop):
         for file in files:
             if file.endswith(".h5"):
                 full = f"{folder}/{file}"

@@ -1,5 +1,6 @@
 """eeg/corpora.py: layouts, annotations, and the conversion to HDF5. Real files and real processes."""
 
+import errno
 import os
 import shutil
 import signal
@@ -621,3 +622,48 @@ def test_what_is_no_edf_is_left_out_or_named(tmp_path):
     with pytest.raises(edf.DataError, match=r"no EDF file in it \(1 .edf.gz, 2 .bdf: convert or"):
         imported(other, tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
+
+
+UNREADABLE = "/proc/self/mem"           # a regular file that the kernel answers with EIO
+
+
+@pytest.mark.parametrize("place", ["src/a.edf", "src/a.csv", "out/a.h5", "out/import.json"])
+def test_what_cannot_be_read_once_loses_nothing_and_is_not_taken_for_whole(tmp_path, place):
+    src, out, path = tmp_path / "src", tmp_path / "out", tmp_path / place
+    write_edf(src / "a.edf")
+    (src / "a.csv").write_text("onset,duration,label\n3,4,seizure\n")
+    assert imported(src, out).read == ["a"]
+    path.rename(tmp_path / "away")
+    path.symlink_to(UNREADABLE)
+    done = command("import", src, out) if place.startswith("src") else command("info", out)
+    assert done.returncode == 1 and not done.stderr.count("\n") > 1 and "Traceback" not in done.stderr
+    assert f"{path.name}: Input/output error" in done.stdout or f"Input/output error: '{path}'" in done.stderr
+    path.unlink()
+    (tmp_path / "away").rename(path)
+    assert data.open_corpus(out)[0].events.tolist() == [[3, 7]]
+    assert imported(src, out).kept == 1 and not corpora.read_report(out)
+
+
+@pytest.mark.parametrize("call", ["lstat", "scandir"])
+def test_a_file_or_folder_that_answers_once_with_a_fault_is_not_taken_for_absent(tmp_path, monkeypatch, call):
+    src, out, real = tmp_path / "src", tmp_path / "out", getattr(os, call)
+    write_edf(src / "p1" / "a.edf")
+    (src / "p1" / "a.csv").write_text("onset,duration,label\n3,4,seizure\n")
+    imported(src, out)
+
+    def failing(path, *arguments, **options):
+        if str(path).endswith(("p1/a.csv", "p1")):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, *arguments, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing)
+        if call == "scandir":
+            with pytest.raises(OSError, match="Stale file handle"):
+                data.open_corpus(out)
+            patched.setattr(os, call, lambda path: real(path) if "out" in str(path) else failing(path))
+            assert imported(src, out).refused == [(str(src / "p1"), "Stale file handle")]
+        else:
+            with pytest.raises(OSError, match="Stale file handle"):
+                imported(src, out)
+    report = imported(src, out)
+    assert report.kept == 1 and not report.unlabelled and not corpora.read_report(out)
