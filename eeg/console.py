@@ -13,10 +13,12 @@ import contextlib
 import io
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 # tqdm, which torch imports too, reads these as it is imported, and ends in a traceback at one that
 # it cannot read: none acts here
@@ -148,8 +150,33 @@ def signals_wait(*numbers):
 
 
 def how_many(number, noun):
-    """"1 patient", "2 patients"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """"1 patient", "2 patients", "3 batches"; number: or as it is printed."""
+    ending = "" if str(number) == "1" else "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{ending}"
+
+
+def rounded(value, form=".4f"):
+    """A number by its format; what only rounding would make 0 or 1 is "<0.0001", ">0.9999"."""
+    text, step = format(value, form), 10 ** -int(form[1])
+    if value > 0 and float(text) == 0:
+        return f"<{step:{form}}"
+    return f">{1 - step:{form}}" if value < 1 and float(text) == 1 else text
+
+
+def hours(seconds):
+    """"0.17 h", "40 s": two decimals of an hour say little of a minute."""
+    return f"{seconds:.3g} s" if 0 < seconds < 90 else f"{seconds / 3600:.2f} h"
+
+
+def near(path):
+    """`path` as one would type it here."""
+    return os.path.relpath(path) if path and Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
+def command(script, *words):
+    """What one would type here to start a script of this folder; its words are quoted."""
+    place = near(Path(__file__).absolute().parent.parent / script)
+    return shlex.join(["python", place, *map(str, words)])
 
 
 def bar(total, title, unit, done=0, hidden=False, **options):

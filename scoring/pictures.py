@@ -22,12 +22,12 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MultipleLocator
 from PIL import Image
 from scipy.signal import butter, sosfiltfilt
 
 from eeg import edf
-from eeg.console import how_many
+from eeg.console import how_many, rounded
 from eeg.disk import read_json_lines
 from scoring import metrics
 
@@ -55,7 +55,8 @@ PAIRS = {                               # derivation -> (its electrodes, number 
     for a, b in zip(chain.split(), chain.split()[1:])
 }
 
-STEPS = (1, 1.5, 2, 3, 6, 10)           # of ticks in seconds, times powers of 10
+# between ticks, seconds: as clocks are read
+STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200)
 PAGE = 10                               # seconds
 SPEED = 30                              # mm per second
 SENSITIVITIES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)        # uV per mm
@@ -68,6 +69,7 @@ TOLERATED = (-metrics.TOLERANCE.toleranceStart, metrics.TOLERANCE.toleranceEnd) 
 MARGIN = 2                              # seconds of it before and after, for its transients
 LEAD = 4                                # seconds shown before an event begins and after it ends
 LONGEST = 40                            # characters of a name: its end says more than its folders
+NAMED = 12                              # characters of a trace's name: what fits left of it
 PAGES = 3                               # of one event at most
 
 INCH = 25.4                             # mm
@@ -172,7 +174,8 @@ def _pages(place, seconds, found=()):
         chosen = sorted({0, (detected or [1])[0] or 1, len(starts) - 1})
     pages = []
     for i in chosen:
-        caption = f"{kind}, {max(0.0, end - begin):.1f} s, page {i + 1} of {len(starts)}"
+        length = f", {rounded(end - begin, '.1f')} s" if end > begin else ""
+        caption = f"{kind}{length}, page {i + 1} of {len(starts)}"
         missing = i - chosen[chosen.index(i) - 1] - 1 if i else 0
         if missing:
             caption += f" (before it {missing} left out)"
@@ -184,10 +187,7 @@ def _title(recording, places, most):
     kinds = [kind for kind, begin, end in places if end > begin]
     missed = kinds.count("missed seizure")
     hits = kinds.count("found seizure")
-    name = _drawable(recording.name)
-    if len(name) > LONGEST:
-        name = "..." + name[-LONGEST:]
-    title = f"{name}    {_elapsed(recording.seconds)}"
+    title = f"{_named_shortly(recording.name)}    {_elapsed(recording.seconds)}"
     if recording.labelled:
         seizures = how_many(len(recording.events), "labelled seizure")
         title += f",  {seizures}; by SzCORE {hits} found, {missed} missed"
@@ -202,6 +202,17 @@ def _title(recording, places, most):
 def _drawable(text):
     """What the font lacks is escaped, as a terminal in ASCII shows it."""
     return "".join(c if FONT.get_char_index(ord(c)) else ascii(c)[1:-1] for c in text)
+
+
+def _named_shortly(name):
+    name = _drawable(name)
+    return name if len(name) <= LONGEST else "..." + name[-LONGEST:]
+
+
+def _trace_name(name):
+    """Of a long one both ends: either may tell it from the others."""
+    name, half = _drawable(name), NAMED // 2 - 1
+    return name if len(name) <= NAMED else f"{name[:half]}..{name[-half:]}"
 
 
 def _elapsed(seconds):
@@ -298,7 +309,7 @@ class Sheet:
         self.mark(axis, begin, end)
         axis.fill_between(seconds, piece, color=INK, alpha=0.15, lw=0)
         axis.plot(seconds, piece, color=INK, lw=0.9, label="probability")
-        label = f"threshold {self.threshold:.2f}"
+        label = f"threshold {rounded(self.threshold, '.3f')}"
         axis.axhline(self.threshold, color=FOUND, lw=0.8, ls=":", label=label)
         if self.recording.labelled:
             axis.fill_between([], [], color=TRUE, alpha=0.3, lw=0, label="labelled seizure")
@@ -307,7 +318,10 @@ class Sheet:
         axis.set_yticks((0, 1))
         axis.set_ylabel("probability", **SMALL)
         axis.xaxis.set_major_formatter(self.clock)
-        axis.xaxis.set_major_locator(MaxNLocator(10, steps=STEPS))
+        step = next((s for s in STEPS if 10 * s >= end - begin), math.ceil((end - begin) / 10))
+        # at whole minutes and hours of the clock that is shown
+        hour, minute, second = self.began.timetuple()[3:6] if self.began else (0, 0, 0)
+        axis.xaxis.set_major_locator(MultipleLocator(step, -(3600 * hour + 60 * minute + second)))
 
     def traces(self, axis, begin, end):
         eeg, names = _displayed(self.recording, begin, end)
@@ -324,7 +338,7 @@ class Sheet:
                 cut = np.where(shown == line, np.nan, y + shown)
                 axis.plot(seconds, cut, color=STOP, lw=1.6)
         axis.set_ylim(-below[-1] - 1.5 * SPACING, 1.5 * SPACING)
-        axis.set_yticks(-below, names)
+        axis.set_yticks(-below, map(_trace_name, names))
         axis.set_xticks(np.arange(math.ceil(begin), begin + PAGE), minor=True)
         axis.grid(axis="x", which="both", color=INK, alpha=0.12, lw=0.5)
         axis.tick_params(which="both", bottom=False, labelbottom=False, length=0)
@@ -359,13 +373,12 @@ def _derivations(recording, begin, end):
 
 
 def _drawn(recording):
-    """Names of the traces, from top to bottom."""
+    """Names of the traces, from top to bottom: last the channels that are in none of the pairs."""
     there = set(recording.channels)
-    names = []
-    for name, (a, b, _) in PAIRS.items():
-        if name in there or {a, b} <= there:
-            names.append(name)
-    return names or list(recording.channels)
+    pairs = {name: {name, a, b} for name, (a, b, _) in PAIRS.items()
+             if name in there or {a, b} <= there}
+    seen = set().union(*pairs.values())
+    return [*pairs, *(name for name in recording.channels if name not in seen)]
 
 
 def _below(names):
@@ -430,14 +443,14 @@ def _against_alarms(axis, rows, threshold, name, label, colour):
         if low is not None:
             bands.append((alarms, low, high))
         if row["threshold"] == threshold:
-            used = f"threshold in use, {threshold:.2f}"
-            axis.plot(alarms, value, "*", color=INK, ms=14, label=used)
+            used = f"threshold in use, {rounded(threshold, '.3f')}"
+            axis.plot(alarms, value, "*", color=INK, ms=14, label=used, clip_on=False)
     axis.plot(*zip(*points), "o-", color=colour, ms=3, lw=1.4)
     if bands:
         drawn = "95 % interval over patients"
         axis.fill_between(*zip(*bands), color=colour, alpha=0.18, lw=0, label=drawn)
     axis.set_xscale("symlog", linthresh=1)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, max(1, axis.get_xlim()[1]))
     axis.set_ylim(0, 1.04)
     axis.set_xlabel("false alarms per 24 h", color=INK)
     axis.set_ylabel(label, color=colour)
@@ -462,7 +475,7 @@ def curves(run_directory):
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     heights = (2.4, 1.2, 2, 3)
     loss, rate, entropy, best = figure.subplots(4, 1, sharex=True, height_ratios=heights)
-    name = _drawable(directory.resolve().name)
+    name = _named_shortly(directory.resolve().name)
     figure.suptitle(name, x=0.01, ha="left", fontsize=13, color=INK)
     _curve(loss, train, "loss", INK, "training: focal loss")
     _curve(rate, train, "lr", INK, "learning rate")
@@ -476,7 +489,11 @@ def curves(run_directory):
     for axis in (loss, rate, entropy, best):
         _resumes(axis, files)
     best.set_xlabel("step", color=INK)
-    best.legend(frameon=False, fontsize=9)
+    if checks and not _points(checks, metric)[0]:
+        best.text(0.5, 0.5, "computable in no validation so far", ha="center", **SMALL,
+                  transform=best.transAxes)
+    # beside the axis: inside it would lie on the best ones, which are at its top
+    best.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.05))
     path = directory / "curves.png"
     _save([figure], path)
     return path
@@ -500,7 +517,7 @@ def _saves(axis, files):
 def _resumes(axis, files):
     label = "resume"
     for step in _steps(files, "resume"):
-        axis.axvline(step, color=STOP, lw=1, ls="--", label=label)
+        axis.axvline(step, color=STOP, lw=1.4, ls="--", label=label)
         label = None                    # once in the legend
 
 
@@ -517,7 +534,8 @@ def _best_metric(config):
 
 def _curve(axis, rows, key, colour, label, style="-"):
     steps, values = _points(rows, key)
-    axis.plot(steps, values, style, color=colour, lw=1.4, ms=4)
+    # a line needs two points
+    axis.plot(steps, values, style if len(steps) > 1 else "o", color=colour, lw=1.4, ms=4)
     axis.set_ylabel(label, color=colour, fontsize=9)
     axis.tick_params(labelsize=8, colors=INK)
     axis.spines["top"].set_visible(False)

@@ -68,7 +68,9 @@ def test_a_montage_of_a_few_channels_is_drawn_as_it_is(tmp_path):
     track = Track("a", 30, [(9, 20)], channels=2)
     track.montage = "reduced"
     track.channels = ("F7-T3", "T4-F8")
-    assert pictures._derivations(track, 0, 1)[1] == ["F7-T3"]
+    assert pictures._derivations(track, 0, 1)[1] == ["F7-T3", "T4-F8"], "all that the model sees"
+    track.channels = ("Cz", "Fz")
+    assert pictures._derivations(track, 0, 1)[1] == ["Fz-Cz"]
     track.channels = ("BTE left", "BTE right")
     assert pictures._derivations(track, 0, 1)[1] == ["BTE left", "BTE right"]
     p = probability_of(track, [])
@@ -170,6 +172,7 @@ def test_recordings_of_a_few_samples_and_tracks_of_nan_are_drawn(tmp_path, sampl
     p = np.full(samples, np.nan if samples == 30 else 0.5, np.float32)
     pictures.draw(track, p, np.zeros((0, 2), np.int64), 0.5, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+    assert captions(sheet_of(track, []))[1].endswith("highest probability, page 1 of 1"), "a moment has no length"
 
 
 def test_the_trade_off_is_drawn_with_and_without_intervals(tmp_path):
@@ -227,6 +230,45 @@ def test_a_title_ends_within_its_picture():
     FigureCanvasAgg(figure).draw()
     title = next(text for text in figure.axes[0].findobj(Text) if "places shown" in text.get_text())
     assert title.get_window_extent().x1 < figure.bbox.x1
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_traces_end_within_the_picture_and_keep_both_their_ends():
+    track = Track("a", 20, channels=3)
+    track.montage, track.channels = "reduced", ("BTEleft SD-CROSStop SD", "EKG FT10-REF", "\u60a3\u60a3\u60a3")
+    figure = sheet_of(track, []).figure
+    FigureCanvasAgg(figure).draw()
+    names = figure.axes[1].get_yticklabels()
+    assert [name.get_text() for name in names][:2] == ["BTEle..op SD", "EKG FT10-REF"]
+    assert min(name.get_window_extent().x0 for name in names) > 0
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3, 20, 70, 600, 5000, 86400, 10**6])
+@pytest.mark.parametrize("began", ["", "2021-03-04T17:58:50"])
+def test_the_clock_of_an_overview_says_no_time_twice_and_whole_ones(seconds, began):
+    track = Track("a", 20, channels=2)
+    track.seconds, track.began, track.channels = seconds, began, ("a", "b")
+    sheet = pictures.Sheet(track, np.zeros(round(seconds) + 1), track.events, track.events, 0.999, 1, 1)
+    sheet.overview("", [])
+    axis = sheet.figure.axes[0]
+    ticks = [tick for tick in axis.get_xticks() if 0 <= tick <= seconds]
+    said = [f"{tick // 86400:.0f} {sheet.clock(tick)}" for tick in ticks]
+    assert len(set(said)) == len(said) <= 11 and (len(said) > 1 or seconds < 1)
+    assert seconds < 600 or seconds > 86400 or all(text.endswith(":00") for text in said)
+    assert "threshold 0.999" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_curves_show_one_point_and_what_cannot_be_computed(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figures, path: drawn.extend(figures))
+    rows = [{"kind": "train", "step": 1, "loss": 1.0, "lr": 1e-3},
+            {"kind": "validation", "step": 1, "loss": 0.5, "event_f1": None, "best": False}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pictures.curves(tmp_path)
+    loss, *_, best = drawn[0].axes
+    assert loss.lines[0].get_marker() == "o" and "no validation" in best.texts[0].get_text()
+    FigureCanvasAgg(drawn[0]).draw()
+    assert best.get_legend().get_window_extent().x0 >= best.bbox.x1, "beside the points, not over them"
 
 
 def test_a_picture_counts_events_as_the_scores_do():
