@@ -12,6 +12,7 @@ Every number stands in the tables below, beside its source. Units: uV, Hz, s; si
 the recording's own background. EEG is float32 (19, T) at FS.
 """
 import datetime
+import errno
 import math
 from collections import namedtuple
 from pathlib import Path
@@ -657,3 +658,6 @@ def write_edf(path, eeg, amplifier, step):
         writer.setStartdatetime(datetime.datetime.fromisoformat(START))
         for block in blocks:
             writer.blockWriteDigitalShortSamples(block)
+    # pyedflib asks no write what became of it
+    if Path(path).stat().st_size != 256 * (1 + len(NAMES)) + digital.nbytes:
+        raise OSError(errno.EIO, "not all of it could be written: is the disk full?", str(path))

@@ -1,4 +1,6 @@
 """eeg/synth.py: a pure function of the seed, and no easier than its own artefacts."""
+import resource
+
 import numpy as np
 import pytest
 from scipy import signal as dsp
@@ -20,6 +22,16 @@ def test_synthetic_recordings_depend_on_the_seed_alone(synthetic, tmp_path):
         synth.synth(synthetic[0])
     with pytest.raises(edf.DataError, match="finite"):
         synth.synth(tmp_path / "endless", hours=float("inf"))
+
+
+def test_an_edf_that_a_full_disk_has_cut_is_a_fault(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="not all of it could be written"):
+            synth.synth(tmp_path / "cut", hours=0.01, patients=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_command_says_what_it_made_and_what_to_type_next(tmp_path):
