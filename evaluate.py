@@ -495,15 +495,15 @@ def _import(path, state, scratch, labels):
     if recipe is None:
         reduced = state["channels"] if state["montage"] == "reduced" else ()
         recipe = edf.Recipe(state["montage"], reduced=tuple(reduced))
-    refused = corpora.import_corpus(
+    report = corpora.import_corpus(
         path, scratch, montage=recipe.montage, notch=recipe.notch, blank_unit=recipe.blank_unit,
-        channels=recipe.reduced, labels=labels).refused
+        channels=recipe.reduced, labels=labels)
     if not next(scratch.rglob("*.h5"), None):
-        reasons = "; ".join(f"{file}: {why}" for file, why in refused[:3])
+        reasons = "; ".join(f"{file}: {why}" for file, why in report.refused[:3])
         if "--montage" in reasons:
             reasons += f"; this checkpoint reads montage {recipe.montage} alone"
-        raise Refused(f"no usable recording: {reasons}")
-    return refused
+        raise (TemporaryFault if report.passing else Refused)(f"no usable recording: {reasons}")
+    return report.refused
 
 
 def choose(recordings, split, state, path=None):

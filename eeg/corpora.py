@@ -33,8 +33,11 @@ MAX_DRIFT_SECONDS = 1.0                 # of a clock, beyond which a label file 
 
 
 class Stays(DataError):
-    """A recording is refused, and what lies in its place stays: it is of another corpus, or of an
-    EDF that could not be read this time."""
+    """A recording is refused, and what lies in its place stays: it is of another corpus."""
+
+
+class Unread(Stays):
+    """An EDF, or what lies beside it, could not be read this time: what it gave before stays."""
 
 
 # ---- import: one recording ----
@@ -60,6 +63,7 @@ class Outcome:
     source: Source
     kind: str                           # kept, read or refused
     reason: str = ""                    # of a refusal
+    passing: bool = False               # the reason may pass
     notes: str = ""                     # what was read otherwise than it is written
     seconds: float = 0.0                # of EEG, newly imported
     labelled: bool = False
@@ -123,7 +127,7 @@ def import_one(source, task):
     try:
         return finished(target, source, task) or _convert(source, task, target)
     except Stays as refusal:
-        return Outcome(source, "refused", one_line(refusal))
+        return Outcome(source, "refused", one_line(refusal), passing=isinstance(refusal, Unread))
     except DataError as refusal:
         target.unlink(missing_ok=True)                  # what an earlier state of the source gave
         return Outcome(source, "refused", one_line(refusal))
@@ -158,7 +162,7 @@ def _convert(source, task, target):
         header.notes += channel_notes(source.path)
     except OSError as error:
         what = Path(error.filename).name + ": " if error.filename else ""
-        kind = DataError if error.errno in LASTING else Stays
+        kind = DataError if error.errno in LASTING else Unread
         raise kind(what + (error.strerror or str(error))) from None
 
     attributes = made_of | {
@@ -263,6 +267,7 @@ class Report:
     read: list = field(default_factory=list)
     notes: list = field(default_factory=list)           # (name, what is read otherwise)
     refused: list = field(default_factory=list)         # (file, why)
+    passing: bool = False                               # one of them may be read another time
     kept: int = 0                                       # finished by an earlier import
     unlabelled: list = field(default_factory=list)      # (name, why)
     seconds: float = 0.0                                # of EEG imported
@@ -276,6 +281,7 @@ class Report:
         name = outcome.source.name
         if outcome.kind == "refused":
             self.refused.append((shown(outcome.source.path), outcome.reason))
+            self.passing |= outcome.passing
             return
         if outcome.kind == "read":
             self.read.append(name)

@@ -69,11 +69,11 @@ def named(path):
 
 
 def exists(path):
-    """os.path.lexists, but for a fault that may pass: that is raised, for it says nothing."""
+    """os.path.lexists, but any other fault, which says nothing of the file, is raised."""
     try:
         os.lstat(path)
     except OSError as error:
-        if error.errno not in LASTING:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
         return False
     return True

@@ -1399,6 +1399,13 @@ def test_the_container_writes_background_for_an_edf_that_is_refused_and_says_so(
     assert read_tsv(open_folder / "b.tsv")[0]["eventType"] == "bckg"
 
 
+def test_an_edf_that_cannot_be_read_this_time_is_a_fault_and_no_background(corpus, tmp_path):
+    (tmp_path / "a.edf").symlink_to("/proc/self/mem")           # the kernel answers with EIO
+    for option in ("--events", "--out"):
+        code, lines = here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "a.edf", option, tmp_path / "b" / "b.tsv")
+        assert code == 1 and "a.edf: Input/output error" in lines[-1] and not (tmp_path / "b" / "b.tsv").exists()
+
+
 @pytest.mark.slow
 def test_the_container_writes_the_events_of_an_hour(corpus, open_folder):
     write_edf(open_folder / "hour.edf", seconds=3600)
