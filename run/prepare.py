@@ -47,7 +47,11 @@ def expect_data(config):
         raise Refused("data.synth_hours makes one folder, and data.path is a list of several")
     run = os.path.realpath(run_directory(config))
     for path in folders(config):
-        if not Path(path).is_dir() and not c["synth_hours"]:
+        try:
+            there = Path(path).is_dir()
+        except OSError as error:        # a network disk that is away for a moment
+            raise fault(error, path) from None
+        if not there and not c["synth_hours"]:
             what = "is no folder" if os.path.exists(path) else "does not exist"
             alike = ", each with the same --montage" if isinstance(c["path"], list) else ""
             raise Refused(f"data.path {path} {what}: python data.py import CORPUS_FOLDER {path}"

@@ -1207,6 +1207,7 @@ def test_two_processes_cannot_hold_one_run_directory(corpus, tmp_path):
     ("training.mid_epoch_minutes=-1", "between 0 and 1000000"),
     ("data.path=/nowhere/at/all", "does not exist: python data.py import"),
     ("data.path=/etc/passwd", "is no folder: python data.py import"),
+    ("data.path=/" + 300 * "a", "File name too long"),
     ("data.path=[/nowhere/a, /nowhere/b]", "import CORPUS_FOLDER /nowhere/a, each with the same --montage"),
     ("training.init=/nowhere.pt", "training.init /nowhere.pt: No such file"),
     ("training.init_sha256=ab", "training.init is not"),
