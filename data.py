@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import random
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -184,7 +183,8 @@ def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
     TemporaryFault where the import into it has not finished (`whole` False: what there is)."""
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{path}: no such folder; python data.py import SRC {path}")
+        raise DataError(f"{path}: no such folder; "
+                        f"{console.command('data.py', 'import', 'SRC', path)}")
     if whole:
         corpora.check_finished(root)
     entries = store.entries(root).items()
@@ -194,7 +194,7 @@ def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
         raw = next((file for file in root.rglob("*") if file.suffix.lower() == ".edf"), None)
         if raw:
             raise DataError(f"{path} holds EDF files that were not imported: run "
-                            f"python data.py import {path} OUT, and open OUT")
+                            f"{console.command('data.py', 'import', path, 'OUT')}, and open OUT")
         refused = [f"; {file}: {why}" for file, why in corpora.read_report(root)[:3]]
         raise DataError(f"{path} holds no recording" + "".join(refused))
     _check_alike(path, recordings)
@@ -685,12 +685,13 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
     except TemporaryFault as fault:
         say(f"  NOT WHOLE: {fault}")
     for release in sorted({r.release for r in recordings if r.release}):
-        say(f"  {release}: {sum(r.release == release for r in recordings)} recordings")
+        of_it = sum(r.release == release for r in recordings)
+        say(f"  {release}: {console.how_many(of_it, 'recording')}")
     for split in sorted({r.split for r in recordings}):
         part = [r for r in recordings if r.split == split]
-        inside = sum(float(np.diff(r.events).sum()) for r in part) / 3600
-        say(f"  {split or 'no split':8} {splits.size(part, ', ')}, {splits.seizures(part)}, "
-            f"{inside:.3f} h of them")
+        inside = sum(float(np.diff(r.events).sum()) for r in part)
+        known = f", {console.hours(inside)} of them" if any(r.labelled for r in part) else ""
+        say(f"  {split or 'no split':8} {splits.size(part, ', ')}, {splits.seizures(part)}{known}")
     for name in splits.patients(recordings):
         mine = [r for r in recordings if person(r.patient) == name]
         say(f"    {name}: {splits.hours(mine)}, {splits.seizures(mine)}")
@@ -702,7 +703,8 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
     if labelled:
         none, partial, full = counts = np.bincount(Windows(labelled).kind, minlength=3)
         say(f"  windows of 60 s every 10 s, the defaults: {none} background, {partial} partial, "
-            f"{full} full ({100 * (partial + full) / counts.sum():.1f} % with seizure)")
+            f"{full} full ({console.rounded(100 * (partial + full) / counts.sum(), '.1f')} % "
+            "with seizure)")
     noted = corpora.grouped((r.name, r.notes) for r in recordings if r.notes)
     refused = corpora.read_report(path)
     for line in (*(f"note {line}" for line in noted),
@@ -780,7 +782,7 @@ def _run(args):
     if args.command == "synth":
         synth.synth(args.out, args.hours, args.patients, args.seed)
         print(f"{console.how_many(args.patients, 'patient')}, {args.hours:g} h, in {args.out}; "
-              f"next: python data.py import {shlex.quote(args.out)} OUT")
+              f"next: {console.command('data.py', 'import', args.out, 'OUT')}")
     elif args.command == "info":
         info(args.out)
         if args.speed:

@@ -355,7 +355,7 @@ def over_cap(summary, config):
     if not c["tune"] or not alarms > cap or math.isnan(summary["event_f1"]):
         return ""
     return (f"no threshold keeps to evaluation.max_false_alarms_per_24h {cap:g}: "
-            f"the nearest, {summary['threshold']:.3f}, gives {alarms:.1f}")
+            f"the nearest, {summary['threshold']:.3f}, gives {alarms:.2f}")
 
 
 # ---- command line ----
@@ -430,7 +430,8 @@ def stored_settings(state):
     if missed:
         return c, f"{source}: {missed}"
     score, cap = scored.get("event_f1", math.nan), c["max_false_alarms_per_24h"]
-    return c, f"{source}: event F1 {score:.3f} there, at most {cap:g} false alarms per 24 h"
+    return c, (f"{source}: event F1 {console.rounded(score, '.3f')} there, "
+               f"at most {cap:g} false alarms per 24 h")
 
 
 def overridden(c, source, args):

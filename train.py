@@ -161,8 +161,9 @@ class Trainer:
         if self.finished():
             self.say("this run is finished: raise training.epochs or training.patience to go on")
             return False
-        self.say(f"{self.split.described(self.epoch)}, "
-                 f"{self.total} steps in {console.how_many(self.settings['epochs'], 'epoch')}")
+        how_many = console.how_many
+        self.say(f"{self.split.described(self.epoch)}, {how_many(self.total, 'step')} in "
+                 f"{how_many(self.settings['epochs'], 'epoch')}")
         try:
             while not self.finished():
                 self.train_epoch()
@@ -312,7 +313,7 @@ class Trainer:
                 f"step {self.step} loss {loss:.4f} lr {rate:.2e} norm {norm:.3f} "
                 f"{seconds:.2f} s/step, {time_left(self)}")
         if self.skipped:
-            line += f", {self.skipped} steps skipped"
+            line += f", {console.how_many(self.skipped, 'step')} skipped"
         if share >= 0.005:
             line += f", waited {100 * share:.0f} % for data"
         self.say(line, shown=self.bar.disable)
@@ -400,7 +401,7 @@ class Trainer:
         missed = evaluate.over_cap(summary, self.config["evaluation"])
         if missed:
             self.say(f"validation of epoch {self.epoch}: {missed}")
-        shown = "not computable" if math.isnan(value) else f"{value:.4f}"
+        shown = "not computable" if math.isnan(value) else console.rounded(value)
         rank = "the best so far"
         if improved and tied:
             rank += f": as good as before, with a better {TIE}"
@@ -430,7 +431,8 @@ class Trainer:
         patience, waited = self.settings["patience"], self.stopping["waited"]
         if not patience or waited < patience:
             return False
-        self.say(f"early stop: {waited} epochs without improvement (training.patience {patience})")
+        self.say(f"early stop: {console.how_many(waited, 'epoch')} without improvement "
+                 f"(training.patience {patience})")
         return True
 
     # -- saving and stopping --
@@ -504,8 +506,8 @@ class Trainer:
         self._unpack_optimizer(state)
         if self.scores and not evaluate.reusable(
                 self.scores.values(), state["config"]["evaluation"], self.config["evaluation"]):
-            self.say(f"resume: evaluation settings changed: the {len(self.scores)} recordings "
-                     f"validated so far are scored anew")
+            self.say(f"resume: evaluation settings changed: those validated so far "
+                     f"({console.how_many(len(self.scores), 'recording')}) are scored anew")
             self.scores = {}
         if self.stopping["metric"] != self.settings["best_metric"]:
             self.say(f"resume: best_metric was {self.stopping['metric']}: "

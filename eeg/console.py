@@ -151,7 +151,7 @@ def signals_wait(*numbers):
 
 def how_many(number, noun):
     """"1 patient", "2 patients", "3 batches"; number: or as it is printed."""
-    ending = "" if str(number) == "1" else "es" if noun.endswith("ch") else "s"
+    ending = "" if str(number) == "1" else "es" if noun.endswith("tch") else "s"
     return f"{number} {noun}{ending}"
 
 

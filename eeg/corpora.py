@@ -366,7 +366,8 @@ def _command(src, out, options):
 
 def check_finished(out):
     """TemporaryFault where an import into a folder runs or was stopped: not all is there yet."""
-    unfinished = " && ".join(_unfinished(out))
+    here = console.command("data.py") + " "
+    unfinished = " && ".join(_unfinished(out)).replace("python data.py ", here)
     if not unfinished:
         return
     owner = holder(out)
@@ -657,7 +658,7 @@ def _table(report, task, say):
                  *(f"hint: {hint}" for hint in report.hints)):
         say(line)
     say(f"{len(report.read)} read, {report.kept} already there, {len(report.refused)} refused, "
-        f"{len(report.unlabelled)} without labels; {report.seconds / 3600:.2f} h of EEG imported")
+        f"{len(report.unlabelled)} without labels; {console.hours(report.seconds)} of EEG imported")
 
 
 def grouped(refused):

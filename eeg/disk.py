@@ -18,7 +18,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eeg.console import Timer
+from eeg.console import Timer, how_many
 from eeg.edf import FS, DataError
 
 INDEX, REPORT = "index.json", "import.json"     # beside the recordings of an imported folder
@@ -298,7 +298,7 @@ def _copy_files(source, target, sizes, say, copied):
     """Each file under its name only when it is whole, and with its time, which the index knows."""
     total, done = sum(sizes.values()), 0
     if sizes:
-        say(f"copying {len(sizes)} recordings, {total / 1e9:.2f} GB, to {target}")
+        say(f"copying {how_many(len(sizes), 'recording')}, {total / 1e9:.2f} GB, to {target}")
     plain = Timer(10)
 
     def copy(name):

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from eeg import console
 from eeg.console import how_many
 from eeg.disk import CHUNK
 from eeg.edf import DataError
@@ -113,6 +114,9 @@ def _divide(recordings, unit, dev, what):
 
 
 def _both(train, dev, what):
+    if not train and not dev:
+        raise DataError(f"{what}: no recording has labels to train by; "
+                        "data.py info FOLDER says why")
     if not train or not dev:
         raise DataError(f"{what}, {how_many(len(train), 'recording')} for training, {len(dev)} for "
                         "validation: both are needed, of different patients; for one patient "
@@ -271,7 +275,7 @@ def size(recordings, of=" of "):
 
 
 def hours(recordings):
-    return f"{sum(r.seconds for r in recordings) / 3600:.2f} h"
+    return console.hours(sum(r.seconds for r in recordings))
 
 
 def seizures(recordings):

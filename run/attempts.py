@@ -13,6 +13,7 @@ import re
 import statistics
 import time
 
+from eeg.console import how_many
 from eeg.disk import read_json_lines, write_json
 
 RESULTS, DATA, MIRROR = "/results", "/data", "/mirror"      # where the Volumes are mounted
@@ -198,7 +199,7 @@ def bill(run):
     """One line: hours and dollars so far, and of the whole run by the speed in metrics.jsonl."""
     tried = attempts(run)
     dollars = spent(tried)
-    line = (f"{run.name}: {sum(map(hours, tried)):.2f} h in {len(tried)} attempts, "
+    line = (f"{run.name}: {sum(map(hours, tried)):.2f} h in {how_many(len(tried), 'attempt')}, "
             f"{money(dollars, ' so far')}")
     known = [record for record in tried if record["epochs"]]
     unread = [record["unread"] for record in tried if "unread" in record]

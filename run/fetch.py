@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 
 import data
 from eeg import corpora
-from eeg.console import Timer
+from eeg.console import Timer, how_many
 from eeg.disk import Refused, TemporaryFault, fault, replace_durably
 from eeg.edf import DataError
 
@@ -57,7 +57,7 @@ def fetch(url, folder, say=print, fetched=lambda name: None):
     url, folder = url.rstrip("/") + "/", Path(folder)
     listed = {name: digest for digest, name in sums(url)}
     missing = [name for name in listed if not (folder / name).exists()]
-    say(f"{url}: {len(listed)} files, {len(missing)} of them to fetch to {folder}")
+    say(f"{url}: {how_many(len(listed), 'file')}, {len(missing)} of them to fetch to {folder}")
     plain, over = Timer(10), threading.Event()
 
     def one(name):

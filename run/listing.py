@@ -20,7 +20,7 @@ import yaml
 
 import checkpoint
 from checkpoint import KINDS, Candidate, candidates, checkpoints, megabytes
-from eeg.console import how_many
+from eeg.console import how_many, rounded
 from run.mirror import latest_of, usable
 
 
@@ -120,7 +120,7 @@ def summary(directory):
         resume = f"{error.filename} cannot be read now ({error.strerror})"
     parts = [
         f"newest: {newest}" if newest else "no sound checkpoint",
-        "best: {name} {value:.4f}".format(**metric) if metric else "no best yet",
+        f"best: {metric['name']} {rounded(metric['value'])}" if metric else "no best yet",
         f"{how_many(files, 'file')}, {megabytes(size)}", resume, in_use_text(directory),
         "an old run, moved aside" if old_run(directory) else ""]
     return f"{directory}: " + "; ".join(part for part in parts if part)
@@ -188,7 +188,8 @@ def _table(directory, chosen, say):
             continue
         count += 1
         facts = c.facts or dict.fromkeys(checkpoint.PROGRESS, "-") | {"metric": None}
-        metric = "{name} {value:.4f}".format(**facts["metric"]) if facts["metric"] else "-"
+        metric = facts["metric"]
+        metric = f"{metric['name']} {rounded(metric['value'])}" if metric else "-"
         mark = "->" if chosen and c.path == chosen.path else "  "
         say(f" {mark} {c.path.name:<26} {facts['epoch']:>5} {facts['batch']:>7} "
             f"{facts['global_step']:>9}  {metric:<22} "

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import checkpoint
+from eeg.console import command, near
 from eeg.disk import Refused
 from run.config import KEYS
 from run.machine import rank_and_size
@@ -69,24 +70,22 @@ def tell_next(home, config, say):
     say(f"picture: {near(home.directory / 'curves.png')}")
     paths = folders(config)
     for path in paths:
-        words = ["evaluate.py", "--checkpoint", near(weights), "--data", near(path)]
+        words = ["--checkpoint", near(weights), "--data", near(path)]
         if len(paths) > 1:              # each needs a folder
             words += ["--out", near(home.directory / f"evaluation_{Path(path).name}")]
-        say(f"next: python {shlex.join([*words, '--split', 'dev', '--plot'])}")
-
-
-def near(path):
-    """`path` as one would type it here."""
-    return os.path.relpath(path) if path and Path(path).is_relative_to(Path.cwd()) else str(path)
+        say(f"next: {command('evaluate.py', *words, '--split', 'dev', '--plot')}")
 
 
 def command_again(args):
     """The command that continues this run."""
-    words = ["train.py", "--config", args.config, "--resume"]
+    words = ["--config", args.config, "--resume"]
     for text in args.set:
         words += ["--set", text]
-    start = "torchrun ... " if rank_and_size()[1] > 1 else "python "
+    again = command("train.py", *words)
+    start = ""
+    if rank_and_size()[1] > 1:
+        start, again = "torchrun ... ", again.removeprefix("python ")
     for key in KEYS.values():
         if os.environ.get(key.environment or ""):
             start = f"{key.environment}={shlex.quote(os.environ[key.environment])} {start}"
-    return start + shlex.join(words)
+    return start + again

@@ -14,7 +14,7 @@ import checkpoint
 from eeg import corpora
 import data
 from eeg import edf
-from eeg.console import how_many
+from eeg.console import command, how_many
 from eeg.disk import Refused, fault, hold
 import model
 from eeg import splits
@@ -54,8 +54,8 @@ def expect_data(config):
         if not there and not c["synth_hours"]:
             what = "is no folder" if os.path.exists(path) else "does not exist"
             alike = ", each with the same --montage" if isinstance(c["path"], list) else ""
-            raise Refused(f"data.path {path} {what}: python data.py import CORPUS_FOLDER {path}"
-                          f"{alike}")
+            make = command("data.py", "import", "CORPUS_FOLDER", path)
+            raise Refused(f"data.path {path} {what}: {make}{alike}")
         if os.path.commonpath([run, os.path.realpath(path)]) == run:
             raise Refused(f"data.path {path} lies in the run directory {run}, which --fresh moves "
                           f"aside: give experiment.name or experiment.results another name")
@@ -98,7 +98,7 @@ def open_recordings(config, watch, say):
             refused = len(corpora.read_report(folder))
             if refused:
                 say(f"warning: {folder}: the import refused {how_many(refused, 'file')}: "
-                    f"python data.py info {folder} lists them")
+                    f"{command('data.py', 'info', folder)} lists them")
         return data.open_corpora(path, c["same_person"])
     except edf.DataError as error:
         raise Refused(f"{path}: {error}") from None
@@ -166,8 +166,9 @@ class Split:
         """What `epoch` trains on, in one line."""
         order = self.order(epoch)
         outside, partial, inside = np.bincount(self.windows.kind[order], minlength=3)
-        return (f"epoch {epoch}: {len(order)} windows ({partial} with a seizure's start or end, "
-                f"{inside} inside a seizure, {outside} without), {self.batches} batches")
+        return (f"epoch {epoch}: {how_many(len(order), 'window')} ({partial} with a seizure's "
+                f"start or end, {inside} inside a seizure, {outside} without), "
+                f"{how_many(self.batches, 'batch')}")
 
     def warn(self, batch_size, windows, say):
         longest = max(r.seconds for r in self.train)
@@ -175,8 +176,8 @@ class Split:
             say(f"warning: data.window_seconds {self.c['window_seconds']:g} is longer than every "
                 f"recording (the longest has {longest:g} s): the rest of each window is empty")
         if batch_size > windows:
-            say(f"warning: training.batch_size {batch_size} is larger than an epoch ({windows} "
-                f"windows): an epoch is one step")
+            say(f"warning: training.batch_size {batch_size} is larger than an epoch "
+                f"({how_many(windows, 'window')}): an epoch is one step")
 
     def order(self, epoch):
         """Window ids of `epoch` in the order of training: a pure function of (seed, epoch)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from eeg.console import rounded
 from checkpoint import megabytes
 
 
@@ -163,7 +164,7 @@ def model_card(state, target, source):
     if numbers:
         whose = "patients" if eeg else "data"
         lines += ["", f"## Scores on the validation {whose}", "", "| score | value |", "|---|---|"]
-        lines += [f"| {name} | {'not computable' if math.isnan(value) else f'{value:.4g}'} |"
+        lines += [f"| {name} | {'not computable' if math.isnan(value) else rounded(value, '.4g')} |"
                   for name, value in numbers.items()]
     return "\n".join([*lines, "", "## Intended use", "", *_intended_use(eeg, numbers), ""])
 

@@ -8,6 +8,7 @@ What lies where a corpus has its labels would be read as labels by the next impo
 import contextlib
 import io
 import os
+import shlex
 import signal
 
 import numpy as np
@@ -49,7 +50,7 @@ def take_folder(out, recordings, source):
     if foreign:
         raise Refused(f"--out {out} already holds the events of other recordings "
                       f"({foreign[0].name}; {len(foreign)} in all): "
-                      f"give another folder, such as --out {out}_{source.stem}")
+                      f"give another folder, such as --out {shlex.quote(f'{out}_{source.stem}')}")
     try:
         return checkpoint.lock(out)
     except checkpoint.InUse as error:

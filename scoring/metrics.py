@@ -10,6 +10,7 @@ import numpy as np
 from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring, SampleScoring
 
+from eeg.console import hours, how_many
 from eeg.splits import person
 
 DEFINITIONS = 2                         # raised where a metric's value changes: see evaluate.rules
@@ -138,7 +139,7 @@ def deciding(name, dev):
     if name in why:
         return FALLBACK, f"{refusal}; {FALLBACK} decides best.pt instead of training.best_metric"
     if name in BY_EVENT and name not in ALWAYS and _always_on(grounds) <= max(FALSE_ALARMS):
-        return name, (f"validation (dev) has {_background(grounds):.2f} h of background: a "
+        return name, (f"validation (dev) has {hours(3600 * _background(grounds))} of background: a "
                       f"detector that is always on has event_f1 {always_on_f1(grounds):.2f} there; "
                       f"training.best_metric {FALLBACK} would tell more")
     return name, ""
@@ -257,13 +258,14 @@ def _reasons(grounds, background):
         why |= dict.fromkeys(RANKING, "there is no background")
     if not any_reference(grounds):
         return why | {name: "there is no seizure in it" for name in METRICS if name not in ALWAYS}
-    hours = _background(grounds)
-    on = _always_on(grounds)
+    # as they are printed: "2.40 h of background, 2.4 h needed" would be no reason
+    background, on = _background(grounds), round(_always_on(grounds))
     for name, rate in AT_RATE.items():
-        if hours < 24 / rate:
-            why[name] = f"{hours:.2f} h of background, {24 / rate:g} h needed"
+        if round(background, 2) < 24 / rate:
+            why[name] = f"{hours(3600 * background)} of background, {24 / rate:g} h needed"
         elif on < 10 * rate:
-            why[name] = f"a detector that is always on has {on:.0f} false alarms in 24 h"
+            why[name] = (f"a detector that is always on has {how_many(on, 'false alarm')} in 24 h, "
+                         f"{10 * rate:g} needed")
     return why
 
 

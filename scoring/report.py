@@ -10,11 +10,12 @@ import math
 
 import numpy as np
 
-from eeg.console import how_many
+from eeg.console import hours, how_many, rounded
 
 DRAWS = 2000                            # resamples of the patients
 LEVEL = 95                              # per cent of them within an interval
 SHOWN = ("event_sensitivity", "event_precision", "event_f1", "false_alarms_per_24h")
+FEW_HOURS = 2.4                         # in which one false alarm is more than 10 in 24 h
 RATES = (100, 50, 20, 10, 5, 2.5, 1, 0)                 # false alarms per 24 h of the printed table
 
 
@@ -93,17 +94,24 @@ def validation_line(summary, name):
         parts.append(f"{key} {_shown(summary[key])}")
         if key == "event_f1":           # says nothing without what looking at nothing gives
             parts[-1] += f" (always on: {_shown(summary['always_on_f1'])})"
-    parts.append(f"{_shown(summary['false_alarms_per_24h'])} false alarms in 24 h")
+    alarms = how_many(_shown(summary["false_alarms_per_24h"]), "false alarm")
+    parts.append(f"{alarms} in 24 h")
     return f"{', '.join(parts)}; {_ground(summary, mean='mean over ')}"
 
 
 def _shown(value):
-    return "-" if math.isnan(value) else f"{value:.4g}"
+    return "-" if math.isnan(value) else rounded(value, ".4g")
+
+
+def _single(of_hours):
+    """What one false alarm counts for, where that is much."""
+    return f" (each counts as {24 / of_hours:.0f})" if 0 < of_hours < FEW_HOURS else ""
 
 
 def _ground(scores, of="", mean=""):
     """What scores rest on. of: "labelled_" for scores.json, whose hours and patients are all."""
-    return (f"on {scores[of + 'hours']:.2f} h ({scores['background_hours']:.2f} h of background), "
+    background = hours(3600 * scores["background_hours"])
+    return (f"on {hours(3600 * scores[of + 'hours'])} ({background} of background), "
             f"{how_many(scores['seizures'], 'seizure')}, "
             f"{mean}{how_many(scores[of + 'patients'], 'patient')}")
 
@@ -114,12 +122,12 @@ def show(result, names, out):
     seizures = "no labels"
     if result["labelled_recordings"]:
         seizures = how_many(result["seizures"], "labelled seizure")
-    print(f"{how_many(result['recordings'], 'recording')}, {result['hours']:.2f} h, "
+    print(f"{how_many(result['recordings'], 'recording')}, {hours(3600 * result['hours'])}, "
           f"{how_many(result['patients'], 'patient')}, {seizures}, "
           f"{how_many(detections, 'detection')}")
     if result["corpus_version"]:
         print(f"corpus: {result['corpus_version']}")
-    print(f"threshold {result['threshold']:.3f}: {result['threshold_source']}")
+    print(f"threshold {rounded(result['threshold'], '.3f')}: {result['threshold_source']}")
     for key, value in result["overridden"].items():
         print(f"overridden: {key} = {value}")
     if result["labelled_recordings"]:
@@ -137,16 +145,17 @@ def show(result, names, out):
 def _show_metrics(result, names):
     print(f"scores {_ground(result, 'labelled_')}; by event and by sample: mean over patients")
     if result["always_on_f1"] is not None:
-        print(f"  a detector that is always on has event_f1 {result['always_on_f1']:.4f} here")
+        print(f"  a detector that is always on has event_f1 {rounded(result['always_on_f1'])} here")
     for name in names:
         value = result[name]
         interval = result["intervals"].get(name)
         if value is None:
             print(f"  {name:<22} -  ({result['not_computed'].get(name, 'no patient has a value')})")
-        elif interval:
-            print(f"  {name:<22} {value:<9.4f} [{_range(interval)}]")
-        else:
-            print(f"  {name:<22} {value:.4f}")
+            continue
+        text = f"{rounded(value):<9} [{_range(interval)}]" if interval else rounded(value)
+        if name == "false_alarms_per_24h":
+            text += _single(result["labelled_hours"])
+        print(f"  {name:<22} {text}")
 
 
 def _show_trade_off(result):
@@ -158,7 +167,7 @@ def _show_trade_off(result):
         alarms = _cell(row["false_alarms_per_24h"])
         found = _cell(row["event_sensitivity"])
         f1 = _cell(row["event_f1"])
-        print(f"  {mark} {row['threshold']:<9.3f}  {alarms:<24} {found:<20} {f1}")
+        print(f"  {mark} {rounded(row['threshold'], '.3f'):<9}  {alarms:<24} {found:<20} {f1}")
     if not result["intervals"]:
         print("  no intervals: they need two patients")
 
@@ -167,7 +176,7 @@ def _cell(values):
     value, low, high = values
     if value is None:
         return "-"
-    text = f"{value:.2f}"
+    text = rounded(value, ".2f")
     if low is not None:
         text += f" [{_range((low, high))}]"
     return text
@@ -175,4 +184,4 @@ def _cell(values):
 
 def _range(bounds):
     low, high = bounds
-    return f"{low:.2f}..{high:.2f}"
+    return f"{rounded(low, '.2f')}..{rounded(high, '.2f')}"

@@ -1,6 +1,7 @@
 """eeg/console.py: the terminal of a command: closed, paused, in ASCII, or read by nobody."""
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -83,3 +84,29 @@ def test_a_bar_is_drawn_on_a_terminal_whatever_the_environment_says_to_tqdm():
         while True:
             shown += os.read(ours, 4096)
     assert (done.returncode, done.stdout) == (0, "False\n") and b"import: 100%" in shown
+
+
+@pytest.mark.parametrize("value, form, text", [
+    (0.00004, ".4f", "<0.0001"), (0.99996, ".4f", ">0.9999"), (0.0, ".4f", "0.0000"), (1, ".4f", "1.0000"),
+    (1.00001, ".4f", "1.0000"), (0.99996, ".4g", ">0.9999"), (0.00004, ".4g", "4e-05"), (0.999, ".2f", ">0.99"),
+    (0.004, ".2f", "<0.01"), (0.99951, ".3f", ">0.999"), (0.04, ".1f", "<0.1"), (2160, ".4f", "2160.0000"), (float("nan"), ".2f", "nan")])
+def test_rounding_alone_makes_nothing_of_something_and_all_of_nearly_all(value, form, text):
+    assert console.rounded(value, form) == text
+
+
+def test_seconds_are_not_said_as_no_hours_and_one_is_not_said_as_several():
+    said = [console.hours(seconds) for seconds in (0, 0.25, 40, 89, 90, 3600, 86400)]
+    assert said == ["0.00 h", "0.25 s", "40 s", "89 s", "0.03 h", "1.00 h", "24.00 h"]
+    assert [console.how_many(n, noun) for n, noun in ((1, "batch"), (2, "batch"), ("1", "step"), (0, "epoch"))] == \
+        ["1 batch", "2 batches", "1 step", "0 epochs"]
+
+
+def test_a_command_that_is_told_runs_from_the_folder_where_it_is_read(tmp_path, monkeypatch):
+    folder = tmp_path / "my 'EEG' \u00fcbung"
+    folder.mkdir()
+    for place, script in ((ROOT, "data.py"), (folder, f"{ROOT}/data.py"), (ROOT.parent, f"{ROOT.name}/data.py")):
+        monkeypatch.chdir(place)
+        line = console.command("data.py", "info", folder)
+        assert shlex.split(line) == ["python", script, "info", str(folder)]
+    done = subprocess.run(line, shell=True, cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and "holds no recording" in done.stderr

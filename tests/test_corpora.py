@@ -607,7 +607,7 @@ def test_the_corpus_version_is_printed_stored_and_shown(tmp_path):
     assert r.release == said_of and r.began == "2010-03-02 11:12:13" and r.split == "train"
     lines = []
     data.info(tmp_path / "b", lines.append)
-    assert f"  {said_of}: 1 recordings" in lines
+    assert f"  {said_of}: 1 recording" in lines
 
 
 def test_what_is_no_edf_is_left_out_or_named(tmp_path):

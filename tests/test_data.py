@@ -215,7 +215,7 @@ def test_splits_are_disjoint_by_person():
     for recordings, wanted, reason in (([*own, fake("a", "dev")], [], "both train and dev"),
                                        (people, ["nobody"], "nobody"),
                                        ([fake("a")], [], "both are needed"),
-                                       ([fake("a", labelled=False)], [], "0 labelled")):
+                                       ([fake("a", labelled=False)], [], "0 labelled patients: no recording has labels")):
         with pytest.raises(edf.DataError, match=reason):
             data.split_patients(recordings, wanted)
     mixed = [fake("a"), fake("b"), *(fake(f"h{i}", events=()) for i in range(8))]
@@ -589,7 +589,7 @@ def test_a_copy_goes_on_where_it_stopped_and_says_what_stands_in_its_way(synthet
     os.truncate(ours[0].path, 5000)
     (tmp_path / "h5" / "x.h5.copying").write_bytes(b"half")
     data.copy_corpus(synthetic[1], tmp_path, lines.append)
-    assert "copying 1 recordings" in lines[0] and Path(ours[1].path).stat().st_ino == kept
+    assert "copying 1 recording, " in lines[0] and Path(ours[1].path).stat().st_ino == kept
     assert data.fingerprint(data.open_corpus(place)) == data.fingerprint(theirs)
     shutil.copy(ours[0].path, tmp_path / "h5" / "mine.h5")
     with pytest.raises(edf.DataError, match="mine.h5 is not in .*a folder of its own"):

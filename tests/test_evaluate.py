@@ -549,6 +549,21 @@ def test_an_event_f1_of_a_validation_stands_beside_that_of_a_detector_that_is_al
         "on 0.17 h (0.04 h of background), 5 seizures, mean over 1 patient")
 
 
+def test_few_hours_are_said_beside_the_rate_of_false_alarms_and_too_few_are_never_as_many_as_needed(capsys):
+    c = evaluate.settings({})
+    for seconds, note in ((40, " (each counts as 2160)"), (8000, " (each counts as 11)"), (9000, "")):
+        records = [evaluate.score(Track("a", seconds, labelled=True), np.zeros(seconds * FS, np.float32), {})]
+        result = evaluate.tell(records, [0], c) | {"corpus_version": "", "threshold": 0.9999, "threshold_source": "x",
+                                                   "overridden": {}, "includes_training": False, "refused": []}
+        report.show(result, list(METRICS), "out")
+        out = capsys.readouterr().out
+        assert f"  false_alarms_per_24h   0.0000{note}\n" in out and "threshold >0.999: x" in out
+        assert ("40 s (40 s of background)" in out) == (seconds == 40) and " 0.00 h" not in out
+    ground = {"patient": "p", "seconds": 9000.0, "reference": 1, "background": 2.3996 * 3600, "always_on": 30}
+    assert "sensitivity_at_10fa" not in metrics._reasons([ground], True)        # "2.40 h of background, 2.4 h needed"
+    assert metrics._reasons([ground], True)["sensitivity_at_5fa"] == "2.40 h of background, 4.8 h needed"
+
+
 def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
     clips = SETS["clips of 60 s"]
     for name in ("sensitivity_at_10fa", "sensitivity_at_1fa"):

@@ -510,7 +510,7 @@ def test_texts_that_speak_of_a_seizure_come_first_in_the_list(tmp_path):
     for said_of in (text, again, "\n".join(told)):
         assert "NO LABELS, not used for training or scoring: P03_EEG (its EDF+ annotations: 'Ictal rhythm L'" in said_of
         assert "0 seizures" not in said_of and "repaired" not in said_of
-    assert any("P03: 0.03 h, no labels" in line for line in told)
+    assert any("P03: 0.03 h, no labels" in line for line in told) and " of them" not in "".join(told)
 
 
 def test_training_names_the_recordings_without_labels():

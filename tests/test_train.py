@@ -202,7 +202,7 @@ def test_the_last_line_of_a_stopped_run_is_the_command_that_continues_it(corpus,
     process.send_signal(signal.SIGINT)
     out = rest(process)
     config_path = tmp_path / "config.yaml"
-    again = f"python train.py --config {config_path} --resume --set training.epochs=9"
+    again = f"python {ROOT}/train.py --config {config_path} --resume --set training.epochs=9"
     assert re.search(rf"SIGINT, saved \(mid_epoch_\S+.pt at \S+\); to go on: BGB_MID_EPOCH_MINUTES=0 {again}\n$", out), out
     named = re.search("no epoch has been validated yet, so there is no best.pt; the newest weights: (.*)", out)[1]
     assert tmp_path / named == checkpoint.find_resume(tmp_path / "t/checkpoints", lambda line: None)
@@ -1012,7 +1012,7 @@ def test_a_rate_that_validation_is_too_short_for_leaves_best_pt_to_average_preci
     config = loaded(corpus, tmp_path, training__epochs=1, training__best_metric="sensitivity_at_1fa")
     assert train.run(config) == 0
     out = capsys.readouterr().out
-    assert re.search(r"warning: sensitivity_at_1fa cannot be computed on validation \(dev\): [\d.]+ h of background", out), out
+    assert re.search(r"warning: sensitivity_at_1fa cannot be computed on validation \(dev\): [\d.]+ [hs] of background", out), out
     home = tmp_path / "t"
     assert yaml.safe_load((home / "config.yaml").read_text())["training"]["best_metric"] == "average_precision"
     first = checkpoint.peek(home / "checkpoints/best.pt")["metric"]
@@ -1080,7 +1080,7 @@ def test_the_log_file_holds_every_printed_line_over_resumes_with_date_and_time(c
     assert [line for _, line in lines] == out.splitlines()
     assert [stamp for stamp, _ in lines] == sorted(stamp for stamp, _ in lines)
     assert re.search(r"^validation of epoch 1: loss [\d.]+, auroc [\d.]+, [\d.]+ false alarms in 24 h; on "
-                     r"[\d.]+ h \([\d.]+ h of background\), \d+ seizures, mean over \d patients?$", out, re.M)
+                     r"[\d.]+ h \([\d.]+ [hs] of background\), \d+ seizures, mean over \d patients?$", out, re.M)
     assert re.search(r"^epoch 1: \d+ windows \(\d+ with a seizure's start or end, \d+ inside a seizure, \d+ without\), 6 batches, \d+ steps in \d+ epochs?$", out, re.M)
     assert "of the epoch, " in out and "of the run" in out and "steps skipped" not in out and "waited 0 %" not in out
     assert re.search("^picture: .*t/curves.png\nnext: python evaluate.py --checkpoint .*t/checkpoints/best.pt --data .* --split dev --plot$",
