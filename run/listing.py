@@ -203,7 +203,8 @@ def age(seconds):
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    # of another machine's clock, or this one's before it was set
+    return "ahead" if seconds <= -1 else f"{max(0, seconds):.0f} s"
 
 
 def clean(directory, yes):

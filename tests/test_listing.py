@@ -1,4 +1,5 @@
 """run/listing.py: what `ls` and `clean` say of real runs, and that they harm nothing."""
+import os
 import signal
 import subprocess
 import sys
@@ -168,3 +169,13 @@ def test_verify_takes_every_pt_below_a_path_links_once_and_nothing_found_is_an_e
     assert checkpoint.main(["verify", str(tmp_path / "results")]) == 1 and "weights.pt: DAMAGED" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert checkpoint.main(["verify", str(tmp_path / "empty")]) == 1 and "no .pt file" in capsys.readouterr().err
+
+
+def test_a_file_of_a_clock_that_is_ahead_has_no_negative_age(tmp_path, capsys):
+    with saver(tmp_path / "checkpoints") as s:
+        s.save_epoch(state(4, epoch=1), metric=0.99996, name="auroc")
+    assert checkpoint.main(["ls", str(tmp_path)]) == 0 and " s  ok" in capsys.readouterr().out
+    os.utime(tmp_path / "checkpoints" / "last.pt", (4e9, 4e9))
+    assert checkpoint.main(["ls", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert " ahead  ok" in out and "-" not in out.split("last.pt", 1)[1].splitlines()[0] and "auroc >0.9999" in out
