@@ -98,7 +98,13 @@ def parse(text, where, what=""):
     except Misread as error:
         raise ValueError(f"{where}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {what}not YAML: {' '.join(str(error).split())}") from None
+        why, mark = " ".join(str(error).split()), getattr(error, "problem_mark", None)
+        if mark:        # its picture of the place needs more than one line
+            why = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+            if error.context_mark:
+                why += f", {error.context} from line {error.context_mark.line + 1}"
+        tab = "; a tab: indent with blanks" if r"'\t'" in why else ""
+        raise ValueError(f"{where}: {what}not YAML: {why}{tab}") from None
 
 
 def override(text, form="section.key=value"):

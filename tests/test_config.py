@@ -135,7 +135,10 @@ def test_a_checkpoint_with_a_key_that_this_version_does_not_know_is_refused():
     ("training: {epochs: " + "9" * 5000 + "}", "not YAML"),
     ("[" * 5000, "not YAML"),
     (b"\xff\xfe\x00\x01", "not YAML"),
-    ("training: [1, 2", "not YAML"),
+    ("training: [1, 2", "not YAML: line 1, column 16: expected ',' or ']', but got '<stream end>', while parsing a flow sequence from line 1"),
+    ('data:\n  path: "own\n\ntraining: {epochs: 2}\n', "found unexpected end of stream, while scanning a quoted scalar from line 2"),
+    ("training:\n\tepochs: 2\n", "not YAML: line 2, column 1: found character '\\t' that cannot start any token; "
+     "a tab: indent with blanks"),
     ("- 1", "the file must hold key: value pairs"),
     ("training:\n", "training must hold key: value pairs, not None"),
     ("1: 2", "unknown key 1; the nearest is"),
