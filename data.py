@@ -15,6 +15,11 @@ A window is one read: ten seconds of all channels lie together in the file, the 
 other (store.write_recording). Threads read ahead of the training, so that a corpus may be larger
 than memory and lie on a network; which thread reads what changes nothing in the batches.
 """
+from eeg import console
+
+if __name__ == "__main__":
+    console.begin("data.py", "the command")     # the imports below take a second
+
 import argparse
 import collections
 import contextlib
@@ -35,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from eeg import baseline, console, corpora, splits, store, synth
+from eeg import baseline, corpora, splits, store, synth
 from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError
@@ -799,4 +804,5 @@ def _run(args):
 
 
 if __name__ == "__main__":
+    console.begun()
     sys.exit(main())

@@ -42,6 +42,12 @@ def begin(name, work):
         signal.signal(signal.SIGINT, leave)
 
 
+def begun():
+    """Ctrl-C raises KeyboardInterrupt again: the command ends itself."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def take_descriptors():
     """0 to 2: a closed one would be given to the next file that is opened, a checkpoint, into which
     the next message goes."""

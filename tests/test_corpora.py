@@ -295,6 +295,16 @@ def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kill
     assert not list(out.rglob("*.part"))
 
 
+def test_ctrl_c_while_data_py_is_loaded_is_one_line(tmp_path):
+    (tmp_path / "h5py.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), "info", "x"], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    wait_for(process, "loading")
+    process.send_signal(signal.SIGINT)
+    out = rest(process)
+    assert process.returncode == 130 and out.strip() == "data.py: stopped by SIGINT before the command began"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
     for i in range(5):
