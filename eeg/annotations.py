@@ -416,7 +416,8 @@ def parse_list(text, name, meanings, began=""):
                 refuse_edges(titles, seizures)
                 _refuse_heading(lines[:at], [text for *_, text in found], meanings)
                 return found
-    raise NoTable(f"{name} is no table of onsets and texts")
+    raise NoTable(f"{name} is no table of onsets and texts, such as "
+                  "Onset,Duration,Annotation")
 
 
 def _refuse_above(rows, columns):

@@ -134,8 +134,8 @@ def deciding(name, dev):
     grounds, why = _before_scoring(dev)
     refusal = f"{name} cannot be computed on validation (dev): {why.get(name)}"
     if name in why and FALLBACK in why:
-        raise ValueError(f"{refusal}; name other patients with data.dev_patients, or set "
-                         "training.best_metric: loss")
+        raise ValueError(f"{refusal}; name other patients with data.dev_patients, raise "
+                         "data.dev_fraction, or set training.best_metric: loss")
     if name in why:
         return FALLBACK, f"{refusal}; {FALLBACK} decides best.pt instead of training.best_metric"
     if name in BY_EVENT and name not in ALWAYS and _always_on(grounds) <= max(FALSE_ALARMS):

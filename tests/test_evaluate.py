@@ -576,7 +576,8 @@ def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
     assert metrics.deciding("sensitivity_at_10fa", SETS["hours"]) == ("sensitivity_at_10fa", "")
     metric, why = metrics.deciding("sensitivity_at_1fa", SETS["hours"])
     assert metric == "average_precision" and "5.62 h of background, 24 h needed" in why
-    with pytest.raises(ValueError, match=r"^sensitivity_at_10fa .*validation \(dev\): there is no seizure in it; name other pat"):
+    with pytest.raises(ValueError, match=r"^sensitivity_at_10fa .*validation \(dev\): there is no seizure in it; name other patients "
+                                         r"with data.dev_patients, raise data.dev_fraction, or"):
         metrics.deciding("sensitivity_at_10fa", [Track("a", 9000)])
 
 
