@@ -292,7 +292,7 @@ class RunDirectory:
             return stopping             # the best starts anew
         best = {"value": None, "tie": None, "epoch": 0}
         facts = None
-        with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
+        with contextlib.suppress(FileNotFoundError, checkpoint.CorruptCheckpoint):
             facts = checkpoint.peek(self.saver.best_path)
             metric = facts["metric"] or {}
             if metric.get("rules", self.rules) != self.rules:

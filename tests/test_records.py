@@ -396,6 +396,24 @@ def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
     assert last(tmp_path, "best.pt")["epoch"] == 2
 
 
+def test_a_best_that_cannot_be_read_once_is_not_taken_for_lost(tmp_path, corpus, monkeypatch):
+    with cut_at(2 * EPOCH_STEPS):
+        train.run(loaded(corpus, tmp_path), "true")
+    real = checkpoint.peek
+
+    def peek(path):
+        if path.name == "best.pt" and sys._getframe(1).f_code.co_name == "_compared_with_best":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+    with monkeypatch.context() as patched, pytest.raises(TemporaryFault, match="best.pt: Input/output error; no checkpoint was lost"):
+        patched.setattr(checkpoint, "peek", peek)
+        train.run(loaded(corpus, tmp_path), "true")
+    best = last(tmp_path, "best.pt")["epoch"]
+    with cut_at(2):
+        train.run(loaded(corpus, tmp_path), "true")
+    assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["stopping"]["epoch"] == best == 1
+
+
 def test_a_best_that_is_lost_with_its_epoch_is_said_beside_the_one_that_takes_its_place(tmp_path, corpus, capsys, monkeypatch):
     with validations(monkeypatch, auroc=[0.9, 0.6, 0.7, 0.5]):
         for epochs in (3, 4):
