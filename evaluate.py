@@ -706,7 +706,7 @@ def score_folder(args):
     """Score as the command line asks and write the folder --out."""
     net, state, c, about = prepare(args)
     out = args.out or default_out(args.checkpoint, state)
-    with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="prepared_", ignore_cleanup_errors=True) as scratch:
         recordings, refused = open_data(args.data, state, Path(scratch))
         recordings, warning = choose(recordings, args.split, state, args.data)
         differs = corpora.differs(recordings[0], args.data, state)
@@ -742,7 +742,7 @@ def score_one(args):
     if not args.data.is_file():
         raise Refused(f"--events takes one EDF: {args.data} is no file")
     take_file(args.events, args.data)
-    with tempfile.TemporaryDirectory(prefix="prepared_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="prepared_", ignore_cleanup_errors=True) as scratch:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 # what labels say must not change a prediction, nor keep it from being made
