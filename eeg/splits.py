@@ -357,6 +357,16 @@ def _parts(recordings):
                    f"with data.same_person: [{one}{more}]")
 
 
+def _numbered(recordings):
+    """A line where patients are numbers with one recording each, as EEG_1.edf and EEG_2.edf of one
+    folder are, and no header says who they are."""
+    people = Counter(patient for patient, _ in recordings)
+    if (len(people) == len(recordings) > 1 and all(map(str.isdigit, people))
+            and not any(code for _, code in recordings)):
+        yield (f"warning: each of {len(people)} recordings counts as a patient of its own, by its "
+               "number: those of one person belong in one folder, or train with data.same_person")
+
+
 def contradictions(recordings):
     """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
     one code, or one under several; and, where these say nothing, on names that differ in spelling
@@ -370,6 +380,7 @@ def contradictions(recordings):
             yield (f"warning: patients {first} and {other} differ in spelling alone: if they are "
                    f"one person, train with data.same_person: [{other} = {first}]")
     yield from _parts(recordings)
+    yield from _numbered(recordings)
     pairs = Counter((patient, code) for patient, code in recordings if code)
     for kind in (0, 1):
         groups = {}

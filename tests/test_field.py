@@ -944,6 +944,15 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
     assert "A1, A1b, A1c, A1d, ... count as 5" in list(splits.contradictions((f"A1{part}", "") for part in ("", *"bcde")))[0]
 
 
+@pytest.mark.parametrize("names, warned", [(["EEG_1", "EEG_2"], True), (["EEG_1"], False), (["1/a", "1/b", "2/a"], False), (["anna", "ben"], False)])
+def test_files_that_are_numbered_in_one_folder_may_be_one_person_s(tmp_path, names, warned):
+    for name in names:
+        write_edf(tmp_path / "src" / f"{name}.edf", 5)
+    report, text = said(tmp_path / "src", tmp_path / "out")
+    assert len(report.read) == len(names) and ("counts as a patient of its own, by its number" in text) == warned
+    assert not any("of its own" in line for line in splits.contradictions([("1", "x"), ("2", "y")]))
+
+
 # ---- an import that has not finished ----
 
 def test_training_on_a_corpus_still_being_imported_is_a_passing_fault(tmp_path):
