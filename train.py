@@ -161,9 +161,8 @@ class Trainer:
         if self.finished():
             self.say("this run is finished: raise training.epochs or training.patience to go on")
             return False
-        how_many = console.how_many
-        self.say(f"{self.split.described(self.epoch)}, {how_many(self.total, 'step')} in "
-                 f"{how_many(self.settings['epochs'], 'epoch')}")
+        self.say(f"{self.split.described(self.epoch)}, {console.how_many(self.total, 'step')} in "
+                 f"{console.how_many(self.settings['epochs'], 'epoch')}")
         try:
             while not self.finished():
                 self.train_epoch()

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from eeg.console import rounded
 from checkpoint import megabytes
+from eeg.console import rounded
 
 
 def command(args):
