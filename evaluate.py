@@ -458,15 +458,15 @@ def overridden(c, source, args):
 
 
 def open_data(path, state, scratch, labels=corpora.LENIENT):
-    """(recordings, [(file, why)] refused) of an imported folder, or of EDF files prepared into
-    `scratch`; of these, labels that cannot be used are none, or are not opened (corpora.NEVER)."""
-    refused = []
+    """(recordings, corpora.Report) of an imported folder, or of EDF files prepared into `scratch`;
+    of these, labels that cannot be used are none, or are not opened (corpora.NEVER)."""
+    imported = corpora.Report()
     if not path.exists():
         raise Refused(f"data {path} does not exist")
     if path.suffix == ".h5":
         raise Refused(f"data {path} is one recording of an import: give its folder, or its EDF")
     if path.is_file() or not next(path.rglob("*.h5"), None):
-        refused = _import(path, state, scratch, labels)
+        imported = _import(path, state, scratch, labels)
         recordings = data.open_corpus(scratch)
     else:
         recordings = data.open_corpus(path)
@@ -483,11 +483,11 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
                           f"import with {how}")
     if differs := corpora.differs(recordings[0], path, state):
         print(f"evaluate.py: {differs}", file=sys.stderr)
-    return recordings, refused
+    return recordings, imported
 
 
 def _import(path, state, scratch, labels):
-    """Prepare one EDF or a folder of them into `scratch`; returns [(file, why)] refused."""
+    """Prepare one EDF or a folder of them into `scratch`; returns the corpora.Report."""
     if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
         corpora.check_finished(path)
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
@@ -504,7 +504,7 @@ def _import(path, state, scratch, labels):
         if "--montage" in reasons:
             reasons += f"; this checkpoint reads montage {recipe.montage} alone"
         raise (TemporaryFault if report.passing else Refused)(f"no usable recording: {reasons}")
-    return report.refused
+    return report
 
 
 def choose(recordings, split, state, path=None):
@@ -703,11 +703,11 @@ def prepare(args):
 
 
 def score_folder(args):
-    """Score as the command line asks and write the folder --out."""
+    """Score as the command line asks and write the folder --out; returns the exit code."""
     net, state, c, about = prepare(args)
     out = args.out or default_out(args.checkpoint, state)
     with tempfile.TemporaryDirectory(prefix="prepared_", ignore_cleanup_errors=True) as scratch:
-        recordings, refused = open_data(args.data, state, Path(scratch))
+        recordings, imported = open_data(args.data, state, Path(scratch))
         recordings, warning = choose(recordings, args.split, state, args.data)
         differs = corpora.differs(recordings[0], args.data, state)
         with take_folder(out, recordings, args.data):
@@ -720,7 +720,7 @@ def score_folder(args):
                 "includes_training": includes_training(recordings, args, state),
                 "split_warning": warning,
                 "preparation_warning": differs,
-                "refused": refused,
+                "refused": imported.refused,
             }
             write_json(out / "scores.json", result, indent=2)
             if args.plot and result["trade_off"]:
@@ -731,8 +731,10 @@ def score_folder(args):
     if args.plot:
         print(f"pictures: {output(out, recordings[0], '.' + args.plot)}"
               + (f" and {len(recordings) - 1} more" if len(recordings) > 1 else ""))
-    for line in filter(None, (warning, differs)):
+    unread = imported.passing and "not all files could be read this time: see refused; exit code 1"
+    for line in filter(None, (warning, differs, unread)):
         print(f"warning: {line}")
+    return int(imported.passing)
 
 
 def score_one(args):
@@ -767,7 +769,7 @@ def main(argv=None):
         if args.events:
             score_one(args)
         if not args.events or args.out or args.plot or args.save_probabilities:
-            score_folder(args)
+            return score_folder(args)
         return 0
     except (data.ReadFailed, TemporaryFault, OSError) as error:     # may pass: not bad data
         code, line = 1, f"stopped: {' '.join(str(error).split())}"

@@ -1420,6 +1420,12 @@ def test_an_edf_that_cannot_be_read_this_time_is_a_fault_and_no_background(corpu
     for option in ("--events", "--out"):
         code, lines = here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "a.edf", option, tmp_path / "b" / "b.tsv")
         assert code == 1 and "a.edf: Input/output error" in lines[-1] and not (tmp_path / "b" / "b.tsv").exists()
+    # among others: these have their scores, and a script that runs every night is told
+    (tmp_path / "good.edf").symlink_to(next((corpus / "edf").rglob("*.edf")))
+    code, _ = here("--checkpoint", corpus / "best.pt", "--data", tmp_path, "--out", tmp_path / "c")
+    scores = json.loads((tmp_path / "c" / "scores.json").read_text())
+    assert code == 1 and [r["recording"] for r in scores["per_recording"]] == ["good"]
+    assert len(scores["refused"]) == 1 and "a.edf: Input/output error" in scores["refused"][0][0] + ": " + scores["refused"][0][1]
 
 
 @pytest.mark.slow
