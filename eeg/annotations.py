@@ -14,7 +14,7 @@ import numpy as np
 
 from eeg.columns import COLUMNS, NOTHING, SECONDS, SHORT, another_clock, kind_of, refuse_codes
 from eeg.columns import refuse_described, refuse_edges, refuse_lines, refuse_others, refuse_times
-from eeg.columns import title_of
+from eeg.columns import title_of, with_points
 from eeg.disk import named, write_file
 from eeg.edf import NUMBER, DataError, number
 from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
@@ -402,6 +402,9 @@ def parse_list(text, name, meanings, began=""):
                 count = len(titles) if len(titles) - 1 in columns["text"] else None
                 rows = [_cells(row, delimiter, count) for row in lines[at + 1:]
                         if not row.startswith("#")]
+                if delimiter != ",":
+                    rows = with_points(rows, {place for kind in ("onset", "end", "duration")
+                                              for place in columns.get(kind, ())})
                 # a row that lacks a cell which others have may have lost any of them
                 needed = min(len(titles), max([columns["onset"][0] + 1, columns["text"][0] + 1,
                                                *map(len, rows)]))

@@ -12,11 +12,13 @@ from eeg.terms import marks, meaning_of, plain
 
 # what a column of an exported list is called, without units
 COLUMNS = {
-    "onset": {"onset", "time", "start", "start time", "begin", "onset time", "t0"},
-    "end": {"end", "stop", "stop time", "end time", "offset", "t1"},
-    "duration": {"duration", "length"},
+    "onset": {"onset", "time", "start", "start time", "begin", "onset time", "t0", "beginn",
+              "debut", "inicio", "inizio"},
+    "end": {"end", "stop", "stop time", "end time", "offset", "t1", "ende", "fin", "fine", "fim"},
+    "duration": {"duration", "length", "dauer", "duree", "duracion", "durata", "duracao"},
     "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
-             "comment", "note", "type", "eventtype", "event type"},
+             "comment", "note", "type", "eventtype", "event type", "beschreibung", "kommentar",
+             "ereignis", "evenement", "commentaire", "evento", "descripcion", "descrizione"},
     "file": {what + end for end in ("", "name", "id", "path", " name", " id", " path", " no", " nr")
              for what in "file recording record run edf session patient subject study segment part "
                          "block datei fichier aufnahme".split()}}
@@ -119,13 +121,14 @@ def refuse_times(titles, row, onset, began):
 # ---- columns ----
 
 def title_of(cell):
-    return " ".join(re.sub(r"[(\[,].*|[_-]", " ", cell.lower()).split())
+    """A title without units, as it is compared."""
+    return plain(re.sub(r"[(\[,].*", "", cell))
 
 
 def kind_of(cell):
     """The kind of a column by its title; "" where it is not read."""
     title = title_of(cell)
-    edge = meaning_of(plain(title))[0]
+    edge = meaning_of(title)[0]
     kinds = [kind for kind, titles in COLUMNS.items() if title in titles]
     return (kinds + [{"start": "onset", "end": "end"}.get(edge, "")])[0]
 
@@ -171,6 +174,17 @@ def _refuse_origin(row, onset="n/a"):
             raise DataError(f"{title} is {cell} beside an onset of {onset}: which of them?")
         if SAMPLES.search(title) and other and (other == float(onset) or title == "latency"):
             raise DataError(f"{title} is {cell} beside an onset of {onset}: seconds or samples?")
+
+
+def with_points(rows, places):
+    """Rows with a point for a decimal comma in the columns `places`. Where all could part
+    thousands they stay, as no numbers."""
+    commas = {row[place] for row in rows for place in places
+              if place < len(row) and re.fullmatch(r"[+-]?\d+,\d+", row[place])}
+    if all(re.fullmatch(r"[+-]?\d{1,3},\d{3}", cell) for cell in commas):
+        return rows
+    return [[cell.replace(",", ".") if place in places and cell in commas else cell
+             for place, cell in enumerate(row)] for row in rows]
 
 
 def _refuse_thousands(cells):
