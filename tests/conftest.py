@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.stem not in LONG)
     if not config.getoption("--slow"):
         for item in items:
-            if "slow" in item.keywords:
+            if item.get_closest_marker("slow"):     # keywords have the names of folders too
                 item.add_marker(pytest.mark.skip(reason="long sweep: run with --slow"))
 
 
