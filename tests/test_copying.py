@@ -546,7 +546,7 @@ def test_a_signal_between_any_two_lines_of_a_loop_leaves_only_after_a_save_of_th
     code = compile(code, "<loop>", "exec")
     watched = {code, Checkpointer.boundary.__code__, Checkpointer.stopping.__code__, Checkpointer.due.__code__}
     ends = []
-    for line in range(20, 50):              # lines that ran
+    for line in range(20, 42):              # lines that ran
         here = tmp_path / str(line)
         here.mkdir()
         monkeypatch.chdir(here)
@@ -571,7 +571,7 @@ def test_a_signal_between_any_two_lines_of_a_loop_leaves_only_after_a_save_of_th
         newest = checkpoint.load(checkpoint.find_resume("checkpoints", say=str))
         assert (left_with.value.code, newest["global_step"]) == (128 + signal.SIGTERM, done), line
         ends.append(done)
-    assert len(set(ends)) > 3               # steps in the middle of which it came
+    assert len(set(ends)) > 2               # steps in the middle of which it came
 
 
 # ---- a notebook ----

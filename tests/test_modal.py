@@ -566,7 +566,7 @@ def test_the_time_limit_is_the_runs_over_all_attempts_of_a_launch(tmp_path):
 def test_the_bill_adds_up_the_attempts_and_foretells_the_run_from_the_measured_speed(tmp_path):
     common = {"launch": "one", "epochs": 10, "dollars": 3.0, "left": ""}
     records.put(tmp_path / "attempts" / "001.json", common | {"began": 0, "seen": 3600})
-    assert records.bill(tmp_path) == f"{tmp_path.name}: 1.00 h in 1 attempts, about $3.00 so far"
+    assert records.bill(tmp_path) == f"{tmp_path.name}: 1.00 h in 1 attempt, about $3.00 so far"
     rows = [{"kind": "train", "epoch": 1, "batch": b, "batches": 100, "step": b, "time": 27.0 * b}
             for b in (20, 40, 60, 80, 100)]
     rows.append({"kind": "validation", "epoch": 1, "step": 100, "time": 3600.0})

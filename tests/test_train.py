@@ -1246,7 +1246,7 @@ def test_the_real_configuration_without_its_data_says_how_to_import_it(tmp_path)
     done = forked.run([*PYTHON, "--config", str(ROOT / "configs/local/train.yaml"), "--resume"], cwd=tmp_path, text=True,
                       capture_output=True)
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
-    assert "python data.py import" in done.stderr and not list(tmp_path.iterdir())
+    assert "data.py import CORPUS_FOLDER" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_environment_sets_the_timer_on_a_fresh_run_and_the_log_says_so(corpus, tmp_path, capsys, monkeypatch):
