@@ -2,6 +2,7 @@
 of its times: in which unit, counted from where, of which recording. What contradicts the seconds
 from the recording's start is refused.
 """
+import functools
 import json
 import re
 import unicodedata
@@ -31,7 +32,7 @@ NOTHING = re.compile(r"(no?|none|nein|non|false|n/?a|nan|null|nil|-*|0+([.,]0*)?
 # of another beginning than the recording's, where it is not 0
 ORIGIN = re.compile(r"(clip|epoch|segment|file|window|chunk|page|edf|eeg) ?"
                     r"(start|begin|onset|offset|t0)( time| sec\w*)?|"
-                    r"(tag|day|jour|dia|giorno)( ?(no|nr|number))?")
+                    r"(?P<day>tag|day|jour|dia|giorno)( ?(no|nr|number))?")
 # a row's place by samples
 SAMPLES = re.compile(r"\b(samples?|latency|frames?|data ?points?)\b")
 STARTS = re.compile(r"\b(onset|start|begin|offset)\b")
@@ -120,6 +121,7 @@ def refuse_times(titles, row, onset, began):
 
 # ---- columns ----
 
+@functools.lru_cache(1000)             # of every row
 def title_of(cell):
     """A title without units, as it is compared."""
     return plain(re.sub(r"[(\[,].*", "", cell))
@@ -164,8 +166,9 @@ def _refuse_origin(row, onset="n/a"):
         return
     for title, cell in row.items():
         other = float(cell) if NUMBER.match(cell) else 0.0
-        day = title.startswith(("tag", "day", "jour", "dia", "giorno"))
-        if ORIGIN.fullmatch(title) and other > day and other != float(onset):
+        origin = ORIGIN.fullmatch(title)
+        # day 1 is that of the start
+        if origin and other > bool(origin["day"]) and other != float(onset):
             raise DataError(f"{title} is {cell} beside an onset of {onset}: from which start?")
         # in minutes, hours, ms it is the same one, or another
         if STARTS.search(title) and other and not SAMPLES.search(title) and all(
@@ -221,12 +224,18 @@ def refuse_edges(titles, rows):
                             "start and end")
 
 
+def codes(found, meanings):
+    """Those of (onset, duration, text) whose text is a number that means nothing known."""
+    return [mark for mark in found
+            if NUMBER.match(mark[2]) and not meanings.meaning(mark[2])[0]]
+
+
 def refuse_codes(found, meanings):
     """Refuse (onset, duration, text) beside others that are known where a number is all that is
     said at its onset."""
     known = {onset for onset, _, text in found if meanings.meaning(text)[0]}
-    for onset, _, text in found:
-        if onset not in known and NUMBER.match(text):
+    for onset, _, text in codes(found, meanings):
+        if onset not in known:
             raise DataError(f"{text!r} at {onset:g} s is a code: say what it means with "
                             "--seizure-label or --background-label of data.py import")
 

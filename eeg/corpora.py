@@ -33,7 +33,7 @@ MAX_DRIFT_SECONDS = 1.0                 # of a clock, beyond which a label file 
 
 
 class Stays(DataError):
-    """A recording is refused, and what lies in its place stays: it is of another corpus."""
+    """A recording is refused, and what lies in its place stays, such as one of another corpus."""
 
 
 class Unread(Stays):

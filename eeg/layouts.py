@@ -221,11 +221,10 @@ def _events_inside(header, task):
         if labels:
             # of an amplifier's marks none lasts
             columns.refuse_codes([mark for mark in found if mark[1]], task.texts)
-            codes = {text: None for *_, text in found if columns.NUMBER.match(text)
-                     and not task.texts.meaning(text)[0]}
-            if codes:
+            said = list(dict.fromkeys(text for *_, text in columns.codes(found, task.texts)))
+            if said:
                 header.notes.append("codes inside its EDF+, taken for no labels: "
-                                    + ", ".join(list(codes)[:5]))
+                                    + ", ".join(said[:5]))
             events = annotations.finish(labels, header.seconds)
             header.notes += labels.notes
     except DataError as damage:
