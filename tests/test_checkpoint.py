@@ -383,7 +383,7 @@ def test_after_any_run_of_saves_kills_and_rollbacks_the_newest_best_and_resumed_
                 assert not best.exists() or sound(checkpoint.load(best)) >= 0
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_at_every_instant_of_a_run_the_last_save_that_returned_is_there(tmp_path, keep):
     returned, looks = [0], [0]
 
@@ -400,7 +400,7 @@ def test_at_every_instant_of_a_run_the_last_save_that_returned_is_there(tmp_path
     assert looks[0] > 150
 
 
-@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+@pytest.mark.parametrize("links", [pytest.param(True, marks=pytest.mark.slow), False], ids=["hard links", "no hard links"])
 def test_a_hundred_epochs_with_the_defaults_never_hold_two_gigabytes_of_v3(tmp_path, links, monkeypatch):
     if not links:
         def refuse(*arguments, **options):

@@ -434,6 +434,7 @@ def test_a_dataset_is_opened_in_its_workers_and_fetches_whole_batches(saver):
     assert same([batch for _, batch in epoch_of(saver, loader, (1, 0))], [2 * batch for _, batch in plain])
 
 
+@pytest.mark.slow
 def test_workers_that_are_spawned_give_the_same_batches(saver):
     loader = DataLoader(Drawn(), batch_size=8, shuffle=True, num_workers=1, multiprocessing_context="spawn")
     here = DataLoader(Drawn(), batch_size=8, shuffle=True)

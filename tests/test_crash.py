@@ -64,7 +64,7 @@ def test_a_kill_at_every_call_of_a_save_leaves_the_old_file_or_the_new_one(tmp_p
     print(f"kill points: {points}")
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_every_call_of_an_epoch_end_with_links_and_rotation_loses_no_returned_save(tmp_path, run, every):
     def save(directory):
         with saver(directory) as s:
@@ -187,6 +187,7 @@ def test_no_power_cut_loses_a_save_that_returned(tmp_path, links, monkeypatch):
     assert states > 100 and lost == 0
 
 
+@pytest.mark.slow
 def test_no_power_cut_loses_a_save_by_the_system_calls_either_and_they_lose_those_of_torch_save(tmp_path):
     if not tracer.available():
         pytest.skip("system calls of a child cannot be traced here")

@@ -302,6 +302,7 @@ def test_a_slurm_job_requeues_itself_when_it_was_cut_and_not_when_it_was_refused
     assert asked == ["1234"] * requeued
 
 
+@pytest.mark.slow
 def test_a_slurm_job_requeues_itself_after_twenty_faults_in_a_row_and_a_job_that_saved_begins_the_count_anew(tmp_path):
     place = cluster(tmp_path, "import os, sys; sys.exit(int(os.environ['CODE']))")
     requeued = tmp_path / "requeued"

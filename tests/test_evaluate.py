@@ -514,7 +514,7 @@ def test_no_metric_is_above_chance_for_a_detector_that_looks_at_nothing(name, de
     assert math.isnan(summary["sensitivity_at_1fa"])
 
 
-@pytest.mark.parametrize("detector", (silent, constant, always_on))
+@pytest.mark.parametrize("detector", (constant, *(pytest.param(one, marks=pytest.mark.slow) for one in (silent, always_on))))
 def test_sensitivity_at_every_rate_is_nothing_for_them_on_a_day_and_more(detector):
     tracks = [Track(f"day {i}", 5000, [(600, 660)] * (i % 2), f"p{i % 3}") for i in range(20)]
     records = [evaluate.score(t, detector(t, None), {}) for t in tracks]
@@ -1180,7 +1180,7 @@ def test_a_place_that_may_not_be_written_is_refused_before_anything_is_predicted
         assert code == 2 and len(lines) == 1 and f"{option} {place}" in lines[0], lines
 
 
-@pytest.mark.parametrize("way", ["| cat", "> file && cat file"])
+@pytest.mark.parametrize("way", ["| cat", pytest.param("> file && cat file", marks=pytest.mark.slow)])
 def test_events_go_down_a_pipe_and_through_a_link_which_stays(corpus, tmp_path, way):
     (tmp_path / "link.tsv").symlink_to(tmp_path / "there.tsv")
     source = next((corpus / "edf").rglob("*.edf"))

@@ -266,7 +266,8 @@ def test_a_replayed_resume_false_resumes_and_a_finished_run_returns_at_once(runs
 
 
 @pytest.mark.parametrize("file, text", [
-    ("attempts/001.json", ""), ("attempts/001.json", "[1]"), ("launch.json", '{"launch": "o')])
+    ("attempts/001.json", ""), pytest.param("attempts/001.json", "[1]", marks=pytest.mark.slow),
+    pytest.param("launch.json", '{"launch": "o', marks=pytest.mark.slow)])
 def test_a_record_that_is_torn_costs_no_work_and_the_next_container_goes_on(file, text, runs):
     """Not even with --fresh, which comes again with every attempt."""
     runs.attempt(THREE, sends=signal.SIGINT, seconds=0.05)
@@ -286,7 +287,9 @@ def test_a_torn_record_keeps_the_work_of_a_run_that_went_back_to_a_file(runs):
     assert '"finished"' in end and "from step 40" in log, log
 
 
-@pytest.mark.parametrize("again, end, step", [(THREE, "finished", 1), (TWO, "refused", 0), (["four", "FILE", "false"], "finished", 21)])
+@pytest.mark.parametrize("again, end, step", [
+    (THREE, "finished", 1), pytest.param(TWO, "refused", 0, marks=pytest.mark.slow),
+    pytest.param(["four", "FILE", "false"], "finished", 21, marks=pytest.mark.slow)])
 def test_a_torn_record_of_another_launch_is_not_taken_for_one_of_a_launch_that_died_before_its_first(again, end, step, runs):
     """Else --fresh went on with the old run, and --resume FILE with its newest state."""
     runs.attempt(ONE, crash_at=50)
@@ -669,7 +672,7 @@ sys.exit(128 + came[0] if came else int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 70, 75])
+@pytest.mark.parametrize("code", [0, 75, *(pytest.param(code, marks=pytest.mark.slow) for code in (1, 2, 70))])
 def test_several_processes_end_with_the_exit_code_of_one(code, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     signals = argparse.Namespace(number=0)

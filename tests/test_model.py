@@ -475,6 +475,7 @@ def test_compiled_forward_and_backward_are_one_graph_without_a_break():
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_has_the_gradients_of_an_eager_one():
     stack, x = v3.Mamba2(8, layers=1, state=4, headdim=8), torch.randn(2, 24, 8)
     compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)

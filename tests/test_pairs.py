@@ -40,7 +40,7 @@ def went_on(directory):
             s.save_epoch(state(10 * epoch, epoch=epoch), metric=value)
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("again", ["the same command", "plain"])
 def test_going_back_to_a_file_killed_anywhere_ends_with_the_best_of_the_line_that_goes_on(tmp_path, again, every):
     def back(directory):
@@ -59,7 +59,7 @@ def test_going_back_to_a_file_killed_anywhere_ends_with_the_best_of_the_line_tha
     assert crash.kill_sweep(tmp_path / "d", went_on, back, check, every=every) > 20 / every
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", ["old/last.pt", "d/kept.pt"], ids=["in another folder", "of a line left before"])
 def test_the_best_of_a_line_that_is_gone_back_to_comes_along_also_over_a_kill(tmp_path, source, every):
     def two_lines(directory):
@@ -293,7 +293,7 @@ def whole_run(home, nas):
         s.save_mid(state(33, epoch=4, batch=3))
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
 def test_coming_home_from_the_second_copy_killed_anywhere_is_done_again(tmp_path, every):
     if not tracer.available():
         pytest.skip("system calls of a child cannot be traced here")

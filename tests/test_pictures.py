@@ -42,7 +42,7 @@ def captions(sheet):
     return [axis.get_title(loc="left") for axis in sheet.figure.axes if axis.get_title(loc="left")]
 
 
-@pytest.mark.parametrize("montage", ["referential", "bipolar"])
+@pytest.mark.parametrize("montage", ["referential", pytest.param("bipolar", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("truth, detections", [
     ((), []), ([(30, 50)], [(35, 55)]), ([(5, 9), (200, 290)], [(100, 120), (295, 300)])])
 def test_a_picture_is_drawn_for_any_mix_of_events(tmp_path, montage, truth, detections):
@@ -166,7 +166,7 @@ def test_pages_carry_the_time_of_day_where_the_recording_says_when_it_began():
     assert captions(sheet_of(track, []))[1].startswith("0:00:16")
 
 
-@pytest.mark.parametrize("samples", [1, 2, 30, 700])
+@pytest.mark.parametrize("samples", [1, 30, *(pytest.param(samples, marks=pytest.mark.slow) for samples in (2, 700))])
 def test_recordings_of_a_few_samples_and_tracks_of_nan_are_drawn(tmp_path, samples):
     track = banana("a", samples / FS)
     p = np.full(samples, np.nan if samples == 30 else 0.5, np.float32)

@@ -299,7 +299,7 @@ def test_the_copied_file_says_nothing_of_eeg(tmp_path):
         assert word not in text, word
 
 
-@pytest.mark.parametrize("second", [True, False], ids=["with a second copy", "alone"])
+@pytest.mark.parametrize("second", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["with a second copy", "alone"])
 def test_rows_that_were_lost_before_a_resume_come_from_the_second_copy_or_are_said(tmp_path, corpus, capsys, second):
     options = {"training__mirror": str(tmp_path / "nas")} if second else {}
     with cut_at(EPOCH_STEPS + 6):
@@ -367,7 +367,7 @@ def test_going_back_to_a_line_that_was_left_brings_its_rows_and_sets_those_of_th
     assert train.run(changed, resume="true") == 0 and rows(tmp_path) == theirs
 
 
-@pytest.mark.parametrize("batch_size", [4, 6])
+@pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.slow), 6])
 def test_going_back_to_a_file_killed_before_the_rows_are_cut_ends_as_if_it_had_not_been(tmp_path, corpus, monkeypatch, batch_size):
     now = {"training__batch_size": batch_size}
     for results in (tmp_path / "killed", tmp_path / "whole"):

@@ -192,8 +192,8 @@ def test_a_run_on_two_corpora_says_what_is_used_and_resumes_to_the_same_end(two,
         train.run(loaded("", tmp_path / "cut", **changes, data__corpus_balance="equal"), "true")
 
 
-@pytest.mark.parametrize("change", [{"data__split": "time"}, {"data__split": "recording"},
-                                    {"data__folds": 3, "data__fold": 2}])
+@pytest.mark.parametrize("change", [{"data__split": "time"}, pytest.param({"data__split": "recording"}, marks=pytest.mark.slow),
+                                    pytest.param({"data__folds": 3, "data__fold": 2}, marks=pytest.mark.slow)])
 def test_a_run_with_another_split_trains_and_says_so(two, tmp_path, capsys, change):
     changes = dict(data__full_per_partial=0.0, training__epochs=1, training__best_metric="loss")
     assert train.run(loaded(two[0], tmp_path, **changes, **change)) == 0

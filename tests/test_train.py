@@ -231,7 +231,7 @@ def test_three_starts_in_a_row_that_end_where_they_began_are_stuck_and_a_longer_
     assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.parametrize("size", [8, 2])
+@pytest.mark.parametrize("size", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_of_another_size_leave_the_learning_rate_at_its_share_of_the_run(corpus, tmp_path, capsys, size):
     with cut_at(16):                                        # of 18 steps and 6 recordings
         assert train.run(loaded(corpus, tmp_path, training__epochs=3)) == 143
@@ -500,7 +500,7 @@ def test_neither_an_ascii_console_nor_the_backend_of_a_notebook_nor_a_broken_mat
 
 @pytest.mark.parametrize("harm, word", [
     ("pathlib.Path(pictures).write_text('def')", "curves.png: SyntaxError"),
-    ("torch.utils.tensorboard.SummaryWriter.add_scalar = lambda *a, **k: 1 / 0", "tensorboard: ZeroDivisionError"),
+    pytest.param("torch.utils.tensorboard.SummaryWriter.add_scalar = lambda *a, **k: 1 / 0", "tensorboard: ZeroDivisionError", marks=pytest.mark.slow),
     pytest.param("sys.modules['torch.utils.tensorboard'] = None", "tensorboard: ModuleNotFoundError", marks=pytest.mark.slow)])
 def test_pictures_and_charts_that_fail_are_said_and_the_run_ends_as_ever(corpus, reference, tmp_path, harm, word):
     from conftest import copy_sources
@@ -539,7 +539,7 @@ def test_a_run_whose_results_folder_is_lost_goes_on_from_the_mirror_and_ends_as_
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
-@pytest.mark.parametrize("moment, method", [(None, "saved"), (13, "save_mid")])
+@pytest.mark.parametrize("moment, method", [pytest.param(None, "saved", marks=pytest.mark.slow), (13, "save_mid")])
 def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_from_there(corpus, reference, ext4_disk, tmp_path,
                                                                                        capsys, monkeypatch, moment, method):
     """It dies between the second save and its line in saves.jsonl, or after both."""
@@ -781,8 +781,9 @@ CHANGED = "was changed since the corpus was opened"
 
 
 @pytest.mark.parametrize("moment, harm, reason", [
-    (IN_EPOCH, touched, CHANGED), (IN_EPOCH, failing, "Input/output error"),
-    (IN_VALIDATION, truncated, CHANGED), (IN_VALIDATION, vanished, "No such file or directory"),
+    (IN_EPOCH, failing, "Input/output error"), (IN_VALIDATION, truncated, CHANGED),
+    pytest.param(IN_EPOCH, touched, CHANGED, marks=pytest.mark.slow),
+    pytest.param(IN_VALIDATION, vanished, "No such file or directory", marks=pytest.mark.slow),
     pytest.param(IN_EPOCH, truncated, CHANGED, marks=pytest.mark.slow),
     pytest.param(IN_EPOCH, vanished, "No such file or directory", marks=pytest.mark.slow),
     pytest.param(IN_VALIDATION, touched, CHANGED, marks=pytest.mark.slow),
@@ -1300,7 +1301,7 @@ def test_learning_rate_warms_up_then_falls_to_zero():
     assert factors[0] < factors[5] < factors[10] == 1.0 and factors[100] == pytest.approx(0) and factors[55] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_mixed_precision_trains_resumes_and_may_be_changed(corpus, tmp_path, precision, capsys):
     config = loaded(corpus, tmp_path, training__precision=precision, training__epochs=1)
     with cut_at(2):

@@ -98,7 +98,7 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process_alive_and_is_
     assert f"hang.txt could not be written ({why})" in out and "written to" not in out
 
 
-@pytest.mark.parametrize("what", ["file", "file and log"])
+@pytest.mark.parametrize("what", [pytest.param("file", marks=pytest.mark.slow), "file and log"])
 def test_a_disk_that_does_not_answer_holds_up_neither_the_stacks_nor_the_end(tmp_path, what):
     process = start(UNWRITABLE, tmp_path, 1.0, tmp_path / "hang.txt", what.split()[-1])
     out = rest(process)
