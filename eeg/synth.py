@@ -24,6 +24,7 @@ from eeg.edf import CHANNELS, FS, DataError, positions
 
 NAMES = CHANNELS["referential"]
 PLACES = positions(NAMES)               # unit vectors (19, 3), x to the right, y to the nose
+PLACE = dict(zip(NAMES, PLACES))
 START = "2000-01-01 00:00:00"           # of every recording
 EVENTS_PER_HOUR = 9
 QUIET = 240                             # s: of patients with less, every second has no seizure
@@ -128,13 +129,14 @@ def synth(out, hours=1.0, patients=8, seed=0, progress=lambda what: None):
         raise DataError(f"{hours} h of {patients} patients: both must be positive and finite")
     if seed < 0:
         raise DataError(f"seed {seed}: must be 0 or more")
+    seconds = hours * 3600 / patients
     for number in range(patients):
         rng = np.random.default_rng([seed, number])
         patient = draw_patient(rng)
-        for run, plan in enumerate(plan_recordings(rng, hours * 3600 / patients, number)):
-            name = f"sub-{number + 1:03d}"
-            stem = f"{name}_ses-01_task-szMonitoring_run-{run:02d}"
-            stem = Path(out, name, "ses-01", "eeg", stem)
+        name = f"sub-{number + 1:03d}"
+        folder = out / name / "ses-01" / "eeg"
+        for run, plan in enumerate(plan_recordings(rng, seconds, number)):
+            stem = folder / f"{name}_ses-01_task-szMonitoring_run-{run:02d}"
             recording = np.random.default_rng([seed, number, run])
             eeg, events = synth_recording(recording, patient, plan)
             write_edf(f"{stem}_eeg.edf", eeg, patient["amplifier"], patient["step"])
@@ -159,12 +161,15 @@ def plan_recordings(rng, total, number):
         left -= seconds
     total -= sum(clip.seconds for clip in clips)
 
-    count = int(np.clip(round(total / 600), 1 + (total >= QUIET), 12))
+    fewest = 1 if total < QUIET else 2
+    count = int(np.clip(round(total / 600), fewest, 12))
     share = rng.uniform(0.5, 1.5, count)
     lengths = [max(10, round(s)) for s in total * share / share.sum()]
-    quiet = total < QUIET and number % 2 == 1
-    kinds = ["none"] * count if quiet else ["long"] + ["some"] * (count - 1)
-    return [*map(Plan, sorted(lengths, reverse=True), kinds), *clips]
+    lengths.sort(reverse=True)
+    kinds = ["long"] + ["some"] * (count - 1)
+    if total < QUIET and number % 2 == 1:
+        kinds = ["none"] * count
+    return [*map(Plan, lengths, kinds), *clips]
 
 
 def draw_row(rng, rows):
@@ -256,8 +261,10 @@ def field(rng, place, near):
 
     A source that points to the scalp and one along it, which is positive on one side and negative
     on the other, mixed."""
-    along = 1 + rng.uniform(0, 1.5) * (PLACES @ draw_direction(rng))
-    seen = np.exp(near * (PLACES @ place - 1)) * along
+    tilt = rng.uniform(0, 1.5)
+    along = 1 + tilt * (PLACES @ draw_direction(rng))
+    across = np.exp(near * (PLACES @ place - 1))
+    seen = across * along
     return (seen / np.abs(seen).max()).astype(np.float32)
 
 
@@ -266,15 +273,17 @@ def pink(rng, shape, slope):
 
     Made in pieces of 64 s and cross-faded, which costs no more for a long recording."""
     from scipy import fft               # here: training starts earlier without it
-    piece, n = 1 << 14, shape[-1]
+    *rows, n = shape
+    piece = 1 << 14
     fade = piece // 4
     ramp = np.sqrt(np.linspace(0, 1, fade, dtype=np.float32))
     f = np.fft.rfftfreq(piece, 1 / FS)
     gain = np.maximum(f, 0.5) ** -slope * (f > 0)
-    gain = (gain / np.sqrt((gain ** 2).mean())).astype(np.float32)
-    out = np.zeros((*shape[:-1], n + 2 * piece), np.float32)
+    gain /= np.sqrt((gain ** 2).mean())
+    gain = gain.astype(np.float32)
+    out = np.zeros((*rows, n + 2 * piece), np.float32)
     for at in range(0, n + fade, piece - fade):
-        white = rng.standard_normal((*shape[:-1], piece), np.float32)
+        white = rng.standard_normal((*rows, piece), np.float32)
         x = fft.irfft(fft.rfft(white) * gain)
         x[..., :fade] *= ramp
         x[..., -fade:] *= ramp[::-1]
@@ -286,8 +295,9 @@ def rhythm(rng, n, frequency, width):
     """Narrow-band noise around `frequency`: unit deviation, float32 (n,)."""
     from scipy import signal as dsp     # here: training starts a second earlier without it
     pole = np.exp(-2 * np.pi * width / FS + 2j * np.pi * frequency / FS)
+    gain = np.sqrt(1 - abs(pole) ** 2)
     drive = rng.standard_normal(n) + 1j * rng.standard_normal(n)
-    wave = dsp.lfilter([np.sqrt(1 - abs(pole) ** 2)], [1, -pole], drive)
+    wave = dsp.lfilter([gain], [1, -pole], drive)
     return wave.real.astype(np.float32)
 
 
@@ -297,40 +307,72 @@ def cycle(phase, wave, sharp):
     rhythm, sharp: a sine with harmonics; spike: a sharp peak and a shallow trough; spike_wave: a
     spike and a slow wave of the other sign."""
     if wave == "spike":
-        peak = np.exp(8 * (np.cos(phase) - 1))
-        return peak - 0.3 * np.exp(1.5 * (np.cos(phase - 1.2) - 1))
+        return peak(phase, 0, 8) - 0.3 * peak(phase, 1.2, 1.5)
     if wave == "spike_wave":
-        peak = 0.9 * np.exp(12 * (np.cos(phase) - 1))
-        return peak - 0.8 * np.exp(1.2 * (np.cos(phase - 2.4) - 1)) + 0.25
-    harmonics = [sharp ** (k - 1) * np.sin(k * phase + 0.6 * (k - 1)) for k in (1, 2, 3)]
-    return sum(harmonics) / (1 + sharp)
+        return 0.9 * peak(phase, 0, 12) - 0.8 * peak(phase, 2.4, 1.2) + 0.25
+    total = 0
+    for k in range(3):
+        total += sharp ** k * np.sin((k + 1) * phase + 0.6 * k)
+    return total / (1 + sharp)
+
+
+def peak(phase, at, narrow):
+    """A peak of height 1 at the phase `at` (radians) of each cycle."""
+    return np.exp(narrow * (np.cos(phase - at) - 1))
+
+
+def bump(t, at, width):
+    """A single peak of height 1 at the time `at`."""
+    return np.exp(-((t - at) / width) ** 2)
+
+
+def wander(rng, n):
+    """A random walk: (n,)."""
+    return np.cumsum(rng.standard_normal(n))
+
+
+def muscle(rng, n):
+    """Noise that grows with frequency, as of muscle: (n,)."""
+    return np.diff(rng.standard_normal(n + 1))
 
 
 def draw_switches(rng, n, mean):
     """A state that goes between 0 and 1 every `mean` s or so, over half a second: float32 (n,)."""
-    times = np.cumsum(rng.exponential(mean, int(n / FS / mean) + 8) + 1)
-    values = np.tile([0.0, 1.0], len(times))[rng.integers(2):][:len(times)]
+    count = int(n / FS / mean) + 8
+    times = np.cumsum(rng.exponential(mean, count) + 1)
+    first = rng.integers(2)
+    values = (np.arange(count) + first) % 2
     before = np.r_[values[0], values[:-1]]
-    turns = np.repeat(times, 2) + np.tile([0, 0.5], len(times))
-    levels = np.stack([before, values], 1).ravel()
-    return np.interp(np.arange(n) / FS, turns, levels).astype(np.float32)
+    begin_end = np.stack([times, times + 0.5], axis=1)
+    levels = np.stack([before, values], axis=1)
+    state = np.interp(np.arange(n) / FS, begin_end.ravel(), levels.ravel())
+    return state.astype(np.float32)
 
 
 def waxing(rng, length):
     """An envelope from 0 to 1 that rises, fluctuates without a trend, and falls: (length,)."""
-    knots = np.r_[0, rng.uniform(0.5, 1, max(2, length // FS // 2)), 0]
-    return np.interp(np.linspace(0, 1, length), np.linspace(0, 1, len(knots)), knots)
+    count = max(2, length // FS // 2)
+    knots = np.r_[0, rng.uniform(0.5, 1, count), 0]
+    at = np.linspace(0, 1, len(knots))
+    return np.interp(np.linspace(0, 1, length), at, knots)
+
+
+def times_of(rng, n, per_minute):
+    """A range over as many as there are within n samples."""
+    return range(rng.poisson(per_minute * n / FS / 60))
 
 
 def draw_place(rng, n, seconds):
     """(start, length) in samples of something of such a duration inside n samples."""
     length = min(n, max(2, round(FS * spread(rng, seconds))))
-    return int(rng.integers(0, n - length + 1)), length
+    start = int(rng.integers(0, n - length + 1))
+    return start, length
 
 
 def add(eeg, where, at, wave):
     """Add a wave (n,), seen by each electrode as `where` (19,) says, from sample `at`."""
-    eeg[:, at:at + len(wave)] += where.astype(np.float32)[:, None] * wave.astype(np.float32)
+    where = where.astype(np.float32)
+    eeg[:, at:at + len(wave)] += where[:, None] * wave.astype(np.float32)
 
 
 # ---- background ----
@@ -343,37 +385,48 @@ def background(rng, patient, n):
     eeg = mixing.astype(np.float32) @ noise
     knots = np.exp(rng.normal(0, patient["bursts"], n // FS + 2))
     at = np.linspace(0, len(knots) - 1, n)
-    eeg *= np.interp(at, np.arange(len(knots)), knots).astype(np.float32)
+    level = np.interp(at, np.arange(len(knots)), knots)
+    eeg *= level.astype(np.float32)
 
     asleep = draw_switches(rng, n, 90.0) if patient["sleeps"] else np.zeros(n, np.float32)
-    closed = draw_switches(rng, n, 8.0) * (1 - asleep)
-    back = np.clip(-PLACES[:, 1], 0, None) ** 1.5
-    for side in (-1, 1):                # each side waxes and wanes by itself
-        wave = rhythm(rng, n, patient["alpha_hz"], rng.uniform(0.3, 1.2)) * closed
-        where = back * (0.6 + 0.4 * side * np.sign(PLACES[:, 0]))
-        add(eeg, where, 0, wave * patient["alpha"] * patient["size"])
-
+    add_alpha(rng, patient, eeg, asleep)
     slow = patient["slowing"] + asleep
     for limits in ((0.8, 2), (2.5, 6)):     # delta and theta of drowsiness, sleep and illness
-        where = field(rng, draw_direction(rng), rng.uniform(0.5, 3))
-        wave = rhythm(rng, n, rng.uniform(*limits), 0.7) * slow
-        add(eeg, where, 0, wave * patient["size"] * rng.uniform(0.3, 1))
+        place = draw_direction(rng)
+        where = field(rng, place, rng.uniform(0.5, 3))
+        hz = rng.uniform(*limits)
+        wave = rhythm(rng, n, hz, 0.7) * slow
+        wave = wave * patient["size"] * rng.uniform(0.3, 1)
+        add(eeg, where, 0, wave)
     add_spindles(rng, eeg, patient["size"], asleep)
     return eeg
+
+
+def add_alpha(rng, patient, eeg, asleep):
+    """The posterior rhythm of closed eyes: each side waxes and wanes by itself."""
+    n = eeg.shape[1]
+    closed = draw_switches(rng, n, 8.0) * (1 - asleep)
+    back = np.clip(-PLACES[:, 1], 0, None) ** 1.5
+    for side in (-1, 1):
+        width = rng.uniform(0.3, 1.2)
+        wave = rhythm(rng, n, patient["alpha_hz"], width) * closed
+        where = back * (0.6 + 0.4 * side * np.sign(PLACES[:, 0]))
+        add(eeg, where, 0, wave * patient["alpha"] * patient["size"])
 
 
 def add_spindles(rng, eeg, size, asleep):
     """Sleep spindles of 11 to 16 Hz and 0.5 to 2 s, some after a K-complex (AASM manual 2007)."""
     n = eeg.shape[1]
-    for _ in range(rng.poisson(4 * n / FS / 60)):
+    for _ in times_of(rng, n, 4):
         at, length = draw_place(rng, n, (0.6, 2))
         if asleep[at] < 0.5:
             continue
         t = np.arange(length) / FS
-        wave = np.hanning(length) * np.sin(2 * np.pi * rng.uniform(11, 16) * t)
+        hz = rng.uniform(11, 16)
+        wave = np.hanning(length) * np.sin(2 * np.pi * hz * t)
         if rng.random() < 0.4:
-            wave -= 2 * np.exp(-((t - 0.3) / 0.12) ** 2) - np.exp(-((t - 0.65) / 0.2) ** 2)
-        where = field(rng, PLACES[NAMES.index("Cz")], 2.5)
+            wave -= 2 * bump(t, 0.3, 0.12) - bump(t, 0.65, 0.2)
+        where = field(rng, PLACE["Cz"], 2.5)
         add(eeg, where, at, wave * size * rng.uniform(0.6, 2))
 
 
@@ -381,26 +434,30 @@ def add_rhythms(rng, patient, eeg, size):
     """The patient's RHYTHMS."""
     n = eeg.shape[1]
     for row in patient["rhythms"]:
-        for _ in range(rng.poisson(row.rate * n / FS / 60)):
+        for _ in times_of(rng, n, row.rate):
             at, length = draw_place(rng, n, row.seconds)
-            jitter = np.cumsum(rng.standard_normal(length)) * rng.uniform(0.01, 0.06)
+            jitter = wander(rng, length) * rng.uniform(0.01, 0.06)
             phase = 2 * np.pi * spread(rng, row.hz) * np.arange(length) / FS + jitter
-            sharp = rng.uniform(0.3, 0.6) if row.wave == "sharp" else rng.uniform(0, 0.35)
+            limits = (0.3, 0.6) if row.wave == "sharp" else (0, 0.35)
+            sharp = rng.uniform(*limits)
             wave = cycle(phase, row.wave, sharp) * waxing(rng, length)
-            where = field(rng, PLACES[NAMES.index(rng.choice(row.places))], rng.uniform(2, 6))
+            place = PLACE[rng.choice(row.places)]
+            where = field(rng, place, rng.uniform(2, 6))
             add(eeg, where, at, wave * size * spread(rng, row.size))
 
 
 def add_spikes(rng, patient, eeg, size):
     """Spikes with a slow wave between seizures, near the focus, alone or a few together."""
-    n, width = eeg.shape[1], FS // 2
-    t = np.arange(width) / FS
-    for _ in range(rng.poisson(patient["spike_rate"] * n / FS / 60)):
-        spike = np.exp(-((t - 0.1) / rng.uniform(0.02, 0.045)) ** 2)
-        spike -= rng.uniform(0.2, 0.7) * np.exp(-((t - 0.27) / 0.09) ** 2)
-        where = field(rng, patient["focus"], rng.uniform(2, 7)) * rng.uniform(1.5, 6) * size
+    n = eeg.shape[1]
+    t = np.arange(FS // 2) / FS
+    for _ in times_of(rng, n, patient["spike_rate"]):
+        spike = bump(t, 0.1, rng.uniform(0.02, 0.045))
+        spike -= rng.uniform(0.2, 0.7) * bump(t, 0.27, 0.09)
+        where = field(rng, patient["focus"], rng.uniform(2, 7))
+        where = where * rng.uniform(1.5, 6) * size
         at = int(rng.integers(0, n))
-        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        together = rng.choice([1, 1, 1, 2, 3])
+        for _ in range(together):
             add(eeg, where, at, spike[:max(0, n - at)])
             at += round(FS * rng.uniform(0.25, 0.6))
 
@@ -411,7 +468,7 @@ def add_artefacts(rng, eeg, size):
     """ARTEFACTS: like seizures in size, in line length or in rhythm, but they do not evolve."""
     n = eeg.shape[1]
     for row in ARTEFACTS:
-        for _ in range(rng.poisson(row.rate * n / FS / 60)):
+        for _ in times_of(rng, n, row.rate):
             at, length = draw_place(rng, n, row.seconds)
             where, wave = artefact(rng, row.name, length)
             add(eeg, where, at, wave * size * spread(rng, row.size))
@@ -419,54 +476,63 @@ def add_artefacts(rng, eeg, size):
 
 def artefact(rng, name, length):
     """(share of each electrode (19,), wave (length,)) of one artefact of unit size."""
-    t, bump = np.arange(length) / FS, np.hanning(length)
-    plateau = bump ** 0.3
-    edge = PLACES[NAMES.index(rng.choice("T3 T4 F7 F8 Fp1 Fp2 C3 O1 O2".split()))]
+    t = np.arange(length) / FS
+    hill = np.hanning(length)
+    plateau = hill ** 0.3
+    edge = PLACE[rng.choice("T3 T4 F7 F8 Fp1 Fp2 C3 O1 O2".split())]
     alone = np.eye(19)[rng.integers(19)]
     front = np.clip(PLACES[:, 1], 0, None)
     if name == "blink":
-        return front ** 4, bump
+        return front ** 4, hill
     if name == "gaze":                  # the eyes are dipoles: left and right change sign
-        turn = np.sign(np.sin(2 * np.pi * rng.uniform(0.3, 3) * t))
-        return PLACES[:, 0] * front ** 2, plateau * turn
+        turn = np.sin(2 * np.pi * rng.uniform(0.3, 3) * t)
+        return PLACES[:, 0] * front ** 2, plateau * np.sign(turn)
     if name == "muscle":                # broad, above 20 Hz (Goncharova et al. 2003)
-        return field(rng, edge, 3), plateau * np.diff(rng.standard_normal(length + 1))
+        return field(rng, edge, 3), plateau * muscle(rng, length)
     if name == "chewing":
-        beat = np.clip(np.sin(2 * np.pi * rng.uniform(1, 2.5) * t), 0, None)
-        return field(rng, edge, 2), plateau * beat * np.diff(rng.standard_normal(length + 1))
+        beat = np.sin(2 * np.pi * rng.uniform(1, 2.5) * t)
+        loud = plateau * np.clip(beat, 0, None)
+        return field(rng, edge, 2), loud * muscle(rng, length)
     if name == "pop":
-        return alone, rng.choice([-1, 1]) * np.exp(-t / rng.uniform(0.1, 0.6))
+        sign = rng.choice([-1, 1])
+        return alone, sign * np.exp(-t / rng.uniform(0.1, 0.6))
     if name == "sway":
-        turn = 2 * np.pi * rng.uniform(0.2, 1) * t + rng.uniform(0, 6)
-        return field(rng, edge, 1), bump * np.sin(turn)
+        phase = 2 * np.pi * rng.uniform(0.2, 1) * t + rng.uniform(0, 6)
+        return field(rng, edge, 1), hill * np.sin(phase)
     if name == "moving":
         slow = rhythm(rng, length, rng.uniform(0.5, 2), 1)
-        muscle = np.diff(rng.standard_normal(length + 1)) * rng.uniform(0.1, 0.8)
-        return field(rng, edge, 1) * rng.uniform(0.3, 1, 19), plateau * (slow + muscle)
+        tense = muscle(rng, length) * rng.uniform(0.1, 0.8)
+        return field(rng, edge, 1) * rng.uniform(0.3, 1, 19), plateau * (slow + tense)
     if name == "patting":
-        phase = 2 * np.pi * rng.uniform(1.5, 5) * t + np.cumsum(rng.standard_normal(length)) * 0.02
-        return field(rng, edge, 1.5), plateau * cycle(phase, rng.choice(["rhythm", "spike"]), 0.4)
+        phase = 2 * np.pi * rng.uniform(1.5, 5) * t + wander(rng, length) * 0.02
+        where = field(rng, edge, 1.5)
+        wave = rng.choice(["rhythm", "spike"])
+        return where, plateau * cycle(phase, wave, 0.4)
     if name == "sweat":
-        return alone + 0.3, bump * rhythm(rng, length, 0.3, 0.15)
-    return alone, plateau * pink(rng, (length,), rng.uniform(0.2, 1))      # loose
+        return alone + 0.3, hill * rhythm(rng, length, 0.3, 0.15)
+    slope = rng.uniform(0.2, 1)
+    return alone, plateau * pink(rng, (length,), slope)         # loose
 
 
 def add_pickup(rng, patient, eeg, size):
     """What is always there: mains, heart, muscle that never rests."""
     n = eeg.shape[1]
     t = np.arange(n, dtype=np.float32) / FS
-    hum = np.sin(np.float32(2 * np.pi * patient["mains_hz"]) * (t % 10))
+    mains = np.float32(2 * np.pi * patient["mains_hz"])
+    hum = np.sin(mains * (t % 10))
     add(eeg, rng.uniform(0.3, 1, 19) * patient["mains"], 0, hum)
 
-    tense = patient["tension"] * size * np.exp(rng.normal(0, 0.5, (19, 1)))
+    tense = np.exp(rng.normal(0, 0.5, (19, 1)))
+    tense = patient["tension"] * size * tense
     eeg += tense.astype(np.float32) * rng.standard_normal((19, n), np.float32)
 
     if patient["heart"]:
-        beat = 2 * np.pi * patient["heart_hz"] * t + np.cumsum(rng.standard_normal(n)) * 0.01
-        wave = np.exp(60 * (np.cos(beat) - 1)) + 0.2 * np.exp(5 * (np.cos(beat - 1.5) - 1))
+        beat = 2 * np.pi * patient["heart_hz"] * t + wander(rng, n) * 0.01
+        wave = peak(beat, 0, 60) + 0.2 * peak(beat, 1.5, 5)
         add(eeg, 0.5 + 0.5 * PLACES[:, 0], 0, wave * patient["heart"] * size)
-        pulse = np.exp(2 * (np.cos(beat - 1.2) - 1))        # of an artery below one electrode
-        add(eeg, np.eye(19)[rng.integers(19)], 0, pulse * patient["heart"] * size)
+        pulse = peak(beat, 1.2, 2)                          # of an artery below one electrode
+        alone = np.eye(19)[rng.integers(19)]
+        add(eeg, alone, 0, pulse * patient["heart"] * size)
 
 
 def add_faults(rng, eeg, size):
@@ -479,7 +545,8 @@ def add_faults(rng, eeg, size):
     if fault == "flat":
         eeg[c] = 0
     if fault == "noisy":
-        eeg[c] += pink(rng, (n,), 0.3) * np.float32(size * rng.uniform(1, 4))
+        noise = pink(rng, (n,), 0.3)
+        eeg[c] += noise * np.float32(size * rng.uniform(1, 4))
     if fault == "saturated":
         at, length = draw_place(rng, n, (2, 30))
         eeg[c, at:at + length] = rng.choice([-1, 1]) * 3000
@@ -492,28 +559,35 @@ def draw_events(rng, patient, plan):
 
     At least 20 s apart, none longer than 0.7 of the recording; of an ictal clip, all of it or from
     somewhere in its first half."""
-    kinds, seconds = patient["seizures"], plan.seconds
+    seconds = plan.seconds
     if plan.kind == "none":
         return []
     if plan.kind == "ictal":
-        onset = round(rng.uniform(0, seconds / 2), 2) if rng.random() < 0.5 else 0.0
-        return [(onset, float(seconds), kinds[rng.integers(len(kinds))])]
+        onset = rng.uniform(0, seconds / 2) if rng.random() < 0.5 else 0.0
+        return [(round(onset, 2), float(seconds), draw_kind(rng, patient))]
     wanted = []
     if plan.kind == "long":
-        wanted.append((min(rng.uniform(75, 110), seconds * 0.7), kinds[0]))
+        duration = rng.uniform(75, 110)
+        wanted.append((min(duration, seconds * 0.7), patient["seizures"][0]))
     for _ in range(rng.poisson(seconds * EVENTS_PER_HOUR / 3600)):
-        kind = kinds[rng.integers(len(kinds))]
+        kind = draw_kind(rng, patient)
         wanted.append((spread(rng, kind.seconds), kind))
     events = []
     for duration, kind in wanted:
+        latest = max(1e-6, seconds - duration)
         for _ in range(20):
-            onset = rng.uniform(0, max(1e-6, seconds - duration))
+            onset = rng.uniform(0, latest)
             end = onset + duration
-            apart = all(onset > e[1] + 20 or end < e[0] - 20 for e in events)
+            apart = all(onset > last + 20 or end < first - 20 for first, last, _ in events)
             if duration <= 0.7 * seconds and apart:
                 events.append((round(onset, 2), round(end, 2), kind))
                 break
     return sorted(events, key=lambda event: event[0])
+
+
+def draw_kind(rng, patient):
+    kinds = patient["seizures"]
+    return kinds[rng.integers(len(kinds))]
 
 
 def add_seizure(rng, patient, kind, eeg, size, begin, end):
@@ -525,14 +599,16 @@ def add_seizure(rng, patient, kind, eeg, size, begin, end):
     envelope = growth(rng, kind, course) * spread(rng, kind.size) * size
     sharp = rng.uniform(0, 0.6)
     # one generator is seen alike by neighbours; several that drift apart are not
-    count = rng.integers(1, 6) if kind.focal else rng.integers(3, 9)
-    for number in range(count):
-        first = number == 0
-        place = patient["focus"] if first and kind.focal else draw_direction(rng)
+    limits = (1, 6) if kind.focal else (3, 9)
+    for number in range(rng.integers(*limits)):
+        place = patient["focus"]
+        if number or not kind.focal:
+            place = draw_direction(rng)
         joins = np.ones_like(course)
-        if kind.focal and not first:
-            joins = np.clip((course - rng.uniform(0, 0.7)) / 0.15, 0, 1) * rng.uniform(0.4, 1)
-        drift = np.cumsum(rng.standard_normal(len(course))) * rng.uniform(0.002, 0.03)
+        if number and kind.focal:
+            late = course - rng.uniform(0, 0.7)
+            joins = np.clip(late / 0.15, 0, 1) * rng.uniform(0.4, 1)
+        drift = wander(rng, len(course)) * rng.uniform(0.002, 0.03)
         apart = phase + drift + rng.uniform(-1, 1)
         spread_over(rng, kind, place, eeg, begin, course, apart, envelope * joins, sharp)
     if kind.name == "convulsion" or rng.random() < MOTOR:
@@ -551,16 +627,18 @@ def spread_over(rng, kind, place, eeg, begin, course, phase, envelope, sharp):
     wave = envelope * cycle(phase, kind.wave, sharp)
     for c in range(19):
         share = (1 - reach) * first[c] + reach * last[c]
+        seen = (share * wave).astype(np.float32)
         late = begin + round(lags[c])
         n = min(len(wave), eeg.shape[1] - late)
-        eeg[c, late:late + n] += (share * wave)[:n].astype(np.float32)
+        eeg[c, late:late + n] += seen[:n]
 
 
 def evolve(rng, kind, course):
     """Phase (radians) over a seizure's course: from start_hz to end_hz, with a wobble."""
     first, last = spread(rng, kind.start_hz), spread(rng, kind.end_hz)
-    hz = first * (last / first) ** (course ** rng.uniform(0.5, 1.5))
-    wobble = np.cumsum(rng.standard_normal(len(course))) * rng.uniform(0.01, 0.06)
+    progress = course ** rng.uniform(0.5, 1.5)
+    hz = first * (last / first) ** progress
+    wobble = wander(rng, len(course)) * rng.uniform(0.01, 0.06)
     return 2 * np.pi * np.cumsum(hz) / FS + wobble
 
 
@@ -570,8 +648,10 @@ def growth(rng, kind, course):
     if not kind.focal:
         rise, floor = rng.uniform(0.02, 0.1), rng.uniform(0.3, 0.8)
     fall = rng.uniform(0, 0.6)
-    trend = np.interp(course, [0, rise, 0.9, 1], [floor, 1, 1 - 0.5 * fall, 1 - fall])
-    return trend * np.interp(course, np.linspace(0, 1, 12), rng.uniform(0.6, 1.2, 12))
+    levels = [floor, 1, 1 - 0.5 * fall, 1 - fall]
+    trend = np.interp(course, [0, rise, 0.9, 1], levels)
+    knots = rng.uniform(0.6, 1.2, 12)
+    return trend * np.interp(course, np.linspace(0, 1, 12), knots)
 
 
 def quieten(rng, kind, eeg, begin, end):
@@ -580,7 +660,8 @@ def quieten(rng, kind, eeg, begin, end):
     if kind.name == "decrement":
         level[:] = rng.uniform(0.1, 0.4)
     if kind.name in ("recruiting", "convulsion") or rng.random() < 0.15:
-        level[:round(FS * rng.uniform(1, 5))] *= rng.uniform(0.15, 0.6)
+        flat = round(FS * rng.uniform(1, 5))
+        level[:flat] *= rng.uniform(0.15, 0.6)
     ramp = min(len(level), FS // 2)
     level[:ramp] = np.linspace(1, level[ramp - 1], ramp)
     eeg[:, begin:end] *= level.astype(np.float32)
@@ -588,36 +669,46 @@ def quieten(rng, kind, eeg, begin, end):
 
 def add_tension(rng, kind, eeg, size, begin, end, phase):
     """Muscle over a seizure: tonic, then in time with its rhythm."""
-    limits = (0.5, 6) if kind.name == "convulsion" else (0.2, 4)
     late = round(len(phase) * rng.uniform(0, 0.3))
-    begin, phase = begin + late, phase[late:]
-    noise = np.diff(rng.standard_normal((19, end - begin + 1), np.float32), axis=1)
-    tonic = waxing(rng, end - begin)
+    begin += late
+    n = end - begin
+    noise = np.diff(rng.standard_normal((19, n + 1), np.float32), axis=1)
+    limits = (0.2, 4)
+    tonic = waxing(rng, n)
     if kind.name == "convulsion":
-        tonic = np.clip(1 - 2 * np.linspace(0, 1, end - begin), 0, 1)
-    beat = np.clip(np.cos(phase), 0, None) ** 2
+        limits = (0.5, 6)
+        tonic = np.clip(1 - 2 * np.linspace(0, 1, n), 0, 1)
+    beat = np.clip(np.cos(phase[late:]), 0, None) ** 2
     where = 0.3 + np.abs(field(rng, draw_direction(rng), 1))
-    loud = (tonic + (1 - tonic) * beat) * size * spread(rng, limits)
+    loud = tonic + (1 - tonic) * beat
+    loud = loud * size * spread(rng, limits)
     eeg[:, begin:end] += where[:, None] * loud.astype(np.float32) * noise
 
 
 def add_motion(rng, eeg, size, begin, end):
     """Head and body move: slow waves of no rhythm, seen widely, that come and go."""
-    wave = rhythm(rng, end - begin, rng.uniform(0.5, 2), rng.uniform(0.5, 1.5))
-    wave *= waxing(rng, end - begin) * size * spread(rng, (0.6, 4))
-    where = field(rng, draw_direction(rng), rng.uniform(0.5, 2))
+    n = end - begin
+    hz = rng.uniform(0.5, 2)
+    wave = rhythm(rng, n, hz, rng.uniform(0.5, 1.5))
+    wave *= waxing(rng, n) * size * spread(rng, (0.6, 4))
+    place = draw_direction(rng)
+    where = field(rng, place, rng.uniform(0.5, 2))
     add(eeg, where * rng.uniform(0.3, 1, 19), begin, wave)     # each electrode's lead by itself
 
 
 def add_aftermath(rng, kind, eeg, size, end):
     """Suppression and slowing after a seizure (Lhatoo et al., Ann Neurol 2010)."""
-    n = min(eeg.shape[1] - end, round(FS * spread(rng, (5, 90))))
+    n = round(FS * spread(rng, (5, 90)))
+    n = min(n, eeg.shape[1] - end)
     if n < FS or rng.random() < 0.4:
         return
     course = np.linspace(0, 1, n)
-    deep = rng.uniform(0.1, 0.5) if kind.name == "convulsion" else rng.uniform(0.5, 1)
-    eeg[:, end:end + n] *= (deep + (1 - deep) * course).astype(np.float32)
-    wave = rhythm(rng, n, rng.uniform(0.7, 2.5), 0.6) * (1 - course) * rng.uniform(0.2, 1) * size
+    limits = (0.1, 0.5) if kind.name == "convulsion" else (0.5, 1)
+    deep = rng.uniform(*limits)
+    level = deep + (1 - deep) * course
+    eeg[:, end:end + n] *= level.astype(np.float32)
+    wave = rhythm(rng, n, rng.uniform(0.7, 2.5), 0.6) * (1 - course)
+    wave = wave * rng.uniform(0.2, 1) * size
     add(eeg, field(rng, draw_direction(rng), 1.5), end, wave)
 
 
@@ -631,7 +722,8 @@ def amplify(patient, eeg):
     if patient["reference"] == "ears":  # which pick up what the temporal lobes make
         ears = [NAMES.index(name) for name in ("T3", "T4", "T5", "T6")]
         eeg -= np.float32(0.6) * eeg[ears].mean(0)
-    b, a = dsp.butter(1, [patient["high_pass"], patient["low_pass"]], "band", fs=FS)
+    band = [patient["high_pass"], patient["low_pass"]]
+    b, a = dsp.butter(1, band, "band", fs=FS)
     return dsp.lfilter(b.astype(np.float32), a.astype(np.float32), eeg)
 
 
@@ -639,14 +731,16 @@ def write_edf(path, eeg, amplifier, step):
     """uV (19, T) of whole seconds at FS -> EDF at the amplifier's rate, in steps of `step` uV."""
     import pyedflib                     # here: training needs no EDF writer
     from scipy import signal as dsp     # here: as above
-    rate, top = amplifier.rate, 2 ** (amplifier.bits - 1) - 1
+    rate = amplifier.rate
+    top = 2 ** (amplifier.bits - 1) - 1
     if rate != FS:
         common = math.gcd(rate, FS)
         eeg = dsp.resample_poly(eeg, rate // common, FS // common, axis=1)
     limit = float(f"{top * step:.6g}")      # EDF has 8 characters for it
-    digital = np.clip(np.rint(eeg * np.float32(top / limit)), -top, top).astype(np.int16)
+    digital = np.rint(eeg * np.float32(top / limit))
+    digital = np.clip(digital, -top, top).astype(np.int16)
     seconds = digital.shape[1] // rate
-    blocks = digital.reshape(len(NAMES), seconds, rate).swapaxes(0, 1).reshape(seconds, -1)
+    blocks = digital.reshape(len(NAMES), seconds, rate).swapaxes(0, 1)
     header = {
         "dimension": "uV", "sample_frequency": rate, "transducer": "", "prefilter": "",
         "physical_min": -limit, "physical_max": limit,
@@ -657,7 +751,8 @@ def write_edf(path, eeg, amplifier, step):
         writer.setSignalHeaders([header | {"label": name} for name in NAMES])
         writer.setStartdatetime(datetime.datetime.fromisoformat(START))
         for block in blocks:
-            writer.blockWriteDigitalShortSamples(block)
+            writer.blockWriteDigitalShortSamples(block.ravel())
     # pyedflib asks no write what became of it
-    if Path(path).stat().st_size != 256 * (1 + len(NAMES)) + digital.nbytes:
+    expected = 256 * (1 + len(NAMES)) + digital.nbytes
+    if Path(path).stat().st_size != expected:
         raise OSError(errno.EIO, "not all of it could be written: is the disk full?", str(path))
