@@ -189,10 +189,10 @@ class Order(NamedTuple):
     """How the scans of a stack run through their chunks; made once for all layers. D directions."""
     reverse: tuple              # of D: does it run from the last step to the first?
     chunk: int                  # steps of a chunk
-    seen: torch.Tensor          # (D, chunk, chunk) of 0 and 1: row i sees column j
-    middle: torch.Tensor        # (D, chunk, chunk): log-decays of a chunk -> levels from its middle
-    before: torch.Tensor        # (D, chunks, chunks) of 0 and 1: chunk j comes before chunk i
-    half: torch.Tensor          # before, and 1/2 on the diagonal: up to the middle of chunk i
+    seen: Tensor          # (D, chunk, chunk) of 0 and 1: row i sees column j
+    middle: Tensor        # (D, chunk, chunk): log-decays of a chunk -> levels from its middle
+    before: Tensor        # (D, chunks, chunks) of 0 and 1: chunk j comes before chunk i
+    half: Tensor          # before, and 1/2 on the diagonal: up to the middle of chunk i
 
 
 def triangles(size: int, reverse: tuple[bool, ...], like: Tensor) -> Tensor:
@@ -236,39 +236,25 @@ def by_row(v: Tensor) -> Tensor:
     return v.permute(1, 0, 3, 4, 2).contiguous()
 
 
-def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, reverse: bool = False,
-        chunk: int | None = None) -> Tensor:
-    """Mamba-2's scan S_t = exp(a_t) S_t-1 + dt_t x_t b_t', y_t = S_t c_t, as matrix products over
-    chunks.
-
-    x (n, T, heads, headdim), dt and a (n, T, heads) with -MAX_DECAY <= a <= 0, b and c (n, T,
-    states). reverse runs from the last step to the first. Returns y like x. Dao & Gu, ICML 2024,
-    section 6."""
-    chunk = chunk or chunk_length(x.shape[1])
-    order = order_of(x.shape[1], chunk, (reverse,), x)
-    x, dt, a, b, c = (v[:, None] for v in (x, dt, a, b, c))
-    y, _ = scan(x, dt, a, b, c, order)
-    return y[:, 0]
-
-
 class Scanned(NamedTuple):
     """What scan_gradient needs of a scan."""
-    u: torch.Tensor             # (n, D, chunks, chunk, heads x headdim): x from the middle
-    fall: torch.Tensor          # (n, D, chunks, chunk, heads): u = x fall
-    rise: torch.Tensor          # the same: from the chunk's middle to a row
-    links: torch.Tensor         # (D x n x heads, chunks, chunks): between two middles
-    start: torch.Tensor         # (n, D, chunks, heads x headdim, states): before a chunk
-    mask: torch.Tensor          # (n, D, chunks, chunk, chunk): c_i b_j' where row i sees column j
+    u: Tensor             # (n, D, chunks, chunk, heads x headdim): x from the middle
+    fall: Tensor          # (n, D, chunks, chunk, heads): u = x fall
+    rise: Tensor          # the same: from the chunk's middle to a row
+    links: Tensor         # (D x n x heads, chunks, chunks): between two middles
+    start: Tensor         # (n, D, chunks, heads x headdim, states): before a chunk
+    mask: Tensor          # (n, D, chunks, chunk, chunk): c_i b_j' where row i sees column j
 
 
 def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor,
          order: Order) -> tuple[Tensor, Scanned]:
-    """ssd in D directions at once: y and a Scanned.
+    """Mamba-2's scan S_t = exp(a_t) S_t-1 + dt_t x_t b_t', y_t = S_t c_t, in D directions at once,
+    as matrix products over chunks (Dao & Gu, section 6): y, like x, and a Scanned.
 
-    x (n, D, T, heads, headdim), dt and a (n, D, T, heads), b and c (n, D, T, states). Inside a
-    chunk exp(a_j+1 + ... + a_i) is a factor of i times one of j, both measured from the chunk's
-    middle so that neither overflows: all heads share one chunk x chunk matrix, and the rest is
-    scaling of rows."""
+    x (n, D, T, heads, headdim), dt and a (n, D, T, heads) with -MAX_DECAY <= a <= 0, b and c (n, D,
+    T, states). Inside a chunk exp(a_j+1 + ... + a_i) is a factor of i times one of j, both measured
+    from the chunk's middle so that neither overflows: all heads share one chunk x chunk matrix, and
+    the rest is scaling of rows."""
     steps = x.shape[2]
     x, dt, a, b, c = (chunked(v, order.chunk) for v in (x, dt, a, b, c))
     a = by_head(a)
@@ -384,23 +370,23 @@ def at_a_time(x: Tensor) -> int:
 
 class Kept(NamedTuple):
     """What Inner's gradient needs, beside what it needs of the scan."""
-    mixed: torch.Tensor
-    taps: torch.Tensor
-    decay: torch.Tensor
-    skip: torch.Tensor
-    out: torch.Tensor
-    conv: torch.Tensor          # (n, T + CONV - 1, D x (inner + 2 states)): after the convolution
-    x: torch.Tensor             # (n, D, T, heads, headdim): after SiLU
-    b: torch.Tensor             # (n, D, T, states)
-    c: torch.Tensor
-    inside: torch.Tensor        # (n, D, T, heads): step sizes before softplus
-    dt: torch.Tensor
-    fade: torch.Tensor          # tanh(dt decay)
-    opened: torch.Tensor        # (n, T, D, inner): gates after SiLU
-    v: torch.Tensor             # (n, D, T, inner): before the gate
-    y: torch.Tensor             # (n, T, D, inner): behind it
-    h: torch.Tensor             # (D, n x T, width): result of each direction
-    rms: torch.Tensor           # (D, n x T, 1)
+    mixed: Tensor
+    taps: Tensor
+    decay: Tensor
+    skip: Tensor
+    out: Tensor
+    conv: Tensor          # (n, T + CONV - 1, D x (inner + 2 states)): after the convolution
+    x: Tensor             # (n, D, T, heads, headdim): after SiLU
+    b: Tensor             # (n, D, T, states)
+    c: Tensor
+    inside: Tensor        # (n, D, T, heads): step sizes before softplus
+    dt: Tensor
+    fade: Tensor          # tanh(dt decay)
+    opened: Tensor        # (n, T, D, inner): gates after SiLU
+    v: Tensor             # (n, D, T, inner): before the gate
+    y: Tensor             # (n, T, D, inner): behind it
+    h: Tensor             # (D, n x T, width): result of each direction
+    rms: Tensor           # (D, n x T, 1)
 
 
 class Inner(torch.autograd.Function):
@@ -577,12 +563,12 @@ class Mamba2(nn.Module):
     Nothing is flipped: the backward scan is the upper triangle, and both directions share one
     projection, one convolution and every product."""
 
-    def __init__(self, width: int, layers: int, state: int, headdim: int, expand: int = 2,
+    def __init__(self, width: int, layers: int, state: int, headdim: int,
                  bidirectional: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
-        inner = width * expand
+        inner = 2 * width
         if inner % headdim:
-            raise ValueError(f"Mamba-2: headdim {headdim} must divide width x expand = {inner}")
+            raise ValueError(f"Mamba-2: headdim {headdim} must divide 2 x width = {inner}")
         self.reverse = (False, True) if bidirectional else (False,)
         self.layers, self.dropout = layers, dropout
         self.inner, self.mixed, self.heads = inner, inner + 2 * state, inner // headdim
