@@ -122,11 +122,6 @@ def rules(config):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _in_samples(c):
-    """The checked settings `c` with every duration in samples."""
-    return {k: round(v * FS) if k.endswith("_seconds") else v for k, v in c.items()}
-
-
 # ---- probability track ----
 
 def read_ahead(recordings, config):
@@ -220,18 +215,15 @@ def autocast(precision, device):
 def postprocess(probability, threshold, config):
     """Events of a probability track (samples,): int64 (N, 2), begin and end in samples, in order
     and apart, by the steps of KEYS. Splitting comes last, since merging would undo it."""
-    return _events(probability, threshold, _in_samples(settings(config)))
-
-
-def _events(probability, threshold, c):
-    """postprocess() with checked settings, durations in samples: scoring tries many thresholds."""
+    c = settings(config)
+    n = {name: round(c[name] * FS) for name in c if name.endswith("_seconds")}
     off = max(threshold - c["release"], threshold / 2)
-    found = events.hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
-    found = events.longer(found, c["opening_seconds"])
-    found = events.merge(found, c["closing_seconds"] - 1)
-    found = events.longer(found, c["min_duration_seconds"])
-    found = events.merge(found, c["merge_gap_seconds"])
-    return events.split(found, c["max_duration_seconds"])
+    found = events.hysteresis(probability, threshold, off, n["onset_seconds"], n["offset_seconds"])
+    found = events.longer(found, n["opening_seconds"])
+    found = events.merge(found, n["closing_seconds"] - 1)
+    found = events.longer(found, n["min_duration_seconds"])
+    found = events.merge(found, n["merge_gap_seconds"])
+    return events.split(found, n["max_duration_seconds"])
 
 
 # ---- record of one recording ----
@@ -276,10 +268,9 @@ def score(recording, probability, config):
 def _counts(truth, probability, thresholds, seconds, c):
     """metrics.count() of the events at each threshold."""
     known = {}
-    lengths = _in_samples(c)
     rows = []
     for threshold in thresholds:
-        found = _events(probability, threshold, lengths) / FS
+        found = postprocess(probability, threshold, c) / FS
         key = found.tobytes()
         if key not in known:                                # neighbouring thresholds often agree
             known[key] = metrics.count(truth, found, seconds)
@@ -458,8 +449,9 @@ def overridden(c, source, args):
 
 
 def open_data(path, state, scratch, labels=corpora.LENIENT):
-    """(recordings, corpora.Report) of an imported folder, or of EDF files prepared into `scratch`;
-    of these, labels that cannot be used are none, or are not opened (corpora.NEVER)."""
+    """(recordings, corpora.Report, corpora.differs()) of an imported folder, or of EDF files
+    prepared into `scratch`; of these, labels that cannot be used are none, or are not opened
+    (corpora.NEVER)."""
     imported = corpora.Report()
     if not path.exists():
         raise Refused(f"data {path} does not exist")
@@ -481,9 +473,10 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
                           f"({r.channels[0]} ...), but the checkpoint was trained on "
                           f"{state['montage']}, {len(state['channels'])} channels: "
                           f"import with {how}")
-    if differs := corpora.differs(recordings[0], path, state):
+    differs = corpora.differs(recordings[0], path, state)
+    if differs:
         print(f"evaluate.py: {differs}", file=sys.stderr)
-    return recordings, imported
+    return recordings, imported, differs
 
 
 def _import(path, state, scratch, labels):
@@ -538,7 +531,7 @@ def includes_training(recordings, args, state):
     moved and of the EDFs themselves, by the fingerprint of all of them."""
     if args.split:
         return args.split == "train"
-    usable = [r for r in recordings if r.labelled and r.split != "eval"]
+    usable = splits.usable(recordings)
     place = args.data.resolve()
     near = [folder for folder in data.resolved(stored(state, "data").get("path", ""))
             if place.is_relative_to(folder) or folder.is_relative_to(place)]
@@ -587,9 +580,8 @@ def tell(records, detections, c):
     labelled = [s for s in records if s["labelled"]]
     ground = metrics.grounds(labelled)
     whole = scores(records, c)
-    pairs = list(zip(records, detections))
-    patients = [[pair for pair in pairs if pair[0]["patient"] == name]
-                for name in sorted({s["patient"] for s in records})]
+    records = [s | {"detections": count} for s, count in zip(records, detections)]
+    patients = metrics.of_each_patient(records)
     intervals, trade_off = {}, []
     if whole["event_f1"] is not None:
         counts = metrics.by_patient(labelled)
@@ -608,19 +600,18 @@ def tell(records, detections, c):
         "always_on_f1": report.plain(ground["always_on_f1"]),
         "trade_off": trade_off,
         "per_patient": [_row(mine, c, recordings=len(mine)) for mine in patients],
-        "per_recording": [_row([pair], c, recording=pair[0]["recording"]) for pair in pairs],
+        "per_recording": [_row([s], c, recording=s["recording"]) for s in records],
     }
 
 
-def _row(pairs, c, **names):
-    """A row of scores.json, named by `names`: of one patient's [(record, detections)]."""
-    records = [s for s, _ in pairs]
+def _row(records, c, **names):
+    """A row of scores.json, named by `names`: of one patient's records, with their detections."""
     labelled = [s for s in records if s["labelled"]]
     return names | {
         "patient": records[0]["patient"],
         "seconds": sum(s["seconds"] for s in records),
         "seizures": sum(s["seizures"] for s in labelled) if labelled else None,
-        "detections": sum(count for _, count in pairs),
+        "detections": sum(s["detections"] for s in records),
         **scores(records, c, metrics.by_patient(labelled)),
     }
 
@@ -707,9 +698,8 @@ def score_folder(args):
     net, state, c, about = prepare(args)
     out = args.out or default_out(args.checkpoint, state)
     with tempfile.TemporaryDirectory(prefix="prepared_", ignore_cleanup_errors=True) as scratch:
-        recordings, imported = open_data(args.data, state, Path(scratch))
+        recordings, imported, differs = open_data(args.data, state, Path(scratch))
         recordings, warning = choose(recordings, args.split, state, args.data)
-        differs = corpora.differs(recordings[0], args.data, state)
         with take_folder(out, recordings, args.data):
             records, detections = evaluate(net, recordings, c, about["precision"], out, args.plot,
                                            args.save_probabilities)
@@ -748,7 +738,7 @@ def score_one(args):
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 # what labels say must not change a prediction, nor keep it from being made
-                recordings, _ = open_data(args.data, state, Path(scratch), corpora.NEVER)
+                recordings, *_ = open_data(args.data, state, Path(scratch), corpora.NEVER)
         except (Refused, edf.DataError) as refusal:
             seconds = 0.0
             with contextlib.suppress(edf.DataError, OSError):

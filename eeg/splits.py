@@ -5,7 +5,7 @@ seed.
 
 By patient (the default): each corpus's own train and dev where it has them, else a draw. By
 recording, by time or in folds where a corpus has too few patients. Unlabelled recordings and a
-corpus's own eval split are in neither part. """
+corpus's own eval split are in neither part."""
 import hashlib
 import re
 import unicodedata
@@ -43,23 +43,28 @@ def patients(recordings):
     return sorted({patient_of(r) for r in recordings})
 
 
+def usable(recordings):
+    """Those that may train or validate: with labels, and not of a corpus's own eval split."""
+    return [r for r in recordings if r.labelled and r.split != "eval"]
+
+
 def split(recordings, c, seed):
     """(train, dev) by the section `data` of a configuration; DataError where one of them would be
     empty."""
     kind, folds = c.get("split", "patient"), c.get("folds", 0)
     if c.get("fold", 1) > 1 and not folds:
         raise DataError(f"data.fold is {c['fold']} and data.folds is 0: no cross-validation")
-    usable = [r for r in recordings if r.labelled and r.split != "eval"]
+    recordings = usable(recordings)
     if kind == "time":
         if folds:
             raise DataError("data.folds needs data.split: patient or recording")
-        return _both(*_split_time(usable, c["dev_fraction"]), "recordings of 20 s and more")
+        return _both(*_split_time(recordings, c["dev_fraction"]), "recordings of 20 s and more")
     unit = patient_of if kind == "patient" else _name
     if folds:
-        return _fold(usable, unit, folds, c["fold"], seed)
+        return _fold(recordings, unit, folds, c["fold"], seed)
     if kind == "recording":
-        dev = _draw(usable, unit, c["dev_fraction"], seed)
-        return _divide(usable, unit, dev, "recording")
+        dev = _draw(recordings, unit, c["dev_fraction"], seed)
+        return _divide(recordings, unit, dev, "recording")
     return split_patients(recordings, c["dev_patients"], c["dev_fraction"], seed)
 
 
@@ -71,8 +76,8 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
     dev, else a draw of `dev_fraction` of the patients, with seizures on both sides where two
     patients have any; 0 beside `dev_patients` of another corpus draws none. Who validates in one
     corpus does so in all. chb21 is chb01."""
-    usable = [r for r in recordings if r.labelled and r.split != "eval"]
-    people = patients(usable)
+    recordings = usable(recordings)
+    people = patients(recordings)
     wanted = {person(p) for p in dev_patients}
     if wanted - set(people):
         unknown = ", ".join(sorted(wanted - set(people)))
@@ -80,8 +85,8 @@ def split_patients(recordings, dev_patients=(), dev_fraction=0.2, seed=0):
                         f"{', '.join(people[:20])}")
     dev = set()
     kept = []
-    for corpus in sorted({r.corpus for r in usable}):
-        mine = [r for r in usable if r.corpus == corpus]
+    for corpus in sorted({r.corpus for r in recordings}):
+        mine = [r for r in recordings if r.corpus == corpus]
         named = wanted & {patient_of(r) for r in mine}
         if named:
             dev |= named

@@ -295,13 +295,16 @@ def _background(grounds):
 
 def _patients(grounds):
     """ground() and seconds of each patient, summed over his recordings."""
-    sums = {}
-    for g in grounds:
-        none = dict.fromkeys(("seconds", "reference", "always_on"), 0)
-        total = sums.setdefault(g["patient"], none)
-        for name in total:
-            total[name] += g[name]
-    return list(sums.values())
+    return [{name: sum(g[name] for g in mine) for name in ("seconds", "reference", "always_on")}
+            for mine in of_each_patient(grounds)]
+
+
+def of_each_patient(records):
+    """Those of one patient after those of the other, [[record]], in the order of their names."""
+    patients = {}
+    for s in records:
+        patients.setdefault(s["patient"], []).append(s)
+    return [patients[name] for name in sorted(patients)]
 
 
 def any_reference(records):
@@ -333,16 +336,10 @@ def summed(records):
 
 def by_patient(records):
     """COUNTED at each threshold for each patient, [{name: (K,)}]: summed over his recordings."""
-    patients = {}
-    for s in records:
-        patients.setdefault(s["patient"], []).append(s)
     rows = []
-    for patient in sorted(patients):
-        n = summed(patients[patient])
-        row = {}
-        for name, (_, formula, kind) in COUNTED.items():
-            row[name] = formula(n, kind)
-        rows.append(row)
+    for mine in of_each_patient(records):
+        n = summed(mine)
+        rows.append({name: formula(n, kind) for name, (_, formula, kind) in COUNTED.items()})
     return rows
 
 

@@ -97,9 +97,7 @@ def draw(recording, probability, events, threshold, path, most=4):
     scale = _sensitivity([_displayed(recording, begin, min(begin + PAGE, recording.seconds))[0]
                           for _, begin in pages])
     title = _title(recording, places, most)
-    several = [pages]
-    if Path(path).suffix == ".pdf":
-        several = [pages[i:i + 1] for i in range(len(pages))]
+    several = [[page] for page in pages] if Path(path).suffix == ".pdf" else [pages]
     figures = []
     for number, shown in enumerate(several):
         sheet = Sheet(recording, probability, truth, found, threshold, len(shown), scale)
@@ -157,30 +155,35 @@ def _named(kind, events):
 
 
 def _pages(place, seconds, found=()):
-    """[(caption, first second)] of one place: pages that follow each other. Of a long event they
-    are its beginning, the page on which its first detection begins, and its end; the caption says
-    which are left out."""
+    """[(caption, first second)] of one place: pages that follow each other; the caption says which
+    of a long event are left out."""
     kind, begin, end = place
     last = max(0.0, min(end + LEAD, seconds) - PAGE)        # the page on which the event ends
     first = max(0.0, min(begin - LEAD, last))
     starts = np.arange(first, last, PAGE).tolist() or [first]
     if starts[-1] + PAGE < min(end, seconds):
         starts.append(last)
-    chosen = list(range(len(starts)))
-    if len(starts) > PAGES:
-        within = [onset for onset, _ in found if begin <= onset < end]
-        detected = [i for i, start in enumerate(starts)
-                    if within and start <= within[0] < start + PAGE]
-        chosen = sorted({0, (detected or [1])[0] or 1, len(starts) - 1})
+    if end > begin:
+        kind += f", {rounded(end - begin, '.1f')} s"
+    onsets = [onset for onset, _ in found if begin <= onset < end]
     pages = []
-    for i in chosen:
-        length = f", {rounded(end - begin, '.1f')} s" if end > begin else ""
-        caption = f"{kind}{length}, page {i + 1} of {len(starts)}"
-        missing = i - chosen[chosen.index(i) - 1] - 1 if i else 0
-        if missing:
-            caption += f" (before it {missing} left out)"
-        pages.append((caption, starts[i]))
+    before = -1
+    for number in _shown(starts, onsets):
+        caption = f"{kind}, page {number + 1} of {len(starts)}"
+        if number > before + 1:
+            caption += f" (before it {number - before - 1} left out)"
+        pages.append((caption, starts[number]))
+        before = number
     return pages
+
+
+def _shown(starts, onsets):
+    """Which of the pages of an event: of many its beginning, the page on which its first detection
+    begins, or else the second, and its end."""
+    if len(starts) <= PAGES:
+        return range(len(starts))
+    detected = [int((onset - starts[0]) // PAGE) for onset in onsets[:1]]
+    return sorted({0, max([1, *detected]), len(starts) - 1})
 
 
 def _title(recording, places, most):
@@ -325,13 +328,12 @@ class Sheet:
 
     def traces(self, axis, begin, end):
         eeg, names = _displayed(self.recording, begin, end)
-        scale = self.scale
         below = _below(names)
         seconds = begin + np.arange(eeg.shape[1]) / FS
         self.mark(axis, begin, end)
         for y, trace in zip(-below, eeg):
             # negative up, as EEG is read
-            line = -trace / scale
+            line = -trace / self.scale
             shown = np.clip(line, -CUT * SPACING, CUT * SPACING)
             axis.plot(seconds, y + shown, color=INK, lw=0.55)
             if (shown != line).any():
@@ -343,9 +345,10 @@ class Sheet:
         axis.grid(axis="x", which="both", color=INK, alpha=0.12, lw=0.5)
         axis.tick_params(which="both", bottom=False, labelbottom=False, length=0)
         axis.spines[["left", "bottom"]].set_visible(False)
-        self.legend(axis, scale, below[-1])
+        self.legend(axis, below[-1])
 
-    def legend(self, axis, scale, foot):
+    def legend(self, axis, foot):
+        scale = self.scale
         edge = 1.012                    # right of the axis, in its own widths
         side = axis.get_yaxis_transform()
         bar = (-foot, SPACING - foot)

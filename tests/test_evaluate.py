@@ -811,7 +811,7 @@ def test_raw_edf_files_are_prepared_as_the_training_was_and_another_preparation_
     for prepared, wanted in ((recipe.hash, recipe.hash), ("of another version", edf.Recipe().hash)):
         scratch = tmp_path / prepared
         scratch.mkdir()
-        recordings, _ = evaluate.open_data(corpus / "edf", state | {"prepared": prepared}, scratch)
+        recordings, *_ = evaluate.open_data(corpus / "edf", state | {"prepared": prepared}, scratch)
         assert {r.prepared for r in recordings} == {wanted}
     evaluate.open_data(corpus / "imported", state | {"prepared": recipe.hash}, tmp_path)
     line = capsys.readouterr().err.splitlines()[-1]
@@ -907,7 +907,7 @@ def test_recordings_that_trained_are_known_in_part_and_after_a_move_and_as_the_e
     for path, known in ((part, True), (corpus / "imported", True), (corpus / "edf", True), (tmp_path / "other", False)):
         args = evaluate.parse(["--checkpoint", "best.pt", "--data", str(path)])
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-            recordings, _ = evaluate.open_data(path, state, Path(scratch))
+            recordings, *_ = evaluate.open_data(path, state, Path(scratch))
             assert evaluate.includes_training(recordings, args, state) is known, path
 
 
