@@ -120,8 +120,9 @@ def synth(out, hours=1.0, patients=8, seed=0, progress=lambda what: None):
     """Write `hours` of synthetic EEG of `patients`, 19 channels in uV at the rate of each patient's
     amplifier, to `out`.
 
-    A pure function of the seed. progress(what) is called after each recording. Raises DataError for
-    a folder that is not empty."""
+    A pure function of the seed, to the last digit where the threads and the processor are the same.
+    progress(what) is called after each recording. Raises DataError for a folder that is not
+    empty."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: synthetic recordings need a new folder")
