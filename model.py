@@ -89,6 +89,7 @@ STRIDE = 16                 # samples per stem step: 16 Hz
 TAPS = 4                    # a stem filter sees TAPS * STRIDE samples, 250 ms
 CONV = 4                    # taps of Mamba-2's short convolution
 MAX_DECAY = 2.5             # largest log-decay per step: 8 % is left
+LOCAL = 16                  # features of the head at 16 Hz
 MAX_CHUNK = 24              # MAX_DECAY * MAX_CHUNK = 60: two factors of a scan multiply inside fp32
 BLOCK = 150_000             # numbers that a CPU works on at a time, to keep them in its cache
 
@@ -157,14 +158,13 @@ def vector(*shape: int, value: float = 0.0) -> nn.Parameter:
     return nn.Parameter(torch.full((math.prod(shape),), float(value)))
 
 
-def keep_features(layers: int, x: Tensor, p: float,
-                  training: bool) -> Sequence[Tensor | None] | Tensor:
+def keep_features(layers: int, x: Tensor, p: float, training: bool) -> Sequence[Tensor | None]:
     """Dropout of whole features for every layer of a stack: a factor (n, 1, d) for x (n, T, d)
     each, one draw per sequence and feature; None where nothing is dropped."""
     if not training or p == 0:
         return [None] * layers
     kept = torch.empty(layers, len(x), 1, x.shape[2], dtype=x.dtype, device=x.device)
-    return kept.bernoulli_(1 - p) / (1 - p)
+    return (kept.bernoulli_(1 - p) / (1 - p)).unbind()
 
 
 def residual(x: Tensor, y: Tensor, kept: Tensor | None) -> Tensor:
@@ -187,12 +187,12 @@ def wavelets(taps: int, count: int) -> Tensor:
 
 class Order(NamedTuple):
     """How the scans of a stack run through their chunks; made once for all layers. D directions."""
-    reverse: tuple              # of D: does it run from the last step to the first?
-    chunk: int                  # steps of a chunk
-    seen: Tensor          # (D, chunk, chunk) of 0 and 1: row i sees column j
-    middle: Tensor        # (D, chunk, chunk): log-decays of a chunk -> levels from its middle
-    before: Tensor        # (D, chunks, chunks) of 0 and 1: chunk j comes before chunk i
-    half: Tensor          # before, and 1/2 on the diagonal: up to the middle of chunk i
+    reverse: tuple    # of D: does it run from the last step to the first?
+    chunk: int        # steps of a chunk
+    seen: Tensor      # (D, chunk, chunk) of 0 and 1: row i sees column j
+    middle: Tensor    # (D, chunk, chunk): log-decays of a chunk -> levels from its middle
+    before: Tensor    # (D, chunks, chunks) of 0 and 1: chunk j comes before chunk i
+    half: Tensor      # before, and 1/2 on the diagonal: up to the middle of chunk i
 
 
 def triangles(size: int, reverse: tuple[bool, ...], like: Tensor) -> Tensor:
@@ -238,12 +238,12 @@ def by_row(v: Tensor) -> Tensor:
 
 class Scanned(NamedTuple):
     """What scan_gradient needs of a scan."""
-    u: Tensor             # (n, D, chunks, chunk, heads x headdim): x from the middle
-    fall: Tensor          # (n, D, chunks, chunk, heads): u = x fall
-    rise: Tensor          # the same: from the chunk's middle to a row
-    links: Tensor         # (D x n x heads, chunks, chunks): between two middles
-    start: Tensor         # (n, D, chunks, heads x headdim, states): before a chunk
-    mask: Tensor          # (n, D, chunks, chunk, chunk): c_i b_j' where row i sees column j
+    u: Tensor         # (n, D, chunks, chunk, heads x headdim): x from the middle
+    fall: Tensor      # (n, D, chunks, chunk, heads): u = x fall
+    rise: Tensor      # the same: from the chunk's middle to a row
+    links: Tensor     # (D x n x heads, chunks, chunks): between two middles
+    start: Tensor     # (n, D, chunks, heads x headdim, states): before a chunk
+    mask: Tensor      # (n, D, chunks, chunk, chunk): c_i b_j' where row i sees column j
 
 
 def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor,
@@ -375,18 +375,18 @@ class Kept(NamedTuple):
     decay: Tensor
     skip: Tensor
     out: Tensor
-    conv: Tensor          # (n, T + CONV - 1, D x (inner + 2 states)): after the convolution
-    x: Tensor             # (n, D, T, heads, headdim): after SiLU
-    b: Tensor             # (n, D, T, states)
+    conv: Tensor      # (n, T + CONV - 1, D x (inner + 2 states)): after the convolution
+    x: Tensor         # (n, D, T, heads, headdim): after SiLU
+    b: Tensor         # (n, D, T, states)
     c: Tensor
-    inside: Tensor        # (n, D, T, heads): step sizes before softplus
+    inside: Tensor    # (n, D, T, heads): step sizes before softplus
     dt: Tensor
-    fade: Tensor          # tanh(dt decay)
-    opened: Tensor        # (n, T, D, inner): gates after SiLU
-    v: Tensor             # (n, D, T, inner): before the gate
-    y: Tensor             # (n, T, D, inner): behind it
-    h: Tensor             # (D, n x T, width): result of each direction
-    rms: Tensor           # (D, n x T, 1)
+    fade: Tensor      # tanh(dt decay)
+    opened: Tensor    # (n, T, D, inner): gates after SiLU
+    v: Tensor         # (n, D, T, inner): before the gate
+    y: Tensor         # (n, T, D, inner): behind it
+    h: Tensor         # (D, n x T, width): result of each direction
+    rms: Tensor       # (D, n x T, 1)
 
 
 class Inner(torch.autograd.Function):
@@ -885,18 +885,18 @@ class Head(nn.Module):
     and end."""
 
     def __init__(self, channels: int, node: int, tcn: int, stem: int, width: int, fine: int,
-                 prior: float, local: int = 16) -> None:
+                 prior: float) -> None:
         super().__init__()
-        self.fine, self.local = fine, local
+        self.fine = fine
         self.attend = weight(node, 1, fan_in=node)
         self.from_all = weight(channels * node, width, fan_in=channels * node)
         self.from_pooled = weight(node, width, fan_in=node)
         self.from_tcn = weight(tcn, width, fan_in=tcn)
         self.bias = vector(width)
-        self.to_fine = weight(width, fine * local, fan_in=width)
-        self.from_stem = weight(stem, local, fan_in=stem)
-        self.fine_bias = vector(local)
-        self.to_samples = weight(local, STRIDE, fan_in=local, gain=0.1)
+        self.to_fine = weight(width, fine * LOCAL, fan_in=width)
+        self.from_stem = weight(stem, LOCAL, fan_in=stem)
+        self.fine_bias = vector(LOCAL)
+        self.to_samples = weight(LOCAL, STRIDE, fan_in=LOCAL, gain=0.1)
         self.to_step = weight(width, 1, fan_in=width, gain=0.1)
         self.logit = vector(1, value=math.log(prior / (1 - prior)))
 
@@ -910,7 +910,7 @@ class Head(nn.Module):
         h = F.gelu(h + pooled @ self.from_pooled + norm(wide) @ self.from_tcn)
         detail = (local @ self.from_stem).view(batch, channels, length, -1)
         detail = (detail * share).sum(1) + h @ self.to_fine            # (B, L, fine * local)
-        detail = detail.unflatten(-1, (self.fine, self.local))
+        detail = detail.unflatten(-1, (self.fine, LOCAL))
         # 16 bits have too few values for logits: the last products are fp32
         with torch.autocast(streams.device.type, enabled=False):
             detail = F.gelu(detail.float() + self.fine_bias) @ self.to_samples
