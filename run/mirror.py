@@ -24,6 +24,7 @@ import checkpoint
 from checkpoint import KINDS, NAME, Candidate, Checkpointer, abandoned_name, candidates, in_line
 
 COPIED = {"best": 1, "last": 1, "mid_epoch": 2}     # kind -> newest files of it in the second copy
+RECORDS = ("config.yaml", "metrics.jsonl")          # of the run's folder, that go along
 CLAIM = ".claim.json"                   # in the second copy: the start that writes there
 END_SECONDS = 20.0                      # that a run waits for its second copy, at most
 RETRY_SECONDS = 60.0                    # between two tries of a copy that failed
@@ -47,36 +48,36 @@ def latest_of(found):
     return max((c for c in found if c.facts), key=lambda c: c.order, default=None)
 
 
+def runs_of(found):
+    return {c.facts["run"] for c in found if c.facts}
+
+
 def abandoned(facts, line) -> bool:
     """Whether `line` left the one of `facts` because a person asked for it: it went back to a save
     of the start that made `facts`, or of one that they had gone on from at that save or later."""
     history = {start: counter for start, counter, _ in facts["starts"]} | {facts["start"]: math.inf}
     after = [*(start for start, *_ in line["starts"][1:]), line["start"]]
     return facts["run"] == line["run"] and any(
-        asked and history.get(start, -1) >= counter and following not in history
+        asked and start in history and history[start] >= counter and following not in history
         for (start, counter, asked), following in zip(line["starts"], after))
 
 
 def line_that_goes_on(here, there):
     """Of the facts of the newest saves in both places, those that a resume goes on from; None where
     they are of two lines that no order tells apart."""
-    if in_line(there, here):
-        return here
-    if in_line(here, there):
-        return there
-    if abandoned(there, here):
-        return here
-    if abandoned(here, there):          # a home that did not take the save that went back
-        return there
+    for line, other in ((here, there), (there, here)):
+        if in_line(other, line) or abandoned(other, line):
+            return line
     if any(start == there["start"] for start, _, _ in here["starts"]):
         # the home went on from an older save while this copy was out of reach
         return max(here, there, key=lambda facts: facts["save_counter"])
     return None
 
 
-def line_of_both(home, newest):
-    """(line_that_goes_on() by the candidates `home` and the newest one there, or None; the
-    Candidate of `home` that counts for it, or None)."""
+def line_of_both(home, there):
+    """(line_that_goes_on() by the candidates of both places, or None; the Candidate of `home` that
+    counts for it, or None). One of them holds a save."""
+    newest = newest_of(there)
     while here := newest_of(home):
         line = line_that_goes_on(here.facts, newest.facts) if newest else here.facts
         if line:
@@ -85,25 +86,25 @@ def line_of_both(home, newest):
         here.damage = checkpoint.damage_of(here.path)
         if not here.damage:
             return None, here
-    return newest and newest.facts, None
+    return (newest or latest_of(there)).facts, None
 
 
 def usable(home, there):
     """Those of `there`, the second copy's, that a resume may take beside the candidates `home`."""
     if not newest_of(home):
         return [c for c in there if c.facts]
-    line, _ = line_of_both(home, newest_of(there))
+    line, _ = line_of_both(home, there)
     return [c for c in there if c.facts and line and in_line(c.facts, line)]
 
 
-def sync(source, target, line, records=(), links=True, say=print, full=False, home=False):
-    """Copy to the checkpoints folder `target` what it lacks of `source`: of each kind in COPIED the
-    newest files that `line` has made, best.pt first and the newest state last. The files `records`,
-    {path: path of its copy}, go before the states. Each copy is verified before it takes its name;
-    a file of `target` that is newer, by its save, stays. full: every byte of best.pt and last.pt
-    there is read, and a damaged one replaced. home: a file there that cannot be read now stays, it
-    may be newer. Raises OSError; CorruptCheckpoint where a file of `source` is damaged, with the
-    rest copied."""
+def sync(source, target, line, records=(), say=print, full=False, home=False):
+    """Copy to the checkpoints folder `target` what it lacks of `source`: the files `records`,
+    {path: path of its copy}, then of each kind in COPIED the newest files that `line` has made,
+    best.pt first and the newest state last. Each copy is verified before it takes its name; a file
+    of `target` that is newer, by its save, stays. full: every byte of best.pt and last.pt there is
+    read, and a damaged one replaced. home: a file there that cannot be read now stays, it may be
+    newer. Raises OSError; CorruptCheckpoint where a file of `source` is damaged, with the rest
+    copied."""
     there = {c.path.name: c for c in candidates(target)}
     if full:
         _check_all(there, say)
@@ -112,18 +113,19 @@ def sync(source, target, line, records=(), links=True, say=print, full=False, ho
     for kind, count in COPIED.items():
         files = [c for c in here if c.kind == kind]
         wanted += [c for c in files[:count] if _lacks(there, c, line, home)]
-    wanted.sort(key=lambda c: (c.kind != "best", c.order))
-    damage = None
-    for candidate in [c for c in wanted if c.kind == "best"]:
-        damage = _copied(candidate, there, target, line, links, say) or damage
     for record, copy in dict(records).items():
         with contextlib.suppress(FileNotFoundError):
             content = record.read_bytes()
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.exists() or copy.read_bytes() != content:
                 checkpoint.atomic_write(copy, [content])
-    for candidate in [c for c in wanted if c.kind != "best"]:
-        damage = _copied(candidate, there, target, line, links, say) or damage
+    damage, links = None, bool(wanted) and checkpoint.links_work(target)
+    for candidate in sorted(wanted, key=lambda c: (c.kind != "best", c.order)):
+        try:
+            _copy(candidate, there, target, line, links)
+        except checkpoint.CorruptCheckpoint as error:       # it must not keep the others back
+            say(f"mirror: left {candidate.path}: {checkpoint.reason_of(error)}")
+            damage = error
     if damage:
         raise damage
 
@@ -153,34 +155,28 @@ def _lacks(there, candidate, line, home):
     return candidate.order > other.order or not in_line(other.facts, line)
 
 
-def _copied(candidate, there, target, line, links, say):
-    """Copy one file; returns its CorruptCheckpoint, which must not keep the others back."""
+def _copy(candidate, there, target, line, links):
+    """Copy one file, or name it where `there` has the same save. A best.pt of a line that was left
+    is set aside."""
     path = target / candidate.path.name
-    before = Candidate(path)
-    if candidate.kind == "best" and before.facts and not in_line(before.facts, line):
-        checkpoint.link_or_copy(path, abandoned_name(before), links)
+    before = there.get(path.name)
+    if candidate.kind == "best" and before and before.facts and not in_line(before.facts, line):
+        os.replace(path, abandoned_name(before))            # a full disk takes no copy
+    twins = [c.path for c in there.values() if c.save == candidate.save and not c.damage]
     try:
-        damaged = {name for name, c in there.items() if c.damage}
-        twins = [c for c in candidates(target)
-                 if c.facts and c.save == candidate.save and c.path.name not in damaged]
         if twins and links:
-            checkpoint.link_or_copy(twins[0].path, path)
+            checkpoint.link_or_copy(twins[0], path)
         else:
             checkpoint.copy_checked(candidate.path, path)
-            there.pop(path.name, None)
+        there[path.name] = Candidate(path)
     except FileNotFoundError:
         if candidate.path.exists():
             raise                           # else it was rotated away: a newer state comes
-    except checkpoint.CorruptCheckpoint as damage:
-        say(f"mirror: left {candidate.path}: {checkpoint.reason_of(damage)}")
-        return damage
-    return None
 
 
 class Mirrored(Checkpointer):
     """A Checkpointer with a second copy in the folder `mirror`, best on another disk.
 
-    records     names of files in the run's folder that go along
     A thread of its own copies what is newer at home once a save is durable; training never waits
     for it, and a slow place skips states. A state that the home does not take is written to the
     second copy by the writer thread, and comes home with the first save that the home takes again.
@@ -188,19 +184,18 @@ class Mirrored(Checkpointer):
     Attributes of the copying thread are guarded by `changed`; whoever writes to the second copy
     holds `writing` and the lock of its folder."""
 
-    def __init__(self, directory, *arguments, mirror, records=("config.yaml", "metrics.jsonl"),
-                 **options):
+    def __init__(self, directory, *arguments, mirror, **options):
         home = Path(directory).absolute()
         run = home.parent if home.name == "checkpoints" else home
         self.folder = Path(mirror).absolute()
         self.place = self.folder / run.name / "checkpoints"
         if os.path.realpath(self.place) == os.path.realpath(home):
             raise ValueError(f"mirror {mirror} is the run's own folder: name another disk's")
-        self.records = {run / name: self.place.parent / name for name in records}
+        self.records = {run / name: self.place.parent / name for name in RECORDS}
         self.apart = ""                     # why nothing is written there any more
-        self.claimed = False
-        self.checked = False                # whether this start has read its best.pt and last.pt
-        self.passed = None                  # line of its latest save where home goes before it
+        self.claimed = False                # whether this start has ever had the second copy,
+        self.checked = False                # and has read its best.pt and last.pt
+        self.passed = None                  # line there that this run goes on without
         self.known = set()                  # runs that the home holds
         self.leaves = []                    # facts of the saves that a --resume FILE leaves
         self.unreachable = None             # OSError of the look at the second copy at a resume
@@ -234,7 +229,7 @@ class Mirrored(Checkpointer):
         that is not this one."""
         if resume is not True:
             if resume is False:
-                self._expect_own(self._look_there(), home=candidates(self.directory))
+                self._expect_own(self._look_there(), runs_of(candidates(self.directory)))
             return super().resume(resume)
         self.settle()
         there = self._look_there()
@@ -250,27 +245,22 @@ class Mirrored(Checkpointer):
             chosen.path = self.directory / chosen.path.name
         state = self._go_on(chosen, state)
         if state:
-            self._pass(there)
+            ahead = latest_of(there)
+            # damaged, or a best.pt that was copied before the state that follows
+            if ahead and not self.apart and not in_line(ahead.facts, self.line):
+                self.passed = {name: ahead.facts[name] for name in self.line}
             self._offer()                   # it may lack what was saved just before a kill
         return state
-
-    def _pass(self, there):
-        """Remember the latest save of the second copy where the run goes on before it: damaged, or
-        a best.pt that was copied before the state that follows."""
-        ahead = latest_of(there)
-        if ahead and not self.apart and not in_line(ahead.facts, self.line):
-            self.passed = {name: ahead.facts[name] for name in self.line}
 
     def adopt(self, state, path=None):
         there, home = self._look_there(), candidates(self.directory)
         line = checkpoint.facts_of(state)
-        self._expect_own(there, line["run"], home)
+        self._expect_own(there, {line["run"], *runs_of(home)})
         self.leaves = [c.facts for c in home + usable(home, there) if c.facts]
         # a home that was lost gets the files and rows of the line that the file belongs to
         back = {copy: record for record, copy in self.records.items() if not record.exists()}
         with contextlib.suppress(checkpoint.CorruptCheckpoint):
-            sync(self.place, self.directory, line, back, self.links, self.say, full=True)
-        self._outrank(there)
+            self._fetch(line, back, full=True)
         super().adopt(state, path)
 
     def _follow(self, state, path, asked=False):
@@ -285,34 +275,27 @@ class Mirrored(Checkpointer):
                 ours |= others
 
     def _look_there(self):
-        """Candidates of the second copy; none where it cannot be read, which its thread will say,
-        unless nothing at home could be gone on from instead."""
+        """Candidates of the second copy, which saves from here on outrank; none where it cannot be
+        read, which its thread will say, unless nothing at home could be gone on from instead."""
         try:
-            return candidates(self.place, labelled=True)
+            there = candidates(self.place, labelled=True)
         except OSError as error:
             if not newest_of(candidates(self.directory)):
                 raise
             self.unreachable = error
             return []
-
-    def _outrank(self, there):
-        """Saves from here on are later than every one in the second copy."""
         self.counter = max([self.counter, *(c.facts["save_counter"] for c in there if c.facts)])
+        return there
 
     def _bring_home(self, there):
         """What the second copy alone has comes home, before anything is written; done again at the
         next start where a kill or a full disk interrupts it."""
-        home, newest = candidates(self.directory), newest_of(there)
-        here = newest_of(home)
+        home = candidates(self.directory)
         if not any(c.facts for c in there):
             return
-        if here is None:
-            if any(c.facts for c in home):
-                self._expect_own(there, home=home)
-            line = (newest or there[0]).facts
-        else:
-            self._expect_own(there, here.facts["run"], home)
-            line, here = line_of_both(home, newest)
+        if runs_of(home):
+            self._expect_own(there, runs_of(home))
+        line, here = line_of_both(home, there)
         if line is None:
             self._keep_apart("it holds another line of this run, from an earlier save on")
             return
@@ -321,19 +304,21 @@ class Mirrored(Checkpointer):
             if c.fault and c.kind not in kinds:     # it may be the best, or the latest
                 raise OSError(c.fault.errno, c.fault.strerror, str(c.path))
         back = {copy: record for record, copy in self.records.items()}
+        newest = newest_of(there)
         newer = newest and (here is None or newest.order > here.order)
         before = {c.save for c in home if c.facts}
         with contextlib.suppress(checkpoint.CorruptCheckpoint):     # said; the others are tried
-            sync(self.place, self.directory, line, back if newer else (), self.links, self.say,
-                 full=True, home=True)
+            self._fetch(line, back if newer else (), full=True)
         if any(c.facts and c.save not in before for c in candidates(self.directory)):
             self.say(f"resume: brought home from the second copy in {self.place}")
-        self._outrank(there)
 
-    def _expect_own(self, there, run=None, home=()):
-        """Raise OtherRun where the second copy is of another run: that of its latest save. Older
-        ones may be of the run before a --resume FILE of another one."""
-        self.known |= {run or self.run, *(c.facts["run"] for c in home if c.facts)}
+    def _fetch(self, line, records=(), full=False):
+        sync(self.place, self.directory, line, records, self.say, full, home=True)
+
+    def _expect_own(self, there, runs=()):
+        """Raise OtherRun where the second copy is of another run, by its latest save: of none of
+        `runs`, the home's. Older ones may be of the run before a --resume FILE of another one."""
+        self.known |= {self.run, *runs}
         latest = latest_of(there)
         if latest and latest.facts["run"] not in self.known:
             raise OtherRun(f"{self.place} holds another run of this name ({latest.facts['run']}): "
@@ -371,8 +356,8 @@ class Mirrored(Checkpointer):
             trouble = ""
             try:
                 with self._held():
-                    sync(self.directory, self.place, self.line, self.records, say=self.say,
-                         links=self._links_there, full=not self.checked)
+                    sync(self.directory, self.place, self.line, self.records, self.say,
+                         full=not self.checked)
                     self.checked = True
             except OtherLine as error:
                 self._keep_apart(str(error))
@@ -420,7 +405,6 @@ class Mirrored(Checkpointer):
             with checkpoint.lock(self.place, say=lambda line: None):
                 checkpoint.sweep_temps(self.place)
                 self._claim()
-                self._links_there = checkpoint.links_work(self.place)
                 yield
                 for kind, count in COPIED.items():
                     checkpoint.rotate(self.place, KINDS[kind].glob, count)
@@ -431,25 +415,27 @@ class Mirrored(Checkpointer):
         """Mark the second copy as this start's, or raise where a later one has it."""
         there = candidates(self.place)
         self._expect_own(there)
-        path = self.place / CLAIM
-        claim = {}
+        path, claim = self.place / CLAIM, {}
         with contextlib.suppress(OSError, ValueError, TypeError):
             claim = dict(json.loads(path.read_text()))
-        # a copy that was out of reach comes back with the claim of a start before this one
-        ours = claim.get("start") in {start for start, _, _ in self.starts} | {self.start}
-        if self.claimed and claim and not ours:
+        if claim.get("start") in {self.start, *(start for start, _, _ in self.starts)}:
+            # this start's, or one's before it: in a copy that comes back, or with leftovers there
+            self.passed = self.passed or claim.get("passed")
+        elif claim and self.claimed:
             raise OtherLine("a later start of this run writes there")
-        if ours and not self.passed:        # of what an earlier start passed, something is left
-            self.passed = claim.get("passed")
         for c in there:
-            known = c.facts and (in_line(c.facts, self.line) or abandoned(c.facts, self.line)
-                                 or self.passed and in_line(c.facts, self.passed))
-            if c.facts and not known and c.facts["run"] == self.run:
+            if c.facts and c.facts["run"] == self.run and not self._may_replace(c.facts):
                 raise OtherLine(f"{c.path.name} there is of another start of this run, and newer")
         mine = {"run": self.run, "start": self.start, "passed": self.passed}
         if claim != mine:
             checkpoint.atomic_write(path, [json.dumps(mine).encode()])
         self.claimed = True
+
+    def _may_replace(self, facts):
+        """Whether this line comes after that save: goes on from it, was led away from it by a
+        person, or found it there and had to go on without it."""
+        return (in_line(facts, self.line) or abandoned(facts, self.line)
+                or self.passed and in_line(facts, self.passed))
 
     # -- a home that takes nothing --
 
@@ -478,7 +464,8 @@ class Mirrored(Checkpointer):
                     self.before_save(self.place)
                 checkpoint.atomic_write(path, self._image.file())
                 for name in names[1:]:
-                    checkpoint.link_or_copy(path, self.place / name, self._links_there)
+                    checkpoint.link_or_copy(path, self.place / name,
+                                            checkpoint.links_work(self.place))
         except (OSError, OtherRun) as error:
             with self.changed:
                 self._begin(getattr(error, "strerror", "") or str(error))
@@ -496,7 +483,7 @@ class Mirrored(Checkpointer):
         """The home takes saves again: what the second copy alone has comes home."""
         try:
             with self._held():
-                sync(self.place, self.directory, self.line, (), self.links, self.say, home=True)
+                self._fetch(self.line)
             self.away = False
         except (OSError, OtherRun, checkpoint.CorruptCheckpoint) as error:
             self.say(f"mirror: {self.place}: {checkpoint.reason_of(error)}: what it alone has "
@@ -511,12 +498,11 @@ class Mirrored(Checkpointer):
         """As ever; a best.pt that was spoiled under this run comes back from the second copy."""
         if self.away:
             return None
-        here, there = self.directory / "best.pt", self.place / "best.pt"
+        here, there = Candidate(self.directory / "best.pt"), self.place / "best.pt"
+        spoiled = self._best and not here.facts and not here.fault
         with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
-            lost = self._best and self.is_own_directory() and Candidate(here)
-            if lost and not (lost.facts or lost.fault) \
-                    and in_line(checkpoint.peek(there), self.line):
-                checkpoint.copy_checked(there, here)
+            if spoiled and self.is_own_directory() and in_line(checkpoint.peek(there), self.line):
+                checkpoint.copy_checked(there, here.path)
                 self.say(f"checkpoints: best.pt was taken from {there}")
         return super()._metric_of_best()
 
