@@ -651,9 +651,9 @@ def fit_and_tell(trainer, again):
         stopped = trainer.fit()
         # a save that failed is tried again: "saved" must be true. And no process leaves before
         # it is, and is told: torchrun ends the others once one has left
-        if stopped:
-            return trainer.group.from_main(lambda: settle_and_tell(trainer, again))
         trainer.group.from_main(home.saver.settle if home else None)
+        if stopped:
+            return trainer.group.from_main(lambda: tell_stopped(trainer, again))
         if home:                        # its work is done: a disk that fails now costs lines
             with tolerated(say, home.newest):
                 list_run(home.newest, say)
@@ -679,11 +679,6 @@ def fit_and_tell(trainer, again):
             f"{trainer.config['evaluation']['batch_size']}: raise accumulate (the same result in "
             f"smaller pieces) or lower a batch_size, then --resume", every=True)
     return 1
-
-
-def settle_and_tell(trainer, again):
-    trainer.home.saver.settle()
-    return tell_stopped(trainer, again)
 
 
 def main(argv=None):

@@ -7,6 +7,7 @@ Knows nothing of Modal's client: the same files are read by a container and by a
 at import: the launching side starts fast.
 """
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -100,16 +101,12 @@ def why_stuck(before, launch, reached):
     that kills."""
     # when an attempt died without a word, only its successor's start tells
     ends = [a["began"] for a in before[1:]] + [time.time()]
-    vain = short = 0
-    for record, end in zip(before, ends):
-        if record["launch"] != launch or record["left"] == "preempted" or not record["progress"]:
-            continue
-        if record["progress"] != reached:
-            vain = short = 0
-        elif record["left"] or end - record["began"] > 60 * SHORT:
-            vain += 1
-        else:
-            short += 1
+    ours = [(record, end - record["began"]) for record, end in zip(before, ends)
+            if record["launch"] == launch and record["progress"] and record["left"] != "preempted"]
+    # the latest ones, as far back as they began where the run stands now
+    idle = list(itertools.takewhile(lambda pair: pair[0]["progress"] == reached, reversed(ours)))
+    short = sum(not record["left"] and seconds <= 60 * SHORT for record, seconds in idle)
+    vain = len(idle) - short
     if vain >= STUCK:
         return f"no progress in {vain} attempts: their logs say why; a new launch may try"
     if short >= SHORT_DEATHS:

@@ -9,7 +9,6 @@ never of a run in use.
 """
 import collections
 import contextlib
-import fcntl
 import os
 import socket
 import stat
@@ -20,6 +19,7 @@ import yaml
 
 import checkpoint
 from checkpoint import KINDS, Candidate, candidates, checkpoints, megabytes
+from eeg import disk
 from eeg.console import how_many, rounded
 from run.mirror import latest_of, usable
 
@@ -66,25 +66,6 @@ def second_place(directory):
     return place if place != Path(directory).absolute() else None
 
 
-def holder(directory):
-    """(process, host) of another live process that holds the directory; None where nobody does.
-    Writes nothing and follows no link."""
-    try:
-        fd = os.open(Path(directory, ".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        found = checkpoint.holder_of(fd) or ("?", "?")
-        return None if found == (os.getpid(), socket.gethostname()) else found
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-
-
 def taken_by_resume(directory, second, say=lambda line: None):
     """The Candidate that a resume takes, or None; says why."""
     found = candidates(directory)
@@ -97,8 +78,10 @@ def taken_by_resume(directory, second, say=lambda line: None):
 
 
 def in_use_text(directory):
-    busy = holder(directory)
-    return f"in use by process {busy[0]} on {busy[1]}" if busy else ""
+    """Which other live process holds the directory; "" where none does. Writes nothing."""
+    holder = disk.holder(directory)
+    mine = f"process {os.getpid()} on {socket.gethostname()}"
+    return f"in use by {holder}" if holder not in ("", mine) else ""
 
 
 def old_run(directory):
@@ -209,14 +192,16 @@ def age(seconds):
 
 def clean(directory, yes):
     """Name, or with `yes` remove, what no resume of one run needs; returns the bytes of it."""
+    busy, held = "", contextlib.nullcontext()
     try:
-        busy = not yes and holder(directory)
-        if busy:
-            raise checkpoint.InUse(directory, busy)
-        # to the end: no run may begin between the look and the removal; a look writes nothing
-        held = checkpoint.lock(directory) if yes else contextlib.nullcontext()
+        if yes:                         # to the end: no run may begin between look and removal
+            held = checkpoint.lock(directory)
+        elif in_use_text(directory):    # a look writes nothing
+            busy = f"{directory} is {in_use_text(directory)}: stop it first"
     except checkpoint.InUse as error:
-        print(f"left alone: {error.strerror}")
+        busy = error.strerror
+    if busy:
+        print(f"left alone: {busy}")
         return 0
     with held:
         doomed, spared = _removable(directory)

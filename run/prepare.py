@@ -11,15 +11,12 @@ import numpy as np
 import torch
 
 import checkpoint
-from eeg import corpora
 import data
-from eeg import edf
+import model
+from eeg import corpora, edf, splits, synth
 from eeg.console import command, how_many
 from eeg.disk import Refused, fault, hold
-import model
-from eeg import splits
 from eeg.settings import PATH, PATHS
-from eeg import synth
 from run.config import KEYS, flat, run_directory
 from run.machine import Group, device_name, rank_and_size
 from run.watch import Watchdog

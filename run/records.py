@@ -23,7 +23,7 @@ import model
 from eeg.console import how_many
 from eeg.disk import Refused, TemporaryFault, fault, read_json_lines, write_json
 from run.config import compare, effective, run_directory, run_folders
-from run.mirror import Mirrored
+from run.mirror import Mirrored, runs_of
 
 
 ABANDONED = "metrics.abandoned.jsonl"   # rows that a resume has cut off
@@ -232,7 +232,7 @@ class RunDirectory:
         own = {place.resolve() for place in self.saver.places}
         if there.exists() and path.parent.resolve() not in own:
             return str(there)
-        runs = {c.facts["run"] for c in checkpoint.candidates(self.checkpoints) if c.facts}
+        runs = runs_of(checkpoint.candidates(self.checkpoints))
         return os.devnull if runs and checkpoint.facts_of(state)["run"] not in runs else ""
 
     def _open_saver(self):
@@ -290,25 +290,29 @@ class RunDirectory:
         """Early stopping compares with the best.pt of the line that goes on, as the saver does."""
         if stopping["metric"] != self.config["training"]["best_metric"]:
             return stopping             # the best starts anew
-        best = {"value": None, "tie": None, "epoch": 0}
-        facts = None
-        with contextlib.suppress(FileNotFoundError, checkpoint.CorruptCheckpoint):
+        anew = {"value": None, "tie": None, "epoch": 0, "waited": 0}
+        try:
             facts = checkpoint.peek(self.saver.best_path)
-            metric = facts["metric"] or {}
-            if metric.get("rules", self.rules) != self.rules:
-                self.say("resume: evaluation settings changed: best.pt was measured by other "
-                         "rules, so the best starts anew")
-            elif metric.get("name") == stopping["metric"]:
-                best = {"value": metric["value"], "tie": metric.get("tie"), "epoch": facts["epoch"]}
-        if best["value"] is None:
-            best["waited"] = 0
-        lost = stopping["value"] is not None and checkpoint.better(
-            stopping["value"], best["value"], evaluate.METRICS[stopping["metric"]])
-        if lost and (facts is None or best["epoch"]):
-            left = f"is now that of epoch {best['epoch']}" if best["epoch"] else "starts anew"
+        except (FileNotFoundError, checkpoint.CorruptCheckpoint):
+            self._tell_lost_best(stopping, None, "starts anew")
+            return stopping | anew
+        metric = facts["metric"] or {}
+        if metric.get("rules", self.rules) != self.rules:
+            self.say("resume: evaluation settings changed: best.pt was measured by other rules, so "
+                     "the best starts anew")
+            return stopping | anew
+        if metric.get("name") != stopping["metric"]:
+            return stopping | anew
+        value, epoch = metric["value"], facts["epoch"]
+        self._tell_lost_best(stopping, value, f"is now that of epoch {epoch}")
+        return stopping | {"value": value, "tie": metric.get("tie"), "epoch": epoch}
+
+    def _tell_lost_best(self, stopping, value, now):
+        """Say so where the run has had a better best than that of `value`, the one that is left."""
+        way = evaluate.METRICS[stopping["metric"]]
+        if stopping["value"] is not None and checkpoint.better(stopping["value"], value, way):
             self.say(f"resume: best.pt, of epoch {stopping['epoch']}, is in no place any more: the "
-                     f"best {left}")
-        return stopping | best
+                     f"best {now}")
 
     def _cut_records(self):
         """The effective config, and the metrics cut back to the resumed step."""
@@ -489,7 +493,6 @@ class MetricsFile:
         self.directory, self.path, self.say = directory, directory / "metrics.jsonl", say
         self.own, self.line = own, line
         self.pending = []               # lines that a full or dead disk refused
-        self.torn = False               # the last write failed: half a line may stand there
         # lines of this process, for a copy that lags behind a disk that dies
         self.newest = collections.deque(maxlen=10_000)
         kept, dropped = self._parted(self.path, -1 if others else step, ended)
@@ -498,9 +501,9 @@ class MetricsFile:
         for copy in copies:
             kept = self._completed(kept, copy, step, ended)
         self.ends = max((row["step"] for row in kept), default=0)
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        self.size = checkpoint.atomic_write(self.path, [text.encode()])     # of the whole lines
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        # of the file when it was last written
+        self.size = checkpoint.atomic_write(self.path, [as_lines(kept)])
+        self.file = os.open(self.path, os.O_RDWR | os.O_APPEND)
         self.charts = Charts(directory / "tensorboard", kept, say)
 
     def _parted(self, path, step, ended):
@@ -565,15 +568,7 @@ class MetricsFile:
         try:
             self._follow_file()
             while self.pending:
-                if self.torn:
-                    os.ftruncate(self.file, self.size)
-                self.torn = True
-                line = self.pending[0].encode()
-                rest = line
-                while rest:
-                    rest = rest[os.write(self.file, rest):]
-                self.size += len(line)
-                self.torn = False
+                self.size = append(self.file, self.pending[0].encode())
                 del self.pending[0]
         except OSError as error:
             self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
@@ -594,10 +589,7 @@ class MetricsFile:
             rows = [line for line in self.newest if line not in self.pending]
             self.size = add_rows(self.path, rows)
             os.close(self.file)
-            self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-            self.torn = False
-        elif not self.torn:
-            self.size = mine.st_size    # rows that somebody appended stay
+            self.file = os.open(self.path, os.O_RDWR | os.O_APPEND)
 
     def complete(self, path):
         """Add what it lacks of the newest rows to `path`, a copy of metrics.jsonl elsewhere."""
@@ -673,15 +665,25 @@ class Charts:
             self._attempt(self.writer.close)
 
 
+def as_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def append_rows(path, rows):
-    """Add the dicts `rows` to the file at `path`; half a line that a full disk or a power cut has
-    left at its end goes."""
+    """Add the dicts `rows` to the file at `path`."""
     with open(path, "a+b") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        if file.read() != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        append(file.fileno(), as_lines(rows))
+
+
+def append(file, lines):
+    """Add whole lines, as bytes, to the open file; returns its size. Half a line that a full disk
+    or a power cut has left at its end goes."""
+    size = os.lseek(file, 0, os.SEEK_END)
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.ftruncate(file, os.pread(file, size, 0).rfind(b"\n") + 1)
+    while lines:
+        lines = lines[os.write(file, lines):]
+    return os.lseek(file, 0, os.SEEK_END)
 
 
 def add_rows(path, rows):

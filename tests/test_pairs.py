@@ -224,6 +224,21 @@ def test_a_second_copy_whose_newest_state_is_damaged_is_written_again(tmp_path, 
         assert not s.apart and recover(s.place) == step, said
 
 
+def test_a_damaged_best_of_a_line_that_was_left_holds_up_no_second_copy_without_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "links_work", lambda directory: False)
+    s, said = mirrored(tmp_path)
+    with s:
+        for epoch, value in enumerate((0.5, 0.9), 1):
+            s.save_epoch(state(epoch, epoch=epoch), metric=value)
+    flip(s.place / "best.pt")
+    s, said = mirrored(tmp_path)
+    with s:
+        s.resume(s.directory / "checkpoint_epoch_001.pt")
+        s.save_mid(state(3, epoch=2))
+        until(lambda: s.trouble or s.copied_at and copied(s), said)
+    assert recover(s.place) == 3 and metric(s.place / "best.pt") == 0.5, said
+
+
 def test_an_epoch_that_waits_for_room_is_written_before_it_is_asked_what_is_best(small_disk):
     directory = small_disk / "run"
     with saver(directory) as s:
@@ -572,6 +587,33 @@ def test_who_goes_back_too_far_and_then_to_a_later_file_keeps_the_second_copy_an
     assert checkpoint.peek(home / "last.pt")["global_step"] == 41
     shutil.rmtree(tmp_path / "results")
     assert trained(True, lambda s: s.wait())["global_step"] == 42
+
+
+def test_who_went_back_twice_overwrites_no_line_that_another_copy_of_the_run_has_gone_on_with(tmp_path):
+    nas, said = tmp_path / "nas", []
+
+    def trained(resume, *batches, results="results", mirror=nas):
+        with Mirrored(tmp_path / results / "v3/checkpoints", mirror=mirror, say=said.append, mid_epoch_keep=0) as s:
+            s.resume(resume)
+            for batch in batches:
+                s.save_mid(state(batch))
+                s.wait()
+            until(lambda: copied(s) or s.apart, said)
+    kept = tmp_path / "results/v3/checkpoints"
+    trained(True, 1, 2)
+    shutil.copytree(tmp_path / "results", tmp_path / "copy")
+    trained(True, 4, 5, results="copy", mirror=tmp_path / "other")
+    trained(True, 3)
+    shutil.copy(kept / "mid_epoch_001_000003.pt", tmp_path / "three.pt")
+    trained(kept / "mid_epoch_001_000001.pt", 2)
+    trained(tmp_path / "three.pt", 6)
+    assert not any(line.startswith("mirror:") and "nothing is written" in line for line in said), said
+    nas.rename(tmp_path / "off")
+    (tmp_path / "other").rename(nas)
+    before = {path.name: path.read_bytes() for path in nas.glob("v3/checkpoints/*.pt")}
+    trained(True, 7)
+    assert {path.name: path.read_bytes() for path in nas.glob("v3/checkpoints/*.pt")} == before
+    assert recover(kept) == 7 and any("it holds another line of this run" in line for line in said), said
 
 
 def closed_streams(script, *arguments):
