@@ -322,7 +322,6 @@ class Trainer:
             self.advised = True
             self.say(self.loader.advice(share))
 
-
     # -- validation --
 
     def validate(self):
@@ -395,8 +394,16 @@ class Trainer:
         state = self.pack()
         if self.group.main:
             self.home.save_epoch(state, value, tie, began)
-        line = validation_line(summary, name)
-        self.say(f"validation of epoch {self.epoch}: {line}")
+        self.tell_epoch(summary, value, improved, tied)
+        self.epoch += 1
+        self.batch = 0
+        self.windows_done = 0
+        self.saved_at = (self.step, 0)
+        self.draw()
+
+    def tell_epoch(self, summary, value, improved, tied):
+        name = self.settings["best_metric"]
+        self.say(f"validation of epoch {self.epoch}: {validation_line(summary, name)}")
         missed = evaluate.over_cap(summary, self.config["evaluation"])
         if missed:
             self.say(f"validation of epoch {self.epoch}: {missed}")
@@ -408,12 +415,6 @@ class Trainer:
             best = self.stopping["epoch"]
             rank = f"the best is that of epoch {best}" if best else "no epoch is the best yet"
         self.say(f"epoch {self.epoch}/{self.settings['epochs']}: {name} {shown}, {rank}")
-        self.epoch += 1
-        self.batch = 0
-        self.windows_done = 0
-        self.saved_at = (self.step, 0)
-
-        self.draw()
 
     def draw(self):
         """curves.png as it stands; the checkpoint of this epoch is on its way already."""

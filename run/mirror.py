@@ -132,15 +132,15 @@ def sync(source, target, line, records=(), say=print, full=False, home=False):
 
 def _check_all(there, say):
     """Note the damage of best.pt and last.pt, and of other names of the same file."""
-    for name in ("best.pt", "last.pt"):
-        candidate = there.get(name)
-        if candidate and candidate.facts and not candidate.damage:
+    sound = [c for c in there.values() if c.facts]
+    for candidate in sound:
+        if candidate.kind in ("best", "last") and not candidate.damage:
             damage = checkpoint.damage_of(candidate.path)
+            for other in sound if damage else ():
+                if os.path.samefile(other.path, candidate.path):
+                    other.damage = damage
             if damage:
                 say(f"mirror: {candidate.path} is damaged: {damage}")
-                for other in there.values():
-                    if os.path.samefile(other.path, candidate.path):
-                        other.damage = damage
 
 
 def _lacks(there, candidate, line, home):
@@ -161,7 +161,8 @@ def _copy(candidate, there, target, line, links):
     path = target / candidate.path.name
     before = there.get(path.name)
     if candidate.kind == "best" and before and before.facts and not in_line(before.facts, line):
-        os.replace(path, abandoned_name(before))            # a full disk takes no copy
+        with contextlib.suppress(checkpoint.CorruptCheckpoint):     # nothing would be kept
+            checkpoint.link_or_copy(path, abandoned_name(before), links)
     twins = [c.path for c in there.values() if c.save == candidate.save and not c.damage]
     try:
         if twins and links:
@@ -529,18 +530,15 @@ class Mirrored(Checkpointer):
         """Wait for the copy of the newest state, END_SECONDS at most; then give the home up."""
         self._writer.shutdown()
         try:
+            with self.changed:
+                self.ending = True
+                self.changed.notify_all()
+                if self.busy or self.waiting_since:
+                    self.say(f"mirror: waiting at most {END_SECONDS:.0f} s for the copy in "
+                             f"{self.place}")
             if self.thread.ident is not None:
-                self._end_copies()
+                self.thread.join(END_SECONDS)
+            if self.busy or self.waiting_since:
+                self.say(f"mirror: {self.place} lacks the newest state{self._remark()}")
         finally:
             super()._end()
-
-    def _end_copies(self):
-        with self.changed:
-            self.ending = True
-            self.changed.notify_all()
-            if self.busy or self.waiting_since:
-                self.say(f"mirror: waiting at most {END_SECONDS:.0f} s for the copy in "
-                         f"{self.place}")
-        self.thread.join(END_SECONDS)
-        if self.busy or self.waiting_since:
-            self.say(f"mirror: {self.place} lacks the newest state{self._remark()}")

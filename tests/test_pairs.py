@@ -685,6 +685,7 @@ def test_a_flip_in_best_of_one_place_is_mended_from_the_other_at_the_next_start(
     whole_run(home, nas)
     place = {"home": home, "second copy": nas / "v3/checkpoints"}[where]
     flip(place / "best.pt")
+    (place / "mid_epoch_009_000001.pt").symlink_to("nowhere")
     said = []
     with Mirrored(home, mirror=nas, say=said.append) as s:
         assert s.resume()["global_step"] == 33
