@@ -339,8 +339,10 @@ class Mirrored(Checkpointer):
             return
         with self.changed:
             if self.thread.ident is None:
-                with contextlib.suppress(RuntimeError):     # no thread to be had: said as trouble
+                try:
                     self.thread.start()
+                except RuntimeError as error:       # none is to be had now
+                    self._begin(str(error))
             if self.busy and self.waiting_since:
                 self._begin("slower than the saves, states are skipped")
             self.waiting_since = time.monotonic()
@@ -533,10 +535,11 @@ class Mirrored(Checkpointer):
             with self.changed:
                 self.ending = True
                 self.changed.notify_all()
-                if self.busy or self.waiting_since:
+                begun = self.thread.ident is not None
+                if begun and (self.busy or self.waiting_since):
                     self.say(f"mirror: waiting at most {END_SECONDS:.0f} s for the copy in "
                              f"{self.place}")
-            if self.thread.ident is not None:
+            if begun:
                 self.thread.join(END_SECONDS)
             if self.busy or self.waiting_since:
                 self.say(f"mirror: {self.place} lacks the newest state{self._remark()}")

@@ -263,6 +263,20 @@ def test_a_second_copy_that_hangs_holds_up_no_home_that_fails_and_then_takes_sav
     s.thread.join()
 
 
+def test_without_a_thread_to_be_had_the_missing_second_copy_is_said_and_it_is_written_once_there_is_one(tmp_path, monkeypatch):
+    def refuse():
+        raise RuntimeError("can't start new thread")
+    s, said = mirrored(tmp_path)
+    with s:
+        with monkeypatch.context() as limited:
+            limited.setattr(s.thread, "start", refuse)
+            s.save_mid(state(1))
+        assert sum("can't start new thread: training goes on without" in line for line in said) == 1, said
+        s.save_mid(state(2))
+        until(lambda: copied(s), said)
+    assert recover(tmp_path / "nas/v3/checkpoints") == 2 and any("holds the newest state again" in line for line in said), said
+
+
 def test_the_end_of_a_run_waits_for_the_second_copy_of_its_last_state(tmp_path, monkeypatch):
     s, said = mirrored(tmp_path)
     with s:
