@@ -54,28 +54,36 @@ DENIED = re.compile(r"\b(no|not|non|none|without|free|inter ?ictal)\b")
 
 # ---- times of day ----
 
-CLOCK = re.compile(r"(?<!\d)(?<!\d:)(\d?\d)(?::|h ?| uhr )([0-5]\d)(?:(?::|m(?:in)? ?)([0-5]\d)"
-                   r"(?:\.\d*)?)?(?![\d:])(?: ?([ap])\.?m\b)?", re.I)
-POINTED = re.compile(r"(?<![\w.])([01]?\d|2[0-3])\.([0-5]\d)\.([0-5]\d)(?!\.?\d)()")
+CLOCK = re.compile(r"""
+    (?<!\d)(?<!\d:)(?P<hour>\d?\d)
+    (: | h\ ? | \ uhr\ )(?P<minute>[0-5]\d)
+    ((: | m(in)?\ ?)(?P<second>[0-5]\d)(\.\d*)?)?
+    (?![\d:])
+    (\ ?(?P<half>[ap])\.?m\b)?""", re.I | re.X)
+POINTED = re.compile(r"(?<![\w.])(?P<hour>[01]?\d|2[0-3])\.(?P<minute>[0-5]\d)\."
+                     r"(?P<second>[0-5]\d)(?!\.?\d)(?P<half>)")
 DATED = re.compile(r"\bda[tu]|fecha|tarih|日期|дата")    # with points it may be a day: 05.03.24
-# lines and columns with a time of day: of the recording's start, of a row
-BEGINS = re.compile(r"^(?!.*\b(end|ende|fin|stop|dur\w*|length|dauer|software|version)\b).*("
-                    r"orig|start|beg[aiu]n|record(ing|ed)|meas|aufnahme|debut|ini[cz]io|acqui|"
-                    r"^t ?0\b|first sample|basla|kayit|开始|開始|начал|запис|rozpocz|zacat|"
-                    r"date\W?time)")
-OF_DAY = re.compile(r"^(?!.*(\bend|\bstop|creat|modif|chang|export|edit|updat|review|dur|clin))"
-                    r"(?!.*video).*(onset|time|clock|date|stamp|start|begin|uhr|zeit|heure|hora|"
-                    r"\bora\b|saat|czas|время|час|时[间刻]|時[間刻])")
+# a line with the time of day of the recording's start
+BEGINS = re.compile(
+    r"^(?!.*\b(end|ende|fin|stop|dur\w*|length|dauer|software|version)\b)"
+    r".*(orig|start|beg[aiu]n|record(ing|ed)|meas|aufnahme|debut|ini[cz]io|acqui|^t ?0\b|"
+    r"first sample|basla|kayit|开始|開始|начал|запис|rozpocz|zacat|date\W?time)")
+# the title of a column with the time of day of each row
+OF_DAY = re.compile(
+    r"^(?!.*(\bend|\bstop|creat|modif|chang|export|edit|updat|review|dur|clin|video))"
+    r".*(onset|time|clock|date|stamp|start|begin|uhr|zeit|heure|hora|\bora\b|saat|czas|время|час|"
+    r"时[间刻]|時[間刻])")
 
 
 def find_clock(text):
     """Match of the first time of day in a text; with points instead of colons where it is no day,
     or stands behind one."""
     text = unicodedata.normalize("NFKC", text)
-    found = CLOCK.search(text) or POINTED.search(text)
-    if found and found.re is POINTED and DATED.search(plain(text)):
-        return found if re.search(r"\d[./-]\d", text[:found.start()]) else None
-    return found
+    if found := CLOCK.search(text):
+        return found
+    found = POINTED.search(text)
+    day = found and DATED.search(plain(text))
+    return None if day and not re.search(r"\d[./-]\d", text[:found.start()]) else found
 
 
 def seconds_of_day(text):
@@ -83,9 +91,11 @@ def seconds_of_day(text):
     found = find_clock(text)
     if not found:
         return 0
-    seconds = sum(int(part or 0) * 60 ** k for k, part in enumerate(found.groups()[2::-1]))
+    hour, minute, second = (int(found[part] or 0) for part in ("hour", "minute", "second"))
     # 12:05 PM is 5 past 12, 12:05 AM 5 past 0
-    return seconds % 43200 + 43200 * (found[4] in "pP") if found[4] else seconds
+    if found["half"]:
+        hour = hour % 12 + 12 * (found["half"] in "pP")
+    return 3600 * hour + 60 * minute + second
 
 
 def another_clock(stamp, began, after=0.0):
@@ -93,7 +103,7 @@ def another_clock(stamp, began, after=0.0):
     later. A date may be shifted; midnight is no start: anonymised."""
     stamped, begin = map(seconds_of_day, (stamp, began))
     # hh:mm is a minute
-    exact = 1 if stamped and find_clock(stamp)[3] else 60
+    exact = 1 if stamped and find_clock(stamp)["second"] else 60
     late = [(stamped - begin - later) % 86400 for later in (0, after)]
     return bool(stamped and begin) and all(1 < seconds < 86400 - exact for seconds in late)
 
@@ -104,19 +114,18 @@ def refuse_lines(lines, began):
     for line in lines:
         said = line.strip("# ")
         found = find_clock(said)
-        if (OTHERWISE.match(plain(said.strip("(")))
-                or found and BEGINS.search(plain(found.string[:found.start()]))
-                and another_clock(said, began)):
+        starts = found and BEGINS.search(plain(found.string[:found.start()]))
+        if OTHERWISE.match(plain(said.strip("("))) or starts and another_clock(said, began):
             raise DataError(f"{said[:60]!r}: the recording's seconds count from its start, {began}")
 
 
 def refuse_times(titles, row, onset, began):
     """Refuse a row whose time of day is not `onset` s after the recording's start, nor so long."""
     for title, cell in zip(titles, row):
-        # 13:32 may be minutes and seconds
-        if (OF_DAY.search(title) and another_clock(f"{title} {cell}", began, onset)
-                and min(abs(seconds_of_day(text) - onset) for text in (cell, f"0:{cell}")) > 1):
-            raise DataError(f"{cell} is not {onset:g} s after the recording's start, {began}")
+        if OF_DAY.search(title) and another_clock(f"{title} {cell}", began, onset):
+            # 13:32 may be minutes and seconds
+            if all(abs(seconds_of_day(text) - onset) > 1 for text in (cell, f"0:{cell}")):
+                raise DataError(f"{cell} is not {onset:g} s after the recording's start, {began}")
 
 
 # ---- columns ----
@@ -130,9 +139,10 @@ def title_of(cell):
 def kind_of(cell):
     """The kind of a column by its title; "" where it is not read."""
     title = title_of(cell)
-    edge = meaning_of(title)[0]
-    kinds = [kind for kind, titles in COLUMNS.items() if title in titles]
-    return (kinds + [{"start": "onset", "end": "end"}.get(edge, "")])[0]
+    for kind, titles in COLUMNS.items():
+        if title in titles:
+            return kind
+    return {"start": "onset", "end": "end"}.get(meaning_of(title)[0], "")
 
 
 def refuse_others(rows, titles, name):
@@ -140,43 +150,61 @@ def refuse_others(rows, titles, name):
     that gives its times in another unit than seconds or from another start."""
     titles = [title_of(title) for title in titles]
     cells = [(title, cell) for row in rows for title, cell in zip(titles, row)]
-    odd = [cell for title, cell in cells if title in ("unit", "units", "time unit")
-           and re.match(OTHER_UNIT, cell, re.I)]
-    if odd:
-        raise DataError(f"its times are in {odd[0]}, not in seconds")
-    kinds = COLUMNS["file"]
-    named = max(({cell for title, cell in cells if title == kind} for kind in kinds), key=len)
-    edfs = {cell for title, cell in cells if cell.lower().endswith(".edf")
-            or FILE.match(title) and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
-    others = [cell for cell in sorted(edfs) if not name.lower().startswith(
-        re.sub(r"(_eeg)?(\.\w{1,4})?$", "", re.split(r"[\\/]", cell.lower())[-1], count=1))]
-    if len(named) > 1 or others:
-        raise DataError(f"it has rows of {', '.join(others or sorted(named))[:60]}: one list for "
+    for title, cell in cells:
+        if title in ("unit", "units", "time unit") and re.match(OTHER_UNIT, cell, re.I):
+            raise DataError(f"its times are in {cell}, not in seconds")
+    _refuse_files(cells, name)
+    kinds = list(map(kind_of, titles))
+    if "onset" in kinds:
+        place = kinds.index("onset")
+        timed = [row for row in rows if place < len(row)]
+        _refuse_thousands([row[place] for row in timed])
+        for row in timed:
+            _refuse_origin(dict(zip(titles, row)), row[place])
+
+
+def _refuse_files(cells, name):
+    """Refuse a table whose (title, cell) name several recordings, or another than `name`."""
+    named = {}                          # title -> what stands below it
+    for title, cell in cells:
+        if title in COLUMNS["file"]:
+            named.setdefault(title, set()).add(cell)
+    files = {cell for title, cell in cells if cell.lower().endswith(".edf")
+             or FILE.match(title) and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
+    others = [file for file in sorted(files) if not name.lower().startswith(_stem(file))]
+    most = max(named.values(), key=len, default=())
+    if len(most) > 1 or others:
+        raise DataError(f"it has rows of {', '.join(others or sorted(most))[:60]}: one list for "
                         "each recording")
-    place = next((i for i, title in enumerate(titles) if kind_of(title) == "onset"), None)
-    if place is not None:
-        _refuse_thousands([row[place] for row in rows if place < len(row)])
-        for row in rows:
-            _refuse_origin(dict(zip(titles, row)), *row[place:place + 1])
 
 
-def _refuse_origin(row, onset="n/a"):
+def _stem(file):
+    """A file's name in small letters, without folders and ending."""
+    return re.sub(r"(_eeg)?(\.\w{1,4})?$", "", re.split(r"[\\/]", file.lower())[-1], count=1)
+
+
+def _refuse_origin(row, onset):
     """Refuse a row whose other columns say that its onset is no time from the recording's start."""
     if not NUMBER.match(onset):
         return
     for title, cell in row.items():
         other = float(cell) if NUMBER.match(cell) else 0.0
+        if not other:
+            continue
+        beside = f"{title} is {cell} beside an onset of {onset}"
+        same = other == float(onset)
         origin = ORIGIN.fullmatch(title)
         # day 1 is that of the start
-        if origin and other > bool(origin["day"]) and other != float(onset):
-            raise DataError(f"{title} is {cell} beside an onset of {onset}: from which start?")
+        if origin and other > bool(origin["day"]) and not same:
+            raise DataError(f"{beside}: from which start?")
+        sampled = SAMPLES.search(title)
         # in minutes, hours, ms it is the same one, or another
-        if STARTS.search(title) and other and not SAMPLES.search(title) and all(
-                abs(other * scale - float(onset)) > near
-                for scale, near in ((1, NEAR), (60, 1), (3600, 1), (0.001, 1))):
-            raise DataError(f"{title} is {cell} beside an onset of {onset}: which of them?")
-        if SAMPLES.search(title) and other and (other == float(onset) or title == "latency"):
-            raise DataError(f"{title} is {cell} beside an onset of {onset}: seconds or samples?")
+        near = any(abs(other * scale - float(onset)) <= slack
+                   for scale, slack in ((1, NEAR), (60, 1), (3600, 1), (0.001, 1)))
+        if STARTS.search(title) and not sampled and not near:
+            raise DataError(f"{beside}: which of them?")
+        if sampled and (same or title == "latency"):
+            raise DataError(f"{beside}: seconds or samples?")
 
 
 def with_points(rows, places):
@@ -203,25 +231,26 @@ def _refuse_thousands(cells):
 def refuse_edges(titles, rows):
     """Refuse (onset, duration, cells) of a table's rows on a seizure where all last as long and a
     column may tell its start from its end: by two values in turn, or of rows that are moments."""
-    onsets, durations = {row[0] for row in rows}, {float(row[1] or 0) for row in rows}
+    onsets = {onset for onset, *_ in rows}
+    durations = {float(duration or 0) for _, duration, _ in rows}
     # two raters of one seizure have one onset
     if len(rows) < 2 or len(durations) != 1 or len(onsets) < len(rows):
         return
-    lasts = max(durations)
+    lasts = durations.pop()
     rows = [cells for *_, cells in sorted(rows)]
     for place, title in enumerate(titles):
         said = [re.sub(r"\.0+$", "", row[place]).lower() for row in rows if place < len(row)]
-        pair, counts = said[:2], COUNTS.fullmatch(title_of(title))
         if len(set(said)) != 2:
             continue
-        in_turn = len(said) % 2 == 0 and said == pair * (len(said) // 2)
-        moments = 0 < lasts <= SHORT and not kind_of(title) and not any(
-            find_clock(cell) or len(cell) > 3 and NUMBER.match(cell) for cell in said)
-        if (in_turn and len(rows) > 2
-                or not counts and (moments or in_turn and "".join(pair) in EDGE_CODES)):
-            raise DataError(f"{title} is {pair[0]!r} or {(set(said) - {pair[0]}).pop()!r} in rows "
-                            f"of {lasts:g} s: where these are a seizure's start and end, write "
-                            "start and end")
+        first, other = dict.fromkeys(said)
+        in_turn = said == [first, other] * (len(said) // 2)
+        timed = any(find_clock(cell) or len(cell) > 3 and NUMBER.match(cell) for cell in said)
+        moments = 0 < lasts <= SHORT and not timed and not kind_of(title)
+        coded = in_turn and first + other in EDGE_CODES
+        counts = COUNTS.fullmatch(title_of(title))
+        if in_turn and len(rows) > 2 or (moments or coded) and not counts:
+            raise DataError(f"{title} is {first!r} or {other!r} in rows of {lasts:g} s: where "
+                            "these are a seizure's start and end, write start and end")
 
 
 def codes(found, meanings):
@@ -263,18 +292,19 @@ def refuse_described(path, text, meanings):
     another unit than seconds."""
     place, said = described(Path(path))
     lines = filter(str.strip, text.split("\n"))
-    rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
-    for at, title in enumerate(rows[0] if rows else ()):
+    titles, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
+    for at, title in enumerate(titles):
         column = said.get(title)
         if not isinstance(column, dict):
             continue
         unit, levels = str(column.get("Units", "")), column.get("Levels")
         if kind_of(title) in ("onset", "end", "duration") and re.match(OTHER_UNIT, unit, re.I):
             raise DataError(f"{place.name}: {title} is in {unit}, not in seconds")
+        used = {row[at] for row in rows if at < len(row)}
         for code, meaning in (levels if isinstance(levels, dict) else {}).items():
-            known = marks(code) or meanings.meaning(code)[0] or meanings.meaning(str(meaning))[0]
-            if (any(code in row[at:at + 1] for row in rows[1:]) and marks(str(meaning))
-                    and known in ("", "seizure") and known is not True
-                    and not DENIED.search(plain(str(meaning)))):
-                raise DataError(f"{place.name} says that {title} {code} is {str(meaning)[:40]!r}: "
+            meaning = str(meaning)
+            known = marks(code) or meanings.meaning(code)[0] or meanings.meaning(meaning)[0]
+            speaks = marks(meaning) and not DENIED.search(plain(meaning))
+            if code in used and speaks and known in ("", "seizure"):
+                raise DataError(f"{place.name} says that {title} {code} is {meaning[:40]!r}: "
                                 "write so into the table")

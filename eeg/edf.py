@@ -34,19 +34,16 @@ import numpy as np
 
 FS = 256                                # Hz, of everything after the import
 PREPARATION = 1                         # version of what prepare_edf does, part of the hash
+# in SzCORE's order (Dan et al. 2024, doi:10.1111/epi.18113)
+REFERENTIAL = tuple("Fp1 F3 C3 P3 O1 F7 T3 T5 Fz Cz Pz Fp2 F4 C4 P4 O2 F8 T4 T6".split())
 BIPOLAR = tuple("Fp1-F3 F3-C3 C3-P3 P3-O1 Fp1-F7 F7-T3 T3-T5 T5-O1 Fz-Cz Cz-Pz "
                 "Fp2-F4 F4-C4 C4-P4 P4-O2 Fp2-F8 F8-T4 T4-T6 T6-O2".split())
-CHANNELS = {                            # in SzCORE's order (Dan et al. 2024, doi:10.1111/epi.18113)
-    "referential": tuple("Fp1 F3 C3 P3 O1 F7 T3 T5 Fz Cz Pz Fp2 F4 C4 P4 O2 F8 T4 T6".split()),
-    "bipolar": BIPOLAR}
+CHANNELS = {"referential": REFERENTIAL, "bipolar": BIPOLAR}
 MONTAGES = (*CHANNELS, "reduced")       # reduced: the channels that the user names
 BAND = (0.5, 120.0)                     # Hz
-NOTCH = {                               # --notch -> mains taken out, Hz
-    "both": (50, 60),
-    "50": (50,),
-    "60": (60,),
-    "0": ()}
-BLANK_UNITS = ("uV", "mV", "V", "nV")    # what --blank-unit takes
+# --notch -> mains taken out, Hz
+NOTCH: dict[str, tuple] = {"both": (50, 60), "50": (50,), "60": (60,), "0": ()}
+BLANK_UNITS = ("uV", "mV", "V", "nV")   # what --blank-unit takes
 MICROVOLTS = {"uv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
 # uV, typical amplitude of scalp EEG; outside it the unit in the header is wrong
 PLAUSIBLE = (0.1, 1000.0)
@@ -180,8 +177,8 @@ def _signals(text, count):
         at += count * width
     for i, label in enumerate(signals["label"]):
         signals["count"][i] = whole(signals["count"][i], f"samples per record of {label}")
-    if min(signals["count"]) < 1:
-        raise DataError(f"signal {signals['label'][np.argmin(signals['count'])]!r} has no samples")
+        if signals["count"][i] < 1:
+            raise DataError(f"signal {label!r} has no samples")
     return signals
 
 
@@ -322,7 +319,7 @@ def _sample_time(header, onsets, time):
     if abs(_drift(header, onsets)) <= MAX_LATE_SECONDS:
         # onsets count from the header's start time, the first sample may lie later
         return time - float(onsets[0])
-    record = min(max(np.searchsorted(onsets, time, "right") - 1, 0), len(onsets) - 1)
+    record = max(np.searchsorted(onsets, time, "right") - 1, 0)
     return float(record * length + time - onsets[record])
 
 
@@ -441,11 +438,11 @@ def _unit(text):
 
 # 01 and 02, with a zero: chb12_28.edf
 ALIAS = {"T7": "T3", "T8": "T4", "P7": "T5", "P8": "T6", "01": "O1", "02": "O2"}
-SPELLED = {name.upper(): name for name in CHANNELS["referential"]}
+SPELLED = {name.upper(): name for name in REFERENTIAL}
 PREFIX = re.compile(r"(S?EEG|POL|CH|CHAN|CHANNEL|E)\d*|\d+")
-# common, an ear or mastoid, both of these linked, or an amplifier's own
-REFERENCE = re.compile(r"(V?REF|LER?|CLE|AR|AA|AVG?|AVE|AVR|AVERAGE|CAR|[AM][12]|A1A2|M1M2|ORG|COM|"
-                       r"GND|G[12]|CS2|A?FZ|CPZ|FCZ|AFZ|FPZ|NOSE)")
+# none named, a common one, an ear or mastoid, both of these linked, or an amplifier's own
+REFERENCE = re.compile(r"(|V?REF|LER?|CLE|AR|AA|AVG?|AVE|AVR|AVERAGE|CAR|[AM][12]|A1A2|M1M2|ORG|"
+                       r"COM|GND|G[12]|CS2|CPZ|FCZ|AFZ|FPZ|NOSE)")
 GLUED = re.compile(rf"(?:EEG|POL)?({'|'.join([*SPELLED, *ALIAS])})"
                    r"(V?REF|LE|AVG?|AVE|AA|A1A2|M1M2|[AM][12])?")
 COMMON = 8                              # electrodes that share a suffix, which is their reference
@@ -461,19 +458,20 @@ def electrode(text: str) -> str | None:
 
 
 def _words(label):
-    """A label's words in capitals, without what stands before its name: C3' is one, no C3."""
+    """A label's words in capitals, one at least, without what stands before its name: C3' is one,
+    no C3."""
     words = [word for word in re.split(r"[^\w'`\xb4]|_", label.upper()) if word]
-    while len(words) > 1 and PREFIX.fullmatch(words[0]):
-        if words[0] in ALIAS and words[1] not in SPELLED:
-            break
+    # before an electrode 01 is the number of a channel, else it is O1
+    while len(words) > 1 and PREFIX.fullmatch(words[0]) and (
+            words[0] not in ALIAS or words[1] in SPELLED):
         words = words[1:]
-    return words
+    return words or [""]
 
 
 def split_label(label: str) -> tuple[str, str] | None:
     """(electrode, what stands behind it) of a label; None where it does not begin with one."""
     words = _words(label)
-    glued = GLUED.fullmatch(words[0]) if words else None
+    glued = GLUED.fullmatch(words[0])
     if not glued:
         return None
     name = electrode(glued[1]) or ""
@@ -495,8 +493,7 @@ def channel(label: str) -> tuple[str, str] | None:
     parts = split_label(label)
     if parts is None or parts[0] == parts[1]:
         return None
-    known = not parts[1] or parts[1] in SPELLED.values() or REFERENCE.fullmatch(parts[1])
-    return parts if known else None
+    return parts if parts[1] in REFERENTIAL or REFERENCE.fullmatch(parts[1]) else None
 
 
 @dataclass(frozen=True)
@@ -536,12 +533,11 @@ class Recipe:
 
 @dataclass
 class Places:
-    """Where a file holds what: {electrode: {signal: weight}}, {(electrode, electrode): signal},
-    {signal: its reference}, signals that are called the same as [(first, other)]."""
-    electrodes: dict = field(default_factory=dict)
-    pairs: dict = field(default_factory=dict)
-    references: dict = field(default_factory=dict)
-    twins: list = field(default_factory=list)
+    """Where a file holds what."""
+    electrodes: dict = field(default_factory=dict)      # name -> {signal: weight}
+    pairs: dict = field(default_factory=dict)           # F7-T3 -> signal
+    references: dict = field(default_factory=dict)      # signal -> what stands behind its name
+    twins: dict = field(default_factory=dict)           # signal -> the first that is called so
 
 
 def find_channels(header: Header) -> Places:
@@ -559,18 +555,13 @@ def find_channels(header: Header) -> Places:
     shared = Counter(suffix for _, suffix in set(found.values()))
     enough = max(2, min(COMMON, len({name for name, _ in found.values()})))
     for i, (name, suffix) in found.items():
-        pair = suffix in SPELLED.values()
-        if pair and suffix != name:
-            _place(places, places.pairs, (name, suffix), i)
-        if suffix != name and shared[suffix] >= enough:
-            group = groups.setdefault(suffix, {})
-            if pair:                    # twins of it are known already
-                group.setdefault(name, i)
-            else:
-                _place(places, group, name, i)
-        elif not pair and channel(labels[i]):
-            _place(places, groups.setdefault(suffix, {}), name, i)
+        if name == suffix:
+            continue
         places.references[i] = suffix
+        if suffix in REFERENTIAL:
+            _place(places, places.pairs, f"{name}-{suffix}", i)
+        if shared[suffix] >= enough or REFERENCE.fullmatch(suffix):
+            _place(places, groups.setdefault(suffix, {}), name, i)
     _choose_reference(header, places, groups)
     return places
 
@@ -578,12 +569,12 @@ def find_channels(header: Header) -> Places:
 def _place(places, where, key, i):
     first = where.setdefault(key, i)
     if first != i:
-        places.twins.append((first, i))
+        places.twins[i] = first
 
 
 def _of_cap(labels):
     """Whether a file names the places of a cap, A1 to H32: its C3 is no C3."""
-    names = [words[0] for words in map(_words, labels) if words]
+    names = [_words(label)[0] for label in labels]
     if sum(CAP.fullmatch(name) is not None for name in names) < 4:
         return False
     return not any(electrode(name) and not re.fullmatch(r"[A-H]\d", name) for name in names)
@@ -592,16 +583,17 @@ def _of_cap(labels):
 def _within(labels, found):
     """{signal: label} of contacts inside the skull that are called like electrodes: SEEG beside
     others, and all of a shaft C where its C7 and C8 are there, which no scalp has."""
-    words = {i: _words(label) or [""] for i, label in enumerate(labels)}
+    words = [_words(label) for label in labels]
     # by its letter and the reference, which may tell scalp from shaft
-    kinds = {i: (first[:1], *rest) for i, (first, *rest) in words.items()}
-    deep = Counter(kinds[i] for i, (first, *_) in words.items() if CONTACT.fullmatch(first))
+    shafts = [(first[:1], *rest) for first, *rest in words]
+    deep = Counter(shaft for shaft, word in zip(shafts, words) if CONTACT.fullmatch(word[0]))
     # a cap has A32, and electrodes where they were renamed
-    cap = any(first == "A32" for first, *_ in words.values())
-    shafts = {kind for kind, count in deep.items() if count > 1 and not cap}
-    seeg = [i for i in found if SEEG.search(labels[i])]
-    within = [*seeg * (len(seeg) < len(found)),
-              *(i for i in found if kinds[i] in shafts and re.fullmatch(r"\D\d+", words[i][0]))]
+    cap = any(first == "A32" for first, *_ in words)
+    within = {i for i in found
+              if deep[shafts[i]] > 1 and not cap and re.fullmatch(r"\D\d+", words[i][0])}
+    seeg = {i for i in found if SEEG.search(labels[i])}
+    if len(seeg) < len(found):
+        within |= seeg
     return {i: labels[i] for i in sorted(within)}
 
 
@@ -611,14 +603,13 @@ def _choose_reference(header, places, groups):
     out."""
     beside = []
 
-    def rank(group):
-        suffix, signals = group
-        return -len(signals), bool(suffix) and not REFERENCE.fullmatch(suffix)
-    for suffix, signals in sorted(groups.items(), key=rank):
-        if suffix in SPELLED.values() and not places.electrodes:
+    def rank(suffix):
+        return -len(groups[suffix]), not REFERENCE.fullmatch(suffix)
+    for suffix in sorted(groups, key=rank):
+        if suffix in REFERENTIAL and not places.electrodes:
             places.electrodes[suffix] = {}
             header.notes.append(f"{suffix} is the reference of all: 0")
-        for name, i in signals.items():
+        for name, i in groups[suffix].items():
             if name in places.electrodes:
                 beside.append(header.signals["label"][i])
             else:
@@ -627,16 +618,16 @@ def _choose_reference(header, places, groups):
         header.notes.append(f"beside the electrodes, left out: {', '.join(beside)}")
 
 
-def derivations(header: Header, recipe: "Recipe", places: Places) -> list[dict]:
+def derivations(header: Header, recipe: Recipe, places: Places) -> list[dict]:
     """Rows of the montage as {signal: weight}. Fz and Pz, and only these (3.4 % of TUSZ has
     neither), are interpolated from the others by a spherical spline."""
     if recipe.montage == "reduced":
         return _all_reduced(header, recipe.channels, places)
     single = places.electrodes
     if recipe.montage == "bipolar" and not _missing_pairs(places):
-        return [{places.pairs[tuple(name.split("-"))]: 1} for name in BIPOLAR]
+        return [{places.pairs[name]: 1} for name in BIPOLAR]
 
-    missing = [name for name in CHANNELS["referential"] if name not in single]
+    missing = [name for name in REFERENTIAL if name not in single]
     if set(missing) - {"Fz", "Pz"}:
         raise DataError(_missing(header, recipe.montage, missing, places))
     # within a pair a reference cancels: each pair may have its own, left and right ear for one
@@ -648,16 +639,16 @@ def derivations(header: Header, recipe: "Recipe", places: Places) -> list[dict]:
         single[name] = {i: weight for other, weight in zip(known, line) for i in single[other]}
 
     if recipe.montage == "referential":
-        return [single[name] for name in CHANNELS["referential"]]
-    return [_pair(places, name.split("-")) for name in BIPOLAR]
+        return [single[name] for name in REFERENTIAL]
+    return [_pair(places, *name.split("-")) for name in BIPOLAR]
 
 
 def _missing_pairs(places):
-    return [name for name in BIPOLAR if tuple(name.split("-")) not in places.pairs]
+    return [name for name in BIPOLAR if name not in places.pairs]
 
 
-def _pair(places, ends):
-    a, b = (places.electrodes[end] for end in ends)
+def _pair(places, first, other):
+    a, b = places.electrodes[first], places.electrodes[other]
     _check_references(places, (a, b))
     return {i: a.get(i, 0) - b.get(i, 0) for i in a | b}
 
@@ -687,13 +678,13 @@ def _reduced(header, name, places):
     """Row of one channel: a derivation of the file, an electrode, the difference of two, an
     electrode by the very reference that is named, or the very label of a signal. None: the file has
     none of these."""
-    ends = tuple(name.split("-"))
-    if ends in places.pairs:
-        return {places.pairs[ends]: 1}
+    if name in places.pairs:
+        return {places.pairs[name]: 1}
     if name in places.electrodes:
         return places.electrodes[name]
-    if len(ends) == 2 and all(end in places.electrodes for end in ends):
-        return _pair(places, ends)
+    ends = tuple(name.split("-"))
+    if len(ends) == 2 and places.electrodes.keys() >= {*ends}:
+        return _pair(places, *ends)
     named = [i for i, label in enumerate(header.signals["label"])
              if label.lower() == name.lower() or len(ends) == 2 and split_label(label) == ends]
     return {named[0]: 1} if len(named) == 1 else None
@@ -727,9 +718,8 @@ def _missing(header, montage, missing, places):
         return (f"{why}: places of a cap, no names of the 10-20 system: data.py import --rename "
                 "FILE says which electrode each is, in two columns: label in the file, electrode")
     if len(places.electrodes) + len(places.pairs) in range(1, 15):
-        there = ["-".join(pair) for pair in places.pairs] or list(places.electrodes)
         why += (": a corpus of what there is: data.py import --montage reduced --channels "
-                f"{','.join(there)}")
+                f"{','.join(places.pairs or places.electrodes)}")
     return (f"{why}; for channels of other names: data.py import --rename FILE, two columns: label "
             "in the file, electrode")
 
@@ -866,12 +856,11 @@ def prepare_edf(header: Header, recipe: Recipe) -> Signal:
 def _without_constants(header, body, rows):
     """Rows without the signals that hold one value and have no range."""
     flat = {i for row in rows for i in row if constant(header, body, i)}
-    for i in sorted(flat):
-        header.notes.append(f"{header.signals['label'][i]} is constant, its range 0: flat")
+    labels = header.signals["label"]
+    header.notes += [f"{labels[i]} is constant, its range 0: flat" for i in sorted(flat)]
     paired = {i for row in rows if len(row) > 1 for i in row} - flat
     # the difference of it and another is not flat, and would not be said
-    dead = [header.signals["label"][i] for i in sorted(paired)
-            if _one_value(header.block(body, i))]
+    dead = [labels[i] for i in sorted(paired) if _one_value(header.block(body, i))]
     if dead:
         header.notes.append(f"constant, and in derivations with others: {', '.join(dead)}")
     kept = [{i: weight for i, weight in row.items() if i not in flat} for row in rows]
@@ -911,7 +900,7 @@ def _microvolts(header, body, row, gains, samples):
 
 def _check_twins(header, body, twins):
     """Refuse a label that stands twice with different signals, CHB-MIT's second T8-P8 apart."""
-    for first, other in twins:
+    for other, first in twins.items():
         name = header.signals["label"][other]
         if np.array_equal(header.block(body, first), header.block(body, other)):
             continue
