@@ -45,6 +45,7 @@ from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
+from eeg.store import whole_chunks
 
 READERS = 16                            # threads; a sweep: bench/loader.py --sweep
 SLOW_SHARE = 0.05                       # of the time; more of waiting for data is worth a word
@@ -175,11 +176,6 @@ class Recording:
         for begin, end in (self.spans - start).tolist():
             out[max(0, begin):max(0, end)] = 1
         return out
-
-
-def whole_chunks(samples: Any) -> Any:
-    """How many chunks hold so many samples, a number or an array of them."""
-    return -(-samples // CHUNK)
 
 
 def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
@@ -476,8 +472,6 @@ class Loader:
         self.reading = 0.0
         self.read = 0
         self.said = 0.0, 0.0            # waited and lasted at the last share()
-        self.scale = np.stack([r.scale for r in windows.recordings])
-        self.norm = np.array([r.norm for r in windows.recordings], np.float32)
         names = AUGMENTED if augment is True else augment or ()
         self.augmenter = Augmenter(names, windows.recordings[0].channels)
         self._ring: list[Slot] = []
@@ -520,7 +514,7 @@ class Loader:
         if ring and len(ring[0].arrays["eeg"]) >= size:
             return ring
         import torch
-        channels = self.scale.shape[1]
+        channels = len(self.windows.recordings[0].channels)
         # of a file, the most that a window touches
         chunks = int(whole_chunks(self.windows.start % CHUNK + self.windows.length).max())
         shapes = {
@@ -541,9 +535,8 @@ class Loader:
 
     def _fill(self, slot, place, window, epoch):
         """In a reader: one window into its place; seconds that it took to read."""
-        which = self.windows.recording[window]
+        recording = self.windows.recordings[self.windows.recording[window]]
         start = int(self.windows.start[window])
-        recording = self.windows.recordings[which]
         host = slot.arrays
         # the GPU may still be copying the batch before out of this slot
         if slot.copied is not None:
@@ -557,12 +550,10 @@ class Loader:
         host["start"][place] = start % CHUNK
         host["real"][place] = min(self.windows.length, recording.samples - start)
         host["y"][place] = recording.labels(start, self.windows.length)
-        host["scale"][place] = self.scale[which]
-        host["norm"][place] = self.norm[which]
+        host["scale"][place] = recording.scale
+        host["norm"][place] = recording.norm
         if self.baseline:
-            amplitude, log_gain = recording.reference(self.baseline)
-            host["norm"][place] = amplitude
-            host["log_gain"][place] = log_gain
+            host["norm"][place], host["log_gain"][place] = recording.reference(self.baseline)
         for kind, numbers in self.augmenter.draw(self.seed, epoch, window).items():
             host[kind][place] = numbers
         return took
@@ -599,7 +590,8 @@ class Loader:
         draws = {kind: slot.tensors[kind][:count] for kind in self.augmenter.widths}
         t = {key: tensor[:count].to(self.device, non_blocking=True)
              for key, tensor in slot.tensors.items() if key not in draws}
-        channels, length = self.scale.shape[1], self.windows.length
+        length = self.windows.length
+        channels = t["eeg"].shape[2]
         x = torch.empty((count, channels, length), device=self.device)
         starts = slot.arrays["start"][:count]
         if length % CHUNK == 0 and not starts.any():

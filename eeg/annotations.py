@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eeg.columns import COLUMNS, NOTHING, SECONDS, SHORT, another_clock, kind_of, refuse_codes
-from eeg.columns import refuse_described, refuse_edges, refuse_lines, refuse_others, refuse_times
-from eeg.columns import title_of, with_points
+from eeg.columns import COLUMNS, NOTHING, SECONDS, SHORT, TIMES, another_clock, kind_of
+from eeg.columns import refuse_codes, refuse_described, refuse_edges, refuse_lines, refuse_others
+from eeg.columns import refuse_times, title_of, with_points
 from eeg.disk import named, write_file
 from eeg.edf import NUMBER, DataError, number
 from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
@@ -294,14 +294,19 @@ def parse_csv(text, name="csv"):
 
 def parse_tse(text, name="tse"):
     """TUSZ until v1.5: .tse or .tse_bi, rows of start, stop, label, probability."""
-    lines = [line.split() for line in _lines(text, name) if not line.startswith("version")]
-    odd = [line for line in lines if len(line) not in (3, 4)]
-    if odd:
-        what = "incomplete row" if len(odd[0]) < 3 else "more than a row in"
-        raise DataError(f"{name}: {what} {' '.join(odd[0])[:60]!r}")
+    rows = [line.split() for line in _lines(text, name) if not line.startswith("version")]
+    _refuse_length(rows, name)
     labels = Labels()
-    _add_tuh_rows(labels, [("TERM", *line[:3]) for line in lines], name)
+    _add_tuh_rows(labels, [("TERM", *row[:3]) for row in rows], name)
     return labels
+
+
+def _refuse_length(rows, name):
+    """Refuse a table without titles whose rows are not of three cells or four."""
+    for row in rows:
+        if len(row) not in (3, 4):
+            what = "incomplete row" if len(row) < 3 else "more than a row in"
+            raise DataError(f"{name}: {what} {' '.join(row)[:60]!r}")
 
 
 def _add_tuh_rows(labels, rows, name):
@@ -347,15 +352,9 @@ def is_list(path):
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             return False
-        text = read_text(path)
-    except (DataError, OSError):
+        _find_titles(read_text(path), path.name)
+    except (DataError, OSError, csv.Error):
         return False
-    try:
-        parse_list(text, path.name, Texts())
-    except NoTable:
-        return False
-    except (DataError, csv.Error):
-        pass                            # a table all the same
     return True
 
 
@@ -389,38 +388,42 @@ def list_labels(text, name, texts=None, began=""):
 def parse_list(text, name, meanings, began=""):
     """[(onset in s, duration in s or None, text)] of a table with a column of onsets and one of
     texts, delimited by tabs, commas or semicolons."""
-    lines, seizures = [line for line in text.split("\n") if line.strip("# ")], []
+    above, titles, below, delimiter = _find_titles(text, name)
+    columns = _columns(titles)
+    timed = [place for kind in TIMES for place in columns.get(kind, ())]
+    _refuse_units(titles, columns, timed)
+    _refuse_hidden(below)
+    refuse_lines(above, began)
+    _refuse_above([_cells(line, delimiter) for line in above], columns)
+    # MNE quotes nothing: what a last text holds of delimiters
+    count = len(titles) if len(titles) - 1 in columns["text"] else None
+    rows = [_cells(line, delimiter, count) for line in below if not line.startswith("#")]
+    if delimiter != ",":
+        rows = with_points(rows, timed)
+    # a row that lacks a cell which others have may have lost any of them
+    widest = max([columns["onset"][0] + 1, columns["text"][0] + 1, *map(len, rows)])
+    _refuse_cut([titles, *rows], min(len(titles), widest), text)
+    refuse_others(rows, titles, name)
+    found, seizures = [], []
+    for row in rows:
+        of_row = _list_row(row, titles, columns, meanings, began)
+        seizures += [(*times, row) for *times, text in of_row
+                     if meanings.meaning(text)[0] == "seizure"][:1]
+        found += of_row
+    refuse_edges(titles, seizures)
+    _refuse_heading(above, [text for *_, text in found], meanings)
+    return found
+
+
+def _find_titles(text, name):
+    """(lines above the titles of a list, the titles, lines below them, delimiter)."""
+    lines = [line for line in text.split("\n") if line.strip("# ")]
     for at, line in enumerate(lines[:10]):
         for delimiter in "\t,;":
             titles = _cells(line.lstrip("# "), delimiter)
-            columns = _columns(titles)
-            if {"onset", "text"} <= columns.keys():
-                _refuse_hidden(lines[at + 1:])
-                refuse_lines(lines[:at], began)
-                _refuse_above([_cells(row, delimiter) for row in lines[:at]], columns)
-                # MNE quotes nothing: what a last text holds of delimiters
-                count = len(titles) if len(titles) - 1 in columns["text"] else None
-                rows = [_cells(row, delimiter, count) for row in lines[at + 1:]
-                        if not row.startswith("#")]
-                if delimiter != ",":
-                    rows = with_points(rows, {place for kind in ("onset", "end", "duration")
-                                              for place in columns.get(kind, ())})
-                # a row that lacks a cell which others have may have lost any of them
-                needed = min(len(titles), max([columns["onset"][0] + 1, columns["text"][0] + 1,
-                                               *map(len, rows)]))
-                _refuse_cut([titles, *rows], needed, text)
-                refuse_others(rows, titles, name)
-                found = []
-                for row in rows:
-                    of_row = _list_row(row, titles, columns, meanings, began)
-                    seizures += [(*times, row) for *times, text in of_row
-                                 if meanings.meaning(text)[0] == "seizure"][:1]
-                    found += of_row
-                refuse_edges(titles, seizures)
-                _refuse_heading(lines[:at], [text for *_, text in found], meanings)
-                return found
-    raise NoTable(f"{name} is no table of onsets and texts, such as "
-                  "Onset,Duration,Annotation")
+            if {"onset", "text"} <= _columns(titles).keys():
+                return lines[:at], titles, lines[at + 1:], delimiter
+    raise NoTable(f"{name} is no table of onsets and texts, such as Onset,Duration,Annotation")
 
 
 def _refuse_above(rows, columns):
@@ -447,22 +450,26 @@ def _cells(line, delimiter, count=None):
     return [cell.strip(' "') for cell in cells]
 
 
-def _columns(cells):
+def _columns(titles):
     """{kind of column: its places}."""
-    found = {}
-    for place, cell in enumerate(cells):
-        found.setdefault(kind_of(cell), []).append(place)
-    found.pop("", None)
-    for kind, places in found.items():  # one called onset before one called seizure start
-        places.sort(key=lambda place: title_of(cells[place]) not in COLUMNS[kind])
-    if {"onset", "text"} <= found.keys():
-        for place in (p for kind in ("onset", "end", "duration") for p in found.get(kind, ())):
-            unit = re.search(r"[(\[,]\s*([^)\]]*)", cells[place])
-            # a clock beside the seconds is not read
-            clock = place not in (places[0] for places in found.values()) and "|h+:.*"
-            if unit and not re.fullmatch(SECONDS + (clock or ""), unit[1].strip().lower()):
-                raise DataError(f"{cells[place]} is not in seconds")
-    return found
+    columns = {}
+    for place, title in enumerate(titles):
+        columns.setdefault(kind_of(title), []).append(place)
+    columns.pop("", None)
+    for kind, places in columns.items():    # one called onset before one called seizure start
+        places.sort(key=lambda place: title_of(titles[place]) not in COLUMNS[kind])
+    return columns
+
+
+def _refuse_units(titles, columns, timed):
+    """Refuse a list whose titles of the columns `timed` have another unit than seconds."""
+    read = {places[0] for places in columns.values()}
+    for place in timed:
+        unit = re.search(r"[(\[,]\s*([^)\]]*)", titles[place])
+        # a clock beside the seconds is not read
+        known = SECONDS if place in read else SECONDS + "|h+:.*"
+        if unit and not re.fullmatch(known, unit[1].strip().lower()):
+            raise DataError(f"{titles[place]} is not in seconds")
 
 
 def _list_row(row, titles, columns, meanings, began=""):
@@ -482,8 +489,9 @@ def _list_row(row, titles, columns, meanings, began=""):
         # one called seizure start says so itself
         read = {place for kind, places in columns.items() for place in places
                 if title_of(titles[place]) in COLUMNS[kind]}
-        texts += [said for place, (title, cell) in enumerate(zip(titles, row)) if place not in read
-                  and (said := _of_another(title, cell))]
+        others = [_of_another(title, cell) for place, (title, cell) in enumerate(zip(titles, row))
+                  if place not in read]
+        texts += filter(None, others)
     judged = judgements(titles, row)
     # of a text that the user calls a seizure, too
     seizures = {text: text if marks(text) else "seizure" for text in texts if text not in judged
@@ -540,10 +548,9 @@ def read_seizeit(path, header, texts=None):
 def parse_seizeit(text, name="a1.tsv"):
     """SeizeIT1 annotation: onset, end (s), type, comment. An end may be None: no labels then."""
     labels = Labels()
-    for row in (line.split("\t") for line in _lines(text, name)):
-        if not 3 <= len(row) <= 4:
-            what = "incomplete row" if len(row) < 3 else "more than a row in"
-            raise DataError(f"{name}: {what} {' '.join(row)!r}")
+    rows = [line.split("\t") for line in _lines(text, name)]
+    _refuse_length(rows, name)
+    for row in rows:
         if row[1].strip() == "None":
             raise DataError(f"{name}: the seizure at {row[0].strip()} s has no end")
         onset = float(number(row[0], f"{name}: time"))

@@ -23,7 +23,9 @@ COLUMNS = {
     "file": {what + end for end in ("", "name", "id", "path", " name", " id", " path", " no", " nr")
              for what in "file recording record run edf session patient subject study segment part "
                          "block datei fichier aufnahme".split()}}
+TIMES = ("onset", "end", "duration")
 FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
+UNITS = ("unit", "units", "time unit")
 OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
 SECONDS = (r"(s|secs?|seconds?)\.?( (from|after|since|of) (?!.*(clip|segm|epoch|window)).*"
            r"(start|begin|onset)\w*)?|")
@@ -149,11 +151,14 @@ def refuse_others(rows, titles, name):
     """Refuse a table that has rows of another recording than the one it lies beside, or a column
     that gives its times in another unit than seconds or from another start."""
     titles = [title_of(title) for title in titles]
-    cells = [(title, cell) for row in rows for title, cell in zip(titles, row)]
-    for title, cell in cells:
-        if title in ("unit", "units", "time unit") and re.match(OTHER_UNIT, cell, re.I):
-            raise DataError(f"its times are in {cell}, not in seconds")
-    _refuse_files(cells, name)
+    below = {}                          # title -> {what stands below it: None}, each once
+    for row in rows:
+        for title, cell in zip(titles, row):
+            below.setdefault(title, {})[cell] = None
+    for unit in (cell for title in UNITS for cell in below.get(title, ())):
+        if re.match(OTHER_UNIT, unit, re.I):
+            raise DataError(f"its times are in {unit}, not in seconds")
+    _refuse_files(below, name)
     kinds = list(map(kind_of, titles))
     if "onset" in kinds:
         place = kinds.index("onset")
@@ -163,24 +168,20 @@ def refuse_others(rows, titles, name):
             _refuse_origin(dict(zip(titles, row)), row[place])
 
 
-def _refuse_files(cells, name):
-    """Refuse a table whose (title, cell) name several recordings, or another than `name`."""
-    named = {}                          # title -> what stands below it
-    for title, cell in cells:
-        if title in COLUMNS["file"]:
-            named.setdefault(title, set()).add(cell)
-    files = {cell for title, cell in cells if cell.lower().endswith(".edf")
-             or FILE.match(title) and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
-    others = [file for file in sorted(files) if not name.lower().startswith(_stem(file))]
-    most = max(named.values(), key=len, default=())
-    if len(most) > 1 or others:
-        raise DataError(f"it has rows of {', '.join(others or sorted(most))[:60]}: one list for "
+def _refuse_files(below, name):
+    """Refuse a table, title -> cells, that names several recordings, or another than `name`."""
+    files = {cell for title, cells in below.items() for cell in cells
+             if cell.lower().endswith(".edf") or FILE.match(title)
+             and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
+    others = []
+    for file in sorted(files):
+        last = re.split(r"[\\/]", file.lower())[-1]
+        if not name.lower().startswith(re.sub(r"(_eeg)?(\.\w{1,4})?$", "", last, count=1)):
+            others.append(file)
+    named = max((below[title] for title in below.keys() & COLUMNS["file"]), key=len, default=())
+    if len(named) > 1 or others:
+        raise DataError(f"it has rows of {', '.join(others or sorted(named))[:60]}: one list for "
                         "each recording")
-
-
-def _stem(file):
-    """A file's name in small letters, without folders and ending."""
-    return re.sub(r"(_eeg)?(\.\w{1,4})?$", "", re.split(r"[\\/]", file.lower())[-1], count=1)
 
 
 def _refuse_origin(row, onset):
@@ -298,7 +299,7 @@ def refuse_described(path, text, meanings):
         if not isinstance(column, dict):
             continue
         unit, levels = str(column.get("Units", "")), column.get("Levels")
-        if kind_of(title) in ("onset", "end", "duration") and re.match(OTHER_UNIT, unit, re.I):
+        if kind_of(title) in TIMES and re.match(OTHER_UNIT, unit, re.I):
             raise DataError(f"{place.name}: {title} is in {unit}, not in seconds")
         used = {row[at] for row in rows if at < len(row)}
         for code, meaning in (levels if isinstance(levels, dict) else {}).items():

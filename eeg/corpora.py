@@ -82,20 +82,16 @@ def one_line(error):
     return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", "?", str(error))
 
 
-def stamps(source):
-    """Sizes and times of the files a recording is made of: [[name, size, mtime_ns], ...]."""
-    files = [file for file in (source.path, source.annotation) if file]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
 def origin(source, task):
     """Attributes that say what a recording is made of; while they are the same, it is kept."""
+    files = [file for file in (source.path, source.annotation) if file]
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return {
         "format": FORMAT,
         "prepared": task.recipe.hash,
         "patient": source.patient,
         "split": source.split,
-        "source_state": json.dumps(stamps(source)),
+        "source_state": json.dumps(stamps),
         "renames": json.dumps(sorted(task.renames.items())) if task.renames else ""}
 
 
@@ -367,7 +363,7 @@ def _command(src, out, options):
 def check_finished(out):
     """TemporaryFault where an import into a folder runs or was stopped: not all is there yet."""
     here = console.command("data.py") + " "
-    unfinished = " && ".join(_unfinished(out)).replace("python data.py ", here)
+    unfinished = " && ".join(_read_marks(out)["unfinished"]).replace("python data.py ", here)
     if not unfinished:
         return
     owner = holder(out)
@@ -378,7 +374,8 @@ def check_finished(out):
 
 def _stopped(out, src):
     """Commands of stopped imports into a folder, of other sources that are still there."""
-    places = {command: Path(shlex.split(command)[3]).resolve() for command in _unfinished(out)}
+    places = {command: Path(shlex.split(command)[3]).resolve()
+              for command in _read_marks(out)["unfinished"]}
     return [command for command, place in places.items()
             if place.exists() and not place.is_relative_to(src)]
 
@@ -686,36 +683,34 @@ def _close(out, src, files, others, report, stopped):
               and not (Path(file).is_relative_to(src) and os.path.isdir(file))]
     met = {shown(path.absolute()) for path in others}
     alone = [file for file in labels_alone(out) if file not in met]
-    marks = {"refused": before + report.refused,
-             "alone": alone + [shown(path.absolute()) for path in report.alone]}
-    write_json(out / REPORT, marks | ({"unfinished": stopped} if stopped else {}))
+    write_json(out / REPORT, {
+        "refused": before + report.refused,
+        "alone": alone + [shown(path.absolute()) for path in report.alone],
+        "unfinished": stopped})
 
 
 def read_report(out):
     """[[file, reason], ...] of the files that imports into `out` refused."""
-    try:
-        return [[str(file), str(why)] for file, why in _read_marks(out).get("refused", [])]
-    except (TypeError, ValueError):     # of another program
-        return []
+    return _read_marks(out)["refused"]
 
 
 def labels_alone(out):
     """Annotation files that belonged to no EDF when imports into `out` met them, and are there."""
-    files = _read_marks(out).get("alone", [])
-    return [str(file) for file in files if Path(str(file)).exists()] if type(files) is list else []
-
-
-def _unfinished(out):
-    """Command lines of imports into a folder that run or were stopped."""
-    commands = _read_marks(out).get("unfinished", [])
-    return [commands] if isinstance(commands, str) else commands
+    return [file for file in _read_marks(out)["alone"] if Path(file).exists()]
 
 
 def _read_marks(out):
-    """What an import keeps beside its recordings: {"refused": ..., "unfinished": commands}."""
+    """What imports keep beside their recordings: files that they refused, annotation files of no
+    EDF, commands that run or were stopped; nothing where another program wrote it."""
     try:
         with named(Path(out, REPORT)):
             marks = json.loads(Path(out, REPORT).read_text())
-        return marks if isinstance(marks, dict) else {}
-    except (FileNotFoundError, ValueError):     # out of reach: it may say that not all is there
-        return {}
+        commands = marks.get("unfinished", [])
+        # an earlier version kept one alone
+        commands = [commands] if isinstance(commands, str) else list(map(str, commands))
+        return {"refused": [[str(file), str(why)] for file, why in marks.get("refused", [])],
+                "alone": list(map(str, marks.get("alone", []))),
+                "unfinished": commands}
+    # out of reach is another error: it may say that not all is there
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        return {"refused": [], "alone": [], "unfinished": []}

@@ -414,18 +414,13 @@ def calibration(header: Header, body: np.ndarray, i: int, blank_unit: str) -> tu
         raise DataError(f"{name}: a range of {float(span):.3g} uV is not scalp EEG: "
                         "the unit or range is wrong")
 
-    _check_range(name, header.block(body, i), dmin, dmax)
-    gain = float((pmax - pmin) / (dmax - dmin)) * factor
-    return gain, float(pmin) * factor - dmin * gain
-
-
-def _check_range(name, block, dmin, dmax):
-    """Refuse samples beyond the header's digital range: then the gain may be wrong too."""
-    if dmin <= -32767 and dmax >= 32766:
-        return                          # nothing can be outside
+    # beyond the digital range the gain may be wrong too
+    block = header.block(body, i)
     if block.min() < dmin - 1 or block.max() > dmax + 1:
         raise DataError(f"{name} holds {block.min()} to {block.max()}, "
                         f"its header says {dmin} to {dmax}")
+    gain = float((pmax - pmin) / (dmax - dmin)) * factor
+    return gain, float(pmin) * factor - dmin * gain
 
 
 def _unit(text):
@@ -669,8 +664,10 @@ def _all_reduced(header, channels, places):
             header.notes.append(f"{choice} in the place of {choices[0]}")
         rows.append(row)
         alone += [row] if choice in places.electrodes else []
-    if several := _several_references(places, alone):
-        header.notes.append(several)    # no reason to refuse: a wearable's may be that way
+    try:
+        _check_references(places, alone)
+    except DataError as several:        # no reason to refuse: a wearable's may be that way
+        header.notes.append(str(several))
     return rows
 
 
@@ -691,14 +688,9 @@ def _reduced(header, name, places):
 
 
 def _check_references(places, rows):
-    if several := _several_references(places, rows):
-        raise DataError(several)
-
-
-def _several_references(places, rows):
     references = sorted({places.references[i] or "none" for row in rows for i in row})
-    return (f"electrodes with different references: {', '.join(references)}"
-            if len(references) > 1 else "")
+    if len(references) > 1:
+        raise DataError(f"electrodes with different references: {', '.join(references)}")
 
 
 def _labels(header):

@@ -239,6 +239,9 @@ def _kept(texts):
     return {text: counts[text] for text in first[:MAX_KEPT_TEXTS]}
 
 
+# a file's name, or its end, that tells of labels
+LABELS = (r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal|rater|review|summar|a\d\b)"
+          r"[\w -]*(\.\w+)+")
 # the .json of BIDS describe the EDF and the columns of its events
 NOT_LABELS = (".edf", "_eeg.json", "_events.json", ".h5", ".md", ".pdf", ".png", ".jpg", ".md5",
               ".sha256", *FOREIGN)
@@ -248,19 +251,18 @@ def _unread_beside(path, of_folder=False):
     """Names of files beside an EDF that may hold its labels and are of no kind that is read; with
     `of_folder` those of no EDF, too, which may be of the whole folder: labels.csv."""
     stem = path.stem.removesuffix("_eeg")
-    kinds = (r"(annot|label|marker|event|seiz|sz|scor|anfa|cris|ictal|rater|review|summar|a\d\b)"
-             r"[\w -]*(\.\w+)+")
-    own = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?([-_. ](.*[-_. ])?{kinds}|(\.\w+)+)", re.I)
     names = os.listdir(path.parent)
-    edfs = [name[:-4].removesuffix("_eeg") for name in names if name.lower().endswith(".edf")]
+    edfs = tuple(name[:-4].removesuffix("_eeg") for name in names if name.lower().endswith(".edf"))
     # night_2_events.tsv is of night_2, not of night
     longer = tuple(other for other in edfs if len(other) > len(stem) and other.startswith(stem))
-    names = [name for name in names if not name.lower().endswith(NOT_LABELS)]
-    found = [name for name in names if own.fullmatch(name) and not name.startswith(longer)]
-    if of_folder:
-        found += [name for name in names
-                  if re.fullmatch(kinds, name, re.I) and not name.startswith(tuple(edfs))]
-    return sorted(found)
+    own = re.compile(rf"{re.escape(stem)}(_eeg)?(\.edf)?([-_. ](.*[-_. ])?{LABELS}|(\.\w+)+)", re.I)
+    found = []
+    for name in sorted(names):
+        of_edf = own.fullmatch(name) and not name.startswith(longer)
+        of_all = of_folder and re.fullmatch(LABELS, name, re.I) and not name.startswith(edfs)
+        if (of_edf or of_all) and not name.lower().endswith(NOT_LABELS):
+            found.append(name)
+    return found
 
 
 def channel_notes(path):

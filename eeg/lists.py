@@ -42,16 +42,14 @@ def summary_labels(blocks, name="summary"):
     what = f"{name}, {file}"
     if len(blocks) > 1:
         raise DataError(f"{what}: named {len(blocks)} times")
-    lines = [line.strip() for line in block.split("\n")[1:]]
-    found = {line: SUMMARY.fullmatch(line) for line in lines}
-    odd = [line for line in lines if not found[line]
-           and (speaks(line) or re.search(r"\.edf|\d *sec", line, re.I))]
-    if odd:
-        raise DataError(f"{what}: {odd[0]!r} is not understood")
-    found = [found[line] for line in lines if found[line]]
-    counts = [int(match["count"]) for match in found if match["count"]]
-    starts, ends = [[match for match in found if (match["edge"] or "").lower() == edge]
-                    for edge in ("start", "end")]
+    found = {"start": [], "end": [], "": []}
+    for line in map(str.strip, block.split("\n")[1:]):
+        if match := SUMMARY.fullmatch(line):
+            found[(match["edge"] or "").lower()].append(match)
+        elif speaks(line) or re.search(r"\.edf|\d *sec", line, re.I):
+            raise DataError(f"{what}: {line!r} is not understood")
+    starts, ends = found["start"], found["end"]
+    counts = [int(match["count"]) for match in found[""]]
     if counts != [len(starts)] or len(starts) != len(ends):
         raise DataError(f"{what}: {', '.join(map(str, counts)) or 'no'} seizures announced, "
                         f"{len(starts)} begin, {len(ends)} end")
@@ -59,7 +57,8 @@ def summary_labels(blocks, name="summary"):
     for start, end in zip(starts, ends):
         if start["number"] != end["number"]:
             raise DataError(f"{what}: {end[0]!r} does not end {start[0]!r}")
-        labels.events.append(tuple(float(number(edge["time"], what)) for edge in (start, end)))
+        onset, stop = (float(number(edge["time"], what)) for edge in (start, end))
+        labels.events.append((onset, stop))
 
     # clock times of the file are off by 10 s and more: only a gross difference counts
     begin = re.search(r"^File Start Time:\s*(\S+)", block, re.M)
@@ -72,8 +71,6 @@ def summary_labels(blocks, name="summary"):
 
 SIENA = re.compile(r"\s*(File name|Registration start time|Registration end time|"
                    r"(?:Seizure )?start time|(?:Seizure )?end time)\s*:\s*(.*?)\s*$", re.I)
-
-
 # Seizure n 2 (in sleep):
 HEADING = re.compile(r"^\s*seizures? *(n|no|nr|number)?\W*\d+\W*(\(.*\)\W*)?$", re.I)
 
@@ -112,12 +109,13 @@ def parse_siena(text, name="Seizures-list"):
 
 def siena_times(entry, what):
     """(registration start in s of the day, its length, seizure onset and end in s after it)."""
+    times = []
     for key in ("registration start", "registration end", "start", "end"):
         if key not in entry:
             raise DataError(f"{what}: no {key} time")
-    begin, last, onset, end = [clock(_bare(entry[key]), f"{what}: {key} time") for key in
-                               ("registration start", "registration end", "start", "end")]
-    length, onset, end = [(time - begin) % 86400 for time in (last, onset, end)]
+        times.append(clock(_bare(entry[key]), f"{what}: {key} time"))
+    begin = times[0]
+    length, onset, end = ((time - begin) % 86400 for time in times[1:])
     if not onset < end <= length:
         raise DataError(f"{what}: a seizure from {onset} s to {end} s in a recording of {length} s")
     return begin, float(length), float(onset), float(end)
@@ -129,16 +127,41 @@ def _bare(text):
 
 
 def read_siena(path, header, texts=None):
-    """Seizures of a Siena recording, from the wall clock. Some names are spelt wrongly (O for 0, no
-    number): a lone one left over is taken for the lone recording left over, and noted."""
+    """Seizures of a Siena recording, from the wall clock."""
     files = parse_siena(read_text(path), path.name)
     listed = {}                         # PN00-1.edf and PNO0-1.EDF are one
     for name, entries in files.items():
         listed.setdefault(_siena_name(name), []).extend(entries)
-    labels, key, registered = Labels(slack=60.0), _siena_name(header.path.name), None
-    edfs = [other for other in header.path.parent.iterdir() if other.suffix.lower() == ".edf"]
+    labels = Labels(slack=60.0)
+    key = _listed_as(header.path, path, files, listed, labels)
+    if not key:
+        return None
+    if not listed[key]:
+        raise Unlabelled(f"{path.name} names it without a seizure's times")
+    for entry in listed[key]:
+        if "odd" in entry:
+            raise DataError(f"{path.name}, {entry['file']}: {entry['odd']!r} is not understood")
+    registered = None
+    for entry in _whole_entries(listed[key], labels):
+        _correct_start(entry, path.name, header, labels)
+        where = f"{path.name}, {entry['file']}"
+        begin, length, onset, end = siena_times(entry, where)
+        registered = registered or (begin, length)
+        if max(abs(begin - registered[0]), abs(length - registered[1])) > labels.slack:
+            raise DataError(f"{where}: its registration times are of two recordings")
+        labels.seconds = length
+        labels.events.append((onset, end))
+    return labels
+
+
+def _listed_as(edf, path, files, listed, labels):
+    """The name of `listed` that stands for an EDF, None without one. Some are spelt wrongly (O for
+    0, no number): a lone one left over is taken for the lone recording left over, and noted."""
+    key = _siena_name(edf.name)
+    names = [_siena_name(other.name) for other in edf.parent.iterdir()
+             if other.suffix.lower() == ".edf"]
     # of the same patient: a folder may hold several
-    others = {name for other in edfs if (name := _siena_name(other.name))[:4] == key[:4]}
+    others = {name for name in names if name[:4] == key[:4]}
     if key not in listed:
         left = [name for name in listed if name not in others and name[:4] == key[:4]]
         if len(left) != 1 or len(others - set(listed)) != 1:
@@ -151,22 +174,7 @@ def read_siena(path, header, texts=None):
                 "start" in entry and _registered(entry) in times for entry in files[name]):
             raise DataError(f"{path.name}: a seizure of {name!r}, of which there is no EDF, has "
                             f"{key}'s registration times: one of them is misspelt")
-
-    if not listed[key]:
-        raise Unlabelled(f"{path.name} names it without a seizure's times")
-    for entry in listed[key]:
-        if "odd" in entry:
-            raise DataError(f"{path.name}, {entry['file']}: {entry['odd']!r} is not understood")
-    for entry in _whole_entries(listed[key], labels):
-        _correct_start(entry, path.name, header, labels)
-        where = f"{path.name}, {entry['file']}"
-        begin, length, onset, end = siena_times(entry, where)
-        registered = registered or (begin, length)
-        if max(abs(begin - registered[0]), abs(length - registered[1])) > labels.slack:
-            raise DataError(f"{where}: its registration times are of two recordings")
-        labels.seconds = length
-        labels.events.append((onset, end))
-    return labels
+    return key
 
 
 def _registered(entry):
@@ -183,9 +191,10 @@ def _whole_entries(entries, labels):
         lacking = times.keys() - entry.keys()
         if lacking:
             labels.notes.append("a seizure listed without registration times: those of the other")
-        odd = [f"{entry[key]} read as {_bare(entry[key])}"
-               for key in entry if key != "file" and entry[key] != _bare(entry[key])]
-        labels.notes += [note for note in odd if note not in labels.notes]
+        for key, text in entry.items():
+            note = f"{text} read as {_bare(text)}"
+            if key != "file" and text != _bare(text) and note not in labels.notes:
+                labels.notes.append(note)
     return [times | entry for entry in entries]
 
 

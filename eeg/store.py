@@ -23,9 +23,7 @@ FORMAT = 2                              # version of the HDF5 layout
 
 def write_recording(target, eeg, events, attributes):
     """One recording, eeg int16 (C, T), under its final name, complete and durable, or not at all.
-
-    Format 2: `eeg` lies in chunks of (C, CHUNK), uncompressed, one after the other behind all else,
-    so that a window of training is one read. Where HDF5 puts them elsewhere, DataError."""
+    DataError where HDF5 does not lay it as format 2."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{os.getpid()}.h5.part")     # no longer than the name of any EDF
     try:
@@ -35,8 +33,8 @@ def write_recording(target, eeg, events, attributes):
             # all that stands about the recording takes its place before the samples
             f.flush()
             _write_chunks(make_dataset(f, *eeg.shape), eeg)
-            end = _first_chunk(target, f["eeg"]) + 2 * len(eeg) * CHUNK * -(-eeg.shape[1] // CHUNK)
-        if os.path.getsize(temp) != end:
+            begin = _first_chunk(target, f["eeg"])
+        if os.path.getsize(temp) != begin + 2 * len(eeg) * CHUNK * whole_chunks(eeg.shape[1]):
             raise DataError(f"{target}: HDF5 put something behind the samples")
         replace_durably(temp, target)
     except (OSError, RuntimeError) as error:    # RuntimeError: of a full disk while h5py closes
@@ -46,6 +44,11 @@ def write_recording(target, eeg, events, attributes):
         raise OSError(f"{target}: {error}") from None
     finally:
         temp.unlink(missing_ok=True)
+
+
+def whole_chunks(samples):
+    """How many chunks hold so many samples, a number or an array of them."""
+    return -(-samples // CHUNK)
 
 
 def make_dataset(file, channels, samples):
@@ -79,7 +82,7 @@ def _first_chunk(path, eeg):
         eeg.id.chunk_iter(lambda chunk: found.append((chunk.chunk_offset[1], chunk.byte_offset)))
     found.sort()
     offset = found[0][1] if found else 0
-    count = -(-eeg.shape[1] // CHUNK)
+    count = whole_chunks(eeg.shape[1])
     if not offset or found != [(k * CHUNK, offset + k * size) for k in range(count)]:
         raise DataError(f"{path}: its samples are not whole chunks of int16, one after the other: "
                         "import it again")
@@ -109,8 +112,8 @@ def load_recording(path):
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise_passing(error, path)
         raise DataError(f"{path} is not a whole recording of data.py import ({error})") from None
-    chunks = -(-entry["samples"] // CHUNK)
-    if entry["size"] < entry["offset"] + 2 * len(entry["channels"]) * CHUNK * chunks:
+    samples = len(entry["channels"]) * CHUNK * whole_chunks(entry["samples"])
+    if entry["size"] < entry["offset"] + 2 * samples:
         raise DataError(f"{path}: its samples are not whole: import it again")
     values = np.array([*entry["scale"], entry["norm"], entry["source_fs"]])
     if not (np.isfinite(values) & (values > 0)).all() or entry["fs"] != FS:

@@ -519,9 +519,10 @@ def test_files_refused_for_one_reason_share_a_line(tmp_path):
     assert text.count("has no unit") == 1 and "5 files: Fp1 has no unit" in text
     assert "odd.edf: the header says 0 signals" in text and "6 refused:" in text
     assert len(corpora.read_report(tmp_path / "out")) == 6
-    for foreign in ('{"refused": 5}', '{"refused": [1]}', "[]"):
+    for foreign in ('{"refused": 5}', '{"refused": [1]}', "[]", '{"unfinished": 5}'):
         (tmp_path / "out" / "import.json").write_text(foreign)
         assert corpora.read_report(tmp_path / "out") == []
+        corpora.check_finished(tmp_path / "out")
 
 
 def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
