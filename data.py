@@ -11,9 +11,8 @@ settings of the preparation are the same. What cannot be read rightly is refused
 the rest goes on: exit 1 when anything was refused (--skip-bad: 0), 2 for bad usage. Preparation:
 eeg/edf.py; layouts: eeg/layouts.py; who trains and who validates: eeg/splits.py.
 
-A window is one read: ten seconds of all channels lie together in the file, the chunks one after the
-other (store.write_recording). Threads read ahead of the training, so that a corpus may be larger
-than memory and lie on a network; which thread reads what changes nothing in the batches.
+A window is one read (eeg/store.py). Threads read ahead of the training, so that a corpus may be
+larger than memory and lie on a network; which thread reads what changes nothing in the batches.
 """
 from eeg import console
 
@@ -134,7 +133,7 @@ class Recording:
     def _read_bytes(self, position, out):
         """Fill the array `out` from `position` in the file on."""
         try:
-            handle = os.open(self.path, os.O_RDONLY)
+            handle = os.open(self.path, os.O_RDONLY)    # open() doubles the time of a short read
             try:
                 self._check_unchanged(handle)
                 # without it the kernel reads on beyond each window, for nothing

@@ -212,15 +212,14 @@ def channel_names(text):
     """"f7-t7, Cz, c3-a2, BTEleft SD|BTEright SD" -> ("F7-T3", "Cz", "C3-A2", "BTEleft SD|BTEright
     SD"): known electrodes in one spelling; | stands between alternatives, the best first."""
     parts = [part.split("|") for part in text.split(",") if part.strip()]
-    return tuple("|".join(one_spelling(choice.strip(), ear=True) for choice in part)
-                 for part in parts)
+    return tuple("|".join(one_spelling(choice.strip()) for choice in part) for part in parts)
 
 
-def one_spelling(text, ear=False):
-    """"f7-t7" -> "F7-T3", "EEG Cz-REF" -> "Cz"; what is no electrode stays as it is. With `ear` so
-    does the one ear or mastoid that is the reference: a file may hold C3-A1 beside C3-A2."""
+def one_spelling(text):
+    """"f7-t7" -> "F7-T3", "EEG Cz-REF" -> "Cz". What is no electrode stays as it is, and so does
+    the one ear or mastoid that is the reference: a file may hold C3-A1 beside C3-A2."""
     name, end = channel(text) or (text, "")
-    kept = electrode(end.upper()) or ear and re.fullmatch("[AM][12]", end)
+    kept = electrode(end.upper()) or re.fullmatch("[AM][12]", end)
     return f"{name}-{end}" if kept else name
 
 

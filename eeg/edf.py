@@ -372,10 +372,8 @@ def note_zeros(header: Header, body: np.ndarray) -> None:
 
 def constant(header: Header, body: np.ndarray, i: int) -> bool:
     """Whether signal i is a reference that some makers store: one value, and a range of 0."""
-    low, high = header.signals["pmin"][i], header.signals["pmax"][i]
-    if low != high and header.signals["dmin"][i] != header.signals["dmax"][i]:
-        return False
-    return _one_value(header.block(body, i))
+    pmin, pmax, dmin, dmax = (header.signals[key][i] for key in ("pmin", "pmax", "dmin", "dmax"))
+    return (pmin == pmax or dmin == dmax) and _one_value(header.block(body, i))
 
 
 def _one_value(block):

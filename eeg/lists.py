@@ -128,12 +128,11 @@ def _bare(text):
 
 def read_siena(path, header, texts=None):
     """Seizures of a Siena recording, from the wall clock."""
-    files = parse_siena(read_text(path), path.name)
     listed = {}                         # PN00-1.edf and PNO0-1.EDF are one
-    for name, entries in files.items():
+    for name, entries in parse_siena(read_text(path), path.name).items():
         listed.setdefault(_siena_name(name), []).extend(entries)
     labels = Labels(slack=60.0)
-    key = _listed_as(header.path, path, files, listed, labels)
+    key = _listed_as(header.path, path.name, listed, labels)
     if not key:
         return None
     if not listed[key]:
@@ -154,26 +153,24 @@ def read_siena(path, header, texts=None):
     return labels
 
 
-def _listed_as(edf, path, files, listed, labels):
+def _listed_as(edf, source, listed, labels):
     """The name of `listed` that stands for an EDF, None without one. Some are spelt wrongly (O for
     0, no number): a lone one left over is taken for the lone recording left over, and noted."""
     key = _siena_name(edf.name)
-    names = [_siena_name(other.name) for other in edf.parent.iterdir()
-             if other.suffix.lower() == ".edf"]
+    edfs = [other for other in edf.parent.iterdir() if other.suffix.lower() == ".edf"]
     # of the same patient: a folder may hold several
-    others = {name for name in names if name[:4] == key[:4]}
+    there = {name for other in edfs if (name := _siena_name(other.name))[:4] == key[:4]}
     if key not in listed:
-        left = [name for name in listed if name not in others and name[:4] == key[:4]]
-        if len(left) != 1 or len(others - set(listed)) != 1:
+        left = [name for name in listed if name not in there and name[:4] == key[:4]]
+        if len(left) != 1 or len(there - set(listed)) != 1:
             return None
         key = left[0]
-        labels.notes.append(f"taken for {key} of {path.name}")
+        labels.notes.append(f"taken for {key} of {source}")
     times = [_registered(entry) for entry in listed[key]]
-    for name in files:
-        if _siena_name(name) not in others | {key} and any(
-                "start" in entry and _registered(entry) in times for entry in files[name]):
-            raise DataError(f"{path.name}: a seizure of {name!r}, of which there is no EDF, has "
-                            f"{key}'s registration times: one of them is misspelt")
+    for entry in (entry for name in listed if name not in there | {key} for entry in listed[name]):
+        if "start" in entry and _registered(entry) in times:
+            raise DataError(f"{source}: a seizure of {entry['file']!r}, of which there is no EDF, "
+                            f"has {key}'s registration times: one of them is misspelt")
     return key
 
 
