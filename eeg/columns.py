@@ -24,8 +24,10 @@ COLUMNS = {
              for what in "file recording record run edf session patient subject study segment part "
                          "block datei fichier aufnahme".split()}}
 TIMES = ("onset", "end", "duration")
+# the title of a column of files
 FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
-UNITS = ("unit", "units", "time unit")
+UNITS = ("unit", "units", "time unit")  # titles of a column of units
+# what is no unit of seconds, and what is one: with the start that they count from, or left away
 OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
 SECONDS = (r"(s|secs?|seconds?)\.?( (from|after|since|of) (?!.*(clip|segm|epoch|window)).*"
            r"(start|begin|onset)\w*)?|")
@@ -38,19 +40,20 @@ ORIGIN = re.compile(r"(clip|epoch|segment|file|window|chunk|page|edf|eeg) ?"
 # a row's place by samples
 SAMPLES = re.compile(r"\b(samples?|latency|frames?|data ?points?)\b")
 STARTS = re.compile(r"\b(onset|start|begin|offset)\b")
-# a line above the titles that says so of all times
+# a line above the titles that gives all times another unit or beginning
+_ALL = (r"(all )?(times?|onsets?|units?|values?|zeit(en)?|angaben|einheit(en)?|temps|tiempos?|"
+        r"tempos?|tempi|unites?|unidades?)")
+_CLIP = "(clip|segment|epoch|window)"
 OTHERWISE = re.compile(
-    r"(all )?(times?|onsets?|units?|values?|zeit(en)?|angaben|einheit(en)?|temps|tiempos?|tempos?|"
-    rf"tempi|unites?|unidades?)\b(\W+\w+){{0,2}}\W+({OTHER_UNIT}|min(uten|utos|uti)\b|proben\b)|"
-    r".*\b(relative to|from|since) (the )?(clip|segment|epoch|window)|"
-    r"(clip|segment|epoch|window)s? (offset|start)\W+\d")
+    rf"{_ALL}\b(\W+\w+){{0,2}}\W+({OTHER_UNIT}|min(uten|utos|uti)\b|proben\b)|"
+    rf".*\b(relative to|from|since) (the )?{_CLIP}|{_CLIP}s? (offset|start)\W+\d")
 NEAR = 60.0                             # s between a seizure's clinical onset and its onset in EEG
 SHORT = 2.0                             # s; a list of shorter ones alone is odd
 # titles of a column that counts its rows
-COUNTS = re.compile(r"(|\W|#|no\.?|nr\.?|n|id|index|idx|number|#|(seizure|sz|event|anfall|crise)"
-                    r"( ?(no|nr|id|number|index|#))?\.?)")
+COUNTS = re.compile(r"(|\W|n|no\.?|nr\.?|id|index|idx|number|"
+                    r"(seizure|sz|event|anfall|crise)( ?(no|nr|id|number|index|#))?\.?)")
+# two values that tell a start from an end
 EDGE_CODES = {"12", "01", "10", "se", "be", "ae", "df", "if", "ud", "+-", "1-1"}
-
 # a description that speaks of seizures, and of none
 DENIED = re.compile(r"\b(no|not|non|none|without|free|inter ?ictal)\b")
 
