@@ -235,15 +235,11 @@ def _check_size(header, said, size):
                         f"the file holds {body // record}")
     extra = body - header.records * record
     if extra:
-        _check_line_ends(header.path, extra)
+        # one byte more for each \n, samples too: it became \r\n
+        content = header.path.read_bytes()
+        if content.count(b"\n") == content.count(b"\r\n") == extra:
+            raise DataError(f"copied as text: a byte was put before each of {extra} line feeds")
         header.notes.append(f"{extra} bytes after the last record left out")
-
-
-def _check_line_ends(path, extra):
-    """Refuse a file copied as text: every \\n became \\r\\n, also those that are samples."""
-    content = path.read_bytes()
-    if content.count(b"\n") == content.count(b"\r\n") == extra:
-        raise DataError(f"copied as text: a byte was put before each of {extra} line feeds")
 
 
 # ---- EDF+: annotations ----
