@@ -712,6 +712,23 @@ def test_a_file_that_cannot_be_read_is_not_overwritten_by_that_of_the_second_cop
     assert all((home / name).is_symlink() for name in ("last.pt", "best.pt", "checkpoint_epoch_004.pt"))
 
 
+def test_going_back_to_a_file_overwrites_no_best_that_cannot_be_read_now(tmp_path):
+    home, nas = tmp_path / "results/v3/checkpoints", tmp_path / "nas"
+    whole_run(home, nas)
+    with saver(home, checkpoint_keep=0) as s:       # without the second copy
+        s.resume()
+        s.save_epoch(state(40, epoch=4), metric=0.95)
+    unreadable(home / "best.pt")
+    shutil.copy(home / "checkpoint_epoch_003.pt", tmp_path / "kept.pt")
+    with Mirrored(home, mirror=nas, say=quiet) as s:
+        assert s.resume(tmp_path / "kept.pt")["global_step"] == 30
+    assert (home / "best.pt").is_symlink()
+    (home / "best.kept").replace(home / "best.pt")
+    with Mirrored(home, mirror=nas, say=quiet) as s:
+        assert s.resume()["global_step"] == 30 and metric(home / "best.pt") == 0.9
+    assert [metric(path) for path in home.glob("abandoned_best_*.pt")] == [0.95]
+
+
 def test_a_lost_home_waits_for_a_best_of_the_second_copy_that_cannot_be_read(tmp_path):
     home, place = tmp_path / "results/v3/checkpoints", tmp_path / "nas/v3/checkpoints"
     whole_run(home, tmp_path / "nas")
