@@ -94,6 +94,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # torch loads for seconds, and a Ctrl-C meanwhile deserves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
 import torch
 
 TEMP = re.compile(r"\..+\.(\d+)(?:@([\w-]+))?\.\w+\.tmp")     # .NAME.PID@HOST.RANDOM.tmp
@@ -775,14 +779,10 @@ def is_dead_temp(path: Path) -> bool:
         return False
     if not named or not stat.S_ISREG(info.st_mode):
         return False
-    process, host = int(named[1]), named[2]
-    if time.time() - info.st_mtime > ABANDONED:
-        return True
-    if host not in (None, _host()):
-        return False
-    if process == os.getpid():              # in a container a dead process had this number too
+    process, here = int(named[1]), named[2] in (None, _host())
+    if here and process == os.getpid():     # in a container a dead process had this number too
         return path.name not in _own_temps
-    return not is_alive(process)
+    return time.time() - info.st_mtime > ABANDONED or here and not is_alive(process)
 
 
 def is_alive(process: int) -> bool:
@@ -806,8 +806,8 @@ def _temp(path):
         yield temp
     finally:
         if temp.name in _own_temps:         # not renamed
+            _own_temps.discard(temp.name)   # first: what an interrupt leaves goes at the next save
             _unlink(temp)
-            _own_temps.discard(temp.name)
 
 
 def _host():
@@ -969,7 +969,8 @@ def _read_state(file, map_location):
         if not isinstance(state, dict):
             raise CorruptCheckpoint(f"holds a {type(state).__name__}, not a checkpoint dict")
     except Exception as error:
-        error.foreign = not comment         # every byte is as it was written, by another program
+        # every byte is as it was written: by another program, or where add_safe_globals allows more
+        error.foreign = not comment or isinstance(error, pickle.UnpicklingError)
         raise
     # a choice among files believes the note: it may not say other than the state
     if comment and json.dumps(_facts(_note(comment))) != json.dumps(_facts(state)):
@@ -1320,7 +1321,7 @@ def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
     doomed = [c.path for c in others[max(0, keep - len(guarded)):]]
     for path in doomed:
         _unlink(path)
-    return doomed
+    return [path for path in doomed if not os.path.lexists(path)]
 
 
 # ---- what a copied loop needs besides: random states, signals ----
@@ -1506,10 +1507,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._failures, self._failing_since = 0, 0.0        # in a row, and since when
         self._turn = threading.RLock()
         self._signals = Signals()           # heard only within signals()
-        self._open()
         # waiting: starting a thread per save costs 5 ms
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._due_at = time.monotonic() + 60 * min(2.0, self.minutes)
+        self._open()                        # last: an interrupt after it would keep the lock
 
     def _begin_line(self):
         """A run of its own, as long as no checkpoint is gone on from."""
@@ -1789,6 +1790,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         `stopping`. Left only when the last save is durable: the second signal of a pair must not
         meet a writer at work."""
         with Signals() as self._signals:
+            if threading.current_thread() is not threading.main_thread():
+                self.say("checkpoints: no signal is heard here: they reach the main thread alone")
             try:
                 yield self._signals
             finally:
@@ -1827,7 +1830,7 @@ class Checkpointer(contextlib.AbstractContextManager):
                 self._due_at = time.monotonic() + 60
                 return False
             self.position = here
-            names = [KINDS["mid_epoch"].name.format(**_numbers(state))]
+            names = [KINDS["mid_epoch"].name.format_map(state)]
             self._save(state, "mid_epoch", names, None, since)
             return True
 
@@ -1850,7 +1853,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             improved = self.is_best(measured)               # a save that waits comes first
             names = [KINDS["last"].name]
             if self.interval and state["epoch"] % self.interval == 0:
-                names.insert(0, KINDS["checkpoint_epoch"].name.format(**_numbers(state)))
+                names.insert(0, KINDS["checkpoint_epoch"].name.format_map(state))
             if improved:
                 names.append(KINDS["best"].name)
             self.position = (int(state["epoch"]) + 1, 0)
@@ -2260,14 +2263,10 @@ def _check_progress(state, needed):
         if key not in state:
             raise IncompleteState(f"the state has no {key!r}: a resume goes on from its epoch "
                                   f"(they count from 1) and batch")
-    for key, value in _numbers(state).items():
+    for key, value in ((key, state[key]) for key in PROGRESS if key in state):
         if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < 2**63:
             raise TypeError(f"[{key!r}] must be a whole number, 0 or more, not {value!r}: no "
                             f"resume could take this file")
-
-
-def _numbers(state):
-    return {key: state[key] for key in PROGRESS if key in state}
 
 
 def _free_name(path):
@@ -2316,10 +2315,10 @@ class Lock(contextlib.AbstractContextManager):
     def close(self) -> None:
         if self not in self.held:
             return
-        self.held.discard(self)
         with contextlib.suppress(OSError):  # a file system without locks: nothing to give back
             # closing alone would leave it to a child that has the descriptor
             fcntl.flock(self.fd, fcntl.LOCK_UN)
+        self.held.discard(self)             # an interrupt before it lets a second call unlock
         with contextlib.suppress(OSError):  # a network disk may say only now what it refused
             os.close(self.fd)
 
@@ -2491,4 +2490,6 @@ def _elsewhere(module):
 
 if __name__ == "__main__":
     sys.modules.setdefault("checkpoint", sys.modules[__name__])     # what run/ imports is this file
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

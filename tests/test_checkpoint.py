@@ -1,4 +1,5 @@
 """Policy of checkpoint.py: choosing, rotating, best, timers, faults, links, locks, the command line."""
+import argparse
 import errno
 import math
 import os
@@ -97,6 +98,32 @@ def test_what_could_not_be_loaded_again_is_refused_by_its_key_and_nothing_is_wri
     with pytest.raises(TypeError, match=message) as refusal:
         checkpoint.atomic_save({"a": {"b": [0, value]}}, tmp_path / "last.pt")
     assert "['a']['b'][1]" in str(refusal.value) and sound(checkpoint.load(tmp_path / "last.pt")) == 1
+
+
+def test_what_another_process_was_allowed_to_save_is_refused_here_and_not_called_damaged(tmp_path, capsys):
+    for number in (1, 2):
+        with torch.serialization.safe_globals([argparse.Namespace] * (number - 1)), saver(tmp_path) as s:
+            s.save_mid(state(number) | {"args": argparse.Namespace(lr=1) if number == 2 else None})
+    capsys.readouterr()
+    assert checkpoint.main(["verify", str(tmp_path)]) == 0 and checkpoint.main(["clean", str(tmp_path), "--yes"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("FOREIGN: weights_only loading refuses it: it would run argparse.Namespace") == 2
+    assert sound(checkpoint.load(checkpoint.find_resume(tmp_path))) == 1
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert sound(checkpoint.load(checkpoint.find_resume(tmp_path))) == 2
+
+
+def test_a_file_that_the_system_does_not_let_go_is_not_said_to_be_rotated_out(tmp_path, capfd):
+    paths = [tmp_path / f"mid_epoch_001_{number:06d}.pt" for number in (1, 2, 3)]
+    for number, path in enumerate(paths):
+        checkpoint.atomic_save(state(number, batch=number) | {"save_counter": number}, path)
+    if subprocess.run(["chattr", "+i", paths[0]], capture_output=True).returncode:
+        pytest.skip("no file can be made immutable here")
+    try:
+        assert checkpoint.rotate(tmp_path, "mid*", 1) == [paths[1]]
+        assert f"could not remove {paths[0]}" in capfd.readouterr().err
+    finally:
+        subprocess.run(["chattr", "-i", paths[0]])
 
 
 def test_any_zip_tool_and_plain_torch_open_a_checkpoint(tmp_path):

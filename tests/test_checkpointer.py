@@ -23,6 +23,27 @@ from eeg import disk
 from test_crash import recover, saver
 
 
+# ---- temp files ----
+
+def test_a_save_of_longer_than_an_hour_keeps_its_temp_from_another_one_of_its_process(tmp_path):
+    def pieces():
+        yield b"begun, "
+        temp, = tmp_path.glob(".*.tmp")
+        os.utime(temp, (0, 0))
+        checkpoint.atomic_save({"a": 1}, tmp_path / "other.pt")
+        yield b"ended"
+
+    checkpoint.atomic_write(tmp_path / "x", pieces())
+    assert (tmp_path / "x").read_bytes() == b"begun, ended"
+
+
+def test_a_temp_whose_removal_was_interrupted_goes_at_the_next_save(tmp_path):
+    assert interrupted(checkpoint._unlink.__code__, lambda: checkpoint.links_work(tmp_path), 1)
+    assert list(tmp_path.glob(".*.tmp"))
+    checkpoint.atomic_save({"a": 1}, tmp_path / "x.pt")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 # ---- the lock ----
 
 def test_a_lock_is_given_back_at_close_though_a_forked_child_lives_on(tmp_path):
@@ -54,6 +75,45 @@ def test_the_death_of_a_process_frees_its_lock_though_its_forked_worker_lives_on
         checkpoint.lock(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def interrupted(code, act, line):
+    """Whether Ctrl-C came at the `line`-th line that runs of `code` within act()."""
+    left = [line]
+
+    def trace(frame, event, _):
+        left[0] -= frame.f_code is code and event == "line"
+        if not left[0]:
+            left[0] = -1
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_a_saver_that_is_interrupted_as_it_is_made_holds_no_directory(tmp_path):
+    made, line = [], 1
+    while interrupted(checkpoint.Checkpointer.__init__.__code__, lambda: made.append(checkpoint.Checkpointer(tmp_path)), line):
+        checkpoint.lock(tmp_path).close()
+        line += 1
+    made[0].close()
+    assert line > 20
+
+
+def test_a_lock_whose_close_was_interrupted_is_given_back_by_the_next(tmp_path):
+    held, line = checkpoint.lock(tmp_path), 1
+    while interrupted(checkpoint.Lock.close.__code__, held.close, line):
+        held.close()
+        held, line = checkpoint.lock(tmp_path), line + 1
+    assert line > 5
 
 
 @pytest.mark.parametrize("take", [checkpoint.lock, disk.hold])
@@ -100,6 +160,20 @@ def test_random_states_bring_back_every_generator(tmp_path):
     expected = draw()
     checkpoint.restore_random_states(checkpoint.load(tmp_path / "x.pt")["random"])
     assert draw() == expected
+
+
+def test_a_thread_is_told_that_no_signal_reaches_it(tmp_path):
+    said = []
+
+    def work():
+        with checkpoint.Checkpointer(tmp_path, say=said.append) as saver, saver.signals():
+            saver.save_mid(state(1))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert said[0] == "checkpoints: no signal is heard here: they reach the main thread alone"
+    assert said[1].startswith("saved mid_epoch")
 
 
 LOOP = """

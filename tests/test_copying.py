@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import numpy
@@ -243,14 +244,17 @@ def torchrun(folder, *kill, restarts=0):
 def test_processes_that_torchrun_starts_again_meet_and_go_on(tmp_path):
     step = "            train(x, y)\n"
     given = step + """
-            if rank == 1 and number == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] < "4":
-                os.kill(os.getpid(), 9 if os.environ["TORCHELASTIC_RESTART_COUNT"] < "3" else 15)
+            restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            if number == 3 and (rank == 1 or restart == "3") and restart < "4":
+                os.kill(os.getpid(), 9 if restart < "3" else 15)
 """
-    code = recipe("DDP").replace(step, given)
+    slow = 'mode="min", before_save=lambda directory: __import__("time").sleep(8 if saver.stopping() else 0))'
+    code = recipe("DDP").replace(step, given).replace('mode="min")', slow)
     folder = placed(tmp_path, code, EPOCHS=5)
     done = torchrun(folder, 0, 0, 0, restarts=4)
     assert done.returncode == 0 and done.stdout.count("resume: chose") == 4, done.stderr
-    assert "exitcode: 143" in done.stderr, "a signal to one process stops all of them, saved"
+    assert "exitcode: 143" in done.stderr
+    assert "resume: chose mid_epoch_001_000003.pt" in done.stdout, "no process leaves before the slow save of process 0"
     assert checkpoint.load(folder / "checkpoints/last.pt")["global_step"] == 25
 
 
@@ -611,6 +615,15 @@ def test_a_second_saver_of_a_process_is_told_in_a_line_to_close_the_first(tmp_pa
     line = "is in use by this process: close the earlier Checkpointer first"
     assert str(refused.value).endswith(f"{tmp_path} {line}") and f"`... {line}`" in PAGE
     Checkpointer(tmp_path).close()
+
+
+def test_a_ctrl_c_while_torch_loads_ends_the_command_without_a_traceback(tmp_path):
+    folder = placed(tmp_path, "")
+    (folder / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    process = subprocess.Popen([sys.executable, "checkpoint.py", "verify", "."], cwd=folder, stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("command", ["ls", "clean", "strip", "average"])
