@@ -17,7 +17,7 @@ from eeg.columns import refuse_codes, refuse_described, refuse_edges, refuse_lin
 from eeg.columns import refuse_times, title_of, with_points
 from eeg.disk import named, write_file
 from eeg.edf import NUMBER, DataError, number
-from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, GARBLED, NO, SEIZURE, YES, Texts
+from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, NO, SEIZURE, STRANGE, YES, Texts
 from eeg.terms import meaning_of, marks, plain, speaks, without_number
 
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
@@ -393,7 +393,7 @@ def parse_list(text, name, meanings, began=""):
     timed = [place for kind in TIMES for place in columns.get(kind, ())]
     _refuse_units(titles, columns, timed)
     _refuse_hidden(below)
-    refuse_lines(above, began)
+    refuse_lines(above, began, name)
     _refuse_above([_cells(line, delimiter) for line in above], columns)
     # MNE quotes nothing: what a last text holds of delimiters
     count = len(titles) if len(titles) - 1 in columns["text"] else None
@@ -626,7 +626,7 @@ def _refuse_unknown(onset, text, begun):
     a bare "end" after a start."""
     what = f"{text[:60]!r} at {onset:g} s"
     if speaks(text):
-        how = "is garbled" if GARBLED.search(text) else "speaks of a seizure"
+        how = "is in strange letters" if STRANGE.search(text) else "speaks of a seizure"
         raise DataError(f"{what} {how} and is not known: say what it means with "
                         "--seizure-label or --background-label of data.py import")
     if begun and EDGES.fullmatch(without_number(plain(text))[0]):

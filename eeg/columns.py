@@ -20,9 +20,12 @@ COLUMNS = {
     "text": {"annotation", "annotations", "description", "text", "event", "label", "trial type",
              "comment", "note", "type", "eventtype", "event type", "beschreibung", "kommentar",
              "ereignis", "evenement", "commentaire", "evento", "descripcion", "descrizione"},
-    "file": {what + end for end in ("", "name", "id", "path", " name", " id", " path", " no", " nr")
-             for what in "file recording record run edf session patient subject study segment part "
-                         "block datei fichier aufnahme".split()}}
+    "file": {what + end for what in (
+        "file recording record run edf session patient subject study segment part block case exam "
+        "mrn night visit datei fichier aufnahme aufzeichnung untersuchung patienten fall nacht "
+        "enregistrement nuit registro registrazione paciente paziente sujeto eeg").split()
+        for end in ("", "name", "id", "path", "nummer", " name", " id", " path", " no", " nr")
+        if what + end != "eeg"}}        # F7, where a seizure begins
 TIMES = ("onset", "end", "duration")
 # the title of a column of files
 FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
@@ -41,12 +44,13 @@ ORIGIN = re.compile(r"(clip|epoch|segment|file|window|chunk|page|edf|eeg) ?"
 SAMPLES = re.compile(r"\b(samples?|latency|frames?|data ?points?)\b")
 STARTS = re.compile(r"\b(onset|start|begin|offset)\b")
 # a line above the titles that gives all times another unit or beginning
-_ALL = (r"(all )?(times?|onsets?|units?|values?|zeit(en)?|angaben|einheit(en)?|temps|tiempos?|"
-        r"tempos?|tempi|unites?|unidades?)")
+_ALL = (r"(all )?(time(s|base|units?)?|onsets?|units?|values?|zeit(en|basis|einheit)?|angaben|"
+        r"einheit(en)?|temps|tiempos?|tempos?|tempi|unites?|unidades?)")
 _CLIP = "(clip|segment|epoch|window)"
 OTHERWISE = re.compile(
     rf"{_ALL}\b(\W+\w+){{0,2}}\W+({OTHER_UNIT}|min(uten|utos|uti)\b|proben\b)|"
-    rf".*\b(relative to|from|since) (the )?{_CLIP}|{_CLIP}s? (offset|start)\W+\d")
+    rf".*\b(relative to|from|since) (the )?{_CLIP}|{_CLIP}s? (offset|start)\W+\d|"
+    r"(time )?offset\W+(0*\.)?0*[1-9]")
 NEAR = 60.0                             # s between a seizure's clinical onset and its onset in EEG
 SHORT = 2.0                             # s; a list of shorter ones alone is odd
 # titles of a column that counts its rows
@@ -113,11 +117,15 @@ def another_clock(stamp, began, after=0.0):
     return bool(stamped and begin) and all(1 < seconds < 86400 - exact for seconds in late)
 
 
-def refuse_lines(lines, began):
-    """Refuse a list whose lines above its titles say that its times are no seconds from the
-    recording's start: MNE writes orig_time, others Start, of one that was cut since, perhaps."""
+def refuse_lines(lines, began, name):
+    """Refuse a list whose lines above its titles name another recording than `name`, or say that
+    its times are no seconds from the recording's start: MNE writes orig_time, others Start, of one
+    that was cut since, perhaps."""
     for line in lines:
         said = line.strip("# ")
+        files = re.findall(r"([^\s\\/]+)\.edf\b", said.lower())
+        if files and not any(file.removesuffix("_eeg") in name.lower() for file in files):
+            raise DataError(f"{said[:60]!r}: it is of another recording")
         found = find_clock(said)
         starts = found and BEGINS.search(plain(found.string[:found.start()]))
         if OTHERWISE.match(plain(said.strip("("))) or starts and another_clock(said, began):
@@ -138,7 +146,7 @@ def refuse_times(titles, row, onset, began):
 @functools.lru_cache(1000)             # of every row
 def title_of(cell):
     """A title without units, as it is compared."""
-    return plain(re.sub(r"[(\[,].*", "", cell))
+    return plain(re.sub(r"[(\[,].*", "", cell)).rstrip(".: ")
 
 
 def kind_of(cell):
@@ -167,6 +175,7 @@ def refuse_others(rows, titles, name):
         place = kinds.index("onset")
         timed = [row for row in rows if place < len(row)]
         _refuse_thousands([row[place] for row in timed])
+        _refuse_days([row[place] for row in timed])
         for row in timed:
             _refuse_origin(dict(zip(titles, row)), row[place])
 
@@ -232,6 +241,14 @@ def _refuse_thousands(cells):
                             "one of thousands?")
 
 
+def _refuse_days(cells):
+    """Refuse onsets that are all below 1, one of them finer than a sample: spreadsheets keep a time
+    as a part of the day."""
+    fine = [cell for cell in cells if re.fullmatch(r"0?\.\d{4,}[1-9]", cell)]
+    if fine and all(re.fullmatch(r"0?\.\d+|0", cell) for cell in cells):
+        raise DataError(f"onset is {fine[0]}: seconds, or a part of a day?")
+
+
 def refuse_edges(titles, rows):
     """Refuse (onset, duration, cells) of a table's rows on a seizure where all last as long and a
     column may tell its start from its end: by two values in turn, or of rows that are moments."""
@@ -276,8 +293,9 @@ def refuse_codes(found, meanings):
 # ---- the .json of BIDS that describes a table ----
 
 def described(path):
-    """(path of the nearest .json that describes a BIDS table, beside it or above its subject, what
-    it says of each column); (None, {}) without one."""
+    """{column: (the .json that describes it, what it says)} of a BIDS table, by those beside it and
+    above its subject; of several on one column the nearest."""
+    found = {}
     for folder in path.parents:
         for place in sorted(folder.glob("*events.json"), key=lambda place: -len(place.name)):
             if {*place.stem.split("_")} <= {*path.stem.split("_")}:
@@ -285,27 +303,30 @@ def described(path):
                     said = json.loads(place.read_text(encoding="utf-8-sig"))
                 except (OSError, ValueError):
                     said = {}           # of what is not read the table says enough
-                return place, said if isinstance(said, dict) else {}
+                for title in said if isinstance(said, dict) else ():
+                    found.setdefault(title, (place, said[title]))
         if not re.match("(sub|ses)-|eeg$", folder.name):
             break
-    return None, {}
+    return found
 
 
 def refuse_described(path, text, meanings):
     """Refuse a BIDS table whose .json calls a code of its cells a seizure, or has its times in
     another unit than seconds."""
-    place, said = described(Path(path))
+    said = described(Path(path))
     lines = filter(str.strip, text.split("\n"))
     titles, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
     for at, title in enumerate(titles):
-        column = said.get(title)
+        place, column = said.get(title, (None, None))
         if not isinstance(column, dict):
             continue
-        unit, levels = str(column.get("Units", "")), column.get("Levels")
+        unit = str(column.get("Units", ""))
         if kind_of(title) in TIMES and re.match(OTHER_UNIT, unit, re.I):
             raise DataError(f"{place.name}: {title} is in {unit}, not in seconds")
         used = {row[at] for row in rows if at < len(row)}
-        for code, meaning in (levels if isinstance(levels, dict) else {}).items():
+        levels = [column.get(key) for key in ("Levels", "HED")]
+        for code, meaning in (pair for level in levels if isinstance(level, dict)
+                              for pair in level.items()):
             meaning = str(meaning)
             known = marks(code) or meanings.meaning(code)[0] or meanings.meaning(meaning)[0]
             speaks = marks(meaning) and not DENIED.search(plain(meaning))

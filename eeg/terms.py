@@ -41,7 +41,9 @@ SPEAKS = re.compile(
     r"[ck]onvul[sz]|kram(p|bi)|stuip|aanval|insult|toeval|napad|drgawk|padaczk|chvat|attacc|"
     r"kejang|\bserang(an)?\b|sawan|co giat|[dđ]ong kinh|kohtaus|kourist|\bn\S{1,2}bet|roham|"
     r"g\S{1,2}rcs|lekme|"
-    r"priepuol|traukul|\bepi\w*hoog|bangkitan|kifafa|degedege|frav.r|fr.nvaro|poissaolo|havale\b|"
+    r"priepuol|traukul|\bepi\w*hoog|tutqanoq|xuruj|k[ou]m[bv]uls|"
+    r"^(epi(leps\w+)?|abs|эпи(лепс\w+)?|hoog|tutma|flog)( #?\d+)?$|"
+    r"bangkitan|kifafa|degedege|frav.r|fr.nvaro|poissaolo|havale\b|"
     r"rangas|\bgrc(evi)?\b|krece\b|odsutnost|^absent[ae]$|\bt?tcg\b|ctcg|bns\b|blick nick|"
     r"kas[ıi]lma|ひきつけ|\b(cgtc|cpc)\b|^epil\w+?(ic[aoe]?|ique|isch\w?)$|electrodecr|"
     r"\bclin\w*\.? (start|beg[ai]n|debut|inicio)|\bevent:? (typical|habitual)|target event|"
@@ -53,14 +55,15 @@ SPEAKS = re.compile(
     r"\b(typical|habitual) (event|episode)|\b(sub|electro)clin|^(electrographic|status)$|"
     r"(?<!\d )\bcps\b|[ck]lonus|gelasti|hypermotor|hyperkinet|"
     r"(grand|petit|gd) ?mal|\b(abs|aus|ass)c?[ea]n[csz]\w*\b(?! (of|d[aei]|d')\b)|"
-    r"gt(cs?|ka)\b|\bf?btc\b|\b[fbp]*tcs\b|\btka\b|\bfias\b|\baura\b|"
+    r"gt(cs?|ka?s?)\b|\bf?btc\b|\b[fbp]*tcs\b|\btka\b|\bfias\b|\baura[es]?\b|"
     r"\ba?(tonic|tonisch|[ck]loni(?!d))|\bastat|spasm|m[yi]o[ck]lon|"
     # Russian, Ukrainian, Bulgarian, Greek, Chinese and Japanese (between seizures is none), Korean
     # (taken apart as `plain` does), Arabic, Persian, Hebrew, Hindi, Thai
-    r"прист[уъ]п|припад|судо[рм]|напад|гърч|абсанс|тонико|клонус|миоклони|κρισ|σπασμ|欠神|失神|强直|"
+    r"прист[уъ]п|припад|судо[рм]|напад|гърч|абсанс|тонико|клонус|миоклони|ұстама|таталт|уналт|"
+    r"κρισ|σπασμ|欠神|失神|强直|"
     r"^(てんかん|癫痫|επιληπτικη)$|حمله|نوبات|תקף|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
     r"[痉痙][挛攣]|けいれん|ケイレン|\u1107\u1161\u11af\u110c\u1161\u11a8|"
-    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|התקף|פרכוס|दौर|मिरगी|ชัก")
+    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|دورہ|مرگی|התקף|פרכוס|दौर|मिरगी|छार|झटक|ชัก")
 # cells beside a seizure's text; a text within a seizure may doubt a channel, or deny the seizure
 EDGES = re.compile(rf"((eeg|clin\w*|electr\w*) )?({_START}|{_END})")
 _OUT = "reject|exclu|discard|delet|invalid"
@@ -77,8 +80,9 @@ BUTTON = re.compile(
     r"(event|ereignis) ?(mark|taste)|^alarm|nurse call|\bknop\b|bouton|poussoir|pulsa(dor|nte)|"
     r"botao|butonu?\b|按[钮鈕键鍵]|ホタン|кнопк")
 CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
-                      "agree|consens|correlate|^epileptic|^real")
-NO = re.compile(r"no?|nein|non|false|0([.,]0*)?")
+                      r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|"
+                      r"^(expert|rater|reader|reviewer|annotator) ?([1-9]|[a-e])$")
+NO = re.compile(r"no?|nein|non|false|0([.,]0*)?( ?(/|%|of |von ).*)?")
 YES = re.compile(r"y(es)?|ja?|oui|si|true|x|1([.,]0*)?")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
@@ -119,15 +123,17 @@ class Texts:
 
 
 # letters of another alphabet than the one they are read in: no European word has three in a row,
-# nor UTF-8's two for one letter
-GARBLED = re.compile("[\x80-\xff]{3}|[\xc3-\xc5][\x80-\xbf]")
+# nor UTF-8's two for one letter; and alphabets of whose words none is known here, from Armenian to
+# Mongolian
+STRANGE = re.compile("[\x80-\xff]{3}|[\xc3-\xc5][\x80-\xbf]|"
+                     "[\u0530-\u058f\u0980-\u0dff\u0e80-\u10ff\u1200-\u18af]")
 
 
 def speaks(text):
     said = plain(text)
     # SzDetect is two words
     apart = plain(re.sub("(?<=[a-z])(?=[A-Z])", " ", text))
-    return bool(SPEAKS.search(said) or SPEAKS.search(apart) or GARBLED.search(text)
+    return bool(SPEAKS.search(said) or SPEAKS.search(apart) or STRANGE.search(text)
                 or "seizure" in said.replace(" ", ""))
 
 

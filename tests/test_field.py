@@ -448,7 +448,10 @@ def test_an_end_closes_whichever_start_is_open_built_in_or_given():
                                   # spelt, run together or cut short as in none of the above; of Hindi as it is taken apart
                                   "FBTCSz", "FBTC", "PTCS", "SzDetect", "szstrt", "Anfal", "Kriz 2", "absense", "abscence", "ausencia", "assenza", "Absence during HV", "grandmal",
                                   "Klonien", "mioclonia", "astatic", "Subclinical", "electrographic", "Clinical end", "Clin. Beginn", "epileptisch", "event: typical", "CGTC", "kas\u0131lma", "\u3072\u304d\u3064\u3051", "habitual event", "Episode 3", "मिर्गी",
-                                  "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1")])
+                                  "Приступ".encode("cp1251").decode("latin-1"), "発作".encode("shift-jis").decode("latin-1"),
+                                  # in letters of which no word is known, and words of further languages
+                                  "გულყრა", "ցնցում", "வலிப்பு", "మూర్ఛ", "ಸೆಳೆತ", "അപസ്മാരം", "খিঁচুনি", "આંચકી", "တက်", "ប្រកាច់", "ຊັກ", "የሚጥል", "دورہ", "مرگی", "छारे", "झटका",
+                                  "ұстама", "таталт", "уналт", "tutma", "Hoog 2", "tutqanoq", "kombulsyon", "auras", "GTK", "Abs 12", "Epi", "Epilepsie", "Эпи"])
 def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text):
     """Also beside others that are known; said, with what to do, and the user gets it out."""
     beside = (1, 2, "Seizure"), (5, None, "background")
@@ -459,7 +462,7 @@ def test_a_text_that_speaks_of_a_seizure_and_stays_unused_leaves_no_labels(text)
 
 
 @pytest.mark.parametrize("text", ["interictal spikes", "eyes open", "Spikes F7", "photic 10 Hz", "szene", "kein Anfall", "no electrographic seizures",
-                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform discharges", "epileptische Potentiale", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "processor", "saisir", "measure", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
+                                  "inter-ictal", "inter-critique", "critical care", "Szymanski, Anna", "spell the word", "no better", "etc.", "hoogte", "epileptiform", "эпилептиформная активность", "impedantie hoog", "nefes tutma", "눈 뜸", "epileptiform discharges", "epileptische Potentiale", "alpha 9 cps", "absence of alpha", "absence d'alpha", "clonidine", "static", "pseudoperiodic", "Status: awake", "consult", "profits", "6-7 cps", "cesser", "processor", "saisir", "measure", "mesure de pression", "F\xfc\xdfe", "глаза открыты", "发作间期", "眼を開けた"])
 def test_other_texts_beside_a_seizure_leave_its_labels(text):
     assert parse((1, 2, "Seizure"), (9, 3, text)) == [(1, 3)]
 
@@ -676,6 +679,24 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "latency,type,time,duration\n1280,Seizure,5,4\n", "latency is 1280 beside an onset of 5"),
     ("a.csv", "Onset;Duration;Text\n5;1;background\n812;4;Seizure\n1.200;4;Seizure\n", "is its point one of thousands?"),
     ("a.csv", "Epoch start,Day,sample,onset,duration,label\n0,1,1280,5,4,Seizure\n12,1,3072,12,4,Seizure\n", [[5, 9], [12, 16]]),
+    # of several recordings or another one, by further titles and a line above
+    *(("a.csv", f"{title};onset;duration;label\n1;5;4;Seizure\n2;12;4;Seizure\n", "a.csv: it has rows of 1, 2")
+      for title in ("Case", "MRN", "EEG no.", "Night", "Visit", "Patienten-ID", "Fallnummer", "Aufzeichnung", "Enregistrement", "Paciente", "Registro")),
+    ("a.csv", "# source: C:\\eeg\\night b.edf\nonset,duration,label\n5,4,Seizure\n", "it is of another recording"),
+    ("a_annotations.txt", "# source: C:\\eeg\\A_eeg.EDF of a.edf\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
+    ("a.csv", "EEG,onset,duration,label\nF7,5,4,Seizure\nT3,12,4,Seizure\n", [[5, 9], [12, 16]]),
+    # of other units or another start by a line above, and parts of a day of a spreadsheet
+    *(("a.csv", f"{line}\nonset,duration,label\n5,4,Seizure\n", f"a.csv: {line!r}")
+      for line in ("Timebase: samples", "TimeUnit: ms", "Zeitbasis = min", "Offset: 100 s", "Time offset 0.5")),
+    ("a.csv", "Offset: 0 s\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
+    ("a.csv", "Time;Duration;Text\n0,00009404;4;Seizure\n0,0002;1;eyes open\n", "onset is 0.00009404: seconds, or a part of a day?"),
+    ("a.csv", "Time,Duration,Text\n0.500000,4,Seizure\n0,1,eyes open\n", [[0.5, 4.5]]),
+    ("a.csv", "Time,Duration,Text\n0.00390625,4,Seizure\n12,1,eyes open\n", [[0.00390625, 4.00390625]]),
+    # one of several raters, or all
+    ("a.csv", "onset,duration,label,Expert A,Expert B\n5,4,Seizure,1,0\n", "'Seizure 0' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,votes\n5,4,Seizure,3\n12,4,Seizure,0 of 3\n", "'Seizure 0 of 3' at 12 s speaks"),
+    ("a.csv", "onset,duration,label,agreement\n5,4,Seizure,0/3\n", "'Seizure 0/3' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,votes,rater1,Rater\n5,4,Seizure,3,1,0\n", [[5, 9]]),
     ("a.lbl_bi", "version = lbl_v1.0.0\n", "not read as labels: a.lbl_bi"),
     ("a_annotations.xml", "<xml/>", "not read as labels: a_annotations.xml")])
 def test_label_files_and_exported_lists_beside_an_edf_are_read_or_named(tmp_path, name, content, events):
@@ -736,6 +757,21 @@ def test_a_bids_description_that_calls_a_code_a_seizure_leaves_no_labels(tmp_pat
     imported(tmp_path, tmp_path / "out")
     r, = data.open_corpus(tmp_path / "out")
     assert why in r.unlabelled if why and "rest" not in place else r.labelled and not len(r.events)
+
+
+def test_several_bids_descriptions_of_one_table_count_together_the_nearest_first(tmp_path):
+    write_edf(tmp_path / "sub-01" / "eeg" / "sub-01_task-sz_eeg.edf", 20)
+    (tmp_path / "sub-01" / "eeg" / "sub-01_task-sz_events.tsv").write_text("onset\tduration\ttrial_type\n0\t1\tbackground\n5\t4\tA\n")
+    above, near = tmp_path / "task-sz_events.json", tmp_path / "sub-01" / "sub-01_task-sz_events.json"
+    for far, close, labelled in (({"trial_type": {"Levels": {"A": "seizure"}}}, {"onset": {"Units": "s"}}, False),
+                                 ({"trial_type": {"HED": {"A": "Seizure, Clinical"}}}, {}, False),
+                                 ({"trial_type": {"Levels": {"A": "seizure"}}}, {"trial_type": {"Levels": {"A": "eyes open"}}}, True)):
+        above.write_text(json.dumps(far))
+        near.write_text(json.dumps(close))
+        imported(tmp_path, tmp_path / "out", replace=True)
+        (tmp_path / "sub-01" / "eeg" / "sub-01_task-sz_events.tsv").touch()
+        r, = data.open_corpus(tmp_path / "out")
+        assert r.labelled == labelled and (labelled or "task-sz_events.json says that trial_type A is" in r.unlabelled)
 
 
 def test_what_an_annotation_file_that_counts_alone_keeps_from_being_read_is_said(tmp_path):
