@@ -1170,15 +1170,18 @@ class Candidate:
     @property
     def order(self) -> tuple[int, ...]:
         """Newest save first: the counter only grows, also after a rollback; equal counters go by
-        progress, then by kind."""
+        progress, then by kind, then by the numbers of the name, for a state that has no progress."""
         f = self.facts
         rank = -list(KINDS).index(self.kind) if self.kind else -len(KINDS)
-        return f["save_counter"], f["global_step"], f["epoch"], f["batch"], rank
+        numbers = map(int, re.findall(r"[0-9]+", self.path.name))
+        return f["save_counter"], f["global_step"], f["epoch"], f["batch"], rank, *numbers
 
     @property
     def save(self) -> Any:
         """What makes two files the same save; None where it is not known."""
-        return self.facts and (self.facts["run"], self.facts["start"], self.facts["save_counter"])
+        # a state of atomic_save may have no counter: then its progress tells it from another
+        keys = "run", "start", "save_counter", "global_step", "epoch", "batch"
+        return self.facts and itemgetter(*keys)(self.facts)
 
     def stands_for(self, other: "Candidate") -> bool:
         """Whether this sound file holds the save of `other`, which cannot be read: by its progress,
@@ -2244,7 +2247,7 @@ def better(value: float, best: float | None, mode: str = "max") -> bool:
 
 def abandoned_name(best: Candidate) -> Path:
     """Another name for the Candidate `best`, best.pt of a line that was left."""
-    run, _, counter = best.save
+    run, counter = best.facts["run"], best.facts["save_counter"]
     return best.path.with_name(f"abandoned_best_{run or 'run'}_{counter}.pt")
 
 

@@ -377,6 +377,23 @@ def test_rotation_keeps_the_newest_saves_whatever_their_dates_names_and_neighbou
         checkpoint.rotate(tmp_path, "mid_epoch_*.pt", -1)
 
 
+def test_rotation_of_states_without_progress_keeps_the_highest_numbers_of_their_names(tmp_path):
+    for epoch in (1, 2, 9, 99, 100, 999, 1000):
+        checkpoint.atomic_save({"weights": epoch}, tmp_path / f"checkpoint_epoch_{epoch:03d}.pt")
+    checkpoint.rotate(tmp_path, "checkpoint_epoch_*.pt", 3)
+    assert names(tmp_path) == ["checkpoint_epoch_100.pt", "checkpoint_epoch_1000.pt", "checkpoint_epoch_999.pt"]
+
+
+def test_states_without_counter_are_one_save_only_where_their_progress_is_one(tmp_path):
+    for batch, step in ((4, 24), (9, 29)):
+        checkpoint.atomic_save({"epoch": 3, "batch": batch, "global_step": step}, tmp_path / f"mid_epoch_003_{batch:06d}.pt")
+    shutil.copy(tmp_path / "mid_epoch_003_000009.pt", tmp_path / "last.pt")
+    said = []
+    checkpoint.find_resume(tmp_path, said.append)
+    assert said[1].endswith("last.pt: epoch 3 batch 9 step 29 save 0, the same save")
+    assert said[2].endswith("mid_epoch_003_000004.pt: epoch 3 batch 4 step 24 save 0, an earlier save")
+
+
 def test_rotation_spares_the_resumed_file_however_its_path_is_written_and_best_under_any_pattern(tmp_path, monkeypatch):
     run = tmp_path / "run"
     put(run, "best.pt", save_counter=1, run="r")
