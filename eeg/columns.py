@@ -29,17 +29,21 @@ COLUMNS = {
 TIMES = ("onset", "end", "duration")
 # the title of a column of files
 FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
-UNITS = ("unit", "units", "time unit")  # titles of a column of units
+# titles of a column of units
+UNITS = ("unit", "units", "time unit", "time units", "time base", "timebase", "time format",
+         "einheit", "zeiteinheit", "zeitbasis", "unite", "unidad")
 # what is no unit of seconds, and what is one: with the start that they count from, or left away
 OTHER_UNIT = r"(ms|min|minutes?|milli\w+|samples?|frames?|(data ?)?points?|h|hours?)\b"
 SECONDS = (r"(s|secs?|seconds?)\.?( (from|after|since|of) (?!.*(clip|segm|epoch|window)).*"
            r"(start|begin|onset)\w*)?|")
 # a cell that says nothing, or no
 NOTHING = re.compile(r"(no?|none|nein|non|false|n/?a|nan|null|nil|-*|0+([.,]0*)?)", re.I)
-# of another beginning than the recording's, where it is not 0
+# of another beginning than the recording's, where it is not 0, or the larger part of a time
 ORIGIN = re.compile(r"(clip|epoch|segment|file|window|chunk|page|edf|eeg) ?"
                     r"(start|begin|onset|offset|t0)( time| sec\w*)?|"
-                    r"(?P<day>tag|day|jour|dia|giorno)( ?(no|nr|number))?")
+                    r"(?P<day>tag|day|jour|dia|giorno)( ?(no|nr|number))?|"
+                    r"(?P<part>h|hours?|min|minut[eo][sn]?|stunden?|heures?|horas?|or[ae])|"
+                    r"(?P<page>page|seite|epoch|window|chunk|clip|segment)( ?(no|nr|number|id))?")
 # a row's place by samples
 SAMPLES = re.compile(r"\b(samples?|latency|frames?|data ?points?)\b")
 STARTS = re.compile(r"\b(onset|start|begin|offset)\b")
@@ -206,14 +210,15 @@ def _refuse_origin(row, onset):
             continue
         beside = f"{title} is {cell} beside an onset of {onset}"
         same = other == float(onset)
+        # in minutes, hours, ms it is the same one, or another
+        scaled = any(abs(other * scale - float(onset)) <= 1 for scale in (60, 3600, 0.001))
         origin = ORIGIN.fullmatch(title)
-        # day 1 is that of the start
-        if origin and other > bool(origin["day"]) and not same:
+        # day 1 is that of the start, and so may be page 12 of 15 s
+        first = origin and (max(1.0, float(onset)) if origin["page"] else bool(origin["day"]))
+        if origin and other > first and not same and not (origin["part"] and scaled):
             raise DataError(f"{beside}: from which start?")
         sampled = SAMPLES.search(title)
-        # in minutes, hours, ms it is the same one, or another
-        near = any(abs(other * scale - float(onset)) <= slack
-                   for scale, slack in ((1, NEAR), (60, 1), (3600, 1), (0.001, 1)))
+        near = scaled or abs(other - float(onset)) <= NEAR
         if STARTS.search(title) and not sampled and not near:
             raise DataError(f"{beside}: which of them?")
         if sampled and (same or title == "latency"):

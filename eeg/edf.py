@@ -49,6 +49,8 @@ MICROVOLTS = {"uv": 1.0, "mv": 1e3, "v": 1e6, "nv": 1e-3}
 PLAUSIBLE = (0.1, 1000.0)
 WIDEST_UV = 10 ** 7                     # from lowest to highest; amplifiers have less than 2 V
 MIN_RATE = 64                           # Hz; below it the rhythms of a seizure are not in the file
+# Hz, that amplifiers have: by these the length of a record is exact where its field is too narrow
+USUAL_RATES = (100, 125, 128, 160, 200, 250, 256, 300, 400, 500, 512, 1000, 1024, 2000, 2048)
 MAX_LATE_SECONDS = 0.01                 # of a record after the one before it: two samples
 MAX_DRIFT = 0.1                         # s, of resampling at the end: 1/3 s is .333333 in a header
 
@@ -147,11 +149,12 @@ def read_header(path: str | os.PathLike) -> Header:
         why = ": annotations without EEG" if plus else ""
         raise DataError(f"record duration is {fixed[244:252].strip()} s{why}")
 
+    signals = _signals(_text(raw), count)
     header = Header(
         path=Path(path),
-        signals=_signals(_text(raw), count),
+        signals=signals,
         records=whole(fixed[236:244], "number of records"),
-        duration=duration,
+        duration=_exact(fixed[244:252], duration, signals["count"], notes),
         start=fixed[176:184].strip(),
         began=_began(fixed),
         offset=256 * (count + 1),
@@ -180,6 +183,18 @@ def _signals(text, count):
         if signals["count"][i] < 1:
             raise DataError(f"signal {label!r} has no samples")
     return signals
+
+
+def _exact(text, duration, counts, notes):
+    """The duration of a record, of which its field holds as many digits as fit: that of one sample
+    at 1024 Hz stands there as 0.000977, and by it a day is 39 s longer."""
+    decimals = len(text.strip().replace(",", ".").partition(".")[2])
+    for rate in USUAL_RATES if decimals > 4 else ():
+        exact = Fraction(max(counts), rate)
+        if 0 < abs(exact - duration) < Fraction(1, 10 ** decimals):
+            notes.append(f"record duration {text.strip()} read as {exact} s, of {rate} Hz")
+            return exact
+    return duration
 
 
 def _began(fixed):

@@ -335,8 +335,15 @@ def person_code(header):
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
 
 
-# what tells the parts of one recording apart, behind a digit: P01a, P01-2, P01 left, P01 (2)
-PART = re.compile(r"(.*\d)[a-z]|(.*[a-z].*\d)([-. ]\w{1,5}| ?\(\d\d?\))", re.I)
+# what tells the parts of one recording apart, behind a digit: P01a, P01-2, P01-night-1, P01 (2)
+PART = re.compile(r"(.*\d)[a-z]|(.*?[a-z].*?\d+)(([-. ]\w+)+| ?\(\d\d?\))", re.I)
+# a word and a number, of a person where all have one word, of a recording where they have several
+NUMBERED = re.compile(r"([^\W\d]{3,}([-. ][^\W\d]+)*)[-. ]?[1-9]\d?")
+# a day, or a recording: no person
+OCCASION = re.compile(
+    r"(19|20)\d\d[-.]?(0[1-9]|1[0-2])[-.]?(0[1-9]|[12]\d|3[01])[a-z]?|\d\d?[-.]\d\d?[-.]\d{2,4}|"
+    r"(eeg|edf|rec(ording)?|file|export|session|ses|visit|day|night|tag|nacht|nuit|week|run|part|"
+    r"block|segment)[-. ]?\d+", re.I)
 
 
 def _spelling(patient):
@@ -349,9 +356,10 @@ def _spelling(patient):
 def _parts(recordings):
     """Lines on names that differ in a part alone, where no headers say who all of them are."""
     coded = {patient for patient, code in recordings if code}
-    parts = {}
-    for patient in sorted({patient for patient, _ in recordings}):
-        whole = PART.fullmatch(patient)
+    parts, names = {}, sorted({patient for patient, _ in recordings})
+    words = {found[1] for name in names if (found := NUMBERED.fullmatch(name))}
+    for patient in names:
+        whole = PART.fullmatch(patient) or len(words) > 1 and NUMBERED.fullmatch(patient)
         parts.setdefault(whole[1] or whole[2] if whole else patient, []).append(patient)
     for first, *others in parts.values():
         if others and not coded.issuperset([first, *others]):
@@ -363,9 +371,15 @@ def _parts(recordings):
 
 
 def _numbered(recordings):
-    """A line where patients are numbers with one recording each, as EEG_1.edf and EEG_2.edf of one
-    folder are, and no header says who they are."""
+    """Lines where no header says who they are: on patients that are numbers with one recording
+    each, as EEG_1.edf and EEG_2.edf of one folder are, and on days and sessions."""
     people = Counter(patient for patient, _ in recordings)
+    coded = {patient for patient, code in recordings if code}
+    days = sorted(patient for patient in people.keys() - coded if OCCASION.fullmatch(patient))
+    if len(days) > 1:
+        yield (f"warning: patients {', '.join(days[:3])}{', ...' * (len(days) > 3)} are called by "
+               "a day or a recording: those of one person belong in one folder, or train with "
+               "data.same_person")
     if (len(people) == len(recordings) > 1 and all(map(str.isdigit, people))
             and not any(code for _, code in recordings)):
         yield (f"warning: each of {len(people)} recordings counts as a patient of its own, by its "

@@ -80,9 +80,10 @@ BUTTON = re.compile(
     r"(event|ereignis) ?(mark|taste)|^alarm|nurse call|\bknop\b|bouton|poussoir|pulsa(dor|nte)|"
     r"botao|butonu?\b|按[钮鈕键鍵]|ホタン|кнопк")
 CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
-                      r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|"
+                      r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|^(active|present)$|"
                       r"^(expert|rater|reader|reviewer|annotator) ?([1-9]|[a-e])$")
-NO = re.compile(r"no?|nein|non|false|0([.,]0*)?( ?(/|%|of |von ).*)?")
+NO = re.compile(r"no?|nein|non|false|0([.,]0*)?( ?(/|%|of |von ).*)?|(very )?low|gering|niedrig|"
+                r"faible|baj[ao]|bass[ao]")
 YES = re.compile(r"y(es)?|ja?|oui|si|true|x|1([.,]0*)?")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",

@@ -805,3 +805,23 @@ def test_a_file_that_is_cut_between_its_header_and_its_samples_is_refused(tmp_pa
     path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(edf.DataError, match="cut while it was read"):
         edf.prepare_edf(header, edf.Recipe())
+
+
+@pytest.mark.parametrize("rate, text", [(256, "0.003906"), (1024, "0.000977"), (512, "0.001953"), (2048, ".0004883"), (128, "0.007813"), (256, "0,003906")])
+def test_a_record_of_one_sample_lasts_longer_than_its_field_has_digits(tmp_path, rate, text):
+    """By 0.000977 s an hour at 1024 Hz would have 1.6 s more, and all labels would be elsewhere."""
+    seconds = 4
+    eeg = np.random.default_rng(0).normal(0, 300, (19, seconds * rate))
+    right = prepare(write_edf(tmp_path / "a.edf", seconds, rate, eeg=eeg))
+    path = write_edf(tmp_path / "b.edf", seconds, rate, eeg=eeg, body=np.rint(eeg).astype("<i2").T.tobytes(),
+                     records=str(seconds * rate), duration=text, count="1")
+    r = prepare(path)
+    assert f"record duration {text} read as 1/{rate} s" in r.notes
+    assert r.source_fs == rate and np.array_equal(r.memory, right.memory)
+    assert edf.read_header(path).seconds == seconds
+
+
+@pytest.mark.parametrize("count, text", [(128, "0.333333"), (200, "1.001952"), (25, "0.1"), (1, "0.0039"), (500, "1.000000")])
+def test_a_duration_that_is_no_rounded_one_is_taken_as_it_is_written(tmp_path, count, text):
+    header = edf.read_header(write_edf(tmp_path / "a.edf", 3, count, duration=text))
+    assert header.duration == Fraction(text) and not header.notes
