@@ -599,8 +599,9 @@ def hints(sources, layout, task, report, others):
 def told_alone(paths):
     """A line on annotation files that belong to no EDF, if there are any."""
     if paths:
-        yield (f"{len(paths)} annotation files belong to no EDF, {Path(paths[0]).name} for one: "
-               "they are read where they lie beside the EDF and are named as it is")
+        number, one = console.how_many(len(paths), "annotation file"), Path(paths[0]).name
+        yield (f"{number} without an EDF, as {one}: "
+               "labels are read where they lie beside the EDF and are named as it is")
 
 
 ANNOTATION = re.compile(

@@ -571,7 +571,8 @@ class MetricsFile:
                 self.size = append(self.file, self.pending[0].encode())
                 del self.pending[0]
         except OSError as error:
-            self.say(f"metrics.jsonl: {error.strerror}: {len(self.pending)} rows wait in memory")
+            waiting = how_many(len(self.pending), "row")
+            self.say(f"metrics.jsonl: {error.strerror}: {waiting} kept in memory")
 
     def _follow_file(self):
         """Another program may have put a new file in the place of this one, as an editor does, or

@@ -531,7 +531,7 @@ def test_a_layout_that_fits_no_file_and_labels_of_no_file_are_hinted(tmp_path):
     report, text = said(tmp_path / "src", tmp_path / "out", layout="siena")
     assert "hint: no file is named as in siena (PN00-1.edf): leave --layout away" in text
     report, text = said(tmp_path / "src", tmp_path / "out2")
-    assert "hint: 1 annotation files belong to no EDF, night_1_events.tsv" in text
+    assert "hint: 1 annotation file without an EDF, as night_1_events.tsv" in text
     write_edf(tmp_path / "src" / "night_1.edf")
     assert not said(tmp_path / "src" / "night1.edf", tmp_path / "out3")[0].hints
     (tmp_path / "src" / "night_1.edf").unlink()
@@ -558,7 +558,7 @@ def test_labels_that_lie_beside_no_edf_of_their_name_are_hinted(tmp_path, edf, f
         # those of other names tell by what they hold
         a_list = "Onset,Duration,Text\n5,4,Seizure\n" if name in ("night1.csv", "anna report.txt", "seizures.csv") else ""
         (tmp_path / "src" / name).write_text(a_list or f"File Name: {edf}\nNumber of Seizures in File: 0\n")
-    line, told = f"1 annotation files belong to no EDF, {Path(files[0]).name} for one: they are read where", []
+    line, told = f"1 annotation file without an EDF, as {Path(files[0]).name}: labels are read where", []
     for _ in range(2):
         hints = said(tmp_path / "src", tmp_path / "out")[0].hints
         assert [hint.startswith(line) for hint in hints if "annotation" in hint] == [True] * alone

@@ -68,7 +68,7 @@ def test_rows_of_a_folder_that_is_gone_wait_and_no_other_program_is_blamed(tmp_p
     file = metrics(tmp_path / "v3", said)
     (tmp_path / "v3").rename(tmp_path / "away")
     file.write(kind="train", step=1, loss=1.0)
-    assert said[-1] == "metrics.jsonl: No such file or directory: 1 rows wait in memory"
+    assert said[-1] == "metrics.jsonl: No such file or directory: 1 row kept in memory"
     (tmp_path / "away").rename(tmp_path / "v3")
     file.write(kind="train", step=2, loss=1.0)
     file.close()

@@ -860,7 +860,7 @@ def test_a_results_disk_that_dies_in_mid_run_leaves_the_rows_in_memory_and_ends_
     dies(ext4_disk)
     for step in (2, 3):
         record.write(kind="train", epoch=1, step=step, loss=0.5)
-    assert len(record.pending) == 2 and "metrics.jsonl: Input/output error: 2 rows wait in memory" in said
+    assert len(record.pending) == 2 and "metrics.jsonl: Input/output error: 2 rows kept in memory" in said
     record.close()
 
 
@@ -1423,7 +1423,7 @@ def test_rows_that_a_dead_disk_refuses_wait_in_memory_and_come_whole_when_it_is_
     whole, record.path = record.path, Path("/dev/full")                     # takes no byte
     alive, record.file = record.file, os.open(record.path, os.O_WRONLY)
     record.flush()
-    assert len(record.pending) == 1 and "1 rows wait in memory" in said[-1]
+    assert len(record.pending) == 1 and "1 row kept in memory" in said[-1]
     os.close(record.file)
     record.file, record.path = alive, whole
     os.write(alive, b'{"step": 1, "ki')                 # half a line, where the room ended
