@@ -1170,7 +1170,7 @@ class Candidate:
     @property
     def order(self) -> tuple[int, ...]:
         """Newest save first: the counter only grows, also after a rollback; equal counters go by
-        progress, then by kind, then by the numbers of the name, for a state that has no progress."""
+        progress, then by kind, then by the numbers of the name: a state may have no progress."""
         f = self.facts
         rank = -list(KINDS).index(self.kind) if self.kind else -len(KINDS)
         numbers = map(int, re.findall(r"[0-9]+", self.path.name))
