@@ -76,8 +76,10 @@ GENERIC = set("eeg edf rec recording patient pat pt subject subj sub proband fil
 # folders that name none either: kinds of files, parts of a split, classes
 KINDS = GENERIC | set(
     "edfs eegs recordings patients subjects files data raw rawdata sourcedata derivatives train "
-    "training dev val validation eval test seizure seizures ictal interictal normal abnormal "
-    "background".split())
+    "training dev val validation eval test seizure seizures ictal interictal preictal postictal "
+    "normal abnormal background awake wake asleep sleep".split())
+# P01: who is meant, where a class or a part of a split stands before it
+CODE = re.compile(r"[^\W\d]+[-. ]?\d+")
 
 
 @dataclass
@@ -106,7 +108,11 @@ def identify(path, root, layout="auto"):
     else:
         words = path.stem.split("_")
         folders = [part for part in relative.parts[:-1] if part.lower() not in KINDS]
-        named = folders or [word for word in words if word and word.lower() not in GENERIC] or words
+        telling = [word for word in words if word and word.lower() not in GENERIC]
+        # seizure_1 is no patient 1
+        codes = [word for word in telling if word.lower() not in KINDS]
+        coded = codes and CODE.fullmatch(codes[0])
+        named = folders or (codes if coded else telling) or words
         # a folder of BIDS may hold files whose names are not quite of BIDS
         patient = re.sub("^sub-(?=.)", "", named[0])
 

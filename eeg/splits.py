@@ -342,8 +342,9 @@ NUMBERED = re.compile(r"([^\W\d]{3,}([-. ][^\W\d]+)*)[-. ]?[1-9]\d?")
 # a day, or a recording: no person
 OCCASION = re.compile(
     r"(19|20)\d\d[-.]?(0[1-9]|1[0-2])[-.]?(0[1-9]|[12]\d|3[01])[a-z]?|\d\d?[-.]\d\d?[-.]\d{2,4}|"
+    r"(19|20)\d\d[-.](0[1-9]|1[0-2])|"
     r"(eeg|edf|rec(ording)?|file|export|session|ses|visit|day|night|tag|nacht|nuit|week|run|part|"
-    r"block|segment)[-. ]?\d+", re.I)
+    r"block|segment|batch|disk|disc|fold|folder)[-. ]?\d+", re.I)
 
 
 def _spelling(patient):

@@ -961,6 +961,9 @@ def test_folders_that_hold_a_kind_of_files_name_no_patient(tmp_path):
     """Else all of EEG/ would be one, and P01 of train/ another than P01 of dev/."""
     for place, patient in (("EEG/P01_1", "P01"), ("EEG/P02_1", "P02"), ("train/P01/x", "P01"), ("dev/P01/x", "P01"), ("Seizures/anna_1", "anna"),
                            ("anna/EEG/x_1", "anna"), ("data/raw/EEG_P03_a", "P03"), ("seizure_1", "seizure"),
+                           # nor do the words of a name, where a person's code follows
+                           ("train_P01_a", "P01"), ("test_P01_b", "P01"), ("Ictal_EEG_P01", "P01"), ("seizure_left", "seizure"), ("P01_sleep", "P01"),
+                           ("sleep/P01_1", "P01"), ("preictal/P01/x", "P01"), ("test_1", "test"),
                            # of BIDS, or nearly
                            ("sub-01/ses-2/eeg/sub-01_ses-2_task-sz_eeg", "01"), ("sub-01/ses-2/eeg/sub-01_ses-2_task-sz-mon_eeg", "01"),
                            ("sourcedata/sub-01/orig", "01"), ("derivatives/clean/sub-01_run-1_eeg", "01"), ("sub-/x", "sub-")):
@@ -1000,7 +1003,7 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
 @pytest.mark.parametrize("kind, one, other", [
     # a day or a session before the person, or in the place of one
     ("called by", "2024-03-05_P01", "2024-03-06_P01"), ("called by", "20240305_Meier", "20240306_Meier"), ("called by", "session1/P01", "session2/P01"),
-    ("called by", "Day 1/P01", "Day 2/P01"), ("called by", "EEG1_Meier", "EEG2_Meier"), ("called by", "5.3.24_a", "6.3.24_a"),
+    ("called by", "Day 1/P01", "Day 2/P01"), ("called by", "2024-03/P01", "2024-04/P01"), ("called by", "fold1/P01", "fold2/P01"), ("called by", "EEG1_Meier", "EEG2_Meier"), ("called by", "5.3.24_a", "6.3.24_a"),
     ("count as 2", "P01-night1", "P01-night2"), ("count as 2", "P01-2024-03-05", "P01-2024-04-05"), ("count as 2", "P01 baseline", "P01 follow up"),
     ("count as 2", "Meier1", "Meier2"), ("count as 2", "Meier Anna 1", "Meier Anna 2"), ("count as 2", "meier-1", "meier-2"),
     ("", "P01/night1", "P01/night2"), ("", "anna/day1", "bert/day2"), ("", "Schulz11", "Schulz12"), ("", "AMC01", "AMC02"), ("", "20240305", "P02")])
