@@ -363,7 +363,8 @@ JUDGES = re.compile(r"[ck]omment|comentar|remar|bemerk|befund|\bnot[ae]|review|c
                     "valid|accept|certain|status|phase|state|edge|marker|confiden|probab|sicher|"
                     "opinion|assess|urteil|bewert|avis|interpret|class|categ|result|outcome|"
                     "consens|description|flag|level|value|action|bound|off|tag|moment|point|kind|"
-                    "switch")
+                    r"switch|final|gold|truth|\bfp\b")
+
 
 def list_labels(text, name, texts=None, began=""):
     """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where

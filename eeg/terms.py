@@ -66,13 +66,15 @@ SPEAKS = re.compile(
     r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|دورہ|مرگی|התקף|פרכוס|दौर|मिरगी|छार|झटक|ชัก")
 # cells beside a seizure's text; a text within a seizure may doubt a channel, or deny the seizure
 EDGES = re.compile(rf"((eeg|clin\w*|electr\w*) )?({_START}|{_END})")
-_OUT = "reject|exclu|discard|delet|invalid"
+_OUT = "reject|exclu|discard|delet|invalid|ignor|skip|remov|omit"
 _UNTRUE = r"false ?(pos|al|det)|psychogen|dissocia|pseudo ?s|pseudo\b|p?nes\b|non ?epilep"
-DENIES = re.compile(rf"(\w+ ){{0,2}}({_UNTRUE})\w*( \w+)?|({_OUT})\w*|(not|nicht) an? .*(seiz|sz)")
+DENIES = re.compile(rf"(\w+ ){{0,2}}({_UNTRUE})\w*( \w+)?|({_OUT})\w*|"
+                    r"(not|nicht) .*(seiz|sz|anfall)\w*")
 DOUBTS = re.compile(
-    r"\?+|fp|(\w+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|questionab|"
-    r"equivoc|art[ei]fa[ck]t|false|fraglich|unklar|unsicher|moglich|verdacht|douteu|dubbi|dudos|"
-    rf"maybe|perhaps|vielleicht|functional|{_UNTRUE}|{_OUT})\w*( \w+)?|"
+    r"\?+|fp|bad|(\S+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|"
+    r"questionab|equivoc|art[ei]fa\w?t|false|fraglich|unklar|unsicher|moglich|verdacht|douteu|dubbi|"
+    r"dudos|maybe|perhaps|vielleicht|functional|disagree|draft|pending|prelim|unconfirm|unreview|"
+    rf"inter ?ictal|{_UNTRUE}|{_OUT})\w*( \w+){{0,2}}[ ?!.]*|"
     r"(not|nicht|kein|pas)( \w+){0,3}")
 # pressed by the patient or who is there; perhaps for a seizure
 BUTTON = re.compile(
@@ -80,7 +82,8 @@ BUTTON = re.compile(
     r"(event|ereignis) ?(mark|taste)|^alarm|nurse call|\bknop\b|bouton|poussoir|pulsa(dor|nte)|"
     r"botao|butonu?\b|按[钮鈕键鍵]|ホタン|кнопк")
 CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
-                      r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|^(active|present)$|"
+                      r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|^(active|present|ictal)$|"
+                      r"\b(gold|truth|final)\b|"
                       r"^(expert|rater|reader|reviewer|annotator) ?([1-9]|[a-e])$")
 NO = re.compile(r"no?|nein|non|false|0([.,]0*)?( ?(/|%|of |von ).*)?|(very )?low|gering|niedrig|"
                 r"faible|baj[ao]|bass[ao]")

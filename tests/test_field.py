@@ -604,6 +604,13 @@ def test_training_names_the_recordings_without_labels():
     ("a_events.tsv", "onset\tduration\teventType\tFalse positive\n5\t4\tsz\t1\n", "'false positive=1' in a row that calls itself sz"),
     ("a_events.tsv", "onset\tduration\teventType\tconfidence\tartifact\texclude\tepileptic\tprobability\n5\t4\tsz\t0.8\tmuscle\tno\tyes\t1.0\n", [[5, 9]]),
     ("a.csv", "onset,duration,label,EEG onset,Seizure type,channels\n5,4,Seizure,F7,unclear,F7 excluded\n", [[5, 9]]),
+    *(("a.csv", f"onset,duration,label,{title}\n5,4,Seizure,{cell}\n", f"'Seizure {said or cell}' at 5 s speaks") for title, cell, said in (
+        ("Kommentar", "V.a. Artefakt", ""), ("Commentaire", "artefact ?", ""), ("Note", "artefatto", ""), ("Review", "rejected by AB", ""),
+        ("Status", "draft", ""), ("Status", "pending review", ""), ("Reviewer 2", "disagree", ""), ("Consensus", "disagreement", ""),
+        ("Final", "not seizure", ""), ("Video", "not a seizure", ""), ("Final label", "artifact", ""), ("Gold", "0", ""), ("Ground truth", "0", ""),
+        ("TP/FP", "FP", ""), ("Ictal", "no", ""), ("Interictal", "yes", "interictal=yes"), ("Ignore", "1", "ignore=1"), ("Skip", "x", "skip=x"),
+        ("Remove", "x", "remove=x"), ("Bad", "1", "bad=1"))),
+    ("a.csv", "onset,duration,label,Final,Ictal,TP/FP,comment,quality\n5,4,Seizure,1,yes,TP,artefacts over the left side,bad\n", [[5, 9]]),
     # rows of another recording, or by another clock
     ("a_events.tsv", "filename\tonset\tduration\teventType\na.edf\t5\t4\tsz\nb.edf\t12\t4\tsz\n", "a_events.tsv: it has rows of b.edf"),
     ("a_events.tsv", "subject\tonset\tduration\teventType\n1\t5\t4\tsz\n2\t12\t4\tsz\n", "a_events.tsv: it has rows of 1, 2"),
