@@ -126,6 +126,7 @@ def table(text, name, delimiter, columns):
         _refuse_hidden([line for line in text.split("\n")
                         if line.count(delimiter) >= len(columns) - 1])
         refuse_others(rows[1:], header, name)
+        refuse_lines([line for line in text.split("\n") if line.startswith("#")], "", name)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     return [dict(zip(header, row)) for row in rows[1:]]

@@ -691,6 +691,9 @@ def test_training_names_the_recordings_without_labels():
     *(("a.csv", f"{title};onset;duration;label\n1;5;4;Seizure\n2;12;4;Seizure\n", "a.csv: it has rows of 1, 2")
       for title in ("Case", "MRN", "EEG no.", "Night", "Visit", "Patienten-ID", "Fallnummer", "Aufzeichnung", "Enregistrement", "Paciente", "Registro")),
     ("a.csv", "# source: C:\\eeg\\night b.edf\nonset,duration,label\n5,4,Seizure\n", "it is of another recording"),
+    ("a_events.tsv", "# source: b.edf\nonset\tduration\teventType\n5\t4\tsz\n", "a_events.tsv: 'source: b.edf': it is of another recording"),
+    ("a_events.tsv", "# source: a_eeg.edf\nonset\tduration\teventType\n5\t4\tsz\n", [[5, 9]]),
+    ("a.csv_bi", "# times in samples\n" + CSV.format("20") + "TERM,5,9,seiz,1\n", "a.csv_bi: 'times in samples'"),
     ("a_annotations.txt", "# source: C:\\eeg\\A_eeg.EDF of a.edf\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
     ("a.csv", "EEG,onset,duration,label\nF7,5,4,Seizure\nT3,12,4,Seizure\n", [[5, 9], [12, 16]]),
     # of other units or another start by a line above, and parts of a day of a spreadsheet
