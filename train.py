@@ -327,7 +327,8 @@ class Trainer:
     def validate(self):
         """Whole recordings, one per process at a time; a resume goes on with the next. Returns the
         summary of all metrics."""
-        self.save_mid()                 # training of this epoch is safe from here on
+        if self._progress() != self.began_at:       # else the resumed state is this one
+            self.save_mid()             # training of this epoch is safe from here on
         if self.group.main:
             self.home.saver.check()
         began, before = time.monotonic(), len(self.scores)

@@ -122,6 +122,15 @@ def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_en
     assert_same_run(tmp_path, reference)
 
 
+def test_a_resume_between_training_and_validation_saves_nothing_twice(corpus, reference, tmp_path):
+    with cut_at(EPOCH_STEPS):
+        assert train.run(loaded(corpus, tmp_path)) == 128 + signal.SIGTERM
+    assert train.run(loaded(corpus, tmp_path), "true") == 0
+    listed = [row["file"] for row in read_json_lines(tmp_path / "t/saves.jsonl") if row["kind"] == "save"]
+    assert listed.count(f"mid_epoch_001_{EPOCH_STEPS:06d}.pt") == 1 and len(listed) == len(set(listed))
+    assert_same_run(tmp_path, reference)
+
+
 def test_a_run_resumed_from_a_damaged_newest_file_falls_back_names_it_and_ends_the_same(corpus, reference, tmp_path, capsys):
     config = loaded(corpus, tmp_path, training__mid_epoch_minutes=0.0)
     with cut_at(4):
