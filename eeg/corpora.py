@@ -267,7 +267,7 @@ class Report:
     unlabelled: list = field(default_factory=list)      # (name, why)
     seconds: float = 0.0                                # of EEG imported
     texts: Counter = field(default_factory=Counter)     # of the annotations that were read
-    people: list = field(default_factory=list)          # (patient, code by the header)
+    people: list = field(default_factory=list)          # (patient, code by the header, name)
     twins: list = field(default_factory=list)           # lines on EEG under two names
     alone: list = field(default_factory=list)           # annotation files of no EDF
     hints: list = field(default_factory=list)           # what the user may have meant
@@ -288,7 +288,7 @@ class Report:
             self.unlabelled.append((name, outcome.unlabelled))
         self.seconds += outcome.seconds
         self.texts.update(outcome.texts)
-        self.people.append((person(outcome.source.patient), outcome.patient_code))
+        self.people.append((person(outcome.source.patient), outcome.patient_code, name))
 
 
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="",

@@ -337,8 +337,11 @@ def person_code(header):
 
 # what tells the parts of one recording apart, behind a digit: P01a, P01-2, P01-night-1, P01 (2)
 PART = re.compile(r"(.*\d)[a-z]|(.*?[a-z].*?\d+)(([-. ]\w+)+| ?\(\d\d?\))", re.I)
-# a word and a number, of a person where all have one word, of a recording where they have several
-NUMBERED = re.compile(r"([^\W\d]{3,}([-. ][^\W\d]+)*)[-. ]?[1-9]\d?")
+# a word and a number, of a person where all have one word, of a recording where they have several;
+# words of a group apart
+NUMBERED = re.compile(
+    r"(?!control|ctrl|healthy|normal|abnormal|case|epi|pat|sub|proband|focal|general|group|cohort)"
+    r"([^\W\d]{3,}([-. ][^\W\d]+)*)[-. ]?[1-9]\d?", re.I)
 # a day, or a recording: no person
 OCCASION = re.compile(
     r"(19|20)\d\d[-.]?(0[1-9]|1[0-2])[-.]?(0[1-9]|[12]\d|3[01])[a-z]?|\d\d?[-.]\d\d?[-.]\d{2,4}|"
@@ -371,9 +374,10 @@ def _parts(recordings):
                    f"with data.same_person: [{one}{more}]")
 
 
-def _numbered(recordings):
+def _numbered(recordings, subjects):
     """Lines where no header says who they are: on patients that are numbers with one recording
-    each, as EEG_1.edf and EEG_2.edf of one folder are, and on days and sessions."""
+    each, as EEG_1.edf and EEG_2.edf of one folder are, and on days and sessions. subjects: their
+    names say that a number is a person's."""
     people = Counter(patient for patient, _ in recordings)
     coded = {patient for patient, code in recordings if code}
     days = sorted(patient for patient in people.keys() - coded if OCCASION.fullmatch(patient))
@@ -382,16 +386,18 @@ def _numbered(recordings):
                "a day or a recording: those of one person belong in one folder, or train with "
                "data.same_person")
     if (len(people) == len(recordings) > 1 and all(map(str.isdigit, people))
-            and not any(code for _, code in recordings)):
+            and not subjects and not any(code for _, code in recordings)):
         yield (f"warning: each of {len(people)} recordings counts as a patient of its own, by its "
                "number: those of one person belong in one folder, or train with data.same_person")
 
 
 def contradictions(recordings):
-    """Lines on patients whom the EDF headers know better, from (patient, person_code): two under
-    one code, or one under several; and, where these say nothing, on names that differ in spelling
-    or in a part alone."""
+    """Lines on patients whom the EDF headers know better, from (patient, person_code, name of the
+    recording or none): two under one code, or one under several; and, where these say nothing, on
+    names that differ in spelling or in a part alone."""
     recordings = list(recordings)
+    subjects = all(name[:1] and name[0].startswith("sub-") for _, _, *name in recordings)
+    recordings = [(patient, code) for patient, code, *_ in recordings]
     spelled = {}
     for patient in sorted({patient for patient, _ in recordings}):
         spelled.setdefault(_spelling(patient), []).append(patient)
@@ -400,7 +406,7 @@ def contradictions(recordings):
             yield (f"warning: patients {first} and {other} differ in spelling alone: if they are "
                    f"one person, train with data.same_person: [{other} = {first}]")
     yield from _parts(recordings)
-    yield from _numbered(recordings)
+    yield from _numbered(recordings, subjects)
     pairs = Counter((patient, code) for patient, code in recordings if code)
     for kind in (0, 1):
         groups = {}

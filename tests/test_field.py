@@ -1016,7 +1016,7 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
     ("called by", "Day 1/P01", "Day 2/P01"), ("called by", "2024-03/P01", "2024-04/P01"), ("called by", "fold1/P01", "fold2/P01"), ("called by", "EEG1_Meier", "EEG2_Meier"), ("called by", "5.3.24_a", "6.3.24_a"),
     ("count as 2", "P01-night1", "P01-night2"), ("count as 2", "P01-2024-03-05", "P01-2024-04-05"), ("count as 2", "P01 baseline", "P01 follow up"),
     ("count as 2", "Meier1", "Meier2"), ("count as 2", "Meier Anna 1", "Meier Anna 2"), ("count as 2", "meier-1", "meier-2"),
-    ("", "P01/night1", "P01/night2"), ("", "anna/day1", "bert/day2"), ("", "Schulz11", "Schulz12"), ("", "AMC01", "AMC02"), ("", "20240305", "P02")])
+    ("", "P01/night1", "P01/night2"), ("", "anna/day1", "bert/day2"), ("", "Schulz11", "Schulz12"), ("", "AMC01", "AMC02"), ("", "20240305", "P02"), ("", "control1", "control2"), ("", "Epi 1", "control 1")])
 def test_recordings_of_one_person_that_may_count_as_several_are_said(one, other, kind):
     """Else one of them trains and the other validates."""
     found = [corpora.identify(Path(f"{name}.edf"), Path()).patient for name in (one, other, *["Schulz1_a", "UKB01_a"] * (kind[:5] == "count" or one[:3] == "AMC"))]
@@ -1025,7 +1025,8 @@ def test_recordings_of_one_person_that_may_count_as_several_are_said(one, other,
     assert not list(splits.contradictions((patient, str(i)) for i, patient in enumerate(dict.fromkeys(found))))
 
 
-@pytest.mark.parametrize("names, warned", [(["EEG_1", "EEG_2"], True), (["EEG_1"], False), (["1/a", "1/b", "2/a"], False), (["anna", "ben"], False)])
+@pytest.mark.parametrize("names, warned", [(["EEG_1", "EEG_2"], True), (["EEG_1"], False), (["1/a", "1/b", "2/a"], False), (["anna", "ben"], False),
+                                           (["sub-001/eeg/sub-001_task-x_eeg", "sub-002/eeg/sub-002_task-x_eeg"], False)])
 def test_files_that_are_numbered_in_one_folder_may_be_one_person_s(tmp_path, names, warned):
     for name in names:
         write_edf(tmp_path / "src" / f"{name}.edf", 5)
