@@ -705,8 +705,7 @@ def info(path: str | os.PathLike, say: Say = print) -> None:
     refused = corpora.read_report(path)
     for line in (*(f"note {line}" for line in noted),
                  *splits.no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled),
-                 *splits.contradictions(
-                     (person(r.patient), r.patient_code, r.name) for r in recordings),
+                 *splits.contradictions((r.patient, r.patient_code, r.name) for r in recordings),
                  *splits.twins((r.name, r.samples, r.norm, r.scale) for r in recordings),
                  *(f"hint: {hint}" for hint in corpora.told_alone(corpora.labels_alone(path))),
                  f"refused: {len(refused)}", *(f"  {file}: {why}" for file, why in refused)):

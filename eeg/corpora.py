@@ -23,7 +23,7 @@ from eeg.edf import prepare_edf, read_header, split_label
 from eeg.layouts import FOREIGN, LAYOUTS, LENIENT, NEVER, STRICT, Source, channel_notes
 from eeg.layouts import find_events, identify
 from eeg.release import release
-from eeg.splits import contradictions, no_labels, person, person_code, twins
+from eeg.splits import contradictions, no_labels, person_code, twins
 from eeg.store import FORMAT, attributes, entries, read_index, write_recording
 
 BYTES_PER_WORKER = 200_000_000          # of EDF that make a further process worth its start
@@ -288,7 +288,7 @@ class Report:
             self.unlabelled.append((name, outcome.unlabelled))
         self.seconds += outcome.seconds
         self.texts.update(outcome.texts)
-        self.people.append((person(outcome.source.patient), outcome.patient_code, name))
+        self.people.append((outcome.source.patient, outcome.patient_code, name))
 
 
 def import_corpus(src, out, layout="auto", montage="referential", notch="both", blank_unit="",

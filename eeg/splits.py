@@ -397,7 +397,7 @@ def contradictions(recordings):
     names that differ in spelling or in a part alone."""
     recordings = list(recordings)
     subjects = all(name[:1] and name[0].startswith("sub-") for _, _, *name in recordings)
-    recordings = [(patient, code) for patient, code, *_ in recordings]
+    recordings = [(person(patient), code) for patient, code, *_ in recordings]
     spelled = {}
     for patient in sorted({patient for patient, _ in recordings}):
         spelled.setdefault(_spelling(patient), []).append(patient)
