@@ -410,8 +410,9 @@ async def handed_over(trial):
 
 async def timed_out(trial):
     """The platform's own timeout, late commits dropped: the retry goes on from the last snapshot before."""
-    trial.config(toy={"seconds": 0.4})
-    async with trial.modal(timeout=16.0, grace=18.0) as fake:       # a container is told every 15 s
+    # longer than one attempt takes, and room for a container that starts for half a minute
+    trial.config(toy={"seconds": 0.7})
+    async with trial.modal(timeout=32.0, grace=18.0) as fake:       # a container is told every 15 s
         code, out = await fake.launch()
         assert code == 0, out
         expect_whole(trial, fake, redone=5 * only_input(fake).user_retries)
