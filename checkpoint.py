@@ -2266,7 +2266,8 @@ def _check_progress(state, needed):
         if key not in state:
             raise IncompleteState(f"the state has no {key!r}: a resume goes on from its epoch "
                                   f"(they count from 1) and batch")
-    for key, value in ((key, state[key]) for key in PROGRESS if key in state):
+    for key in PROGRESS:
+        value = state.get(key, 0)
         if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < 2**63:
             raise TypeError(f"[{key!r}] must be a whole number, 0 or more, not {value!r}: no "
                             f"resume could take this file")

@@ -215,15 +215,23 @@ def autocast(precision, device):
 def postprocess(probability, threshold, config):
     """Events of a probability track (samples,): int64 (N, 2), begin and end in samples, in order
     and apart, by the steps of KEYS. Splitting comes last, since merging would undo it."""
-    c = settings(config)
-    n = {name: round(c[name] * FS) for name in c if name.endswith("_seconds")}
+    return _events(probability, threshold, _in_samples(settings(config)))
+
+
+def _in_samples(c):
+    """The checked settings `c` with every duration in samples."""
+    return {k: round(v * FS) if k.endswith("_seconds") else v for k, v in c.items()}
+
+
+def _events(probability, threshold, c):
+    """postprocess() with checked settings, durations in samples: scoring tries many thresholds."""
     off = max(threshold - c["release"], threshold / 2)
-    found = events.hysteresis(probability, threshold, off, n["onset_seconds"], n["offset_seconds"])
-    found = events.longer(found, n["opening_seconds"])
-    found = events.merge(found, n["closing_seconds"] - 1)
-    found = events.longer(found, n["min_duration_seconds"])
-    found = events.merge(found, n["merge_gap_seconds"])
-    return events.split(found, n["max_duration_seconds"])
+    found = events.hysteresis(probability, threshold, off, c["onset_seconds"], c["offset_seconds"])
+    found = events.longer(found, c["opening_seconds"])
+    found = events.merge(found, c["closing_seconds"] - 1)
+    found = events.longer(found, c["min_duration_seconds"])
+    found = events.merge(found, c["merge_gap_seconds"])
+    return events.split(found, c["max_duration_seconds"])
 
 
 # ---- record of one recording ----
@@ -268,9 +276,10 @@ def score(recording, probability, config):
 def _counts(truth, probability, thresholds, seconds, c):
     """metrics.count() of the events at each threshold."""
     known = {}
+    lengths = _in_samples(c)
     rows = []
     for threshold in thresholds:
-        found = postprocess(probability, threshold, c) / FS
+        found = _events(probability, threshold, lengths) / FS
         key = found.tobytes()
         if key not in known:                                # neighbouring thresholds often agree
             known[key] = metrics.count(truth, found, seconds)

@@ -386,18 +386,18 @@ def _numbered(recordings, subjects):
                "a day or a recording: those of one person belong in one folder, or train with "
                "data.same_person")
     if (len(people) == len(recordings) > 1 and all(map(str.isdigit, people))
-            and not subjects and not any(code for _, code in recordings)):
+            and not subjects and not coded):
         yield (f"warning: each of {len(people)} recordings counts as a patient of its own, by its "
                "number: those of one person belong in one folder, or train with data.same_person")
 
 
 def contradictions(recordings):
     """Lines on patients whom the EDF headers know better, from (patient, person_code, name of the
-    recording or none): two under one code, or one under several; and, where these say nothing, on
-    names that differ in spelling or in a part alone."""
+    recording): two under one code, or one under several; and, where these say nothing, on names
+    that differ in spelling or in a part alone."""
     recordings = list(recordings)
-    subjects = all(name[:1] and name[0].startswith("sub-") for _, _, *name in recordings)
-    recordings = [(person(patient), code) for patient, code, *_ in recordings]
+    subjects = all(name.startswith("sub-") for *_, name in recordings)      # of BIDS
+    recordings = [(person(patient), code) for patient, code, _ in recordings]
     spelled = {}
     for patient in sorted({patient for patient, _ in recordings}):
         spelled.setdefault(_spelling(patient), []).append(patient)

@@ -63,7 +63,8 @@ SPEAKS = re.compile(
     r"κρισ|σπασμ|欠神|失神|强直|"
     r"^(てんかん|癫痫|επιληπτικη)$|حمله|نوبات|תקף|[发發発]作(?!间|間)|抽搐|[惊驚]厥|"
     r"[痉痙][挛攣]|けいれん|ケイレン|\u1107\u1161\u11af\u110c\u1161\u11a8|"
-    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|نوبة|تشنج|صرع|دورہ|مرگی|התקף|פרכוס|दौर|मिरगी|छार|झटक|ชัก")
+    r"\u1100\u1167\u11bc\u1105\u1167\u11ab|"
+    r"نوبة|تشنج|صرع|دورہ|مرگی|התקף|פרכוס|दौर|मिरगी|छार|झटक|ชัก")
 # cells beside a seizure's text; a text within a seizure may doubt a channel, or deny the seizure
 EDGES = re.compile(rf"((eeg|clin\w*|electr\w*) )?({_START}|{_END})")
 _OUT = "reject|exclu|discard|delet|invalid|ignor|skip|remov|omit"
@@ -72,9 +73,9 @@ DENIES = re.compile(rf"(\w+ ){{0,2}}({_UNTRUE})\w*( \w+)?|({_OUT})\w*|"
                     r"(not|nicht) .*(seiz|sz|anfall)\w*")
 DOUBTS = re.compile(
     r"\?+|fp|bad|(\S+ ){0,2}(possib|probab|suspe|uncertain|unsure|unclear|unlikely|doubt|"
-    r"questionab|equivoc|art[ei]fa\w?t|false|fraglich|unklar|unsicher|moglich|verdacht|douteu|dubbi|"
-    r"dudos|maybe|perhaps|vielleicht|functional|disagree|draft|pending|prelim|unconfirm|unreview|"
-    rf"inter ?ictal|{_UNTRUE}|{_OUT})\w*( \w+){{0,2}}[ ?!.]*|"
+    r"questionab|equivoc|art[ei]fa\w?t|false|fraglich|unklar|unsicher|moglich|verdacht|douteu|"
+    r"dubbi|dudos|maybe|perhaps|vielleicht|functional|disagree|draft|pending|prelim|unconfirm|"
+    rf"unreview|inter ?ictal|{_UNTRUE}|{_OUT})\w*( \w+){{0,2}}[ ?!.]*|"
     r"(not|nicht|kein|pas)( \w+){0,3}")
 # pressed by the patient or who is there; perhaps for a seizure
 BUTTON = re.compile(
@@ -82,8 +83,8 @@ BUTTON = re.compile(
     r"(event|ereignis) ?(mark|taste)|^alarm|nurse call|\bknop\b|bouton|poussoir|pulsa(dor|nte)|"
     r"botao|butonu?\b|按[钮鈕键鍵]|ホタン|кнопк")
 CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
-                      r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|^(active|present|ictal)$|"
-                      r"\b(gold|truth|final)\b|"
+                      r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|"
+                      r"^(active|present|ictal)$|\b(gold|truth|final)\b|"
                       r"^(expert|rater|reader|reviewer|annotator) ?([1-9]|[a-e])$")
 NO = re.compile(r"no?|nein|non|false|0([.,]0*)?( ?(/|%|of |von ).*)?|(very )?low|gering|niedrig|"
                 r"faible|baj[ao]|bass[ao]")

@@ -196,8 +196,8 @@ def clean(directory, yes):
     try:
         if yes:                         # to the end: no run may begin between look and removal
             held = checkpoint.lock(directory)
-        elif in_use_text(directory):    # a look writes nothing
-            busy = f"{directory} is {in_use_text(directory)}: stop it first"
+        elif use := in_use_text(directory):     # a look writes nothing
+            busy = f"{directory} is {use}: stop it first"
     except checkpoint.InUse as error:
         busy = error.strerror
     if busy:

@@ -501,11 +501,12 @@ class Mirrored(Checkpointer):
         """As ever; a best.pt that was spoiled under this run comes back from the second copy."""
         if self.away:
             return None
-        here, there = Candidate(self.directory / "best.pt"), self.place / "best.pt"
-        spoiled = self._best and not here.facts and not here.fault
+        here, there = self.directory / "best.pt", self.place / "best.pt"
+        now = self._best and Candidate(here)
+        spoiled = now and not now.facts and not now.fault
         with contextlib.suppress(OSError, checkpoint.CorruptCheckpoint):
             if spoiled and self.is_own_directory() and in_line(checkpoint.peek(there), self.line):
-                checkpoint.copy_checked(there, here.path)
+                checkpoint.copy_checked(there, here)
                 self.say(f"checkpoints: best.pt was taken from {there}")
         return super()._metric_of_best()
 

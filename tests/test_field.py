@@ -1006,8 +1006,8 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
         assert line in text.splitlines() and f"  {line}" in told
     assert text.count("count as") == 3
     # where the headers of all say who they are
-    assert not any("count as" in line for line in splits.contradictions([("A1", "x"), ("A1b", "y")]))
-    assert "A1, A1b, A1c, A1d, ... count as 5" in list(splits.contradictions((f"A1{part}", "") for part in ("", *"bcde")))[0]
+    assert not any("count as" in line for line in splits.contradictions([("A1", "x", ""), ("A1b", "y", "")]))
+    assert "A1, A1b, A1c, A1d, ... count as 5" in list(splits.contradictions((f"A1{part}", "", "") for part in ("", *"bcde")))[0]
 
 
 @pytest.mark.parametrize("kind, one, other", [
@@ -1020,9 +1020,9 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
 def test_recordings_of_one_person_that_may_count_as_several_are_said(one, other, kind):
     """Else one of them trains and the other validates."""
     found = [corpora.identify(Path(f"{name}.edf"), Path()).patient for name in (one, other, *["Schulz1_a", "UKB01_a"] * (kind[:5] == "count" or one[:3] == "AMC"))]
-    text = "\n".join(splits.contradictions((patient, "") for patient in found))
+    text = "\n".join(splits.contradictions((patient, "", "") for patient in found))
     assert text.count(kind) == 1 if kind else "warning" not in text
-    assert not list(splits.contradictions((patient, str(i)) for i, patient in enumerate(dict.fromkeys(found))))
+    assert not list(splits.contradictions((patient, str(i), "") for i, patient in enumerate(dict.fromkeys(found))))
 
 
 @pytest.mark.parametrize("names, warned", [(["EEG_1", "EEG_2"], True), (["EEG_1"], False), (["1/a", "1/b", "2/a"], False), (["anna", "ben"], False),
@@ -1032,7 +1032,7 @@ def test_files_that_are_numbered_in_one_folder_may_be_one_person_s(tmp_path, nam
         write_edf(tmp_path / "src" / f"{name}.edf", 5)
     report, text = said(tmp_path / "src", tmp_path / "out")
     assert len(report.read) == len(names) and ("counts as a patient of its own, by its number" in text) == warned
-    assert not any("of its own" in line for line in splits.contradictions([("1", "x"), ("2", "y")]))
+    assert not any("of its own" in line for line in splits.contradictions([("1", "x", ""), ("2", "y", "")]))
 
 
 # ---- an import that has not finished ----
