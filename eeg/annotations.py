@@ -14,11 +14,12 @@ import numpy as np
 
 from eeg.columns import COLUMNS, NOTHING, SECONDS, SHORT, TIMES, another_clock, kind_of
 from eeg.columns import refuse_codes, refuse_described, refuse_edges, refuse_lines, refuse_others
-from eeg.columns import refuse_times, title_of, with_points
+from eeg.columns import refuse_scale, refuse_times, said_length, title_of, with_points
 from eeg.disk import named, write_file
 from eeg.edf import NUMBER, DataError, number
-from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, NO, SEIZURE, STRANGE, YES, Texts
-from eeg.terms import meaning_of, marks, plain, speaks, without_number
+from eeg.terms import BUTTON, CONFIRMS, DENIES, DOUBTS, EDGES, FINDER, NO, PROGRAM, SEIZURE
+from eeg.terms import STRANGE, YES, Texts, marks, meaning_of, plain, speaks, unlikely
+from eeg.terms import without_number
 
 MAX_LIST_BYTES = 5_000_000              # of annotations; what is longer is a signal
 SHORTEST = 0.05                         # s of a seizure; a jerk lasts twice as long, a sample less
@@ -121,6 +122,9 @@ def table(text, name, delimiter, columns):
         what = "several columns" if missing[0] in header else "no column"
         raise DataError(f"{name}: {what} {', '.join(missing)} "
                         f"(it has {', '.join(header) or 'none'})")
+    if delimiter == "\t":
+        rows[1:] = with_points(rows[1:], [i for i, title in enumerate(header)
+                                         if kind_of(title) in TIMES])
     try:
         _refuse_cut(rows, 1 + max(map(header.index, columns)), text)
         _refuse_hidden([line for line in text.split("\n")
@@ -281,12 +285,8 @@ def parse_csv(text, name="csv"):
     if duration:
         labels.seconds = float(number(duration[1], f"{name}: duration"))
     rows = table(text, name, ",", ("channel", "start_time", "stop_time", "label"))
-    doubted = [row for row in rows if row["label"] in SEIZURE
-               and NO.fullmatch(row.get("confidence") or "")]
-    if doubted:
-        raise DataError(f"{name}: confidence {doubted[0]['confidence']} of a seizure")
-    _add_tuh_rows(labels, [(row["channel"], row["start_time"], row["stop_time"], row["label"])
-                           for row in rows], name)
+    _add_tuh_rows(labels, [(row["channel"], row["start_time"], row["stop_time"], row["label"],
+                            row.get("confidence") or "") for row in rows], name)
     of = re.search(r"^#\s*bname\s*=\s*(\S+)", text, re.M)
     if of and not name.startswith(of[1]):
         labels.notes.append(f"{name} says that it is of {of[1]}")
@@ -298,7 +298,7 @@ def parse_tse(text, name="tse"):
     rows = [line.split() for line in _lines(text, name) if not line.startswith("version")]
     _refuse_length(rows, name)
     labels = Labels()
-    _add_tuh_rows(labels, [("TERM", *row[:3]) for row in rows], name)
+    _add_tuh_rows(labels, [("TERM", *(row + [""])[:4]) for row in rows], name)
     return labels
 
 
@@ -311,13 +311,15 @@ def _refuse_length(rows, name):
 
 
 def _add_tuh_rows(labels, rows, name):
-    """Seizures of (channel, start, stop, label). An empty row, 0.0000 to 0.0000, stands in some
-    files of TUSZ before the good ones: left out."""
-    for channel, begin, end, label in rows:
+    """Seizures of (channel, start, stop, label, confidence). An empty row, 0.0000 to 0.0000, stands
+    in some files of TUSZ before the good ones: left out."""
+    for channel, begin, end, label, sure in rows:
         start = float(number(begin, f"{name}: start_time"))
         stop = float(number(end, f"{name}: stop_time"))
         if label not in SEIZURE and label != "bckg":
             raise DataError(f"{name}: unknown label {label!r}")
+        if label in SEIZURE and judgements(["confidence"], [sure]):
+            raise DataError(f"{name}: confidence {sure} of a seizure")
         if start == stop and len(rows) > 1:
             labels.notes.append(f"an empty row of {name} left out: {label} at {start:g} s")
         elif stop <= start or start < 0:
@@ -345,7 +347,8 @@ def read_beside(path, header, texts=None):
     text = read_text(path)
     if path.suffix == ".csv" and "start_time" in text and "stop_time" in text:
         return parse_csv(text, path.name)
-    return list_labels(text, path.name, texts, header.began if header else "")
+    began, seconds = (header.began, header.seconds) if header else ("", None)
+    return list_labels(text, path.name, texts, began, seconds)
 
 
 def is_list(path):
@@ -367,15 +370,19 @@ JUDGES = re.compile(r"[ck]omment|comentar|remar|bemerk|befund|\bnot[ae]|review|c
                     r"switch|final|gold|truth|\bfp\b")
 
 
-def list_labels(text, name, texts=None, began=""):
+def list_labels(text, name, texts=None, began="", seconds=None):
     """Labels of annotations that were exported as a table: BIDS, EDFbrowser, MNE. Unlabelled where
-    it is no such table or its texts say nothing or contradict each other."""
+    it is no such table or its texts say nothing or contradict each other; with the `seconds` of its
+    recording, where its times may be in another unit."""
     found, texts = [], texts or Texts()
     why = f"no text of {name} says that the recording was read for seizures"
     try:
         found = parse_list(text, name, texts, began)
         labels = parse_annotations(found, texts)
         refuse_codes(found, texts)
+        if labels and seconds:
+            refuse_scale(labels.events, _find_titles(text, name)[1], seconds)
+            labels.seconds, labels.slack = said_length(text)
     except NoTable:
         raise
     except (DataError, csv.Error) as error:
@@ -506,7 +513,8 @@ def _list_row(row, titles, columns, meanings, began=""):
 
 def judgements(titles, row):
     """Cells of a row on a seizure that say that there is none, in whatever column, or that it is
-    doubtful, or that the row is its start or end; title=cell where the title says so."""
+    doubtful or found by a program, or that the row is its start or end; title=cell where the title
+    says so."""
     found = []
     for title, cell in zip(map(title_of, titles), row):
         said = plain(cell)
@@ -516,9 +524,11 @@ def judgements(titles, row):
         if (DENIES.fullmatch(said) or meaning_of(said)[0] not in ("", "seizure")
                 or EDGES.fullmatch(said) and (judges or said not in ("on", "off"))
                 or judges and DOUBTS.fullmatch(said)
+                or (judges or FINDER.search(title)) and PROGRAM.fullmatch(said)
                 or asks and NO.fullmatch(said)):
             found.append(cell)
-        elif not asks and DOUBTS.fullmatch(plain(title)) and YES.fullmatch(said):
+        elif unlikely(title, cell) or not asks and YES.fullmatch(said) and (
+                DOUBTS.fullmatch(plain(title)) or PROGRAM.fullmatch(title)):
             found.append(f"{title}={cell}")
     return found
 

@@ -8,8 +8,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from eeg.edf import NUMBER, DataError
-from eeg.terms import marks, meaning_of, plain
+from eeg.edf import NUMBER, DataError, split_label
+from eeg.terms import PROGRAM, marks, meaning_of, plain, speaks
 
 # what a column of an exported list is called, without units
 COLUMNS = {
@@ -29,6 +29,8 @@ COLUMNS = {
 TIMES = ("onset", "end", "duration")
 # the title of a column of files
 FILE = re.compile(r"((edf|eeg) ?)?(file ?(name|path|id)?|path|datei(name)?|fichier|bname|edf)$")
+# a person's or a recording's code: P01
+CODE = re.compile(r"([^\W\d_]+)[-_. ]?0*(\d+)")
 # titles of a column of units
 UNITS = ("unit", "units", "time unit", "time units", "time base", "timebase", "time format",
          "einheit", "zeiteinheit", "zeitbasis", "unite", "unidad")
@@ -55,8 +57,12 @@ OTHERWISE = re.compile(
     rf"{_ALL}\b(\W+\w+){{0,2}}\W+({OTHER_UNIT}|min(uten|utos|uti)\b|proben\b)|"
     rf".*\b(relative to|from|since) (the )?{_CLIP}|{_CLIP}s? (offset|start)\W+\d|"
     r"(time )?offset\W+(0*\.)?0*[1-9]")
+# a line with the length of the recording
+LENGTH = re.compile(r"^\W*(?:(?:total|recording|file|eeg|study)\W*)*(?:duration|length|dauer|duree)"
+                    r"\W*[:=]\W*(\d+:\d\d:\d\d|\d+(?:\.\d+)?) *([smh]?)[a-z]*\W*$", re.M | re.I)
 NEAR = 60.0                             # s between a seizure's clinical onset and its onset in EEG
 SHORT = 2.0                             # s; a list of shorter ones alone is odd
+LONG = 1800.0                           # s; without a unit one so long may be in samples or ms
 # titles of a column that counts its rows
 COUNTS = re.compile(r"(|\W|n|no\.?|nr\.?|id|index|idx|number|"
                     r"(seizure|sz|event|anfall|crise)( ?(no|nr|id|number|index|#))?\.?)")
@@ -122,14 +128,19 @@ def another_clock(stamp, began, after=0.0):
 
 
 def refuse_lines(lines, began, name):
-    """Refuse a list whose lines above its titles name another recording than `name`, or say that
-    its times are no seconds from the recording's start: MNE writes orig_time, others Start, of one
-    that was cut since, perhaps."""
+    """Refuse a list whose lines above its titles name another recording than `name`, or a program
+    that found its seizures, or say that its times are no seconds from the recording's start: MNE
+    writes orig_time, others Start, of one that was cut since, perhaps."""
     for line in lines:
         said = line.strip("# ")
         files = re.findall(r"([^\s\\/]+)\.edf\b", said.lower())
         if files and not any(file.removesuffix("_eeg") in name.lower() for file in files):
             raise DataError(f"{said[:60]!r}: it is of another recording")
+        title, _, cell = said.partition(":")
+        if not files:
+            _refuse_files({title_of(title): {cell.strip(' "'): None}}, name)
+        if PROGRAM.search(plain(said)) and marks(said):
+            raise DataError(f"{said[:60]!r}: found by a program")
         found = find_clock(said)
         starts = found and BEGINS.search(plain(found.string[:found.start()]))
         if OTHERWISE.match(plain(said.strip("("))) or starts and another_clock(said, began):
@@ -189,15 +200,30 @@ def _refuse_files(below, name):
     files = {cell for title, cells in below.items() for cell in cells
              if cell.lower().endswith(".edf") or FILE.match(title)
              and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
-    others = []
+    others = [cell for title in below.keys() & COLUMNS["file"] for cell in below[title]
+              if _of_another(cell, name)]
     for file in sorted(files):
         last = re.split(r"[\\/]", file.lower())[-1]
         if not name.lower().startswith(re.sub(r"(_eeg)?(\.\w{1,4})?$", "", last, count=1)):
             others.append(file)
-    named = max((below[title] for title in below.keys() & COLUMNS["file"]), key=len, default=())
+    titles = below.keys() & COLUMNS["file"] | {
+        title for title in below.keys() & {"name", "eeg"} if all(map(_may_name, below[title]))}
+    named = max((below[title] for title in titles), key=len, default=())
     if len(named) > 1 or others:
         raise DataError(f"it has rows of {', '.join(others or sorted(named))[:60]}: one list for "
                         "each recording")
+
+
+def _of_another(cell, name):
+    """Whether a cell is a code, P02, of a word that stands with another number in `name`."""
+    code = CODE.fullmatch(cell.lower())
+    numbers = {number for word, number in CODE.findall(name.lower()) if code and word == code[1]}
+    return bool(numbers) and code[2] not in numbers
+
+
+def _may_name(cell):
+    """Whether a cell may be a person's or a recording's name: no channel, number or event."""
+    return not (split_label(cell) or speaks(cell) or NUMBER.match(cell) or NOTHING.fullmatch(cell))
 
 
 def _refuse_origin(row, onset):
@@ -227,10 +253,11 @@ def _refuse_origin(row, onset):
 
 def with_points(rows, places):
     """Rows with a point for a decimal comma in the columns `places`. Where all could part
-    thousands they stay, as no numbers."""
-    commas = {row[place] for row in rows for place in places
-              if place < len(row) and re.fullmatch(r"[+-]?\d+,\d+", row[place])}
-    if all(re.fullmatch(r"[+-]?\d{1,3},\d{3}", cell) for cell in commas):
+    thousands, or a point beside them, they stay, as no numbers."""
+    cells = {row[place] for row in rows for place in places if place < len(row)}
+    commas = {cell for cell in cells if re.fullmatch(r"[+-]?\d+,\d+", cell)}
+    thousands = {cell for cell in cells if re.fullmatch(r"[+-]?\d{1,3}[.,]\d{3}", cell)}
+    if commas <= thousands or thousands - commas:
         return rows
     return [[cell.replace(",", ".") if place in places and cell in commas else cell
              for place, cell in enumerate(row)] for row in rows]
@@ -252,6 +279,27 @@ def _refuse_days(cells):
     fine = [cell for cell in cells if re.fullmatch(r"0?\.\d{4,}[1-9]", cell)]
     if fine and all(re.fullmatch(r"0?\.\d+|0", cell) for cell in cells):
         raise DataError(f"onset is {fine[0]}: seconds, or a part of a day?")
+
+
+def said_length(text):
+    """(s of the recording by a line of a list, None without one; how exact that is in s)."""
+    found = LENGTH.search(text)
+    unit = {"m": 60.0, "h": 3600.0}.get(found[2].lower(), 1.0) if found else 1.0
+    return found and (seconds_of_day(found[1]) or float(found[1]) * unit), max(2.0, unit)
+
+
+def refuse_scale(events, titles, seconds):
+    """Refuse seizures of a list whose titles name no unit, where they last or overlap as minutes,
+    samples or ms would in a recording of `seconds`."""
+    said = any(title_of(title) in UNITS or kind_of(title) == "onset"
+               and re.search(r"[(\[,]\s*\w", title) for title in titles)
+    lasts = max((end - begin for begin, end in events), default=SHORT)
+    inside = any(begin < other < end for begin, end in events for other, _ in events)
+    # their onsets, as minutes
+    fit = all(60 * begin + end - begin <= seconds for begin, end in events)
+    if not said and (lasts > LONG or fit and (inside or lasts < SHORT)):
+        raise DataError(f"its seizures last {lasts:.3g} s{' and overlap' * inside}: seconds? Then "
+                        "call the column Onset (s)")
 
 
 def refuse_edges(titles, rows):

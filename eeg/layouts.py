@@ -76,8 +76,11 @@ GENERIC = set("eeg edf rec recording patient pat pt subject subj sub proband fil
 # folders that name none either: kinds of files, parts of a split, classes
 KINDS = GENERIC | set(
     "edfs eegs recordings patients subjects files data raw rawdata sourcedata derivatives train "
-    "training dev val validation eval test seizure seizures ictal interictal preictal postictal "
-    "normal abnormal background awake wake asleep sleep".split())
+    "training dev val validation eval test normal abnormal background bckg healthy control "
+    "controls awake wake asleep sleep day night pre post baseline followup".split()) | {
+        prefix + mark + what for mark in ("", " ", "-", "_") for what in (
+            "ictal seizure seizures seiz sz anfall crise crisis epilepsy epileptic").split()
+        for prefix in "pre post peri inter no non with without kein".split() + [""] * (not mark)}
 # P01: who is meant, where a class or a part of a split stands before it
 CODE = re.compile(r"[^\W\d]+[-. ]?\d+")
 

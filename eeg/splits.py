@@ -27,6 +27,8 @@ WARNINGS = {                            # of the splits that do not keep patient
     "time": "data.split: time: the first part of each recording trains and its end validates: "
             "scores say nothing about new patients or recordings",
 }
+# a patient's name behind the folder of its corpus, where it is more than P01
+OWN_NAME = re.compile(r"[^/]*[^\W\d_]{3}[^/]*$")
 
 
 def person(patient):
@@ -59,7 +61,7 @@ def split(recordings, c, seed):
         if folds:
             raise DataError("data.folds needs data.split: patient or recording")
         return _both(*_split_time(recordings, c["dev_fraction"]), "recordings of 20 s and more")
-    unit = patient_of if kind == "patient" else _name
+    unit = patient_of if kind == "patient" else lambda r: r.name
     if folds:
         return _fold(recordings, unit, folds, c["fold"], seed)
     if kind == "recording":
@@ -105,10 +107,6 @@ def _own_dev(recordings):
     if both:
         raise DataError(f"patients in both train and dev: {', '.join(sorted(both))}")
     return dev
-
-
-def _name(recording):
-    return recording.name
 
 
 def _divide(recordings, unit, dev, what):
@@ -213,7 +211,7 @@ def told(recordings, train, dev, kind):
         if labelled:
             lines.append(f"{corpus or 'corpus'}: left out: {_reasons(labelled)}")
         lines += no_labels((r.name, r.unlabelled) for r in out if not r.labelled)
-    return lines + _same_person(train, dev) + _same_eeg(train, dev)
+    return [*lines, *_same_person(train, dev), *_same_eeg(train, dev)]
 
 
 def no_labels(recordings):
@@ -261,12 +259,15 @@ def _same_eeg(train, dev):
 
 
 def _same_person(train, dev):
-    """Warnings on patients of both sides whom the EDF headers give one code."""
-    codes = {r.patient_code: patient_of(r) for r in train if r.patient_code}
-    pairs = sorted({(codes[r.patient_code], patient_of(r)) for r in dev
-                    if codes.get(r.patient_code, patient_of(r)) != patient_of(r)})
-    return [f"warning: {one}, who trains, and {other}, who validates, are one person by their EDF "
-            f"headers: data.same_person: [{other} = {one}]" for one, other in pairs]
+    """Warnings on patients of both sides whom the EDF headers give one code, or two corpora one
+    name, more than a P01."""
+    for how, key in (("EDF headers", lambda r: r.patient_code),
+                     ("names", lambda r: "".join(OWN_NAME.findall(patient_of(r))))):
+        known = {key(r): patient_of(r) for r in train if key(r)}
+        pairs = sorted({(known[key(r)], patient_of(r)) for r in dev
+                        if known.get(key(r), patient_of(r)) != patient_of(r)})
+        yield from (f"warning: {one}, who trains, and {other}, who validates, are one person by "
+                    f"their {how}: data.same_person: [{other} = {one}]" for one, other in pairs)
 
 
 def amount(recordings):
@@ -335,8 +336,8 @@ def person_code(header):
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
 
 
-# what tells the parts of one recording apart, behind a digit: P01a, P01-2, P01-night-1, P01 (2)
-PART = re.compile(r"(.*\d)[a-z]|(.*?[a-z].*?\d+)(([-. ]\w+)+| ?\(\d\d?\))", re.I)
+# what tells the parts of one recording apart, behind a digit: P01a, P01post, P01-2, P01 (2)
+PART = re.compile(r"(.*\d)[a-z]+|(.*?[a-z].*?\d+)(([-. ]\w+)+| ?\(\d\d?\))", re.I)
 # a word and a number, of a person where all have one word, of a recording where they have several;
 # words of a group apart
 NUMBERED = re.compile(
@@ -350,11 +351,21 @@ OCCASION = re.compile(
     r"block|segment|batch|disk|disc|fold|folder)[-. ]?\d+", re.I)
 
 
+# a word before a person's number: P01, Pt 1, Patient-1
+PERSON = r"(?:p|pts?|pat|patient(?:en)?|sub|subj|subject|proband|vp|id)"
+CODED = re.compile(rf"(?:^|[/_ ])({PERSON}[-. ]?\d+)(?![^\W_])", re.I)
+
+
 def _spelling(patient):
     """A name without what differs between hands and systems: capitals, forms of one letter, zeros
-    before a number, and marks before it: p-1 is P01."""
+    before a number, marks and a word for a person before it, the order of names: p-1 is Pat01,
+    Anna Meier Meier_Anna."""
     bare = unicodedata.normalize("NFKC", patient).casefold().strip()
-    return re.sub(r"(?<=[^\W\d])[\W_]*0*(?=\d)|(?<!\d)0+(?=\d)", "", bare)
+    bare = bare.translate({0xe4: "ae", 0xf6: "oe", 0xfc: "ue"})
+    bare = re.sub(r"(?<=[^\W\d])[\W_]*0*(?=\d)|(?<!\d)0+(?=\d)", "", bare)
+    if re.search(r"\d", bare):
+        return re.sub(rf"^{PERSON}(?=\d+$)", "", bare)
+    return " ".join(sorted(re.findall(r"[^\W_]+", bare))) or bare
 
 
 def _parts(recordings):
@@ -372,6 +383,20 @@ def _parts(recordings):
             yield (f"warning: patients {', '.join([first, *others[:3]])}{more} count as "
                    f"{len(others) + 1}: if they are one person, give them one folder, or train "
                    f"with data.same_person: [{one}{more}]")
+
+
+def _scattered(recordings):
+    """Lines on a person's code, P01, in the names of several patients' files, one of whom is called
+    otherwise, where no headers say who they are."""
+    places = {}
+    for patient, code, name in recordings:
+        # BIDS says it itself
+        if not code and not name.startswith("sub-") and (found := CODED.search(name)):
+            places.setdefault(_spelling(found[1]), {})[person(patient)] = found[1]
+    for found in places.values():
+        if len(found) > 1 and not all(map(str.startswith, found, found.values())):
+            yield (f"warning: files of {min(found.values())} count as {len(found)} patients: "
+                   f"{', '.join(sorted(found))[:60]}: give each person one folder")
 
 
 def _numbered(recordings, subjects):
@@ -397,6 +422,7 @@ def contradictions(recordings):
     that differ in spelling or in a part alone."""
     recordings = list(recordings)
     subjects = all(name.startswith("sub-") for *_, name in recordings)      # of BIDS
+    yield from _scattered(recordings)
     recordings = [(person(patient), code) for patient, code, _ in recordings]
     spelled = {}
     for patient in sorted({patient for patient, _ in recordings}):

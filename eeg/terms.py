@@ -89,6 +89,14 @@ CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|i
 NO = re.compile(r"no?|nein|non|false|0([.,]0*)?( ?(/|%|of |von ).*)?|(very )?low|gering|niedrig|"
                 r"faible|baj[ao]|bass[ao]")
 YES = re.compile(r"y(es)?|ja?|oui|si|true|x|1([.,]0*)?")
+# titles of a probability of the seizure, and of who found it; a program gives no truth
+LIKELY = re.compile(r"confiden|\bprob(ab\w*)?\b|\bcertain|sicherheit|wahrsch|likel|poster|softmax|"
+                    r"score|^pred|^p( |$)")
+FINDER = re.compile(r"sourc|detect|annotat|\brater|reader|origin|method|creat|author|tool|software|"
+                    r"algor|model|scor|\bby$|quelle|ersteller")
+PROGRAM = re.compile(r"(\S+ ){0,2}\b((persyst|encevis|besa\b|auto(?![a-ln-z]|matism|mot)|algorithm|"
+                     r"software|computer|detect(or|ion|ed by)|classifier|predict|neural|machine|"
+                     r"seizuretransf)\w*( \S+){0,3}|(ai|ki|cnn|dl|ml|nn)\b)")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}
@@ -145,6 +153,15 @@ def speaks(text):
 def marks(text):
     """Whether a text speaks of a seizure, and not of there being none."""
     return speaks(text) and meaning_of(plain(text))[0] != "background"
+
+
+def unlikely(title, cell):
+    """Whether a cell gives a seizure less than one half, or less than 50 of 100."""
+    found = re.fullmatch(r"(\d*[.,]?\d+(?:e-\d+)?) ?(%?)", cell.lower())
+    if not found or not LIKELY.search(title):
+        return False
+    value = float(found[1].replace(",", "."))
+    return value < (50 if found[2] or value > 10 else 0.5)
 
 
 def plain(text):

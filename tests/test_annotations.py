@@ -8,6 +8,7 @@ import pytest
 import data
 from eeg import edf
 from eeg.annotations import (
+    Unlabelled,
     Texts,
     finish,
     list_labels,
@@ -38,7 +39,7 @@ def test_szcore_events(shared):
         ((5, 0, "sz"), "lasts 0"),
         ((-1, 2, "sz"), "-1"),
         (("n/a", 2, "sz"), "not a number"),
-        (("5,5", 2, "sz"), "not a number"),
+        (("5,500", 2, "sz"), "not a number"),
         ((5, "nan", "sz"), "number"),
         ((5, 2, "sz_"), "sz_"),
         ((5, 2, "SZ"), "SZ"),
@@ -57,6 +58,14 @@ def test_szcore_events(shared):
     with pytest.raises(edf.DataError, match="impedance"):
         parse_events_tsv(tsv((0, 30, "impd"), (10, 5, "sz")))
     assert "impedance test" in parse_events_tsv(tsv((0, 5, "impd"), (10, 5, "sz"))).notes[0]
+
+
+def test_a_decimal_comma_of_a_table_between_tabs_is_a_point():
+    for rows, events in (("812,5\t43,0\tsz\n", [(812.5, 855.5)]), ("812,5\t43.5\tsz\n12\t4\tsz\n", [(812.5, 856), (12, 16)])):
+        assert parse_events_tsv("onset\tduration\teventType\n" + rows).events == events
+    for row in "1.812,5\t43", "1.812\t43,5", "812,500\t43", "812,500\t43.5":
+        with pytest.raises(edf.DataError, match="not a number"):
+            parse_events_tsv(f"onset\tduration\teventType\n{row}\tsz\n")
 
 
 def test_a_lone_quote_swallows_no_event():
@@ -122,6 +131,23 @@ def test_seizures_of_a_second_or_so_are_noted():
         assert labels.notes == ["no seizure lasts longer than 0.67 s: times in minutes?"] * noted
 
 
+@pytest.mark.parametrize("titles, rows, seconds, why", [
+    # 12.5 min and 45 s; minutes and minutes, or min.s; samples of 256 Hz, ms
+    ("Onset,Duration,Text", ((12.5, 45), (33.25, 60)), 3600, "its seizures last 60 s and overlap: seconds?"),
+    ("Onset,Duration,Text", ((12.5, 45), (33.25, 60)), 1800, ""), ("Onset (s),Duration,Text", ((12.5, 45), (33.25, 60)), 3600, ""),
+    ("Onset,Duration,Text", ((100, 45), (100, 40)), 9999, ""), ("onset,duration,unit,label", ((12.5, "45,s"), (33.25, "60,s")), 3600, ""),
+    ("start,end,label", ((12.5, 13.25), (30, 31.5)), 3600, "its seizures last 1.5 s: seconds?"), ("start,end,label", ((12.5, 13.25),), 600, ""),
+    ("onset [s],duration [s],label", ((12.5, 1.25),), 3600, ""), ("onset,duration,label", ((512, 11520),), 86400, "its seizures last 1.15e+04 s: seconds?"),
+    ("onset,duration,label", ((3000, 45000),), 86400, "its seizures last 4.5e+04 s: seconds?"), ("onset,duration,label", ((3000, 1500),), 86400, "")])
+def test_a_list_without_a_unit_whose_times_may_be_none_of_seconds_gives_no_labels(titles, rows, seconds, why):
+    text = titles + "".join(f"\n{onset},{end},Seizure" for onset, end in rows) + "\n"
+    if not why:
+        assert len(list_labels(text, "a.csv", seconds=seconds).events) == len(rows)
+        return
+    with pytest.raises(Unlabelled, match=re.escape(why)):
+        list_labels(text, "a.csv", seconds=seconds)
+
+
 def test_tusz_labels():
     text = (
         CSV.format("30.0000")
@@ -139,6 +165,7 @@ def test_tusz_labels():
         ("", "no row"),
         ("TERM,0,30,bckg,1\nTERM,5,9,seiz,1\n", "overlaps"),
         ("TERM,a,9,seiz,1\n", "not a number"),
+        ("TERM,5,9,seiz,0.49\n", "confidence 0.49 of a seizure"),
         ("TERM,0,19,bckg,1TERM,19,21,seiz,1\n", "more cells than titles in 'TERM 0 19 bckg 1TERM"),
     ):
         with pytest.raises(edf.DataError, match=reason):

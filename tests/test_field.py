@@ -611,6 +611,33 @@ def test_training_names_the_recordings_without_labels():
         ("TP/FP", "FP", ""), ("Ictal", "no", ""), ("Interictal", "yes", "interictal=yes"), ("Ignore", "1", "ignore=1"), ("Skip", "x", "skip=x"),
         ("Remove", "x", "remove=x"), ("Bad", "1", "bad=1"))),
     ("a.csv", "onset,duration,label,Final,Ictal,TP/FP,comment,quality\n5,4,Seizure,1,yes,TP,artefacts over the left side,bad\n", [[5, 9]]),
+    # a probability below one half, and what a program found
+    *(("a.csv", f"onset,duration,label,{title}\n5,4,Seizure,{cell}\n", right or f"'Seizure {cell}' at 5 s speaks") for title, cell, right in (
+        *((title, cell, f"'Seizure {said}={cell}' at 5 s speaks") for title, cell, said in (
+            ("Confidence", "0.49", "confidence"), ("p", ".2", "p"), ("Probability (%)", "12", "probability"), ("score", "30 %", "score"),
+            ("p_seizure", "1e-3", "p seizure"), ("Sicherheit", "0.3", "sicherheit"))),
+        ("prob", "0.5", [[5, 9]]), ("uncertainty", "0.3", [[5, 9]]), ("Proband", "0.3", [[5, 9]]), ("confidence", "2", [[5, 9]]), ("score", "80", [[5, 9]]),
+        ("source", "persyst", ""), ("annotator", "Persyst 14", ""), ("Detector", "BESA", ""), ("created by", "encevis", ""), ("rater", "AI", ""),
+        ("method", "automatic", ""), ("comment", "auto detection", ""), ("origin", "software", ""), ("Rater", "SeizureTransformer", ""),
+        ("source", "manual", [[5, 9]]), ("annotator", "AB", [[5, 9]]), ("comment", "oral automatisms", [[5, 9]]), ("comment", "autonomic", [[5, 9]]),
+        ("channel", "AI", [[5, 9]]), ("comment", "seen later than the Persyst marker said it was", [[5, 9]]))),
+    ("a.csv", "onset,duration,label,Automatic\n5,4,Seizure,yes\n", "'Seizure automatic=yes' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,Automatic\n5,4,Seizure,no\n", [[5, 9]]),
+    ("a.csv", "Persyst seizure detections\nonset,duration,label\n5,4,Seizure\n", "'Persyst seizure detections': found by a program"),
+    ("a.csv", "Software: Persyst 14\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
+    ("a_events.tsv", "onset\tduration\teventType\tconfidence\n5\t4\tsz\t0.30\n", "'confidence=0.30' in a row that calls itself sz"),
+    ("a_events.tsv", "onset\tduration\teventType\tannotator\n5\t4\tsz\tpersyst\n", "'persyst' in a row that calls itself sz"),
+    ("a.tse", "version = tse_v1.0.0\n\n0.0 5.0 bckg 1.0\n5.0 9.0 seiz 0.0\n", "confidence 0.0 of a seizure"),
+    # names in a column of no certain meaning; lines above that are of another recording
+    ("a.csv", "Name,onset,duration,label\nanna,5,4,Seizure\nbert,12,4,Seizure\n", "a.csv: it has rows of anna, bert"),
+    ("a.csv", "EEG,onset,duration,label\na1,5,4,Seizure\nb2,12,4,Seizure\n", "a.csv: it has rows of a1, b2"),
+    ("a.csv", "Name,EEG,onset,duration,label\nSz 1,F7-T3,5,4,Seizure\nSz 2,T3,12,4,Seizure\n", [[5, 9], [12, 16]]),
+    ("a.csv", "File: b\nonset,duration,label\n5,4,Seizure\n", "a.csv: it has rows of b"),
+    ("a.csv", "File: A.trc\nPatient: Meier, Anna\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
+    *(("a.csv", f"{line}\nonset,duration,label\n5,4,Seizure\n", right) for line, right in (
+        ("Duration: 3600", "the annotation is of 3600 s, the signal has 20 s"), ("Recording length = 01:00:00", "the annotation is of 3600 s"),
+        ("Duration: 20 s", [[5, 9]]), ("# Total duration: 1 min", [[5, 9]]), ("Length: 2 h", "the annotation is of 7200 s"), ("Duration of the seizures: 4 s", [[5, 9]]))),
+    ("a.csv", "Onset;Duration;Text\n1.812;3,5;Seizure\n", "duration is '3,5', not a number"),
     # rows of another recording, or by another clock
     ("a_events.tsv", "filename\tonset\tduration\teventType\na.edf\t5\t4\tsz\nb.edf\t12\t4\tsz\n", "a_events.tsv: it has rows of b.edf"),
     ("a_events.tsv", "subject\tonset\tduration\teventType\n1\t5\t4\tsz\n2\t12\t4\tsz\n", "a_events.tsv: it has rows of 1, 2"),
@@ -952,6 +979,14 @@ def test_header_codes_that_contradict_the_names_are_said_with_what_to_do_and_nev
     assert any("anna, who trains, and berta, who validates" in line for line in splits.told([one, two], [one], [two], "patient"))
 
 
+@pytest.mark.parametrize("one, other, said", [("tusz/aaaaaajy", "tuep/aaaaaajy", True), ("a/chb21", "b/chb01", True), ("a/P01", "b/P01", False), ("a/01", "b/01", False),
+                                              ("a/Meier", "a/Schulz", False)])
+def test_a_name_of_two_corpora_that_trains_and_validates_is_said(one, other, said):
+    one, two = fake(one), fake(other)
+    lines = splits.told([one, two], [one], [two], "patient")
+    assert any("are one person by their names: data.same_person: [" in line for line in lines) == said
+
+
 @pytest.mark.parametrize("patient", ["00000000 X X X", "ANON M 01-JAN-1900 X", "XXXXXXX", "Unknown, Unknown", "^^^ ????", "Removed",
                                      "X F 01-JAN-1950 X_X", "de-identified M 1.1.1900", ""])
 @pytest.mark.parametrize("kind", ["EDF+C", ""])
@@ -974,13 +1009,15 @@ def test_folders_that_hold_a_kind_of_files_name_no_patient(tmp_path):
                            # nor do the words of a name, where a person's code follows
                            ("train_P01_a", "P01"), ("test_P01_b", "P01"), ("Ictal_EEG_P01", "P01"), ("seizure_left", "seizure"), ("P01_sleep", "P01"),
                            ("sleep/P01_1", "P01"), ("preictal/P01/x", "P01"), ("test_1", "test"),
+                           *((f"{kind}/P01_1", "P01") for kind in ("pre", "post", "Pre-Ictal", "non_seizure", "no seizures", "sz", "bckg", "interictal", "control")),
                            # of BIDS, or nearly
                            ("sub-01/ses-2/eeg/sub-01_ses-2_task-sz_eeg", "01"), ("sub-01/ses-2/eeg/sub-01_ses-2_task-sz-mon_eeg", "01"),
                            ("sourcedata/sub-01/orig", "01"), ("derivatives/clean/sub-01_run-1_eeg", "01"), ("sub-/x", "sub-")):
         assert corpora.identify(tmp_path / f"{place}.edf", tmp_path).patient == patient, place
 
 
-@pytest.mark.parametrize("first, other", [("P01", "p01"), ("P01", "P1"), ("P-01", "P01"), ("M\xfcller", "Mu\u0308ller"), ("01", "1"), ("Pat 3", "pat003")])
+@pytest.mark.parametrize("first, other", [("P01", "p01"), ("P01", "P1"), ("P-01", "P01"), ("M\xfcller", "Mu\u0308ller"), ("01", "1"), ("Pat 3", "pat003"),
+                                          ("P01", "Patient-1"), ("ID001", "001"), ("Pt 1", "pat01"), ("Anna Meier", "Meier, Anna"), ("M\xfcller", "Mueller")])
 def test_patients_whose_names_differ_in_spelling_alone_are_said(tmp_path, first, other):
     first, other = sorted((first, other))
     for place in (f"{first}/a", f"{other}/b", "P02/c", "P020/d", "P-1-02/e", "P-10-2/f"):
@@ -1015,12 +1052,14 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
     ("called by", "2024-03-05_P01", "2024-03-06_P01"), ("called by", "20240305_Meier", "20240306_Meier"), ("called by", "session1/P01", "session2/P01"),
     ("called by", "Day 1/P01", "Day 2/P01"), ("called by", "2024-03/P01", "2024-04/P01"), ("called by", "fold1/P01", "fold2/P01"), ("called by", "EEG1_Meier", "EEG2_Meier"), ("called by", "5.3.24_a", "6.3.24_a"),
     ("count as 2", "P01-night1", "P01-night2"), ("count as 2", "P01-2024-03-05", "P01-2024-04-05"), ("count as 2", "P01 baseline", "P01 follow up"),
-    ("count as 2", "Meier1", "Meier2"), ("count as 2", "Meier Anna 1", "Meier Anna 2"), ("count as 2", "meier-1", "meier-2"),
+    ("count as 2", "Meier1", "Meier2"), ("count as 2", "Meier Anna 1", "Meier Anna 2"), ("count as 2", "meier-1", "meier-2"), ("count as 2", "P01pre", "P01post"),
+    ("files of P01 count as 2 patients: classA, classB", "classA/P01_1", "classB/P01_2"), ("files of P01 count as 2 patients: P01, good", "good/P01_1", "P01/2"),
+    ("files of P01 count as 2 patients: 1 P01, 2 P01", "1 P01", "2 P01"), ("", "Center1_P01", "Center1_P02"), ("", "anna/id1", "bert/id2"),
     ("", "P01/night1", "P01/night2"), ("", "anna/day1", "bert/day2"), ("", "Schulz11", "Schulz12"), ("", "AMC01", "AMC02"), ("", "20240305", "P02"), ("", "control1", "control2"), ("", "Epi 1", "control 1")])
 def test_recordings_of_one_person_that_may_count_as_several_are_said(one, other, kind):
     """Else one of them trains and the other validates."""
     found = [corpora.identify(Path(f"{name}.edf"), Path()).patient for name in (one, other, *["Schulz1_a", "UKB01_a"] * (kind[:5] == "count" or one[:3] == "AMC"))]
-    text = "\n".join(splits.contradictions((patient, "", "") for patient in found))
+    text = "\n".join(splits.contradictions((patient, "", name) for patient, name in zip(found, (one, other, "", ""))))
     assert text.count(kind) == 1 if kind else "warning" not in text
     assert not list(splits.contradictions((patient, str(i), "") for i, patient in enumerate(dict.fromkeys(found))))
 
