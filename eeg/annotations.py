@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eeg.columns import COLUMNS, NOTHING, SECONDS, SHORT, TIMES, another_clock, kind_of
+from eeg.columns import COLUMNS, LONG, NOTHING, SECONDS, SHORT, TIMES, another_clock, kind_of
 from eeg.columns import refuse_codes, refuse_described, refuse_edges, refuse_lines, refuse_others
 from eeg.columns import refuse_scale, refuse_times, said_length, title_of, with_points
 from eeg.disk import named, write_file
@@ -80,6 +80,8 @@ def finish(labels, seconds):
     longest = max((end - onset for onset, end in spans), default=SHORT)
     if longest < SHORT:
         labels.notes.append(f"no seizure lasts longer than {longest:.3g} s: times in minutes?")
+    if longest > LONG:
+        labels.notes.append(f"a seizure lasts {longest:.4g} s: is an end left out?")
     return np.array(spans, np.float64).reshape(-1, 2)
 
 

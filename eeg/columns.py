@@ -200,14 +200,13 @@ def _refuse_files(below, name):
     files = {cell for title, cells in below.items() for cell in cells
              if cell.lower().endswith(".edf") or FILE.match(title)
              and re.search("[a-z]", cell, re.I) and not NOTHING.fullmatch(cell)}
-    others = [cell for title in below.keys() & COLUMNS["file"] for cell in below[title]
-              if _of_another(cell, name)]
-    for file in sorted(files):
-        last = re.split(r"[\\/]", file.lower())[-1]
-        if not name.lower().startswith(re.sub(r"(_eeg)?(\.\w{1,4})?$", "", last, count=1)):
-            others.append(file)
-    titles = below.keys() & COLUMNS["file"] | {
-        title for title in below.keys() & {"name", "eeg"} if all(map(_may_name, below[title]))}
+    titles = below.keys() & COLUMNS["file"]
+    others = sorted(cell for cell in files if not name.lower().startswith(
+        re.sub(r"(_eeg)?(\.\w{1,4})?$", "", re.split(r"[\\/]", cell.lower())[-1], count=1)))
+    others += [cell for title in titles for cell in below[title] if _of_another(cell, name)]
+    # of a recording, a person, a channel or an event
+    titles |= {title for title in below.keys() & {"name", "eeg"} if not any(
+        split_label(cell) or speaks(cell) or NUMBER.match(cell) for cell in below[title])}
     named = max((below[title] for title in titles), key=len, default=())
     if len(named) > 1 or others:
         raise DataError(f"it has rows of {', '.join(others or sorted(named))[:60]}: one list for "
@@ -219,11 +218,6 @@ def _of_another(cell, name):
     code = CODE.fullmatch(cell.lower())
     numbers = {number for word, number in CODE.findall(name.lower()) if code and word == code[1]}
     return bool(numbers) and code[2] not in numbers
-
-
-def _may_name(cell):
-    """Whether a cell may be a person's or a recording's name: no channel, number or event."""
-    return not (split_label(cell) or speaks(cell) or NUMBER.match(cell) or NOTHING.fullmatch(cell))
 
 
 def _refuse_origin(row, onset):
@@ -243,6 +237,8 @@ def _refuse_origin(row, onset):
         first = origin and (max(1.0, float(onset)) if origin["page"] else bool(origin["day"]))
         if origin and other > first and not same and not (origin["part"] and scaled):
             raise DataError(f"{beside}: from which start?")
+        if kind_of(re.sub(r"\W?\d+$", "", title)) == "onset" != kind_of(title):
+            raise DataError(f"{beside}: a row for each seizure")
         sampled = SAMPLES.search(title)
         near = scaled or abs(other - float(onset)) <= NEAR
         if STARTS.search(title) and not sampled and not near:
@@ -294,12 +290,14 @@ def refuse_scale(events, titles, seconds):
     said = any(title_of(title) in UNITS or kind_of(title) == "onset"
                and re.search(r"[(\[,]\s*\w", title) for title in titles)
     lasts = max((end - begin for begin, end in events), default=SHORT)
-    inside = any(begin < other < end for begin, end in events for other, _ in events)
     # their onsets, as minutes
     fit = all(60 * begin + end - begin <= seconds for begin, end in events)
-    if not said and (lasts > LONG or fit and (inside or lasts < SHORT)):
-        raise DataError(f"its seizures last {lasts:.3g} s{' and overlap' * inside}: seconds? Then "
-                        "call the column Onset (s)")
+    # two raters of one differ by less; by more where a column of ends is called duration
+    inside = any(begin < other < end and (fit or 2 * other > begin + end)
+                 for begin, end in events for other, _ in events)
+    if not said and (lasts > LONG or inside or fit and lasts < SHORT):
+        raise DataError(f"its seizures last {lasts:.3g} s{' and overlap' * inside}: where these "
+                        "are seconds, call the column Onset (s)")
 
 
 def refuse_edges(titles, rows):

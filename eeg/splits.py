@@ -346,7 +346,7 @@ NUMBERED = re.compile(
 # a day, or a recording: no person
 OCCASION = re.compile(
     r"(19|20)\d\d[-.]?(0[1-9]|1[0-2])[-.]?(0[1-9]|[12]\d|3[01])[a-z]?|\d\d?[-.]\d\d?[-.]\d{2,4}|"
-    r"(19|20)\d\d[-.](0[1-9]|1[0-2])|"
+    r"(19|20)\d\d([-.](0[1-9]|1[0-2]))?|"
     r"(eeg|edf|rec(ording)?|file|export|session|ses|visit|day|night|tag|nacht|nuit|week|run|part|"
     r"block|segment|batch|disk|disc|fold|folder)[-. ]?\d+", re.I)
 
@@ -433,16 +433,17 @@ def contradictions(recordings):
                    f"one person, train with data.same_person: [{other} = {first}]")
     yield from _parts(recordings)
     yield from _numbered(recordings, subjects)
-    pairs = Counter((patient, code) for patient, code in recordings if code)
-    for kind in (0, 1):
-        groups = {}
-        for pair in sorted(pairs):
-            groups.setdefault(pair[1 - kind], []).append(pair[kind])
-        for key, values in groups.items():
-            if len(values) > 1 and not kind:
-                one = ", ".join(f"{other} = {values[0]}" for other in values[1:])
-                yield (f"warning: patients {', '.join(values)} are one person by their EDF "
-                       f"headers: train with data.same_person: [{one}], or give them one folder")
-            elif len(values) > 1:
-                yield (f"warning: patient {key} is {len(values)} persons by the EDF headers: give "
-                       "each a folder, or a name before the first underscore, of its own")
+    of_code, of_patient = {}, {}
+    for patient, code in sorted({pair for pair in recordings if pair[1]}):
+        of_code.setdefault(code, []).append(patient)
+        of_patient.setdefault(patient, []).append(code)
+    for first, *others in of_code.values():
+        if others:
+            yield (f"warning: patients {', '.join([first, *others])} are one person by their EDF "
+                   "headers: train with data.same_person: "
+                   f"[{', '.join(f'{other} = {first}' for other in others)}], or give them one "
+                   "folder")
+    for patient, codes in of_patient.items():
+        if len(codes) > 1:
+            yield (f"warning: patient {patient} is {len(codes)} persons by the EDF headers: give "
+                   "each a folder, or a name before the first underscore, of its own")

@@ -79,9 +79,9 @@ DOUBTS = re.compile(
     r"(not|nicht|kein|pas)( \w+){0,3}")
 # pressed by the patient or who is there; perhaps for a seizure
 BUTTON = re.compile(
-    r"\bbutton|\bpush|\bpb\b|patient(en)? ?(event|ereignis|alarm|taste)|^pat\w* ev|^event( \d+)?$|"
-    r"(event|ereignis) ?(mark|taste)|^alarm|nurse call|\bknop\b|bouton|poussoir|pulsa(dor|nte)|"
-    r"botao|butonu?\b|按[钮鈕键鍵]|ホタン|кнопк")
+    r"\bbutton|\bpush|\bpb\b|patient(en)? ?(event|ereignis|alarm|taste)|^pat\w* ev|"
+    r"^(xl)?event( \d+)?( (start|end))?( \d+)?$|(event|ereignis) ?(mark|taste)|^alarm|"
+    r"nurse call|\bknop\b|bouton|poussoir|pulsa(dor|nte)|botao|butonu?\b|按[钮鈕键鍵]|ホタン|кнопк")
 CONFIRMS = re.compile(r"confirm|verif|\bvalid|accept|\bcertain|confiden|probab|includ|\bkeep|^use$|"
                       r"agree|consens|correlate|\bvotes?\b|^epileptic|^real|"
                       r"^(active|present|ictal)$|\b(gold|truth|final)\b|"
@@ -91,12 +91,12 @@ NO = re.compile(r"no?|nein|non|false|0([.,]0*)?( ?(/|%|of |von ).*)?|(very )?low
 YES = re.compile(r"y(es)?|ja?|oui|si|true|x|1([.,]0*)?")
 # titles of a probability of the seizure, and of who found it; a program gives no truth
 LIKELY = re.compile(r"confiden|\bprob(ab\w*)?\b|\bcertain|sicherheit|wahrsch|likel|poster|softmax|"
-                    r"score|^pred|^p( |$)")
+                    r"^(score|p|pred(ict\w*)?)\b")
 FINDER = re.compile(r"sourc|detect|annotat|\brater|reader|origin|method|creat|author|tool|software|"
                     r"algor|model|scor|\bby$|quelle|ersteller")
-PROGRAM = re.compile(r"(\S+ ){0,2}\b((persyst|encevis|besa\b|auto(?![a-ln-z]|matism|mot)|algorithm|"
-                     r"software|computer|detect(or|ion|ed by)|classifier|predict|neural|machine|"
-                     r"seizuretransf)\w*( \S+){0,3}|(ai|ki|cnn|dl|ml|nn)\b)")
+PROGRAM = re.compile(r"(\S+ ){0,2}\b(persyst|encevis|besa\b|auto(?![a-ln-z]|matism|mot)|algorithm|"
+                     r"detect(or|ion|ed by)|classifier|predict(ed|ion)|neural|seizuretransf)\w*"
+                     r"( \S+){0,3}|^(ai|ki|cnn|dl|ml|nn|computer|software|machine)$")
 ORDINALS = {word: number for number, words in enumerate((
     "first erste erster ersten", "second zweite zweiter zweiten", "third dritte dritter dritten",
     "fourth vierte vierter", "fifth"), 1) for word in words.split()}
@@ -156,12 +156,12 @@ def marks(text):
 
 
 def unlikely(title, cell):
-    """Whether a cell gives a seizure less than one half, or less than 50 of 100."""
-    found = re.fullmatch(r"(\d*[.,]?\d+(?:e-\d+)?) ?(%?)", cell.lower())
-    if not found or not LIKELY.search(title):
+    """Whether a cell gives a seizure less than one half, less than 50 of 100, or 1 vote of 3."""
+    found = re.fullmatch(r"(\d*[.,]?\d+(?:e-\d+)?) ?(?:(%)|(?:/|of|von) ?(\d+))?", cell.lower())
+    if not found or not (LIKELY if not found[3] else CONFIRMS).search(title):
         return False
     value = float(found[1].replace(",", "."))
-    return value < (50 if found[2] or value > 10 else 0.5)
+    return value < (int(found[3]) / 2 if found[3] else 50 if found[2] or value > 10 else 0.5)
 
 
 def plain(text):

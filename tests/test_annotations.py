@@ -133,12 +133,14 @@ def test_seizures_of_a_second_or_so_are_noted():
 
 @pytest.mark.parametrize("titles, rows, seconds, why", [
     # 12.5 min and 45 s; minutes and minutes, or min.s; samples of 256 Hz, ms
-    ("Onset,Duration,Text", ((12.5, 45), (33.25, 60)), 3600, "its seizures last 60 s and overlap: seconds?"),
+    ("Onset,Duration,Text", ((12.5, 45), (33.25, 60)), 3600, "its seizures last 60 s and overlap: where these are seconds"),
     ("Onset,Duration,Text", ((12.5, 45), (33.25, 60)), 1800, ""), ("Onset (s),Duration,Text", ((12.5, 45), (33.25, 60)), 3600, ""),
+    # ends that are called durations; two raters of one seizure
+    ("onset,duration,label", ((512, 540), (1000, 1040)), 3600, "its seizures last 1.04e+03 s and overlap"), ("onset,duration,label", ((512, 30), (515, 28)), 3600, ""),
     ("Onset,Duration,Text", ((100, 45), (100, 40)), 9999, ""), ("onset,duration,unit,label", ((12.5, "45,s"), (33.25, "60,s")), 3600, ""),
-    ("start,end,label", ((12.5, 13.25), (30, 31.5)), 3600, "its seizures last 1.5 s: seconds?"), ("start,end,label", ((12.5, 13.25),), 600, ""),
-    ("onset [s],duration [s],label", ((12.5, 1.25),), 3600, ""), ("onset,duration,label", ((512, 11520),), 86400, "its seizures last 1.15e+04 s: seconds?"),
-    ("onset,duration,label", ((3000, 45000),), 86400, "its seizures last 4.5e+04 s: seconds?"), ("onset,duration,label", ((3000, 1500),), 86400, "")])
+    ("start,end,label", ((12.5, 13.25), (30, 31.5)), 3600, "its seizures last 1.5 s: where these are seconds"), ("start,end,label", ((12.5, 13.25),), 600, ""),
+    ("onset [s],duration [s],label", ((12.5, 1.25),), 3600, ""), ("onset,duration,label", ((512, 11520),), 86400, "its seizures last 1.15e+04 s: where these are seconds"),
+    ("onset,duration,label", ((3000, 45000),), 86400, "its seizures last 4.5e+04 s: where these are seconds"), ("onset,duration,label", ((3000, 1500),), 86400, "")])
 def test_a_list_without_a_unit_whose_times_may_be_none_of_seconds_gives_no_labels(titles, rows, seconds, why):
     text = titles + "".join(f"\n{onset},{end},Seizure" for onset, end in rows) + "\n"
     if not why:
@@ -146,6 +148,13 @@ def test_a_list_without_a_unit_whose_times_may_be_none_of_seconds_gives_no_label
         return
     with pytest.raises(Unlabelled, match=re.escape(why)):
         list_labels(text, "a.csv", seconds=seconds)
+
+
+def test_a_seizure_of_more_than_half_an_hour_is_noted():
+    for seconds, noted in ((2000, True), (1700, False)):
+        labels = parse_annotations([(5, None, "sz start"), (5 + seconds, None, "sz end")], Texts())
+        finish(labels, 9000.0)
+        assert labels.notes == [f"a seizure lasts {seconds} s: is an end left out?"] * noted
 
 
 def test_tusz_labels():

@@ -482,7 +482,7 @@ def test_a_bare_start_or_end_within_a_seizure_may_be_its_own():
         assert parse(outer, (5, None, "sz start"), (9, None, "HV end"), (30, None, "sz end")) == [(5, 30)]
 
 
-@pytest.mark.parametrize("text", ["Patient Event", "Pushbutton", "PB", "Patientenereignis", "Bouton patient", "Pulsador", "Hasta butonu", "\u60a3\u8005\u6309\u952e", "Event 1"])
+@pytest.mark.parametrize("text", ["Patient Event", "Pushbutton", "PB", "Patientenereignis", "Bouton patient", "Pulsador", "Hasta butonu", "\u60a3\u8005\u6309\u952e", "Event 1", "XLEvent", "event 2 start"])
 def test_a_button_pressed_where_no_seizure_is_labelled_is_noted(tmp_path, text):
     for onset in (5, 400):
         labels = annotations.parse_annotations([(1, 3, "Seizure"), (onset, None, text)], terms.Texts())
@@ -620,10 +620,16 @@ def test_training_names_the_recordings_without_labels():
         ("source", "persyst", ""), ("annotator", "Persyst 14", ""), ("Detector", "BESA", ""), ("created by", "encevis", ""), ("rater", "AI", ""),
         ("method", "automatic", ""), ("comment", "auto detection", ""), ("origin", "software", ""), ("Rater", "SeizureTransformer", ""),
         ("source", "manual", [[5, 9]]), ("annotator", "AB", [[5, 9]]), ("comment", "oral automatisms", [[5, 9]]), ("comment", "autonomic", [[5, 9]]),
-        ("channel", "AI", [[5, 9]]), ("comment", "seen later than the Persyst marker said it was", [[5, 9]]))),
+        ("comment", "patient at computer", [[5, 9]]), ("severity score", "0", [[5, 9]]), ("predominance", "0.2", [[5, 9]]), ("model", "Nihon Kohden", [[5, 9]]),
+        ("Software", "EDFbrowser", [[5, 9]]), ("channel", "AI", [[5, 9]]), ("comment", "seen later than the Persyst marker said it was", [[5, 9]]))),
+    ("a.csv", "onset,duration,label,onset2,duration2\n5,4,Seizure,12,4\n", "onset2 is 12 beside an onset of 5: a row for each seizure"),
+    ("a_events.tsv", "onset\tduration\teventType\tonset_2\n5\t4\tsz\tn/a\n", [[5, 9]]),
+    ("a.csv", "onset,duration,label,agreement\n5,4,Seizure,1/3\n", "'Seizure agreement=1/3' at 5 s speaks"),
+    ("a.csv", "onset,duration,label,agreement,votes,lead\n5,4,Seizure,2 of 3,1/2,1/3\n", [[5, 9]]),
     ("a.csv", "onset,duration,label,Automatic\n5,4,Seizure,yes\n", "'Seizure automatic=yes' at 5 s speaks"),
     ("a.csv", "onset,duration,label,Automatic\n5,4,Seizure,no\n", [[5, 9]]),
     ("a.csv", "Persyst seizure detections\nonset,duration,label\n5,4,Seizure\n", "'Persyst seizure detections': found by a program"),
+    ("a.csv", "Recorded with machine 3, seizures: 1\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
     ("a.csv", "Software: Persyst 14\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
     ("a_events.tsv", "onset\tduration\teventType\tconfidence\n5\t4\tsz\t0.30\n", "'confidence=0.30' in a row that calls itself sz"),
     ("a_events.tsv", "onset\tduration\teventType\tannotator\n5\t4\tsz\tpersyst\n", "'persyst' in a row that calls itself sz"),
@@ -634,6 +640,10 @@ def test_training_names_the_recordings_without_labels():
     ("a.csv", "Name,EEG,onset,duration,label\nSz 1,F7-T3,5,4,Seizure\nSz 2,T3,12,4,Seizure\n", [[5, 9], [12, 16]]),
     ("a.csv", "File: b\nonset,duration,label\n5,4,Seizure\n", "a.csv: it has rows of b"),
     ("a.csv", "File: A.trc\nPatient: Meier, Anna\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
+    *((f"P01_{end}", text, right) for end, text, right in (
+        ("n.csv", "Patient: P02\nonset,duration,label\n5,4,Seizure\n", "P01_n.csv: it has rows of P02"), ("n.csv", "Patient: p1\nonset,duration,label\n5,4,Seizure\n", [[5, 9]]),
+        ("n2.csv", "night,onset,duration,label\nn3,5,4,Seizure\n", "P01_n2.csv: it has rows of n3"),
+        ("events.tsv", "subject\tonset\tduration\teventType\nP-02\t5\t4\tsz\n", "P01_events.tsv: it has rows of P-02"))),
     *(("a.csv", f"{line}\nonset,duration,label\n5,4,Seizure\n", right) for line, right in (
         ("Duration: 3600", "the annotation is of 3600 s, the signal has 20 s"), ("Recording length = 01:00:00", "the annotation is of 3600 s"),
         ("Duration: 20 s", [[5, 9]]), ("# Total duration: 1 min", [[5, 9]]), ("Length: 2 h", "the annotation is of 7200 s"), ("Duration of the seizures: 4 s", [[5, 9]]))),
@@ -746,7 +756,8 @@ def test_training_names_the_recordings_without_labels():
     ("a.lbl_bi", "version = lbl_v1.0.0\n", "not read as labels: a.lbl_bi"),
     ("a_annotations.xml", "<xml/>", "not read as labels: a_annotations.xml")])
 def test_label_files_and_exported_lists_beside_an_edf_are_read_or_named(tmp_path, name, content, events):
-    write_edf(tmp_path / "src" / "a.edf", 20)
+    stem = re.match(r"P01(_n\d?)?", name)
+    write_edf(tmp_path / "src" / f"{stem[0] if stem else 'a'}.edf", 20)
     (tmp_path / "src" / name).write_text(content)
     _, text = said(tmp_path / "src", tmp_path / "out", labels=corpora.LENIENT)
     r, = data.open_corpus(tmp_path / "out")
@@ -1050,7 +1061,7 @@ def test_patients_whose_names_differ_in_a_part_alone_are_said(tmp_path):
 @pytest.mark.parametrize("kind, one, other", [
     # a day or a session before the person, or in the place of one
     ("called by", "2024-03-05_P01", "2024-03-06_P01"), ("called by", "20240305_Meier", "20240306_Meier"), ("called by", "session1/P01", "session2/P01"),
-    ("called by", "Day 1/P01", "Day 2/P01"), ("called by", "2024-03/P01", "2024-04/P01"), ("called by", "fold1/P01", "fold2/P01"), ("called by", "EEG1_Meier", "EEG2_Meier"), ("called by", "5.3.24_a", "6.3.24_a"),
+    ("called by", "Day 1/P01", "Day 2/P01"), ("called by", "2024-03/P01", "2024-04/P01"), ("called by", "2023/anna/x", "2024/anna/y"), ("called by", "fold1/P01", "fold2/P01"), ("called by", "EEG1_Meier", "EEG2_Meier"), ("called by", "5.3.24_a", "6.3.24_a"),
     ("count as 2", "P01-night1", "P01-night2"), ("count as 2", "P01-2024-03-05", "P01-2024-04-05"), ("count as 2", "P01 baseline", "P01 follow up"),
     ("count as 2", "Meier1", "Meier2"), ("count as 2", "Meier Anna 1", "Meier Anna 2"), ("count as 2", "meier-1", "meier-2"), ("count as 2", "P01pre", "P01post"),
     ("files of P01 count as 2 patients: classA, classB", "classA/P01_1", "classB/P01_2"), ("files of P01 count as 2 patients: P01, good", "good/P01_1", "P01/2"),
