@@ -1386,16 +1386,8 @@ class Signals:
             for number in self.WATCHED:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self._note)
-            multiprocessing.util.register_after_fork(self, Signals._spare_worker)
+            multiprocessing.util.register_after_fork(self, lambda own: _spare_worker(own.before))
         return self
-
-    def _spare_worker(self):
-        """In a forked worker of a DataLoader: the step in progress needs it until the parent has
-        saved, and service managers signal all processes at once. It obeys its parent alone."""
-        if not self.before or not hasattr(signal, "sigwaitinfo"):
-            return
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.WATCHED)
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
     def take(self, number: int) -> None:
         """A wish to stop from now on, also one that another process of a training was told of."""
@@ -1430,12 +1422,22 @@ class Signals:
         self.before = {}
 
 
+def _spare_worker(heard):
+    """In a worker of a DataLoader, where signals are `heard`: the step in progress needs it until
+    the training has saved, and service managers signal all processes at once. It obeys the training
+    alone."""
+    if heard and hasattr(signal, "sigwaitinfo"):
+        if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, Signals.WATCHED):
+            threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
 def _obey(parent):
-    """End this process at a SIGTERM of its parent, or at any once the parent is gone."""
+    """End this process at a SIGTERM of the training, or at any once its `parent` is gone."""
+    training = multiprocessing.parent_process().pid     # not `parent` where a server has forked
     while True:
         info = signal.sigwaitinfo(Signals.WATCHED)
         orphan = os.getppid() != parent
-        if info.si_signo == signal.SIGTERM and (orphan or info.si_pid == parent):
+        if info.si_signo == signal.SIGTERM and (orphan or info.si_pid == training):
             os._exit(128 + signal.SIGTERM)
 
 
@@ -1526,6 +1528,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.global_step = 0                # batches that `batches` has yielded, in all
         # place of the batch that it yielded last
         self._in_progress: tuple[int, int] | None = None
+        self._order: dict[int, int] = {}    # epoch in progress: a number made from its batches
         # the file that this run goes on from: never rotated away
         self.resumed: Path | None = None
 
@@ -1647,6 +1650,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.position = facts["position"]
         self._in_progress = None
         self.global_step = facts["global_step"]
+        ours = state.get("holdfast")
+        self._order = ours.get("order", {}) if isinstance(ours, dict) else {}
 
     def _name_line(self):
         """Derive last.pt and best.pt of the line that goes on, at every resume.
@@ -1736,27 +1741,34 @@ class Checkpointer(contextlib.AbstractContextManager):
         collate_fn draw from torch, random and numpy.random depend on (seed, epoch, batch number)
         and, in a distributed training, on the rank: not on workers, nor on where a resume began.
         TypeError for an iterable dataset, which cannot skip, and for a sampler with random numbers
-        of its own. ValueError where the epoch has fewer batches than were trained in it."""
+        of its own. ValueError where batches were trained of an epoch that has others now."""
         epoch, done = self.position
         order = _epoch_order(loader, seed, epoch)
-        if done > len(order):
-            raise ValueError(f"{done} batches of epoch {epoch} were trained, and it has only "
-                             f"{len(order)} now: go on with the batch size and items of before")
-        for number, batch in enumerate(_rest_of_epoch(loader, order, done, seed, epoch), done + 1):
+        mark = _mixed(json.dumps(order, default=lambda item: getattr(item, "tolist", str)()))
+        other = done and self._order.get(epoch, mark) != mark
+        if other or done > len(order):
+            has = f"only {len(order)}" if done > len(order) else "others"
+            raise ValueError(f"{done} batches of epoch {epoch} were trained, and it has {has} now: "
+                             f"go on with the seed, batch size and items of before, or set "
+                             f"saver.position = ({epoch}, 0) to train it from its beginning")
+        self._order = {epoch: mark}
+        of_epoch = _SeededBatches(loader, order, seed, epoch, bool(self._signals.before))
+        for number, batch in enumerate(_rest_of_epoch(loader, of_epoch, done), done + 1):
             self._in_progress = epoch, number
             self.global_step += 1
             yield number, batch
 
-    def pack(self, parts: dict[str, Any]) -> dict[str, Any]:
+    def pack(self, parts: dict[str, Any], **values: Any) -> dict[str, Any]:
         """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each
-        of `parts`, {name: object}, the random states and the place."""
-        taken = {*PROGRESS, "random", "holdfast"}.intersection(parts)
+        of `parts`, {name: object}, plain `values`, the random states and the place."""
+        names = Counter([*PROGRESS, "random", "holdfast", *parts, *values])
+        taken = [name for name, count in names.items() if count > 1]
         if taken:
-            raise ValueError(f"a part cannot be called {', '.join(map(repr, sorted(taken)))}: "
-                             f"that place of the state is the saver's")
+            raise ValueError(f"a part cannot be called {', '.join(map(repr, taken))}: that place "
+                             f"of the state is taken")
         epoch, batch = self._in_progress or self.position
         states = {name: part.state_dict() for name, part in parts.items()}
-        return {**states, "random": random_states(), "epoch": epoch, "batch": batch,
+        return {**states, **values, "random": random_states(), "epoch": epoch, "batch": batch,
                 "global_step": self.global_step}
 
     def unpack(self, parts: dict[str, Any], state: dict[str, Any] | None) -> None:
@@ -1771,11 +1783,11 @@ class Checkpointer(contextlib.AbstractContextManager):
                 part.load_state_dict(state[name])
             restore_random_states(state["random"])
 
-    def boundary(self, parts: dict[str, Any]) -> None:
-        """After a step: save `parts` when it is time; once a signal came, save and leave the
-        process with its exit code."""
+    def boundary(self, parts: dict[str, Any], **values: Any) -> None:
+        """After a step: save what `pack` makes of these when it is time; once a signal came, save
+        and leave the process with its exit code."""
         if self.due() or self.stopping():
-            self.save_mid(self.pack(parts))
+            self.save_mid(self.pack(parts, **values))
             if self.stopping():             # asked again only here: after a save
                 sys.exit(self.stopping())
 
@@ -1850,9 +1862,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             if state["epoch"] < self.position[0]:
                 raise ValueError(f"epoch {state['epoch']} has ended already: epoch "
                                  f"{self.position[0]} is in progress")
-            measured = None
-            if metric is not None:
-                measured = measurement(metric, name, tie, rules)
+            measured = None if metric is None else measurement(metric, name, tie, rules)
             improved = self.is_best(measured)               # a save that waits comes first
             names = [KINDS["last"].name]
             if self.interval and state["epoch"] % self.interval == 0:
@@ -1912,10 +1922,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _finish_epoch(self, waits=False):
         """Write again an epoch's end whose save failed; False where it failed once more."""
         if self._failed and KINDS["last"].name in self._names:
-            if waits:
-                self.settle()
-            else:
-                self._retry()
+            (self.settle if waits else self._retry)()
         return not (self._failed and KINDS["last"].name in self._names)
 
     def _save(self, state, kind, names, measured, since):
@@ -1923,7 +1930,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         began = since or time.monotonic()
         self._failed = None
         self.counter += 1
-        ours = {"kind": kind, "run": self.run, "start": self.start, "starts": self.starts}
+        ours = {"kind": kind, "run": self.run, "start": self.start, "starts": self.starts,
+                "order": self._order}
         if measured:
             ours["metric"] = measured
         try:
@@ -2091,15 +2099,15 @@ class Checkpointer(contextlib.AbstractContextManager):
                 self._retry()
 
     def close(self) -> None:
-        """Wait for the writer, once more where the newest save failed, and give the directory up.
-        SaveFailed where that save is not durable. A second call does nothing."""
+        """Give the directory up after the newest save: where it failed, once more or, after a
+        signal, as by `settle`. SaveFailed where it is not durable. A second call does nothing."""
         with self._turn:
             if self._closed:
                 return
             try:
                 self.wait()
                 if self._failed:
-                    self._retry()
+                    (self.settle if self.stopping() else self._retry)()
                 if isinstance(self._failed, OSError):       # the loop knows of other weights
                     raise SaveFailed(self._failed.errno,
                                      f"the newest save, {self._names[0]}, could not be written: "
@@ -2155,47 +2163,41 @@ def _drawn(loader, samplers, seed, epoch):
     return order
 
 
-def _rest_of_epoch(loader, order, done, seed, epoch):
+def _rest_of_epoch(loader, batches, done):
     same = {name: getattr(loader, name) for name in (
         "num_workers", "pin_memory", "timeout", "multiprocessing_context", "prefetch_factor")}
-    batches = _SeededBatches(loader, order, seed, epoch)
     # without a generator of its own a DataLoader draws from the global random numbers
-    generator = torch.Generator().manual_seed(_mixed(seed, epoch))
+    generator = torch.Generator().manual_seed(_mixed(*batches.key[:2]))
+    numbers = range(len(batches.order))
     return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(done, len(order)), collate_fn=_as_it_is,
+        numbers, batch_size=None, sampler=numbers[done:], collate_fn=batches.load,
         worker_init_fn=batches.begin_worker, generator=generator, **same)
 
 
-class _SeededBatches(torch.utils.data.Dataset):
+class _SeededBatches:
     """The batches of one epoch: each draws random numbers by its own number."""
 
-    def __init__(self, loader, order, seed, epoch):
-        self.dataset = loader.dataset
+    def __init__(self, loader, order, seed, epoch, heard):
         self.fetcher = torch.utils.data._utils.fetch._MapDatasetFetcher(
             loader.dataset, True, loader.collate_fn, False)
         self.init = loader.worker_init_fn
         self.order = order
+        self.heard = heard
         # processes of a distributed training load other items under the same number
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.key = seed, epoch, torch.distributed.get_rank() if ranks else 0
 
-    def __len__(self):
-        return len(self.order)
-
-    def __getitem__(self, index):
-        with _seeded(*self.key, index):
-            return self.fetcher.fetch(self.order[index])
+    def load(self, number):
+        with _seeded(*self.key, number):
+            return self.fetcher.fetch(self.order[number])
 
     def begin_worker(self, number):
+        _spare_worker(self.heard)           # one that was spawned knows nothing of it yet
         if self.init:
             # what it finds by get_worker_info() is the user's dataset, not this one
             info = torch.utils.data.get_worker_info()
-            object.__setattr__(info, "dataset", self.dataset)       # it is frozen
+            object.__setattr__(info, "dataset", self.fetcher.dataset)     # it is frozen
             self.init(number)
-
-
-def _as_it_is(batch):
-    return batch
 
 
 @contextlib.contextmanager
@@ -2274,11 +2276,8 @@ def _check_progress(state, needed):
 
 
 def _free_name(path):
-    number, free = 1, path
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.stem}_{number}{path.suffix}")
-    return free
+    others = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], others) if not os.path.lexists(free))
 
 
 def links_work(directory: str | os.PathLike) -> bool:
@@ -2308,13 +2307,14 @@ class Lock(contextlib.AbstractContextManager):
         self.held.add(self)
 
     def is_at(self, directory: str | os.PathLike) -> bool:
-        """Whether `directory` is the one that was locked, also where its lock file was deleted.
-        FileNotFoundError where it is gone."""
+        """Whether `directory` is the one that was locked, also where its lock file was deleted, or
+        it was and is made again. FileNotFoundError where it is gone."""
         there = os.stat(directory)
         try:
             return os.path.samestat(os.lstat(Path(directory, self.path.name)), os.fstat(self.fd))
         except FileNotFoundError:
-            return os.path.samestat(there, self.directory)
+            deleted = not os.fstat(self.fd).st_nlink and there.st_dev == self.directory.st_dev
+            return deleted or os.path.samestat(there, self.directory)
 
     def close(self) -> None:
         if self not in self.held:

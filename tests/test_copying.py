@@ -176,12 +176,12 @@ def test_gradients_that_were_accumulated_are_not_lost_by_a_kill_or_a_sigterm_bet
 
 
 def test_the_k_best_are_those_of_the_lowest_metric_also_after_a_kill(tmp_path):
-    given = "\n\ndef error():\n    return [0.5, 0.3, 0.4, 0.1, 0.9, 0.2][saver.position[0] - 1]\n\n\n"
+    given = "\n\ndef error():\n    return [0.5, 3e-7, float('nan'), 1e-7, 0.9, 2e-7][saver.position[0] - 1]\n\n\n"
     code = recipe("The k best by a metric").replace("from pathlib", given + "from pathlib")
     whole, cut = ends_alike(tmp_path, code, (25,))
     for folder in (whole, cut):
         found = sorted(path.name for path in (folder / "top").glob("*"))
-        assert found == ["0.100000_epoch_004.pt", "0.200000_epoch_006.pt", "0.300000_epoch_002.pt"]
+        assert found == ["1.000000e-07_epoch_004.pt", "2.000000e-07_epoch_006.pt", "3.000000e-07_epoch_002.pt"]
     best = checkpoint.load(cut / "checkpoints/best.pt")["model"]
     assert same(dict(best), dict(checkpoint.load(cut / "top" / found[0])))
 
@@ -438,6 +438,48 @@ def test_a_dataset_is_opened_in_its_workers_and_fetches_whole_batches(saver):
     assert same([batch for _, batch in epoch_of(saver, loader, (1, 0))], [2 * batch for _, batch in plain])
 
 
+WORKERS = """
+import os, sys, time
+import checkpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+class Items:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, item):
+        while item > 3 and not os.path.exists("stopped"):
+            time.sleep(0.05)
+        return item
+
+
+def main(context):
+    parts = {"model": nn.Linear(1, 1)}
+    loader = DataLoader(Items(), batch_size=2, num_workers=1, multiprocessing_context=context, persistent_workers=True)
+    with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
+        for number, batch in saver.batches(loader):
+            if number == 2:
+                os.system("trap '' TERM; kill -TERM 0")         # as systemd does, to all: the next step waits for a worker
+                open("stopped", "w").close()
+            elif number == 3:
+                saver.boundary(parts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_sigterm_to_all_processes_spares_workers_that_were_forked_or_spawned(tmp_path, context):
+    folder = placed(tmp_path, WORKERS)
+    done = subprocess.run([sys.executable, "script.py", context], cwd=folder, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert checkpoint.find_resume(folder / "checkpoints").name == "mid_epoch_001_000003.pt"
+
+
 @pytest.mark.slow
 def test_workers_that_are_spawned_give_the_same_batches(saver):
     loader = DataLoader(Drawn(), batch_size=8, shuffle=True, num_workers=1, multiprocessing_context="spawn")
@@ -490,6 +532,47 @@ def test_an_epoch_that_became_shorter_than_what_was_trained_of_it_is_refused(sav
         epoch_of(saver, loader_of("drop_last"), (1, 6))
 
 
+class Grown(Drawn):
+    def __len__(self):
+        return 24
+
+
+def loop_over(loader, folder, stop=0, seed=0):
+    """Numbers of the batches of one epoch that are trained by a loop which leaves at the batch `stop`."""
+    parts, trained = {"model": torch.nn.Linear(1, 1)}, []
+    with Checkpointer(folder, say=lambda line: None) as saver:
+        saver.unpack(parts, saver.resume())
+        for number, _ in saver.batches(loader, seed):
+            trained.append(number)
+            if number == stop:
+                saver.save_mid(saver.pack(parts))
+                return trained
+        saver.save_epoch(saver.pack(parts))
+    return trained
+
+
+@pytest.mark.parametrize("now", ["a smaller batch size", "a larger dataset", "another seed", "another sampler"])
+def test_an_epoch_in_progress_whose_batches_are_others_now_is_refused_and_can_be_begun_anew(tmp_path, now):
+    assert loop_over(loader_of("shuffle"), tmp_path, stop=3) == [1, 2, 3]
+    loader = {"a smaller batch size": DataLoader(Drawn(), batch_size=2, shuffle=True),
+              "a larger dataset": loader_of("shuffle", data=Grown()), "another sampler": loader_of("in order")}
+    with pytest.raises(ValueError, match=r"3 batches of epoch 1 were trained, and it has others now.*position = \(1, 0\)"):
+        loop_over(loader.get(now, loader_of("shuffle")), tmp_path, seed=int(now == "another seed"))
+    with Checkpointer(tmp_path, say=lambda line: None) as saver:
+        saver.resume()
+        saver.position = (1, 0)
+        assert len(list(saver.batches(loader_of("in order")))) == 6
+    assert loop_over(loader_of("shuffle"), tmp_path, stop=5) == [4, 5] and loop_over(loader_of("shuffle"), tmp_path) == [6]
+    assert len(loop_over(loader_of("in order"), tmp_path)) == 6, "an epoch that has not begun may have other batches"
+
+
+@pytest.mark.parametrize("kind", ["by numpy", "by pairs", "of tensors"])
+def test_items_of_any_kind_are_known_again(tmp_path, kind):
+    items = {"by numpy": numpy.arange(23), "by pairs": [(n, f"{n}") for n in range(23)], "of tensors": torch.arange(23)}[kind]
+    loader = DataLoader({n: torch.ones(1) for n in items} if kind == "by pairs" else Drawn(), batch_size=4, sampler=items)
+    assert loop_over(loader, tmp_path, stop=2) == [1, 2] and loop_over(loader, tmp_path) == [3, 4, 5, 6]
+
+
 def test_a_place_that_is_not_the_one_in_progress_raises_and_writes_nothing(saver, tmp_path):
     parts = {"model": torch.nn.Linear(1, 1)}
     loop = saver.batches(loader_of("shuffle"))
@@ -534,6 +617,21 @@ def test_parts_that_the_checkpoint_lacks_are_named_and_nothing_is_changed(saver)
 def test_a_part_by_a_name_that_the_saver_needs_is_refused_not_lost(saver, name):
     with pytest.raises(ValueError, match=f"a part cannot be called '{name}'"):
         saver.pack({"model": torch.nn.Linear(1, 1), name: torch.nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match=f"a part cannot be called '{name}'"):
+        saver.pack({"model": torch.nn.Linear(1, 1)}, **{name: 1})
+    with pytest.raises(ValueError, match="a part cannot be called 'model'"):
+        saver.pack({"model": torch.nn.Linear(1, 1)}, model=1)
+
+
+def test_values_beside_the_parts_are_in_the_snapshot_of_a_kill_and_of_a_signal_as_at_the_end_of_an_epoch(tmp_path):
+    code = SCRIPT.replace("saver.unpack(parts, saver.resume())", "state = saver.resume()\n    saver.unpack(parts, state)\n"
+                          "    losses = state['losses'] if state else []")
+    code = code.replace("saver.boundary(parts)", "losses.append(float(y.mean()))\n            saver.boundary(parts, losses=losses)")
+    code = code.replace("saver.pack(parts)", "saver.pack(parts, losses=losses)")
+    assert all(f"`saver.{name}(parts, losses=losses)`" in PAGE for name in ("boundary", "pack"))
+    whole, _ = ends_alike(tmp_path / "killed", code, (14,), EPOCHS=2)
+    ends_alike(tmp_path / "asked", code, (4,), signal.SIGTERM, EPOCHS=2)
+    assert len(checkpoint.load(whole / "checkpoints/last.pt")["losses"]) == 20
 
 
 STEPS = """
@@ -577,6 +675,23 @@ def test_a_signal_between_any_two_lines_of_a_loop_leaves_only_after_a_save_of_th
         assert (left_with.value.code, newest["global_step"]) == (128 + signal.SIGTERM, done), line
         ends.append(done)
     assert len(set(ends)) > 2               # steps in the middle of which it came
+
+
+def test_a_signal_on_a_disk_that_refuses_saves_leaves_the_loop_only_with_a_save_once_the_disk_takes_it(tmp_path):
+    home, said = tmp_path / "checkpoints", []
+
+    def heard(line):
+        said.append(line)
+        if "(3 in a row)" in line:
+            (tmp_path / "gone").rename(home)
+
+    with pytest.raises(SystemExit) as left_with:
+        with Checkpointer(home, say=heard) as saver, saver.signals():
+            home.rename(tmp_path / "gone")
+            signal.raise_signal(signal.SIGTERM)
+            saver.boundary({"model": torch.nn.Linear(1, 1)})
+    assert left_with.value.code == 128 + signal.SIGTERM, said
+    assert checkpoint.find_resume(home).name == "mid_epoch_001_000000.pt"
 
 
 # ---- a notebook ----

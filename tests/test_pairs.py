@@ -411,6 +411,19 @@ def test_a_live_run_whose_folder_was_replaced_writes_nothing_into_the_new_one_an
             assert again.resume()["global_step"] == 1
 
 
+def test_a_live_run_whose_folder_was_deleted_and_made_again_goes_on_in_it_and_holds_it(tmp_path):
+    home = tmp_path / "checkpoints"
+    with saver(home, background=False) as run:
+        run.save_mid(state(1))
+        home.rename(tmp_path / "old")
+        home.mkdir()                                # another inode than that of before
+        shutil.rmtree(tmp_path / "old")
+        run.save_mid(state(2))
+        with pytest.raises(checkpoint.InUse):
+            saver(home)
+    assert recover(home) == 2
+
+
 def test_a_live_run_whose_folder_was_moved_leaves_the_second_copy_to_the_start_that_took_its_place(tmp_path):
     results, place = tmp_path / "results", tmp_path / "nas/v3/checkpoints"
     old, _ = mirrored(tmp_path)
