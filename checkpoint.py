@@ -1194,9 +1194,8 @@ class Candidate:
         return self.kind == "mid_epoch" and self.path.name == other.path.name
 
     def __str__(self):
-        f = self.facts
-        return (f"epoch {f['epoch']} batch {f['batch']} step {f['global_step']} "
-                f"save {f['save_counter']}")
+        text = "epoch {epoch} batch {batch} step {global_step} save {save_counter}"
+        return text.format_map(self.facts)
 
 
 def candidates(directory: str | os.PathLike, labelled: bool = False) -> list[Candidate]:
@@ -1270,9 +1269,8 @@ def _expect_another(candidate, error, others, say):
 
 
 def _explain(chosen, usable, say):
-    why = "the latest save that passes every check"
-    if chosen.kind == "best":
-        why = "the last resort, since no later save passes every check"
+    why = ("the last resort, since no later save passes every check" if chosen.kind == "best"
+           else "the latest save that passes every check")
     say(f"resume: chose {chosen.label}: {chosen}, {why}")
     for other in usable[usable.index(chosen) + 1:]:
         if other.kind != "best":
@@ -1586,6 +1584,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _go_on(self, chosen, state):
         if chosen is None:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
+            self.position, self.global_step, self._in_progress = (1, 0), 0, None
             return None
         self._follow(state, chosen.path)
         self._name_line()
@@ -1751,7 +1750,10 @@ class Checkpointer(contextlib.AbstractContextManager):
             raise ValueError(f"{done} batches of epoch {epoch} were trained, and it has {has} now: "
                              f"go on with the seed, batch size and items of before, or set "
                              f"saver.position = ({epoch}, 0) to train it from its beginning")
-        self._order = {epoch: mark}
+        if self._in_progress == (epoch, len(order)):
+            raise ValueError(f"epoch {epoch} was trained to its end: save_epoch() ends it, and "
+                             f"resume() goes back to the newest save")
+        self._in_progress, self._order = (epoch, done), {epoch: mark}
         of_epoch = _SeededBatches(loader, order, seed, epoch, bool(self._signals.before))
         for number, batch in enumerate(_rest_of_epoch(loader, of_epoch, done), done + 1):
             self._in_progress = epoch, number
@@ -1844,9 +1846,9 @@ class Checkpointer(contextlib.AbstractContextManager):
             if not self._finish_epoch(last or bool(self.stopping())):
                 self._due_at = time.monotonic() + 60
                 return False
-            self.position = here
             names = [KINDS["mid_epoch"].name.format_map(state)]
             self._save(state, "mid_epoch", names, None, since)
+            self.position = here
             return True
 
     def save_epoch(self, state: dict[str, Any], metric: float | None = None, name: str = "metric",
@@ -1869,9 +1871,9 @@ class Checkpointer(contextlib.AbstractContextManager):
                 names.insert(0, KINDS["checkpoint_epoch"].name.format_map(state))
             if improved:
                 names.append(KINDS["best"].name)
+            self._save(state, "epoch", names, measured, since)
             self.position = (int(state["epoch"]) + 1, 0)
             self._in_progress = None
-            self._save(state, "epoch", names, measured, since)
             return improved
 
     def is_best(self, measured: dict[str, Any] | None) -> bool:
@@ -2240,10 +2242,8 @@ def measurement(value: float, name: str = "metric", tie: float | None = None,
 
 def better(value: float, best: float | None, mode: str = "max") -> bool:
     """Strictly better; a NaN never is, and anything beats a NaN or None."""
-    if math.isnan(value):
-        return False
     if best is None or math.isnan(best):
-        return True
+        return not math.isnan(value)
     return value > best if mode == "max" else value < best
 
 

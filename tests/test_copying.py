@@ -359,6 +359,7 @@ def loader_of(make, workers=0, data=None):
 
 
 def epoch_of(saver, loader, place, seed=0):
+    saver.resume()                          # nothing is saved: it begins anew
     saver.position = place
     return [(number, batch.clone()) for number, batch in saver.batches(loader, seed)]
 
@@ -408,7 +409,7 @@ def test_the_loops_own_random_numbers_do_not_depend_on_the_workers(saver):
         torch.manual_seed(4)
         random.seed(4)
         numpy.random.seed(4)
-        saver.position = (1, 0)
+        saver.resume()
         return [(torch.rand(2), random.random(), numpy.random.rand()) for _ in saver.batches(loader_of("shuffle", workers))]
 
     assert same(drawn(0), drawn(2))
@@ -602,6 +603,35 @@ def test_the_place_after_a_second_resume_is_that_of_the_file_not_of_the_batch_be
     saver.resume()
     state = saver.pack(parts)
     assert (state["batch"], state["global_step"]) == (2, 2) == (saver.position[1], saver.global_step)
+
+
+def test_an_epoch_that_is_not_ended_by_save_epoch_is_not_trained_twice(saver):
+    parts = {"model": torch.nn.Linear(1, 1)}
+    assert len(list(saver.batches(loader_of("shuffle")))) == 6
+    with pytest.raises(ValueError, match=r"epoch 1 was trained to its end: save_epoch\(\) ends it"):
+        next(saver.batches(loader_of("shuffle")))
+    saver.save_mid(saver.pack(parts))
+    for _ in range(2):                      # a resume goes on at the end of the epoch, once
+        assert saver.resume()["batch"] == 6 and not list(saver.batches(loader_of("shuffle")))
+        with pytest.raises(ValueError, match="epoch 1 was trained to its end"):
+            next(saver.batches(loader_of("shuffle")))
+    saver.save_epoch(saver.pack(parts))
+    assert next(saver.batches(loader_of("shuffle")))[0] == 1 and saver.pack(parts)["epoch"] == 2
+
+
+def test_the_end_of_an_epoch_that_was_refused_for_its_state_can_be_saved_once_that_is_mended(saver):
+    parts = {"model": torch.nn.Linear(1, 1)}
+    with pytest.raises(TypeError, match="'odd'"):
+        saver.save_epoch(saver.pack(parts, odd=object()))
+    assert saver.position == (1, 0)
+    saver.save_epoch(saver.pack(parts))
+    assert saver.position == (2, 0) and saver.resume()["epoch"] == 1
+
+
+def test_a_loop_that_is_begun_again_before_its_first_save_counts_from_the_beginning(saver):
+    next(saver.batches(loader_of("shuffle")))
+    assert saver.resume() is None and saver.global_step == 0
+    assert [number for number, _ in saver.batches(loader_of("shuffle"))] == [1, 2, 3, 4, 5, 6] and saver.global_step == 6
 
 
 def test_parts_that_the_checkpoint_lacks_are_named_and_nothing_is_changed(saver):
