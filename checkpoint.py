@@ -2256,8 +2256,8 @@ def abandoned_name(best: Candidate) -> Path:
 def tolerant(say: Callable[[str], object]) -> Callable[[str], object]:
     """`say` without what it raises: a closed or narrow terminal stops no save."""
     def said(line, *arguments, **options):
-        # a broken pipe, a closed stream, an ASCII console
-        with contextlib.suppress(OSError, ValueError):
+        # a broken pipe, a closed stream, an ASCII console, a tracker of experiments that has ended
+        with contextlib.suppress(Exception):
             say(line, *arguments, **options)
     return said
 

@@ -486,6 +486,16 @@ def test_saves_that_fail_beyond_the_patience_stop_the_run_and_settle_waits_as_lo
 
 # ---- what a save says ----
 
+def test_whatever_say_raises_ends_no_training_and_leaves_every_save(tmp_path):
+    def say(line):
+        raise RuntimeError("init() was not called")
+
+    with checkpoint.Checkpointer(tmp_path, say=say) as s:
+        s.save_epoch(state(1, epoch=1), metric=0.5)
+        s.save_mid(state(2, epoch=2))
+    assert sound(saver(tmp_path).resume()) == 2
+
+
 def test_what_training_waited_counts_from_where_packing_the_state_began(tmp_path):
     lines = []
     with checkpoint.Checkpointer(tmp_path, say=lines.append) as writer:
