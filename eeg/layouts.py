@@ -181,8 +181,8 @@ def _events_beside(source, header, task):
         raise DataError(f"{source.annotation.name}: {error}") from None
     header.notes += labels.notes + _passed_over(source, header, task, events)
     whole = source.annotation.read_bytes().rstrip(b"\0 \t").endswith((b"\n", b"\r"))
-    # a list of a whole patient says how many recordings or seizures it has
-    if not whole and source.annotation.name.startswith(source.path.stem.removesuffix("_eeg")):
+    # a summary of CHB-MIT says how many seizures it has
+    if not whole and source.layout != "chbmit":
         header.notes.append("the last line of its label file has no end: it may have been cut")
     return events, _kept(labels.texts), ""
 

@@ -911,6 +911,17 @@ def test_a_label_file_whose_last_line_has_no_end_may_have_been_cut_and_is_noted(
         assert ("the last line of its label file has no end: it may have been cut" in r.notes) == noted, text
 
 
+def test_a_siena_list_whose_last_line_has_no_end_may_have_lost_a_seizure_and_is_noted(tmp_path):
+    write_edf(tmp_path / "src" / "PN00-1.edf", 300)
+    times = "".join(f"{what} time: 00.0{minute}.00\n" for what, minute in (
+        ("Registration start", 0), ("Registration end", 5), ("Seizure start", 1), ("Seizure end", 2)))
+    for end, noted in (("", True), ("\n", False), ("\r\n\n  ", False)):
+        (tmp_path / "src" / "Seizures-list-PN00.txt").write_bytes(f"File name: PN00-1.edf\n{times.strip()}{end}".encode())
+        imported(tmp_path / "src", tmp_path / "out")
+        r, = data.open_corpus(tmp_path / "out")
+        assert r.events.tolist() == [[60, 120]] and ("it may have been cut" in r.notes) == noted
+
+
 def test_what_a_bids_channels_file_says_and_the_import_does_not_act_on_is_noted(tmp_path):
     write_edf(tmp_path / "src" / "sub-01_eeg.edf", 5)
     (tmp_path / "src" / "sub-01_channels.tsv").write_text("name\ttype\tunits\tstatus\nFp1\tEEG\tmV\tbad\nF3\tEEG\tmV\tgood\n")
