@@ -234,8 +234,8 @@ def test_a_compiled_model_has_the_names_of_the_plain_one_and_goes_on_from_its_fi
     assert checkpoint.load(part / "checkpoints/last.pt")["global_step"] == 20
 
 
-def torchrun(folder, *kill, restarts=0):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+def torchrun(folder, *kill, restarts=0, processes=2):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
              "--max-restarts", str(restarts), "watch.py", "script.py", *map(str, kill), "0"]
     return forked.run(words, cwd=folder, capture_output=True, text=True, start_new_session=True, timeout=300)
 
@@ -256,6 +256,19 @@ def test_processes_that_torchrun_starts_again_meet_and_go_on(tmp_path):
     assert "exitcode: 143" in done.stderr
     assert "resume: chose mid_epoch_001_000003.pt" in done.stdout, "no process leaves before the slow save of process 0"
     assert checkpoint.load(folder / "checkpoints/last.pt")["global_step"] == 25
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_begins_the_epoch_in_progress_anew(tmp_path):
+    step = "            train(x, y)\n"
+    code = recipe("DDP").replace(step, step + "            os.write(1, f'trained {saver.position[0]} {number} of {size};'.encode())\n")
+    folder = placed(tmp_path, code, EPOCHS=2)
+    assert torchrun(folder, 7, 0, 15).returncode
+    assert checkpoint.peek(checkpoint.find_resume(folder / "checkpoints"))["position"] > (2, 0)
+    done = torchrun(folder, 0, 0, 0, processes=3)
+    assert done.returncode == 0, done.stderr
+    trained = re.findall(r"trained (\d \d) of 3;", done.stdout)
+    assert sorted(trained) == sorted(f"2 {number}" for number in (1, 2, 3, 4) for _ in range(3))
 
 
 @pytest.mark.slow
@@ -622,7 +635,7 @@ def test_an_epoch_that_is_not_ended_by_save_epoch_is_not_trained_twice(saver):
 def test_the_end_of_an_epoch_that_was_refused_for_its_state_can_be_saved_once_that_is_mended(saver):
     parts = {"model": torch.nn.Linear(1, 1)}
     with pytest.raises(TypeError, match="'odd'"):
-        saver.save_epoch(saver.pack(parts, odd=object()))
+        saver.save_epoch({**saver.pack(parts), "odd": object()})
     assert saver.position == (1, 0)
     saver.save_epoch(saver.pack(parts))
     assert saver.position == (2, 0) and saver.resume()["epoch"] == 1
