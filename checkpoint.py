@@ -1744,11 +1744,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         epoch, done = self.position
         order = _epoch_order(loader, seed, epoch)
         mark = _mixed(json.dumps(order, default=lambda item: getattr(item, "tolist", str)()))
-        other = done and self._order.get(epoch, mark) != mark
-        if other or done > len(order):
+        trained = (self._in_progress or self.position)[1]
+        if done > len(order) or trained and self._order.get(epoch, mark) != mark:
             has = f"only {len(order)}" if done > len(order) else "others"
-            raise ValueError(f"{done} batches of epoch {epoch} were trained, and it has {has} now: "
-                             f"go on with the seed, batch size and items of before, or set "
+            raise ValueError(f"{trained} batches of epoch {epoch} were trained, and it has {has} "
+                             f"now: go on with the seed, batch size and items of before, or set "
                              f"saver.position = ({epoch}, 0) to train it from its beginning")
         if self._in_progress == (epoch, len(order)):
             raise ValueError(f"epoch {epoch} was trained to its end: save_epoch() ends it, and "

@@ -580,6 +580,13 @@ def test_an_epoch_in_progress_whose_batches_are_others_now_is_refused_and_can_be
     assert len(loop_over(loader_of("in order"), tmp_path)) == 6, "an epoch that has not begun may have other batches"
 
 
+def test_a_validation_by_the_batches_of_the_training_is_refused_and_not_counted_as_steps(saver):
+    assert len(list(saver.batches(loader_of("shuffle")))) == 6
+    with pytest.raises(ValueError, match="6 batches of epoch 1 were trained, and it has others now"):
+        next(saver.batches(DataLoader(Grown(), batch_size=8)))
+    assert saver.global_step == 6
+
+
 @pytest.mark.parametrize("kind", ["by numpy", "by pairs", "of tensors"])
 def test_items_of_any_kind_are_known_again(tmp_path, kind):
     items = {"by numpy": numpy.arange(23), "by pairs": [(n, f"{n}") for n in range(23)], "of tensors": torch.arange(23)}[kind]
