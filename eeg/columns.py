@@ -289,12 +289,13 @@ def refuse_scale(events, titles, seconds):
     samples or ms would in a recording of `seconds`."""
     said = any(title_of(title) in UNITS or kind_of(title) == "onset"
                and re.search(r"[(\[,]\s*\w", title) for title in titles)
+    events = sorted({*events})
     lasts = max((end - begin for begin, end in events), default=SHORT)
     # their onsets, as minutes
     fit = all(60 * begin + end - begin <= seconds for begin, end in events)
     # two raters of one differ by less; by more where a column of ends is called duration
     inside = any(begin < other < end and (fit or 2 * other > begin + end)
-                 for begin, end in events for other, _ in events)
+                 for (begin, end), (other, _) in zip(events, events[1:]))
     if not said and (lasts > LONG or inside or fit and lasts < SHORT):
         raise DataError(f"its seizures last {lasts:.3g} s{' and overlap' * inside}: where these "
                         "are seconds, call the column Onset (s)")
