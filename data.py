@@ -242,8 +242,8 @@ def resolved(paths: Paths) -> list[Path]:
 
 def split_of(recordings: list[Recording], path: str | os.PathLike | None, c: dict,
              seed: int) -> tuple:
-    """(train, dev, fingerprint of all that was divided) of the recordings in the folder `path`, as
-    a run with the section `data` c divided them: one of several folders together with the
+    """(train, dev, what a state says of all that was divided) of the recordings in the folder
+    `path`, as a run with the section `data` c divided them: one of several folders with the
     others."""
     place, same_person = Path(path).resolve() if path else Path(), c.get("same_person", ())
     several = isinstance(c.get("path"), list) and place in resolved(c["path"])
@@ -253,7 +253,7 @@ def split_of(recordings: list[Recording], path: str | os.PathLike | None, c: dic
         _join(recordings, same_person, skip=True)
     parts = splits.split(recordings, c, seed)
     mine = [[r for r in part if not several or r.corpus == place.name] for part in parts]
-    return *mine, fingerprint(sum(parts, []))
+    return *mine, {"data": fingerprint(sum(parts, [])), "division": splits.division(*parts)}
 
 
 def _join(recordings, same_person, skip=False):

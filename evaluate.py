@@ -95,8 +95,8 @@ KEYS = {
 DEFAULTS = defaults(KEYS)
 # thresholds tried: even in log-odds, 0.018 to 0.999, and the default
 GRID = np.unique([*1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25))), DEFAULTS["threshold"]])
-DIVIDED_ANEW = ("these recordings or their labels are not those of the training: train and dev "
-                "were drawn anew, and patients who trained may be among those of dev")
+DIVIDED_ANEW = ("these recordings, their patients or labels are not those of the training: train "
+                "and dev were drawn anew, and patients who trained may be among those of dev")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -350,8 +350,7 @@ def reusable(records, before, now):
 def over_cap(summary, config):
     """A sentence where the tuned threshold of a summary does not keep to the cap, else ""."""
     c = settings(config)
-    cap = c["max_false_alarms_per_24h"]
-    alarms = summary["false_alarms_per_24h"]
+    cap, alarms = c["max_false_alarms_per_24h"], summary["false_alarms_per_24h"]
     if not c["tune"] or not alarms > cap or math.isnan(summary["event_f1"]):
         return ""
     return (f"no threshold keeps to evaluation.max_false_alarms_per_24h {cap:g}: "
@@ -471,6 +470,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
         recordings = data.open_corpus(scratch)
     else:
         recordings = data.open_corpus(path)
+        imported.refused = corpora.read_report(path)
         for line in splits.no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled):
             print(line)
     for r in recordings:
@@ -526,7 +526,7 @@ def choose(recordings, split, state, path=None):
         chosen = train
         if split == "dev":
             chosen, warning = dev, splits.WARNINGS.get(config["data"].get("split"), "")
-        if divided != state.get("data", divided):
+        if any(state.get(key, value) != value for key, value in divided.items()):
             warning = DIVIDED_ANEW
     else:
         chosen = [r for r in recordings if not split or r.split == split]

@@ -487,7 +487,7 @@ class Trainer:
             "stopping": dict(self.stopping),
             "validation": dict(self.scores), "scores": dict(self.summary),
             "idle": self.starts_without_progress(),
-            "config": self.config, "data": split.fingerprint,
+            "config": self.config, "data": split.fingerprint, "division": split.division,
             "machine": machine_facts(self.group, self.settings),
             "montage": split.montage, "channels": list(split.channels),
             "prepared": split.prepared}
@@ -515,6 +515,9 @@ class Trainer:
                      f"best starts anew with {self.settings['best_metric']}")
             self.stopping = self._no_best()
         self.idle, self.began_at = state.get("idle", 0), self._progress()
+        if state.get("division", self.split.division) != self.split.division:
+            self.say(f"warning: resume: {evaluate.DIVIDED_ANEW}; restore them, or start with "
+                     "--fresh")
         for key, now in machine_facts(self.group, self.settings).items():
             was = state["machine"].get(key)
             if was != now:

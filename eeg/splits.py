@@ -7,6 +7,7 @@ By patient (the default): each corpus's own train and dev where it has them, els
 recording, by time or in folds where a corpus has too few patients. Unlabelled recordings and a
 corpus's own eval split are in neither part."""
 import hashlib
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -188,6 +189,15 @@ def cut_out(recording, begin, end):
     name = f"{recording.name}_{begin // fs}-{end // fs}s"
     skipped = recording.skipped + begin // CHUNK
     return replace(recording, name=name, samples=end - begin, events=events, skipped=skipped)
+
+
+def division(train, dev):
+    """Hash of who trains, who validates, and on which EEG: the same names under other patients, of
+    channels renamed otherwise, or drawn by another NumPy, give another one. Rounded, since another
+    machine may filter to other last digits."""
+    facts = [[[r.name, *(f"{value:.4g}" for value in (r.norm, *r.scale))]
+              for r in sorted(part, key=lambda r: r.name)] for part in (train, dev)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 # ---- what is said of it ----

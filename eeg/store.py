@@ -252,5 +252,5 @@ def read_index(path):
         if "sha256" in content:         # scales and events stand in it: a flipped bit is found
             whole = whole and content["sha256"] == _seal(recordings)
         return recordings if whole else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

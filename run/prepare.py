@@ -142,6 +142,7 @@ class Split:
         if why:
             say(f"warning: {why}")
         self.fingerprint = data.fingerprint(self.train + self.dev)
+        self.division = splits.division(self.train, self.dev)
         self.channels, self.montage = self.train[0].channels, self.train[0].montage
         self.prepared = self.train[0].prepared
         self.batches = math.ceil(len(first) / config["training"]["batch_size"])

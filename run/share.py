@@ -32,8 +32,8 @@ def command(args):
 
 
 # what goes along with weights that are shared
-SHARED = ("model", "config", "montage", "channels", "prepared", "data", "epoch", "batch",
-          "global_step", "scores", "averaged")
+SHARED = ("model", "config", "montage", "channels", "prepared", "data", "division", "epoch",
+          "batch", "global_step", "scores", "averaged")
 
 
 def strip(source, target=None):

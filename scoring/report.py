@@ -14,6 +14,7 @@ from eeg.console import hours, how_many, rounded
 
 DRAWS = 2000                            # resamples of the patients
 LEVEL = 95                              # per cent of them within an interval
+MAX_NAMED = 20                          # files without scores that are printed
 SHOWN = ("event_sensitivity", "event_precision", "event_f1", "false_alarms_per_24h")
 FEW_HOURS = 2.4                         # in which one false alarm is more than 10 in 24 h
 RATES = (100, 50, 20, 10, 5, 2.5, 1, 0)                 # false alarms per 24 h of the printed table
@@ -137,8 +138,10 @@ def show(result, names, out):
     if result["includes_training"]:
         print("these recordings include those of the training: "
               "--split dev or --split eval leaves them out")
-    for file, why in result["refused"]:
+    for file, why in result["refused"][:MAX_NAMED]:
         print(f"not scored: {file}: {why}")
+    if len(result["refused"]) > MAX_NAMED:
+        print(f"not scored: {len(result['refused']) - MAX_NAMED} more: refused in scores.json")
     print(f"events and scores.json in {out}")
 
 

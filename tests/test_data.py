@@ -117,6 +117,8 @@ def test_a_flipped_digit_in_the_index_is_found_and_an_index_without_its_hash_is_
     del content["sha256"]
     index.write_text(json.dumps(content))
     assert store.read_index(index) == content["recordings"]
+    index.write_text("[" * 10**5)               # of another program, or by a disk's fault
+    assert [r.norm for r in data.open_corpus(tmp_path / "out")] == [r.norm for r in right] and index.read_text() == whole
 
 
 def test_the_older_format_is_refused_with_the_reason(synthetic, tmp_path):

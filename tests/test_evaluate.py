@@ -35,6 +35,7 @@ from run.config import rows as keys
 from scoring import metrics
 import model as v3
 from scoring import report
+from eeg import splits
 from eeg import synth
 from conftest import NAMES, Track, copy_sources, probability_of, write_edf
 from evaluate import FS, METRICS
@@ -835,6 +836,16 @@ def test_a_file_that_cannot_be_read_is_named_beside_the_scores_of_the_others(cor
     assert len(scores["refused"]) == 1 and "torn.edf" in scores["refused"][0][0]
 
 
+def test_files_that_the_import_refused_stand_beside_the_scores_of_its_folder(corpus, tmp_path, capsys):
+    shutil.copytree(corpus / "imported", tmp_path / "data")
+    refused = [[f"{number}.edf", "its header is cut"] for number in range(25)]
+    (tmp_path / "data" / "import.json").write_text(json.dumps({"refused": refused, "unfinished": []}))
+    assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path / "data", "--out", tmp_path / "out")[0] == 0
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["refused"] == refused
+    out = capsys.readouterr().out
+    assert "not scored: 19.edf: its header is cut\nnot scored: 5 more: refused in scores.json" in out
+
+
 def test_a_stripped_checkpoint_and_a_lone_edf_without_labels_give_events_only(corpus, tmp_path):
     share.strip(corpus / "best.pt", tmp_path / "weights.pt")
     source = next((corpus / "edf").rglob("*.edf"))
@@ -876,9 +887,11 @@ def test_a_corpus_that_has_grown_or_shrunk_since_the_training_is_divided_anew_an
     state["data"] = data.fingerprint(recordings)
     checkpoint.atomic_save(state, tmp_path / "same.pt")
     checkpoint.main(["strip", str(tmp_path / "same.pt")])
-    state["data"] = data.fingerprint(recordings[1:])
-    checkpoint.atomic_save(state, tmp_path / "fewer.pt")
-    for name, said in (("same", False), ("same_weights", False), ("fewer", True)):
+    checkpoint.atomic_save(state | {"data": data.fingerprint(recordings[1:])}, tmp_path / "fewer.pt")
+    parts = data.split_patients(recordings, [], 0.5, 0)
+    for name, division in (("as_then", splits.division(*parts)), ("other_patients", splits.division(*parts[::-1]))):
+        checkpoint.atomic_save(state | {"division": division}, tmp_path / f"{name}.pt")
+    for name, said in (("same", False), ("same_weights", False), ("fewer", True), ("as_then", False), ("other_patients", True)):
         capsys.readouterr()
         assert here("--checkpoint", tmp_path / f"{name}.pt", "--data", corpus / "imported", "--split", "dev",
                     "--out", tmp_path / name)[0] == 0

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ import checkpoint
 from run import config
 import crash
 import data
+import evaluate
 import forked
 import tracer
 import train
@@ -520,6 +522,19 @@ def test_pictures_and_charts_that_fail_are_said_and_the_run_ends_as_ever(corpus,
     out = rest(process)
     assert process.returncode == 0 and word in out and "Traceback" not in out, out
     assert same(last(tmp_path)["model"], last(reference)["model"]) and rows(tmp_path) == rows(reference)
+
+
+def test_a_resume_says_that_others_validate_though_the_names_are_the_same(small_corpus, tmp_path, capsys):
+    shutil.copytree(small_corpus, tmp_path / "h5")
+    assert train.run(loaded(tmp_path / "h5", tmp_path, training__epochs=1)) == 0
+    assert train.run(loaded(tmp_path / "h5", tmp_path, training__epochs=2), "true") == 0
+    assert "not those of the training" not in capsys.readouterr().out
+    ends = [part[0] for part in data.split_patients(data.open_corpus(tmp_path / "h5"), (), 0.3, 1)]
+    for r, other in zip(ends, ends[::-1]):      # as an import does that reads the patients' names otherwise
+        with h5py.File(r.path, "r+") as file:
+            file.attrs["patient"] = other.patient
+    assert train.run(loaded(tmp_path / "h5", tmp_path, training__epochs=3), "true") == 0
+    assert f"warning: resume: {evaluate.DIVIDED_ANEW}; restore them" in capsys.readouterr().out
 
 
 @pytest.fixture
