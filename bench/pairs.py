@@ -1,4 +1,5 @@
-"""Two faults at a time on a real training run, in both orders: `python bench/soak.py --pairs`.
+"""Two faults at a time on a real training run, in both orders: `python bench/soak.py --pairs`;
+three at a time, drawn at random: `--triples COUNT`.
 
 A run with a second copy on another disk, a snapshot after every step, validates its first epoch,
 the best one. A process trains it on by plain --resume; while it waits between two steps the first
@@ -226,8 +227,12 @@ def mount_mirror(run):
 
 def put_older_home_back(run):
     run.end()
-    shutil.rmtree(run.home, ignore_errors=True)
-    subprocess.run(["cp", "-a", run.temp / "older", run.home], check=True)
+    for make_room in (list, lambda: empty(run)):
+        make_room()
+        shutil.rmtree(run.home, ignore_errors=True)
+        if not subprocess.run(["cp", "-a", run.temp / "older", run.home]).returncode:
+            return
+    raise OSError(f"no room for {run.home}")
 
 
 def names_of_one(run, destroyed=False):
@@ -427,15 +432,7 @@ def sweep(temp, corpus, pairs, seed=0):
     return results
 
 
-def main(pairs, seed):
-    """The table of `pairs`, of every one where there are none."""
-    pairs = pairs or [(first, second) for first in FAULTS for second in FAULTS]
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        temp = Path(folder)
-        synth.synth(temp / "edf", hours=0.35, patients=4, seed=3)
-        corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
-        results = sweep(temp, temp / "h5", pairs, seed)
+def print_table(results):
     counted = ("equal", "refused", "anew", "apart", "lost", "different")
     print(f"| first | {' | '.join(FAULTS)} | tried | {' | '.join(counted)} |")
     print("|---" * (len(FAULTS) + 2 + len(counted)) + "|")
@@ -444,8 +441,25 @@ def main(pairs, seed):
         numbers = [len(row), *(list(row.values()).count(kind) for kind in counted)]
         cells = [first, *(row.get(second, "") for second in FAULTS), *map(str, numbers)]
         print(f"| {' | '.join(cells)} |")
+
+
+def main(pairs, seed, triples=0):
+    """The table of `pairs`, of every one where there are none; or what became of so many `triples`.
+    """
+    if triples:
+        rng = random.Random(seed)
+        pairs = [tuple(rng.choices(list(FAULTS), k=3)) for _ in range(triples)]
+    pairs = pairs or [(first, second) for first in FAULTS for second in FAULTS]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        temp = Path(folder)
+        synth.synth(temp / "edf", hours=0.35, patients=4, seed=3)
+        corpora.import_corpus(temp / "edf", temp / "h5", say=lambda line: None)
+        results = sweep(temp, temp / "h5", pairs, seed)
+    if not triples:
+        print_table(results)
     counts = Counter(results.values())
-    print(f"\n{len(results)} pairs tried: {counts['different']} ended different, "
+    print(f"\n{len(results)} {'triples' if triples else 'pairs'} tried: {counts['different']} ended different, "
           f"{counts['refused']} refused in one line until it was mended and ended equal, "
           f"{counts['anew']} began anew and said so, {counts['apart']} left a mirror of another line "
           f"as it was, {counts['lost']} lost a best epoch that neither place had and said so; {time.monotonic() - began:.0f} s")

@@ -4,6 +4,7 @@ resume it every time, and compare its end with a run never stopped.
     python bench/soak.py                            a quarter of an hour on two idle cores
     python bench/soak.py --losses 0 --hangs 0       100 kills alone
     python bench/soak.py --pairs                    two faults at a time instead: bench/pairs.py
+    python bench/soak.py --triples 100              three at a time, drawn at random
 
 Every process is forked with train.py imported, so that a kill meets training, not the import of
 torch; it runs the command line of train.py with --resume and a second copy in training.mirror, and
@@ -233,10 +234,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", nargs="*", metavar="FIRST,SECOND",
                         help="two faults at a time instead: these pairs, or each")
+    parser.add_argument("--triples", type=int, default=0, metavar="COUNT",
+                        help="so many random triples of faults instead")
     args = parser.parse_args()
-    if args.pairs is not None:
+    if args.pairs is not None or args.triples:
         import pairs
-        return pairs.main([tuple(pair.split(",")) for pair in args.pairs], args.seed)
+        chosen = [tuple(pair.split(",")) for pair in args.pairs or ()]
+        return pairs.main(chosen, args.seed, args.triples)
     rng, began = random.Random(args.seed), time.monotonic()
     todo = ["kill"] * args.kills + ["loss"] * args.losses + ["hang"] * args.hangs
     rng.shuffle(todo)
