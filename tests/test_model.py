@@ -453,6 +453,7 @@ def test_a_gpu_gives_the_logits_and_gradients_of_the_cpu_within_each_precision(d
 
 # ---- what a training step asks of a GPU, counted on a CPU ----
 
+@pytest.mark.slow
 def test_a_training_step_launches_at_most_1500_kernels_and_touches_under_5_gb_a_window(monkeypatch):
     monkeypatch.setattr(v3, "BLOCK", 10**12)             # as on a GPU: all sequences at once
     net, x = v3.V3(19), torch.randn(1, 19, 15360)
@@ -493,6 +494,7 @@ def test_a_compiled_layer_has_the_gradients_of_an_eager_one():
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_under_compile_makes_one_graph_though_its_last_batch_is_smaller(small_corpus, tmp_path, monkeypatch, capfd):
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))

@@ -153,6 +153,7 @@ def marginals(folder, at_most):
     return dict(zip(names, np.array(found).T))
 
 
+@pytest.mark.slow
 def test_the_background_has_the_spectrum_size_correlation_and_line_length_of_real_recordings(shared, sixteen, tmp_path):
     """The median of each lies between the 5th and the 95th percentile of the other, both ways."""
     corpora.import_corpus(shared / "eeg/recordings", tmp_path / "real", montage="bipolar", say=lambda text: None)

@@ -498,6 +498,7 @@ def test_streams_that_are_closed_broken_or_full_change_nothing(corpus, tmp_path,
     assert log_lines(tmp_path)[-1] and last(tmp_path)["global_step"] == EPOCH_STEPS
 
 
+@pytest.mark.slow
 def test_neither_an_ascii_console_nor_the_backend_of_a_notebook_nor_a_broken_matplotlibrc_ends_a_run(corpus, tmp_path):
     results = tmp_path / "lauf für anna"
     path = loaded_path(corpus, results, training__epochs=1)
