@@ -127,10 +127,12 @@ class Run:
         self.anew = self.apart = self.lost = False
 
     def files(self):
-        """{path: its bytes, hashed, None where it is unreadable} of every checkpoint."""
+        """{path: its bytes, hashed, None where it is unreadable} of every checkpoint, but for those
+        that are damaged: their save may come from the other place at any start."""
         return {path: None if path.is_symlink() else hash(path.read_bytes())
                 for place in (self.home, self.copy)
-                for path in checkpoint.checkpoints(place / "checkpoints")}
+                for path in checkpoint.checkpoints(place / "checkpoints")
+                if not checkpoint.damage_of(path)}
 
     def new_streams(self):
         self.starts += 1
