@@ -103,8 +103,8 @@ def sync(source, target, line, records=(), say=print, full=False, home=False):
     best.pt first and the newest state last. Each copy is verified before it takes its name; a file
     of `target` that is newer, by its save, stays. full: every byte of best.pt and last.pt there is
     read, and a damaged one replaced. home: a file there that cannot be read now stays, it may be
-    newer. Raises OSError; CorruptCheckpoint where a file of `source` is damaged, with the rest
-    copied."""
+    newer; so do its records, with the rows of the others. Raises OSError; CorruptCheckpoint where a
+    file of `source` is damaged, with the rest copied."""
     there = {c.path.name: c for c in candidates(target)}
     if full:
         _check_all(there, say)
@@ -117,7 +117,10 @@ def sync(source, target, line, records=(), say=print, full=False, home=False):
         with contextlib.suppress(FileNotFoundError):
             content = record.read_bytes()
             copy.parent.mkdir(parents=True, exist_ok=True)
-            if not copy.exists() or copy.read_bytes() != content:
+            if home and copy.exists():      # it may have rows that the second copy lacks
+                if copy.suffix == ".jsonl" and copy.read_bytes() != content:
+                    add_rows(copy, whole_lines(record))
+            elif not copy.exists() or copy.read_bytes() != content:
                 checkpoint.atomic_write(copy, [content])
     damage, links = None, bool(wanted) and checkpoint.links_work(target)
     for candidate in sorted(wanted, key=lambda c: (c.kind != "best", c.order)):
@@ -128,6 +131,19 @@ def sync(source, target, line, records=(), say=print, full=False, home=False):
             damage = error
     if damage:
         raise damage
+
+
+def whole_lines(path):
+    """Lines of the file at `path`, but for what a power cut has left of one; none without a file.
+    """
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [line for line in text.splitlines(True) if line.endswith("\n") and "\0" not in line]
+
+
+def add_rows(path, rows):
+    """Add the lines `rows` to the file at `path` where it lacks them, durably; returns its size."""
+    lines = dict.fromkeys([*whole_lines(path), *rows])
+    return checkpoint.atomic_write(path, ["".join(lines).encode()])
 
 
 def _check_all(there, say):

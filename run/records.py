@@ -23,7 +23,7 @@ import model
 from eeg.console import how_many
 from eeg.disk import Refused, TemporaryFault, fault, read_json_lines, write_json
 from run.config import compare, effective, run_directory, run_folders
-from run.mirror import Mirrored, runs_of
+from run.mirror import Mirrored, add_rows, runs_of, whole_lines
 
 
 ABANDONED = "metrics.abandoned.jsonl"   # rows that a resume has cut off
@@ -500,6 +500,7 @@ class MetricsFile:
             append_rows(directory / ABANDONED, dropped)
         for copy in copies:
             kept = self._completed(kept, copy, step, ended)
+        kept.sort(key=lambda row: (row["step"], row["kind"]))
         self.ends = max((row["step"] for row in kept), default=0)
         # of the file when it was last written
         self.size = checkpoint.atomic_write(self.path, [as_lines(kept)])
@@ -540,7 +541,7 @@ class MetricsFile:
         if not lost:
             return kept
         self.say(f"metrics.jsonl lacked {how_many(len(lost), 'row')}: taken from {second}")
-        return sorted(kept + lost, key=lambda row: (row["step"], row["kind"]))
+        return kept + lost
 
     def _rows(self, path):
         for row in read_json_lines(path, self.say):
@@ -593,9 +594,13 @@ class MetricsFile:
             self.file = os.open(self.path, os.O_RDWR | os.O_APPEND)
 
     def complete(self, path):
-        """Add what it lacks of the newest rows to `path`, a copy of metrics.jsonl elsewhere."""
+        """Add what it lacks to `path`, a copy of metrics.jsonl elsewhere: of the file where it can
+        be read, and of the newest rows."""
+        rows = []
+        with contextlib.suppress(OSError):      # the disk may be dead
+            rows += whole_lines(self.path) if self.own() else []
         with tolerated(self.say, path, "the second copy lacks the newest rows"):
-            add_rows(path, self.newest)
+            add_rows(path, [*rows, *self.newest])
 
     def event(self, kind, path, facts=None, seconds=0.0):
         """A line of saves.jsonl: where a save or a resume stands, by `facts` or by the file."""
@@ -685,12 +690,3 @@ def append(file, lines):
     while lines:
         lines = lines[os.write(file, lines):]
     return os.lseek(file, 0, os.SEEK_END)
-
-
-def add_rows(path, rows):
-    """Add the lines `rows` to the file at `path` where it lacks them, durably; returns its size."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    lines = dict.fromkeys(line for line in text.splitlines(True)
-                          if line.endswith("\n") and "\0" not in line)
-    lines.update(dict.fromkeys(rows))
-    return checkpoint.atomic_write(path, ["".join(lines).encode()])

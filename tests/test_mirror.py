@@ -71,6 +71,20 @@ def test_a_second_copy_on_the_disk_of_the_run_is_called_so_and_one_on_another_di
     assert not any("mounted" in line for line in said)
 
 
+def test_rows_that_the_home_alone_has_stay_where_newer_states_come_home(tmp_path):
+    s, said = mirrored(tmp_path)
+    with s:
+        s.save_mid(state(1, epoch=1))
+        s.save_mid(state(2, epoch=1))
+    home, there = tmp_path / "results/v3", tmp_path / "nas/v3"
+    (home / "checkpoints/mid_epoch_001_000002.pt").unlink()
+    (home / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    (there / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n')
+    with saver(home / "checkpoints", mirror=tmp_path / "nas") as s:
+        assert s.resume()["global_step"] == 2
+    assert (home / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
 def test_the_second_copy_holds_the_newest_states_best_and_the_records_and_one_state_is_one_file(tmp_path):
     s, said = mirrored(tmp_path)
     with s:

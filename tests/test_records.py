@@ -29,8 +29,8 @@ def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def metrics(folder, said, own=lambda: True):
-    return MetricsFile(folder, 0, True, own, said.append)
+def metrics(folder, said, own=lambda: True, step=0):
+    return MetricsFile(folder, step, True, own, said.append)
 
 
 def replaced(path):
@@ -148,6 +148,16 @@ def test_rows_that_somebody_appends_stay(tmp_path):
     file.write(kind="train", step=2, loss=1.0)
     file.close()
     assert steps(tmp_path / "metrics.jsonl") == [1, 1, 2]
+
+
+def test_a_copy_elsewhere_gets_the_rows_of_earlier_processes_too(tmp_path):
+    """As where a second copy comes back that had missed them, and the home takes no checkpoint."""
+    metrics(tmp_path, []).write(kind="train", step=1, loss=1.0)
+    file = metrics(tmp_path, [], step=1)
+    file.write(kind="train", step=2, loss=1.0)
+    file.complete(tmp_path / "copy.jsonl")
+    file.close()
+    assert steps(tmp_path / "copy.jsonl") == [1, 2]
 
 
 def test_rows_follow_a_folder_that_was_moved_away_and_leave_the_new_one_alone(tmp_path):
