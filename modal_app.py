@@ -14,6 +14,7 @@ must know of the earlier ones stands in the run directory: run/attempts.py.
 import argparse
 import contextlib
 import copy
+import functools
 import os
 import shlex
 import signal
@@ -138,7 +139,10 @@ def bucket():
     """The Volumes' companion for an import: {SOURCE: the bucket of --source}, or {}.
 
     A container has to define what its launch did, and learns it from its environment."""
-    url = urlsplit(os.environ.get("HOLDFAST_SOURCE", ASKED.source if ASKED else ""))
+    try:
+        url = urlsplit(os.environ.get("HOLDFAST_SOURCE", ASKED.source if ASKED else ""))
+    except ValueError as error:
+        refuse(f"--source {ASKED.source}: {error}")
     if url.scheme not in ("s3", "gs"):
         return {}
     secret = os.environ.get("HOLDFAST_SECRET", ASKED.secret if ASKED else "")
@@ -171,13 +175,8 @@ mirror = modal.Volume.from_name("holdfast-mirror", create_if_missing=True, versi
 recordings = modal.Volume.from_name("holdfast-data", create_if_missing=True)
 app = modal.App("holdfast", image=image)
 TRAIN_GPU, SCORE_GPU = gpu_of(GPU), gpu_of(EVALUATE_GPU)
-
-
-def retries(most):
-    return modal.Retries(max_retries=most, initial_delay=RETRY_DELAY, backoff_coefficient=1.0)
-
-
-retried = {"single_use_containers": True, "retries": retries(RETRIES)}
+again = functools.partial(modal.Retries, initial_delay=RETRY_DELAY, backoff_coefficient=1.0)
+retried = {"single_use_containers": True, "retries": again(max_retries=RETRIES)}
 machine = {"cpu": CPU, "memory": MEMORY * 1024, **retried,
            "volumes": {RESULTS: results, MIRROR: mirror,
                        DATA: recordings.with_mount_options(read_only=True)}}
@@ -192,12 +191,11 @@ def train(config, launch, resume="false", fresh="false", gpu=GPU):
 def smoke(config, launch, resume="false", fresh="false", planned=None, gpu=GPU):
     """The acceptance test, on the card of `train`: what it measures holds there. Nothing is tried
     again: whatever fails is what is not ready."""
-    faults = []
+    faults, verdict = [], result("finished", "ready")
     try:
         faults += acceptance(config, planned or config, gpu)
         verdict = attempt(config, launch, resume, fresh, 0.8 * SMOKE_TIMEOUT, gpu)
     except Exception as error:
-        verdict = result("finished")
         faults.append(f"training on synthetic recordings: {error}")
     if verdict["status"] != "finished":
         faults.append(f"{verdict['status']}: {verdict['why']}")
@@ -208,7 +206,7 @@ def smoke(config, launch, resume="false", fresh="false", planned=None, gpu=GPU):
 
 
 # scored from the beginning each time: what always fails is paid three times, not eleven
-@app.function(gpu=SCORE_GPU, timeout=TIMEOUT * 3600, **machine | {"retries": retries(2)})
+@app.function(gpu=SCORE_GPU, timeout=TIMEOUT * 3600, **machine | {"retries": again(max_retries=2)})
 def evaluate(config, split="all"):
     import evaluate as scorer
     from run.prepare import folders
@@ -269,7 +267,7 @@ def ls():
         with tolerated(f"bill of {folder.parent.name}"):        # the others are listed
             print(bill(folder.parent))
             print(f"    {standing(folder.parent)}")
-    return result("refused" if code else "finished")
+    return result("refused" if code == 2 else "finished")       # 1: no checkpoints yet
 
 
 def standing(run):
@@ -419,10 +417,13 @@ def take(trainer, config, before, resume, fresh):
     once, and a file is gone back to until this launch has saved."""
     if any(a.get("saved") for a in before) or before and resume in ("true", "false"):
         return "true"
-    if resume == fresh == "false":
-        expect_free(trainer, config)
+    folders = run_folders(config)
+    if resume == fresh == "false":      # nothing is started over checkpoints, in either place
+        for folder in folders:
+            if trainer.holds_checkpoints(folder / "checkpoints"):
+                raise Refused(f"{folder} holds checkpoints: "
+                              "--resume true goes on, --fresh true starts over")
     elif fresh == "true":
-        folders = run_folders(config)
         # a claim alone is no run that would have to be kept
         held = [f for f in folders if f.is_dir() and set(os.listdir(f)) - {"launch.json"}]
         if held:
@@ -431,14 +432,6 @@ def take(trainer, config, before, resume, fresh):
             # first: an old second copy beside a new run would be resumed
             persist("commit of the mirror", lambda: commit(mirror))
     return resume
-
-
-def expect_free(trainer, config):
-    """Refuse to start over checkpoints that are there, in either place."""
-    for folder in run_folders(config):
-        if trainer.holds_checkpoints(folder / "checkpoints"):
-            raise Refused(f"{folder} holds checkpoints: "
-                          "--resume true goes on, --fresh true starts over")
 
 
 def new_record(config, run, launch, gpu):

@@ -53,7 +53,8 @@ def report(checks, say):
                 if fault:
                     faults.append(fault)
         except Exception as error:      # whatever it is, a real run would meet it there too
-            faults.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            why = str(error).partition("\n")[0]
+            faults.append(f"{name}: {type(error).__name__}: {why}")
             say(faults[-1])
     return faults
 

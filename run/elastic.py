@@ -84,7 +84,7 @@ def signals_restored():
 def following(path, saved):
     """Call saved(path of the checkpoint) for each save that the main process of the training lists
     in `path`, in a thread. What it raises, but for OSError, ends the training and is raised."""
-    ended, known, failed = threading.Event(), len(listed_saves(path)), None
+    ended, known, failed = threading.Event(), listed_saves(path)[-1:], None
 
     def follow():
         nonlocal known, failed
@@ -92,10 +92,10 @@ def following(path, saved):
         while not over:                 # once more at the end: for the save on the way out
             over = ended.wait(0.5)
             try:
-                rows = listed_saves(path)
-                if len(rows) > known:
-                    known = len(rows)
-                    saved(path.parent / "checkpoints" / rows[-1]["file"])
+                newest = listed_saves(path)[-1:]
+                if newest not in ([], known):           # a run that was moved aside lists no more
+                    known = newest
+                    saved(path.parent / "checkpoints" / newest[0]["file"])
             except OSError:                             # out of reach: looked at again
                 pass
             except Exception as error:

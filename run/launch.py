@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import checkpoint
-from eeg.disk import INDEX, Refused
+from eeg.disk import INDEX, REPORT, Refused, TemporaryFault
 from run import fetch
 from run.attempts import DATA, FETCHED, MIRROR, RESULTS
 from run.config import run_directory, run_folders
@@ -31,7 +31,7 @@ TAKEN_BY = {
 
 def checked(config, path, asked, listing):
     """`config`, which stands at `path`, if what is asked for can work with it. Raises Refused;
-    TemporaryFault where a server does not answer."""
+    TemporaryFault where a server does not answer, or an import has not finished."""
     for name, (default, actions) in TAKEN_BY.items():
         if getattr(asked, name) != default and asked.action not in actions:
             raise Refused(f"--{name} belongs to --action {' or '.join(actions)}")
@@ -82,6 +82,9 @@ def expect_recordings(path, folder, listing):
         raise absent(f"{folder} is no folder", DATA, folder, "IMPORTED_FOLDER")
     if INDEX in names:
         return
+    if REPORT in names:                 # each container of a training would find it so
+        raise TemporaryFault(f"{folder} on the Volume is not whole: its import runs, or was "
+                             "stopped: the same --action import goes on")
     names = listing(folder, recursive=True)
     if any(name.endswith(".h5") for name in names):
         return
@@ -102,6 +105,9 @@ def expect_start(config, asked, listing):
     """Refuse what --resume, --fresh and training.init ask for and the Volumes have not."""
     if asked.fresh == "true" and asked.resume != "false":
         raise Refused("--fresh and --resume exclude each other")
+    for place in run_folders(config):
+        if place.name in listing(place.parent):         # a folder has a slash at its end
+            raise Refused(f"{place} on the Volume is a file: choose another experiment.name")
     if asked.fresh == asked.resume == "false":
         for place in run_folders(config):
             if stored(place, listing):

@@ -113,6 +113,7 @@ def test_help_names_every_option_and_its_choices():
     (["--action", "import", "--montage", "reduced"], "argument --montage: invalid choice: 'reduced'"),
     (["--action", "train", "--gpu", "A100-80GB,H100:2"], "GPU 'A100-80GB,H100:2': of a list, each with the same number"),
     (["--action", "train", "--gpu", "H100:some"], "GPU 'H100:some': write it as Modal does"),
+    (["--action", "import", "--source", "https://[x"], "modal_app.py: --source https://[x: Invalid IPv6 URL"),
 ])
 def test_wrong_options_get_one_clear_line_before_anything_is_started(arguments, line):
     code, _, error = cli(*arguments)
@@ -162,7 +163,7 @@ def test_functions_are_defined_with_the_gpu_volumes_timeout_and_retries_of_the_c
 VOLUMES = {                             # what lies on the Volumes of the tests below
     "results/good/checkpoints/last.pt", "results/good/checkpoints/best.pt", "results/good/checkpoints/mid_epoch_001_000002.pt",
     "results/new/log.txt", "data/tusz/index.json", "data/tusz/a.h5", "data/old/deep/a.h5", "data/raw/a/b.EDF",
-    "data/empty/x.txt", "data/x/tusz/index.json", "mirror/away/checkpoints/last.pt"}
+    "data/empty/x.txt", "data/half/import.json", "data/half/a.h5", "results/plain", "data/x/tusz/index.json", "mirror/away/checkpoints/last.pt"}
 
 
 @pytest.fixture
@@ -226,6 +227,7 @@ NEW, GOOD = RUN % "new", RUN % "good"
     ("experiment: {results: /results}\ndata: {path: /data/tusz/index.json}", {}, "/data/tusz/index.json is no folder on"),
     (RUN % "away" + "training: {mirror: /mirror}", {}, "/mirror/away on the Volume holds checkpoints"),
     (NEW, {"action": "import", "source": "/data/gone"}, "--source /data/gone is not on the Volume"),
+    (RUN % "plain", {"resume": "true"}, "/results/plain on the Volume is a file: choose another experiment.name"),
     (RUN % "x" + "  ", {"action": "import", "source": "/data/raw"}, ""),
     (GOOD, {"action": "evaluate"}, ""), (GOOD, {"resume": "true"}, ""), (GOOD, {"fresh": "true"}, ""), (NEW, {}, ""),
     (GOOD, {"resume": "/results/good/checkpoints/last.pt"}, ""), (NEW + "training: {init: /data/tusz/a.h5}", {}, ""),
@@ -241,6 +243,23 @@ def test_what_cannot_work_on_modal_is_refused_before_a_container_is_paid(text, w
     with pytest.raises(Refused, match=re.escape(line)) as refusal:
         launch.checked(config, path, asked(**words), volumes)
     assert "\n" not in str(refusal.value)
+
+
+def test_recordings_of_an_import_that_has_not_finished_are_no_reason_to_pay_a_card(volumes, tmp_path):
+    """Each container of a training would find them so."""
+    path = tmp_path / "config.yaml"
+    path.write_text("experiment: {results: /results}\ndata: {path: /data/half}")
+    with pytest.raises(TemporaryFault, match="/data/half on the Volume is not whole: its import runs, or was stopped"):
+        launch.checked(train.load_config(path), path, asked(), volumes)
+
+
+def test_ls_of_a_volume_without_checkpoints_is_no_refusal_and_lists_the_run_that_has_just_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(modal_app, "RESULTS", str(tmp_path / "results"))
+    assert modal_app.ls.local()["status"] == "refused", "what cannot be listed at all"
+    (tmp_path / "results").mkdir()
+    assert modal_app.ls.local()["status"] == "finished"
+    records.put(tmp_path / "results/new/attempts/001.json", {"launch": "one", "call": None, "app": "ap-1"})
+    assert modal_app.ls.local()["status"] == "finished" and "new: 0.00 h in 1 attempt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["smoke", "train"])
@@ -284,7 +303,7 @@ def test_a_torn_record_keeps_the_work_of_a_run_that_went_back_to_a_file(runs):
     runs.attempt(back, crash_at=50)
     (runs.directory / "attempts" / "002.json").write_text("")
     [(end, log)] = runs.attempt(back)
-    assert '"finished"' in end and "from step 40" in log, log
+    assert '"finished"' in end and re.search(r"from step 4\d", log), log      # a slow machine saves after 40 too
 
 
 @pytest.mark.parametrize("again, end, step", [
@@ -621,6 +640,13 @@ def test_an_acceptance_check_that_raises_is_a_fault_and_the_others_go_on():
     assert lines == ["before", faults[0], "a card"]
 
 
+def test_an_error_without_a_word_is_a_fault_of_its_check_too():
+    def breaks():
+        yield "before", ""
+        raise MemoryError
+    assert acceptance.report({"data": breaks}, lambda line: None) == ["data: MemoryError: "]
+
+
 @pytest.mark.parametrize("write, commit, warned", [(2, 3, False), (7, 6.9, False), (7, 7.1, True), (20, 1, True)])
 def test_a_save_and_commit_beyond_14_s_is_a_fault_a_preemption_may_come_during_another(write, commit, warned):
     line, fault = acceptance.grace_line(195.0, write, commit)
@@ -732,6 +758,18 @@ def test_what_a_save_of_another_process_raises_ends_all_processes_and_is_raised(
         with elastic.signals_restored(), elastic.following(path, saved):
             elastic.launched(2, [str(tmp_path / "worker.py"), "600", "0"], signals)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_saves_of_a_run_that_begins_anew_beside_its_damaged_one_are_followed(tmp_path):
+    """Its list of saves is shorter than the one that was moved aside: they would not be committed."""
+    run, seen = tmp_path / "run", []
+    records.put(run / "launch.json", {})
+    (run / "saves.jsonl").write_text('{"kind": "save", "file": "last.pt", "time": 1}\n' * 3)
+    with elastic.following(run / "saves.jsonl", seen.append):
+        run.rename(tmp_path / "run.1")
+        records.put(run / "launch.json", {})
+        (run / "saves.jsonl").write_text('{"kind": "save", "file": "best.pt", "time": 2}\n')
+    assert seen == [run / "checkpoints" / "best.pt"]
 
 
 def test_the_save_on_the_way_out_is_followed_too(tmp_path):
