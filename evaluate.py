@@ -256,8 +256,6 @@ def score(recording, probability, config):
     truth = events.runs(label > 0) / FS
     thresholds = _thresholds(c)
     rows = _counts(truth, probability, thresholds, recording.seconds, c)
-    counted = list(rows[0])
-    counts = [[row[name] for name in counted] for row in rows]
     middle = slice(FS // 2, None, FS)
     return record | {
         "seizures": len(truth),
@@ -266,8 +264,8 @@ def score(recording, probability, config):
         "samples": int(recording.samples),
         "loss": metrics.cross_entropy(probability, label),
         "thresholds": torch.from_numpy(thresholds),
-        "counted": counted,
-        "counts": torch.tensor(counts),
+        "counted": list(rows[0]),
+        "counts": torch.tensor([list(row.values()) for row in rows]),
         "probability": torch.from_numpy(probability[middle].astype(np.float32)),
         "label": torch.from_numpy(label[middle].astype(np.uint8)),
     }
@@ -540,9 +538,11 @@ def includes_training(recordings, args, state):
     moved and of the EDFs themselves, by the fingerprint of all of them."""
     if args.split:
         return args.split == "train"
-    usable = splits.usable(recordings)
+    c, usable = stored(state, "data"), splits.usable(recordings)
+    if c.get("split") == "time":        # the fingerprint is of the parts
+        usable = sum(splits.split_time(usable, c["dev_fraction"]), [])
     place = args.data.resolve()
-    near = [folder for folder in data.resolved(stored(state, "data").get("path", ""))
+    near = [folder for folder in data.resolved(c.get("path", ""))
             if place.is_relative_to(folder) or folder.is_relative_to(place)]
     return bool(usable) and (bool(near) or data.fingerprint(usable) == state.get("data"))
 

@@ -61,7 +61,7 @@ def split(recordings, c, seed):
     if kind == "time":
         if folds:
             raise DataError("data.folds needs data.split: patient or recording")
-        return _both(*_split_time(recordings, c["dev_fraction"]), "recordings of 20 s and more")
+        return _both(*split_time(recordings, c["dev_fraction"]), "recordings of 20 s and more")
     unit = patient_of if kind == "patient" else lambda r: r.name
     if folds:
         return _fold(recordings, unit, folds, c["fold"], seed)
@@ -165,7 +165,7 @@ def _fold(recordings, unit, folds, fold, seed):
     return _divide(recordings, unit, set(order[fold - 1::folds]), "part")
 
 
-def _split_time(recordings, fraction):
+def split_time(recordings, fraction):
     """Each recording cut at a chunk: its last `fraction` validates. One too short to be cut
     trains."""
     train, dev = [], []

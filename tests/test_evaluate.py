@@ -1,7 +1,9 @@
 """evaluate.py: stitching, post-processing against a plain loop, scores against timescoring and exact
 formulas, files."""
 import contextlib
+import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -917,11 +919,15 @@ def test_recordings_that_trained_are_known_in_part_and_after_a_move_and_as_the_e
     other = next((tmp_path / "other").rglob("*.h5"))
     other.rename(other.with_name("renamed.h5"))
     part = next(path for path in sorted((tmp_path / "then").iterdir()) if path.is_dir())
-    for path, known in ((part, True), (corpus / "imported", True), (corpus / "edf", True), (tmp_path / "other", False)):
+    parts = splits.split_time(data.open_corpus(corpus / "imported"), 0.5)
+    by_time = state | {"data": data.fingerprint(sum(parts, [])), "config": copy.deepcopy(state["config"])}
+    by_time["config"]["data"]["split"] = "time"
+    there = ((part, True), (corpus / "imported", True), (corpus / "edf", True), (tmp_path / "other", False))
+    for (path, known), trained in itertools.product(there, (state, by_time)):
         args = evaluate.parse(["--checkpoint", "best.pt", "--data", str(path)])
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-            recordings, *_ = evaluate.open_data(path, state, Path(scratch))
-            assert evaluate.includes_training(recordings, args, state) is known, path
+            recordings, *_ = evaluate.open_data(path, trained, Path(scratch))
+            assert evaluate.includes_training(recordings, args, trained) is known, path
 
 
 def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_1(corpus, tmp_path):
