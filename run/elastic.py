@@ -37,7 +37,8 @@ def train_on(count, config, resume, saved, signals):
         path = Path(scratch, "config.yaml")
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         words = ["-u", str(TRAIN), "--config", str(path), "--resume", resume]
-        with threads_shared(count), signals_restored(), following(saves, saved):
+        # the last save is followed without the agent's handlers: a preemption stays one there
+        with threads_shared(count), following(saves, saved), signals_restored():
             return launched(count, words, signals)
 
 
@@ -100,7 +101,8 @@ def following(path, saved):
                 pass
             except Exception as error:
                 failed = error
-                os.kill(os.getpid(), signal.SIGTERM)    # the agent lets the processes save
+                if not ended.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)        # the agent lets the processes save
                 return
 
     thread = threading.Thread(target=follow, name="saves", daemon=True)

@@ -760,6 +760,40 @@ def test_what_a_save_of_another_process_raises_ends_all_processes_and_is_raised(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("fails, ends", [(False, KeyboardInterrupt), (True, RuntimeError)])
+def test_what_comes_while_the_last_save_is_published_is_not_taken_for_a_failure_of_the_processes(
+        fails, ends, tmp_path, monkeypatch):
+    """A preemption then cost a retry, and its record said failed."""
+    saves, left, launched = tmp_path / "toy" / "saves.jsonl", threading.Event(), elastic.launched
+    saves.parent.mkdir()
+    (tmp_path / "worker.py").write_text(f"""import os
+if os.environ["RANK"] == "0":
+    open({str(saves)!r}, "w").write('{{"kind": "save", "file": "last.pt"}}')
+""")
+
+    def noted(*arguments):
+        code = launched(*arguments)
+        left.set()
+        return code
+
+    def saved(path):
+        left.wait(100)
+        end = time.monotonic() + 3
+        while signal.getsignal(signal.SIGINT) is not signal.default_int_handler and time.monotonic() < end:
+            time.sleep(0.05)
+        if fails:
+            raise RuntimeError("commits failed")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(elastic, "launched", noted)
+    monkeypatch.setattr(elastic, "TRAIN", tmp_path / "worker.py")
+    config = {"experiment": {"results": str(tmp_path), "name": "toy"}}
+    with elastic.signals_restored(), pytest.raises(ends):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        elastic.train_on(2, config, "true", saved, argparse.Namespace(number=0))
+
+
 def test_the_saves_of_a_run_that_begins_anew_beside_its_damaged_one_are_followed(tmp_path):
     """Its list of saves is shorter than the one that was moved aside: they would not be committed."""
     run, seen = tmp_path / "run", []
