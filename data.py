@@ -221,7 +221,7 @@ def open_corpora(paths: Paths, same_person: Sequence[str] = ()) -> list[Recordin
                 r.patient = f"{name}/{r.patient}"
                 recordings.append(r)
         _check_alike("data.path", recordings)
-    _join(recordings, same_person)
+    join(recordings, same_person)
     return recordings
 
 
@@ -250,13 +250,13 @@ def split_of(recordings: list[Recording], path: str | os.PathLike | None, c: dic
     if several:
         recordings = open_corpora(c["path"], same_person)
     else:
-        _join(recordings, same_person, skip=True)
+        join(recordings, same_person, skip=True)
     parts = splits.split(recordings, c, seed)
     mine = [[r for r in part if not several or r.corpus == place.name] for part in parts]
     return *mine, {"data": fingerprint(sum(parts, [])), "division": splits.division(*parts)}
 
 
-def _join(recordings, same_person, skip=False):
+def join(recordings: list[Recording], same_person: Sequence[str], skip: bool = False) -> None:
     """The patient before the = of a line, under each of its names, goes under the name behind it.
     skip: a line with a patient of another folder says nothing."""
     for line in same_person:

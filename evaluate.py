@@ -321,8 +321,7 @@ def summarise(scores, config):
     for name, (_, formula, _) in metrics.RANKED.items():
         result[name] = formula(probability, label)
     curves = metrics.over_patients(metrics.by_patient(records))
-    index = _in_use(c)
-    why = metrics.undefined(records)
+    index, why = _in_use(c), metrics.undefined(records)
     if c["tune"] and "event_f1" not in why:
         cap = c["max_false_alarms_per_24h"]
         index = metrics.best(curves["event_f1"], curves["false_alarms_per_24h"], cap)
@@ -509,8 +508,8 @@ def _import(path, state, scratch, labels):
 
 def choose(recordings, split, state, path=None):
     """(those of one split, a warning on them or ""): train and dev as the training drew them, eval
-    as the corpus marks it. path: the folder that they lie in, where the training may have used
-    several."""
+    as the corpus marks it, persons as it was told of them. path: the folder that they lie in, where
+    the training may have used several."""
     config, warning = state["config"], ""
     if split in ("train", "dev"):
         try:
@@ -527,6 +526,7 @@ def choose(recordings, split, state, path=None):
         if any(state.get(key, value) != value for key, value in divided.items()):
             warning = DIVIDED_ANEW
     else:
+        data.join(recordings, stored(state, "data").get("same_person", ()), skip=True)
         chosen = [r for r in recordings if not split or r.split == split]
     if not chosen:
         raise Refused(f"no recording belongs to the split {split}: leave --split away")

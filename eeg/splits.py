@@ -195,7 +195,7 @@ def division(train, dev):
     """Hash of who trains, who validates, and on which EEG: the same names under other patients, of
     channels renamed otherwise, or drawn by another NumPy, give another one. Rounded, since another
     machine may filter to other last digits."""
-    facts = [[[r.name, *(f"{value:.4g}" for value in (r.norm, *r.scale))]
+    facts = [[[r.name, patient_of(r), *(f"{value:.4g}" for value in (r.norm, *r.scale))]
               for r in sorted(part, key=lambda r: r.name)] for part in (train, dev)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -213,8 +213,11 @@ def test_evaluate_divides_a_folder_with_the_persons_that_the_training_was_told_o
         same = [f"{one} = 001", "anna = berta"]         # the latter of another corpus
         c = C | {"path": two[0], "dev_fraction": 0.5, "same_person": same}
         _, dev = splits.split(data.open_corpora(two[0], same[:1]), c, 1)
-        chosen, _ = evaluate.choose(data.open_corpus(two[0]), "dev", {"config": {"data": c, "experiment": {"seed": 1}}}, two[0])
+        state = {"config": {"data": c, "experiment": {"seed": 1}}}
+        chosen, _ = evaluate.choose(data.open_corpus(two[0]), "dev", state, two[0])
         assert [r.name for r in chosen] == [r.name for r in dev]
+        everyone, _ = evaluate.choose(data.open_corpus(two[0]), None, state, two[0])    # a score is a mean over persons too
+        assert one not in patients(everyone) and "001" in patients(everyone)
 
 
 def test_evaluate_takes_the_split_of_training_of_one_folder_among_several(two, tmp_path):
