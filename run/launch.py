@@ -9,6 +9,7 @@ what its folders hold.
 """
 import os
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -68,8 +69,8 @@ def outside(path, mount):
 
 def absent(said, mount, path, what):
     """The refusal of a path on a Volume, with the command that brings `what` there."""
-    return Refused(f"{said} on the Volume: modal volume put {NAMES[mount]} {what} "
-                   f"/{os.path.relpath(path, mount)}")
+    inside = shlex.quote(f"/{os.path.relpath(path, mount)}")
+    return Refused(f"{said} on the Volume: modal volume put {NAMES[mount]} {what} {inside}")
 
 
 def expect_recordings(path, folder, listing):
@@ -82,17 +83,18 @@ def expect_recordings(path, folder, listing):
         raise absent(f"{folder} is no folder", DATA, folder, "IMPORTED_FOLDER")
     if INDEX in names:
         return
-    if REPORT in names:                 # each container of a training would find it so
-        raise TemporaryFault(f"{folder} on the Volume is not whole: its import runs, or was "
-                             "stopped: the same --action import goes on")
-    names = listing(folder, recursive=True)
-    if any(name.endswith(".h5") for name in names):
+    below = listing(folder, recursive=True)
+    if any(name.endswith(".h5") for name in below):
+        if REPORT in names:             # each container of a training would find it so
+            raise TemporaryFault(f"{folder} on the Volume is not whole: its import runs, or was "
+                                 "stopped: the same --action import goes on")
         return
     what = "no recordings"
-    if any(name.lower().endswith(".edf") for name in names):
+    if any(name.lower().endswith(".edf") for name in below):
         what = "raw EDF, which nothing trains on"
-    raise Refused(f"{folder} on the Volume holds {what}: --action import --source {folder} with "
-                  f"--set data.path={DATA}/ANOTHER_FOLDER makes recordings of it")
+    raise Refused(f"{folder} on the Volume holds {what}: --action import "
+                  f"--source {shlex.quote(folder)} with --set data.path={DATA}/ANOTHER_FOLDER "
+                  "makes recordings of it")
 
 
 def expect_best(config, listing):

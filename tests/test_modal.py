@@ -203,6 +203,7 @@ NEW, GOOD = RUN % "new", RUN % "good"
     ("experiment: {results: results}", {}, "experiment.results must be /results"),
     ("experiment: {results: /results}\ndata: {path: data/tusz}", {}, "data.path must be a folder in /data"),
     ("experiment: {results: /results}\ndata: {path: /data/none}", {}, "/data/none is no folder on the Volume"),
+    ("experiment: {results: /results}\ndata: {path: /data/my corpus}", {}, "volume put holdfast-data IMPORTED_FOLDER '/my corpus'"),
     ("experiment: {results: /results}\ndata: {path: /data/raw}", {}, "holds raw EDF"),
     ("experiment: {results: /results}\ndata: {path: [/data/tusz, /data/empty]}", {}, "holds no recordings"),
     (NEW + "training: {mirror: /results/m}", {}, "training.mirror must be a folder in /mirror"),
