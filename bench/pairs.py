@@ -116,6 +116,7 @@ class Run:
     def __init__(self, temp, rng, pair=()):
         self.temp, self.rng = temp, rng
         self.loses_home = {"disk gone", "moved", "older home"} & set(pair)
+        self.may_lose_best = self.loses_home or len(pair) > 2
         self.results, self.nas = temp / "disk", temp / "nas"
         self.home, self.copy = self.results / "t", self.nas / "t"
         self.child = None                   # the Process that lives
@@ -239,13 +240,13 @@ def put_older_home_back(run):
 
 def names_of_one(run, destroyed=False):
     """All paths of one file, the newest state or best.pt, of home or mirror; not of best.pt where
-    it is to be destroyed and the other place loses its own."""
+    it is to be destroyed and the other place may lose its own."""
     places = [place for place in (run.home, run.copy) if (place / "checkpoints").exists()]
     run.rng.shuffle(places)
     for place in places:
         found = [c for c in checkpoint.candidates(place / "checkpoints")
                  if c.facts and c.save not in run.damaged]
-        best = [c.save for c in found if c.kind == "best" and destroyed and run.loses_home]
+        best = [c.save for c in found if c.kind == "best" and destroyed and run.may_lose_best]
         found = [c for c in found if c.save not in best]
         if found:
             one = run.rng.choice([found[0], found[-1]])

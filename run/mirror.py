@@ -381,7 +381,7 @@ class Mirrored(Checkpointer):
             except OtherLine as error:
                 self._keep_apart(str(error))
             except Exception as error:      # no failed copy may end this thread
-                trouble = getattr(error, "strerror", "") or str(error) or type(error).__name__
+                trouble = checkpoint.reason_of(error) or type(error).__name__
             with self.changed:
                 self.busy = False
                 self.changed.notify_all()
@@ -424,9 +424,11 @@ class Mirrored(Checkpointer):
             with checkpoint.lock(self.place, say=lambda line: None):
                 checkpoint.sweep_temps(self.place)
                 self._claim()
-                yield
-                for kind, count in COPIED.items():
-                    checkpoint.rotate(self.place, KINDS[kind].glob, count)
+                try:
+                    yield
+                finally:                    # also where a file could not be copied
+                    for kind, count in COPIED.items():
+                        checkpoint.rotate(self.place, KINDS[kind].glob, count)
         finally:
             self.writing.release()
 

@@ -85,6 +85,22 @@ def test_rows_that_the_home_alone_has_stay_where_newer_states_come_home(tmp_path
     assert (home / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
+def test_a_second_copy_is_rotated_also_while_a_damaged_best_cannot_be_copied(tmp_path):
+    s, said = mirrored(tmp_path)
+    there = tmp_path / "nas/v3/checkpoints"
+    with s:
+        s.save_epoch(state(1, epoch=1), metric=0.9)
+        until(lambda: copied(s), said)
+        flip(tmp_path / "results/v3/checkpoints/best.pt")
+        for name in ("best.pt", "last.pt"):
+            (there / name).unlink()
+        for step in range(2, 7):
+            s.save_mid(state(step, epoch=2))
+            until(lambda: (there / f"mid_epoch_002_{step:06d}.pt").exists(), said)
+    assert names(there) == ["mid_epoch_002_000005.pt", "mid_epoch_002_000006.pt"]
+    assert any("best.pt: entry" in line for line in said) and not any(".tmp" in line for line in said)
+
+
 def test_the_second_copy_holds_the_newest_states_best_and_the_records_and_one_state_is_one_file(tmp_path):
     s, said = mirrored(tmp_path)
     with s:
