@@ -708,6 +708,8 @@ def _read_marks(out):
         commands = marks.get("unfinished", [])
         # an earlier version kept one alone
         commands = [commands] if isinstance(commands, str) else list(map(str, commands))
+        if any(len(shlex.split(command)) < 4 for command in commands):
+            raise ValueError("no commands of an import")
         return {"refused": [[str(file), str(why)] for file, why in marks.get("refused", [])],
                 "alone": list(map(str, marks.get("alone", []))),
                 "unfinished": commands}

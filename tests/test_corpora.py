@@ -519,7 +519,7 @@ def test_files_refused_for_one_reason_share_a_line(tmp_path):
     assert text.count("has no unit") == 1 and "5 files: Fp1 has no unit" in text
     assert "odd.edf: the header says 0 signals" in text and "6 refused:" in text
     assert len(corpora.read_report(tmp_path / "out")) == 6
-    for foreign in ('{"refused": 5}', '{"refused": [1]}', "[]", '{"unfinished": 5}'):
+    for foreign in ('{"refused": 5}', '{"refused": [1]}', "[]", '{"unfinished": 5}', '{"unfinished": ["so far"]}'):
         (tmp_path / "out" / "import.json").write_text(foreign)
         assert corpora.read_report(tmp_path / "out") == []
         corpora.check_finished(tmp_path / "out")
