@@ -115,13 +115,7 @@ def sync(source, target, line, records=(), say=print, full=False, home=False):
         wanted += [c for c in files[:count] if _lacks(there, c, line, home)]
     for record, copy in dict(records).items():
         with contextlib.suppress(FileNotFoundError):
-            content = record.read_bytes()
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if home and copy.exists():      # it may have rows that the second copy lacks
-                if copy.suffix == ".jsonl" and copy.read_bytes() != content:
-                    add_rows(copy, whole_lines(record))
-            elif not copy.exists() or copy.read_bytes() != content:
-                checkpoint.atomic_write(copy, [content])
+            _copy_record(record, copy, home)
     damage, links = None, bool(wanted) and checkpoint.links_work(target)
     for candidate in sorted(wanted, key=lambda c: (c.kind != "best", c.order)):
         try:
@@ -131,6 +125,18 @@ def sync(source, target, line, records=(), say=print, full=False, home=False):
             damage = error
     if damage:
         raise damage
+
+
+def _copy_record(record, copy, home):
+    """Copy a record. One that a home has stays, and gets the rows that it lacks: the second copy
+    may lack others."""
+    content = record.read_bytes()
+    before = copy.read_bytes() if copy.exists() else None
+    if before is None or not home and before != content:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.atomic_write(copy, [content])
+    elif before != content and copy.suffix == ".jsonl":
+        add_rows(copy, whole_lines(record))
 
 
 def whole_lines(path):
@@ -489,14 +495,14 @@ class Mirrored(Checkpointer):
                                             checkpoint.links_work(self.place))
         except (OSError, OtherRun) as error:
             with self.changed:
-                self._begin(getattr(error, "strerror", "") or str(error))
+                self._begin(checkpoint.reason_of(error))
             raise fault from None
         self.away = True
         self._slowest = max(self._slowest, blocked + time.monotonic() - began)
         with self.changed:
             self.copied_at, self.waiting_since = time.monotonic(), 0.0
             self._end_trouble()
-        self.say(f"save failed: {fault.strerror or fault}; the second copy has the state, as "
+        self.say(f"save failed: {checkpoint.reason_of(fault)}; the second copy has the state, as "
                  f"{path}")
         self._call_hook(path)
 
