@@ -45,11 +45,11 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the long sweeps too")
+    parser.addoption("--slow", action="store_true", help="run what takes long too")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: long sweep, runs with --slow")
+    config.addinivalue_line("markers", "slow: takes long, runs with --slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):     # keywords have the names of folders too
-                item.add_marker(pytest.mark.skip(reason="long sweep: run with --slow"))
+                item.add_marker(pytest.mark.skip(reason="takes long: run with --slow"))
 
 
 def pytest_collection_finish():

@@ -156,6 +156,7 @@ def whole(small_corpus, tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 def test_a_run_with_every_kind_on_resumes_bit_identically(small_corpus, whole, tmp_path):
     loaded(small_corpus, tmp_path, data__augmentations=list(EVERY))
     with spawn(tmp_path / "config.yaml", held=("train_step", 4, "there")) as process:
@@ -165,6 +166,7 @@ def test_a_run_with_every_kind_on_resumes_bit_identically(small_corpus, whole, t
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_the_same_eeg_through_another_amplifier_gives_nearly_the_same_output(small_corpus, whole, tmp_path):
     """Three times as large, another high-pass, steps of 12 bits: what is divided out or filtered is
     not seen."""

@@ -130,6 +130,7 @@ def test_a_model_saved_before_the_baseline_is_built_as_it_was():
     assert model.build(4, model.SMALL).baseline == 1, "a few settings are no saved model"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_older_than_the_baseline_resumes_as_it_was_and_says_so(small_corpus, tmp_path, capfd):
     config = loaded(small_corpus, tmp_path, training__epochs=1)
     config["model"] |= dict.fromkeys(model.OLDER, 0.0)

@@ -139,6 +139,7 @@ def test_a_lock_follows_no_symbolic_link_and_waits_for_no_fifo(tmp_path):
 
 # ---- copied loops ----
 
+@pytest.mark.slow
 def test_the_loop_of_the_docstring_with_its_dropout_killed_ten_times_ends_bit_identical(tmp_path):
     crash.warm()
     assert crash.run_child(lambda: crash.run_loop(tmp_path / "whole")) == "done"
@@ -232,6 +233,7 @@ def test_a_signal_right_after_that_of_another_process_of_the_training_is_the_sam
         assert signals.number == signal.SIGTERM and not handled
 
 
+@pytest.mark.slow
 def test_a_signal_that_was_inherited_as_ignored_stays_ignored(tmp_path):
     process = loop(tmp_path, "nohup")
     process.send_signal(signal.SIGHUP)

@@ -131,6 +131,7 @@ def test_the_script_killed_at_random_ends_bit_identical_in_every_part(tmp_path):
     assert checkpoint.load(whole / "checkpoints/best.pt")["ema"]["n_averaged"] > 0
 
 
+@pytest.mark.slow
 def test_the_script_ends_bit_identical_after_a_sigterm_to_all_its_processes_workers_too(tmp_path):
     ends_alike(tmp_path, SCRIPT, (5, 33), signal.SIGTERM)
 
@@ -169,12 +170,14 @@ def test_every_n_steps_a_file_is_saved_and_kept(tmp_path):
     assert names == {f"mid_epoch_{1 + (n - 1) // 10:03d}_{1 + (n - 1) % 10:06d}.pt" for n in steps}
 
 
+@pytest.mark.slow
 def test_gradients_that_were_accumulated_are_not_lost_by_a_kill_or_a_sigterm_between_two_steps(tmp_path):
     whole, _ = ends_alike(tmp_path, recipe("Gradient accumulation"), (6, 13), EPOCHS=3)
     assert checkpoint.load(whole / "checkpoints/last.pt")["schedule"]["last_epoch"] == 9      # three steps of ten batches
     ends_alike(tmp_path / "asked", recipe("Gradient accumulation"), (6,), number=signal.SIGTERM, EPOCHS=2)
 
 
+@pytest.mark.slow
 def test_the_k_best_are_those_of_the_lowest_metric_also_after_a_kill(tmp_path):
     given = "\n\ndef error():\n    return [0.5, 3e-7, float('nan'), 1e-7, 0.9, 2e-7][saver.position[0] - 1]\n\n\n"
     code = recipe("The k best by a metric").replace("from pathlib", given + "from pathlib")
@@ -186,6 +189,7 @@ def test_the_k_best_are_those_of_the_lowest_metric_also_after_a_kill(tmp_path):
     assert same(dict(best), dict(checkpoint.load(cut / "top" / found[0])))
 
 
+@pytest.mark.slow
 def test_without_epochs_best_is_chosen_at_each_interval_of_evaluation(tmp_path):
     code = recipe("best.pt by an interval of evaluation, without epochs").replace("= 100_000, 1000", "= 30, 6")
     given = "\n\ndef error():\n    return {6: 0.5, 12: 0.1, 18: 0.4, 24: 0.2, 30: 0.3}[saver.global_step]\n\n\n"
@@ -210,6 +214,7 @@ def test_old_weights_begin_a_fresh_run_and_only_a_fresh_one(tmp_path):
     finished(folder)                        # with a state of its own nobody looks for the file
 
 
+@pytest.mark.slow
 def test_several_optimizers_end_bit_identical(tmp_path):
     whole, _ = ends_alike(tmp_path, recipe("Several optimizers"), (7, 16), EPOCHS=3)
     last = checkpoint.load(whole / "checkpoints/last.pt")
@@ -217,11 +222,13 @@ def test_several_optimizers_end_bit_identical(tmp_path):
     assert "exp_avg" in last["body"]["state"][0] and "momentum_buffer" in last["head"]["state"][0]
 
 
+@pytest.mark.slow
 def test_a_gan_ends_bit_identical(tmp_path):
     whole, _ = ends_alike(tmp_path, recipe("A GAN"), (7, 16), EPOCHS=3)
     assert not (whole / "checkpoints/best.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_names_of_the_plain_one_and_goes_on_from_its_file(tmp_path):
     code = recipe("torch.compile").replace("model.compile()", "model.compile(backend='eager')")
     whole, cut = ends_alike(tmp_path, code, (7,), EPOCHS=2)
@@ -486,6 +493,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_a_sigterm_to_all_processes_spares_workers_that_were_forked_or_spawned(tmp_path, context):
     folder = placed(tmp_path, WORKERS)
@@ -673,6 +681,7 @@ def test_a_part_by_a_name_that_the_saver_needs_is_refused_not_lost(saver, name):
         saver.pack({"model": torch.nn.Linear(1, 1)}, model=1)
 
 
+@pytest.mark.slow
 def test_values_beside_the_parts_are_in_the_snapshot_of_a_kill_and_of_a_signal_as_at_the_end_of_an_epoch(tmp_path):
     code = SCRIPT.replace("saver.unpack(parts, saver.resume())", "state = saver.resume()\n    saver.unpack(parts, state)\n"
                           "    losses = state['losses'] if state else []")

@@ -183,6 +183,7 @@ def test_import_resumes_and_notices_changes(tmp_path):
     assert [r.name for r in data.open_corpus(out)] == ["a_1", "c_1"]
 
 
+@pytest.mark.slow
 def test_many_recordings_made_anew_with_other_labels_are_those_that_a_training_reads(tmp_path):
     """Their files have the sizes of before: more of them than are looked at when a folder is opened, as in a copy of it."""
     src, out, many = tmp_path / "src", tmp_path / "out", store.MAX_LOOKED_AT + 1
@@ -218,6 +219,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_import_with_one_line(tmp_path):
     """A limit on the size of files stands in for the disk: the write fails, nothing half written is
     left."""
@@ -258,6 +260,7 @@ def held_import(folder, number, workers, gate):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_import_killed_at_any_moment_leaves_only_whole_recordings(tmp_path, kills):
     """Killed when a recording is begun or just finished, and a little later: what stands under a
@@ -305,6 +308,7 @@ def test_ctrl_c_while_data_py_is_loaded_is_one_line(tmp_path):
     assert process.returncode == 130 and out.strip() == "data.py: stopped by SIGINT before the command began"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_the_import_with_one_line(tmp_path, workers):
     for i in range(5):
@@ -365,6 +369,7 @@ def test_strange_folders(tmp_path):
         assert "Permission" in str(imported(src, tmp_path / "out2").refused)
 
 
+@pytest.mark.slow
 def test_parallel_and_serial_import_agree(synthetic, tmp_path, corpus):
     imported(synthetic[0], tmp_path / "out", workers=2)
     again = data.open_corpus(tmp_path / "out")
@@ -431,6 +436,7 @@ def test_a_corpus_of_a_wearables_channels_is_imported_and_gives_windows(tmp_path
     assert augmentation.mirror(("Cz", "F7-T3")).tolist() == [0, 1]  # nothing to change sides with
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true; exit ${PIPESTATUS[0]}"])
 def test_an_import_is_done_where_its_streams_are_closed_or_nobody_reads_them(tmp_path, streams):
     write_edf(tmp_path / "src" / "anna" / "night1.edf")

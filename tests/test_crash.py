@@ -64,6 +64,7 @@ def test_a_kill_at_every_call_of_a_save_leaves_the_old_file_or_the_new_one(tmp_p
     print(f"kill points: {points}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_every_call_of_an_epoch_end_with_links_and_rotation_loses_no_returned_save(tmp_path, run, every):
     def save(directory):
@@ -123,6 +124,7 @@ def test_an_error_at_any_call_leaves_every_earlier_file_and_no_temp_and_no_fsync
     assert at > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [[errno.ENOSPC, MemoryError(), errno.EIO, KeyboardInterrupt()],
                                    *(pytest.param([kind], marks=pytest.mark.slow) for kind in KINDS)], ids=repr)
 def test_an_error_at_any_call_of_an_epoch_end_costs_that_save_alone(tmp_path, kinds):
@@ -173,6 +175,7 @@ def recover_all(directory):
     return recover(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 def test_no_power_cut_loses_a_save_that_returned(tmp_path, links, monkeypatch):
     if not links:
@@ -331,6 +334,7 @@ def test_the_loop_of_the_docstring_cut_at_the_last_batch_of_an_epoch_or_beside_i
         assert mine["holdfast"]["metric"] == whole["holdfast"]["metric"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [15, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_ends_bit_identical(tmp_path, kills):
     ended, killed = crash.soak(tmp_path, kills)

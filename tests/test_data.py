@@ -391,6 +391,7 @@ def in_child(recordings, ids, queue):
     queue.put([float(x.sum()) for x, _, _ in data.Loader(w).batches(ids, 1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_works_in_child_processes(corpus, method):
     w = data.Windows(corpus, 10, 5)

@@ -106,6 +106,7 @@ def together(corpus, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(alone, together, processes):
     results = together(processes)
@@ -116,6 +117,7 @@ def test_n_processes_take_the_same_windows_and_agree_with_one_to_rounding(alone,
     assert len(last(results)["rng"]) == processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])     # sums of two have no order to lose
 def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identically(corpus, together, tmp_path, processes):
     whole = together(processes)
@@ -161,6 +163,7 @@ def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_pat
     assert state["batch"] >= 3 and len(state["rng"]) == 2
 
 
+@pytest.mark.slow
 def test_a_recording_that_changes_under_one_process_only_stops_the_job_with_the_reason(corpus, tmp_path):
     import data
     shutil.copytree(corpus, tmp_path / "h5")
@@ -210,6 +213,7 @@ checkpoint.atomic_write = slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["main", pytest.param("all", marks=pytest.mark.slow), pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_all_processes_leave_together_after_a_save_of_three_seconds_is_durable(corpus, tmp_path, which):
     prepare(corpus, tmp_path, training__epochs=50)

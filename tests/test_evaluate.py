@@ -440,6 +440,7 @@ def test_sensitivity_at_a_rate_follows_szcore():
     assert evaluate.summarise([evaluate.score(track, whole, c)], c)["sensitivity_at_10fa"] == 0.5
 
 
+@pytest.mark.slow
 def test_sensitivity_at_a_rate_is_the_same_whichever_threshold_is_in_use():
     track = Track("a", 3 * 3600, [(1000, 1060), (5000, 5060)])
     p = np.maximum(probability_of(track, track.events[:1]), probability_of(track, track.events[1:], 0.87))
@@ -517,6 +518,7 @@ def test_no_metric_is_above_chance_for_a_detector_that_looks_at_nothing(name, de
     assert math.isnan(summary["sensitivity_at_1fa"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", (constant, *(pytest.param(one, marks=pytest.mark.slow) for one in (silent, always_on))))
 def test_sensitivity_at_every_rate_is_nothing_for_them_on_a_day_and_more(detector):
     tracks = [Track(f"day {i}", 5000, [(600, 660)] * (i % 2), f"p{i % 3}") for i in range(20)]
@@ -584,6 +586,7 @@ def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
         metrics.deciding("sensitivity_at_10fa", [Track("a", 9000)])
 
 
+@pytest.mark.slow
 def test_the_start_and_the_scores_agree_on_what_cannot_be_computed():
     for tracks in SETS.values():
         records = [evaluate.score(t, silent(t, None), {}) for t in tracks]
@@ -1027,6 +1030,7 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(corpus, tmp_path, arg
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_scores_are_in_the_precision_of_the_training(corpus, tmp_path):
     state = checkpoint.load(corpus / "best.pt")
     state["config"]["training"] = {"precision": "bf16"}
@@ -1127,6 +1131,7 @@ def test_events_of_other_recordings_are_never_left_beside_new_scores(corpus, tmp
     assert (out / "scores.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_trade_off_takes_the_place_of_no_recordings(corpus, tmp_path):
     labelled = next(path for path in sorted((corpus / "edf").rglob("*_eeg.edf")) if "\tsz" in path.with_name(path.name.replace("_eeg.edf", "_events.tsv")).read_text())
     for name in ("trade_off", "trade_off_of_all"):
@@ -1199,6 +1204,7 @@ def test_a_place_that_may_not_be_written_is_refused_before_anything_is_predicted
         assert code == 2 and len(lines) == 1 and f"{option} {place}" in lines[0], lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["| cat", pytest.param("> file && cat file", marks=pytest.mark.slow)])
 def test_events_go_down_a_pipe_and_through_a_link_which_stays(corpus, tmp_path, way):
     (tmp_path / "link.tsv").symlink_to(tmp_path / "there.tsv")
@@ -1265,6 +1271,7 @@ def test_no_bar_is_drawn_where_nobody_watches(corpus, tmp_path):
     assert done.stderr == "evaluate: 2 of 2 recordings\n"
 
 
+@pytest.mark.slow
 def test_closed_streams_end_no_evaluation(corpus, tmp_path):
     line = '"$0" "$1" --checkpoint "$2/best.pt" --data "$2/imported" --out "$3" <&- >&- 2>&-'
     assert subprocess.run(["bash", "-c", line, sys.executable, ROOT / "evaluate.py", corpus, tmp_path]).returncode == 0
@@ -1413,6 +1420,7 @@ def open_folder():
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_the_container_writes_the_events_of_two_seconds_at_the_exact_path(corpus, open_folder):
     write_edf(open_folder / "unipolar.edf", seconds=2, labels=[f"{n}-Avg" for n in NAMES])
     done = container(corpus, open_folder / "unipolar.edf", open_folder / "predictions.tsv")
@@ -1422,6 +1430,7 @@ def test_the_container_writes_the_events_of_two_seconds_at_the_exact_path(corpus
     assert {p.name for p in open_folder.iterdir()} == {"unipolar.edf", "predictions.tsv", "app"}
 
 
+@pytest.mark.slow
 def test_the_container_writes_background_for_an_edf_that_is_refused_and_says_so(corpus, open_folder):
     path = write_edf(open_folder / "a.edf", seconds=7, labels=["Fp1", "Fp2"])
     done = container(corpus, path, open_folder / "found.tsv")

@@ -279,6 +279,7 @@ def test_the_temp_of_a_link_and_the_probe_for_links_are_alive_to_a_sweep(tmp_pat
     assert not temps(tmp_path) and sound(checkpoint.load(tmp_path / "best.pt")) == 1
 
 
+@pytest.mark.slow
 def test_a_save_and_its_links_beside_another_process_that_sweeps_never_fail(tmp_path):
     def sweeper():
         while not (tmp_path / "stop").exists():

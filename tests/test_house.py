@@ -64,6 +64,7 @@ def test_no_import_runs_in_a_circle():
     assert set(order.static_order()) == set(MODULES)        # raises CycleError, which names the circle
 
 
+@pytest.mark.slow
 def test_training_and_data_py_start_without_scipy_which_takes_a_second():
     code = "import sys, train, data; print([name for name in sys.modules if name.startswith('scipy')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1071,6 +1071,7 @@ def test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused(site, tmp_pat
         fetch.fetch("http://127.0.0.1:9/corpus", tmp_path / "raw", lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_preempted_run_against_the_stand_in(shared, tmp_path):
     modal_trial.run_case(lambda trial: modal_trial.preempted(trial, at=(10,)), tmp_path)
 

@@ -211,6 +211,7 @@ def test_the_graph_operator_never_amplifies():
     assert torch.linalg.matrix_norm(hop, 2).max() <= 1 + 1e-5
 
 
+@pytest.mark.slow
 def test_the_encoding_costs_under_a_twentieth_of_a_training_step():
     net, x = v3.V3(19), torch.randn(1, 19, 15360)
 
@@ -407,6 +408,7 @@ def train(steps, batch=4, channels=4, samples=1024):
     return losses
 
 
+@pytest.mark.slow
 def test_200_training_steps_are_finite_and_learn():
     losses = train(200)
     assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
@@ -514,6 +516,7 @@ def test_without_a_gpu_its_bench_is_one_line_and_exit_2():
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "GPU" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_sections_of_the_gpu_bench_that_start_no_other_program_run_on_a_cpu(monkeypatch):
     from bench import gpu
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])

@@ -40,6 +40,7 @@ def went_on(directory):
             s.save_epoch(state(10 * epoch, epoch=epoch), metric=value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("again", ["the same command", "plain"])
 def test_going_back_to_a_file_killed_anywhere_ends_with_the_best_of_the_line_that_goes_on(tmp_path, again, every):
@@ -634,6 +635,7 @@ def closed_streams(script, *arguments):
     return subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], timeout=600).returncode
 
 
+@pytest.mark.slow
 def test_no_file_becomes_a_standard_stream_where_those_are_closed(tmp_path):
     script = """
 import os, signal, sys
@@ -851,6 +853,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_process_group_leaves_the_workers_of_a_dataloader_alive_for_the_save(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", WORKERS, str(ROOT)], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.STDOUT, start_new_session=True)
@@ -899,6 +902,7 @@ def test_lines_that_nobody_takes_fail_no_save(tmp_path):
 
 # ---- a real training, two faults at a time: the whole sweep is bench/soak.py --pairs ----
 
+@pytest.mark.slow
 def test_two_faults_at_a_time_leave_the_end_of_a_training_as_it_was(small_corpus, tmp_path):
     tried = [("moved", "second start"), ("mirror back", "flip")]
     code = (f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests'), str(ROOT / 'bench')]}\n"

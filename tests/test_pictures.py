@@ -223,6 +223,7 @@ def test_what_the_scores_count_as_found_is_found_in_the_picture():
         assert kinds == (["found seizure"] if found else ["missed seizure", "false alarm"])
 
 
+@pytest.mark.slow
 def test_a_title_ends_within_its_picture():
     track = banana("sub-001/ses-01/eeg/sub-001_ses-01_task-szMonitoring_acq-longterm_run-00", 36000,
                    [(1000 * i, 1000 * i + 320) for i in range(1, 31)])
@@ -300,6 +301,7 @@ def test_hundreds_of_events_are_drawn_where_they_are_seen_and_in_few_pieces():
     assert [len(c.get_paths()) for c in overview.collections].count(280) == 1         # both edges of each detection
 
 
+@pytest.mark.slow
 def test_a_pdf_has_a_page_for_each_page_of_eeg(tmp_path):
     track = banana("a", 300, [(30, 50), (200, 206)])
     p = probability_of(track, [(35, 55)])

@@ -237,6 +237,7 @@ def test_linked_checkpoints_that_cannot_be_renamed_are_a_refusal_and_nothing_is_
     assert (home / "checkpoints").resolve() == small_disk and os.listdir(tmp_path / "results") == ["t"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_of_checkpoints_is_not_mounted_begins_nothing_in_the_bare_mount_point(tmp_path, corpus):
     with cut_at(3):
         train.run(loaded(corpus, tmp_path), "true")
@@ -266,6 +267,7 @@ def test_a_file_in_the_way_of_a_folder_is_refused(corpus, tmp_path):
         train.run(loaded(corpus, tmp_path))
 
 
+@pytest.mark.slow
 def test_where_every_file_of_both_places_is_damaged_the_run_begins_anew_and_both_are_kept(corpus, tmp_path):
     config = loaded(corpus, tmp_path, training__epochs=1, training__mirror=str(tmp_path / "nas"))
     assert train.run(config) == 0
@@ -285,6 +287,7 @@ def killed(*arguments):
     raise Killed
 
 
+@pytest.mark.slow
 def test_going_back_to_a_file_interrupted_before_its_records_are_cut_loses_no_row(corpus, tmp_path, monkeypatch):
     config = loaded(corpus, tmp_path, training__epochs=3, training__checkpoint_keep=0)
     assert train.run(config) == 0
@@ -309,6 +312,7 @@ def test_the_copied_file_says_nothing_of_eeg(tmp_path):
         assert word not in text, word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["with a second copy", "alone"])
 def test_rows_that_were_lost_before_a_resume_come_from_the_second_copy_or_are_said(tmp_path, corpus, capsys, second):
     options = {"training__mirror": str(tmp_path / "nas")} if second else {}
@@ -346,6 +350,7 @@ def test_half_a_line_that_a_full_disk_left_spoils_no_later_one(tmp_path, corpus,
     assert len([json.loads(line) for line in path.read_text().splitlines()]) > kept
 
 
+@pytest.mark.slow
 def test_going_back_to_a_file_of_another_run_brings_its_rows_and_sets_those_of_this_one_aside(tmp_path, corpus):
     with cut_at(EPOCH_STEPS + 5):
         train.run(loaded(corpus, tmp_path), "true")
@@ -361,6 +366,7 @@ def test_going_back_to_a_file_of_another_run_brings_its_rows_and_sets_those_of_t
     assert [row["loss"] for row in aside] == [row["loss"] for row in wrong]
 
 
+@pytest.mark.slow
 def test_going_back_to_a_line_that_was_left_brings_its_rows_and_sets_those_of_the_other_aside(tmp_path, corpus):
     assert train.run(loaded(corpus, tmp_path)) == 0
     checkpoints, ours = tmp_path / "t/checkpoints", rows(tmp_path)
@@ -377,6 +383,7 @@ def test_going_back_to_a_line_that_was_left_brings_its_rows_and_sets_those_of_th
     assert train.run(changed, resume="true") == 0 and rows(tmp_path) == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.slow), 6])
 def test_going_back_to_a_file_killed_before_the_rows_are_cut_ends_as_if_it_had_not_been(tmp_path, corpus, monkeypatch, batch_size):
     now = {"training__batch_size": batch_size}
@@ -395,6 +402,7 @@ def test_going_back_to_a_file_killed_before_the_rows_are_cut_ends_as_if_it_had_n
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
     with cut_at(2 * EPOCH_STEPS):
         train.run(loaded(corpus, tmp_path), "true")
@@ -406,6 +414,7 @@ def test_a_best_that_is_in_no_place_any_more_is_said(tmp_path, corpus, capsys):
     assert last(tmp_path, "best.pt")["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_best_that_cannot_be_read_once_is_not_taken_for_lost(tmp_path, corpus, monkeypatch):
     with cut_at(2 * EPOCH_STEPS):
         train.run(loaded(corpus, tmp_path), "true")
@@ -424,6 +433,7 @@ def test_a_best_that_cannot_be_read_once_is_not_taken_for_lost(tmp_path, corpus,
     assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["stopping"]["epoch"] == best == 1
 
 
+@pytest.mark.slow
 def test_a_best_that_is_lost_with_its_epoch_is_said_beside_the_one_that_takes_its_place(tmp_path, corpus, capsys, monkeypatch):
     with validations(monkeypatch, auroc=[0.9, 0.6, 0.7, 0.5]):
         for epochs in (3, 4):
@@ -434,6 +444,7 @@ def test_a_best_that_is_lost_with_its_epoch_is_said_beside_the_one_that_takes_it
     assert last(tmp_path)["stopping"]["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_a_best_under_other_rules_is_no_bar_and_patience_starts_over(tmp_path, corpus, capsys, monkeypatch):
     def trained(**changes):
         config = loaded(corpus, tmp_path, training__best_metric="event_f1", **changes)

@@ -32,6 +32,7 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     assert "optimizer" not in checkpoint.load(tmp_path / "a/best_weights.pt")
 
 
+@pytest.mark.slow
 def test_a_strip_killed_at_any_call_leaves_no_weights_without_their_card_and_the_same_command_finishes_it(tmp_path, capsys):
     def setup(directory):
         checkpoint.atomic_save(state(1), directory / "a.pt")

@@ -166,6 +166,7 @@ def test_names_and_patients_carry_the_folder_and_one_person_is_one_only_when_sai
     assert data.fingerprint(data.open_corpora(two[0])) == data.fingerprint(data.open_corpus(two[0]))
 
 
+@pytest.mark.slow
 def test_a_run_on_two_corpora_says_what_is_used_and_resumes_to_the_same_end(two, tmp_path, capsys):
     changes = dict(data__path=two, data__full_per_partial=0.0, training__epochs=1)
     assert train.run(loaded("", tmp_path / "whole", **changes)) == 0

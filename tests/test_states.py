@@ -426,6 +426,7 @@ def test_a_state_goes_by_what_it_held_at_the_call_though_another_thread_saves_to
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_twenty_thousand_storages_of_a_gpu_are_placed_as_fast_as_those_of_a_cpu(monkeypatch):
     monkeypatch.setattr(checkpoint._Image, "_stage", lambda image, layout, numbers: [])
     monkeypatch.setattr(checkpoint._Image, "_room", lambda image, size: torch.empty(size, dtype=torch.uint8))

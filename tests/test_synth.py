@@ -100,6 +100,7 @@ def learnt_by_others(x, y, patient):
     return score
 
 
+@pytest.mark.slow
 def test_seizures_are_told_by_their_spectra_across_patients_better_than_by_size_or_line_length(pieces):
     """What every seizure shares with artefacts, its size, tells it worse."""
     simple, x, y, patient, recording = pieces
@@ -114,6 +115,7 @@ def test_seizures_are_told_by_their_spectra_across_patients_better_than_by_size_
     assert np.mean(learnt) > max(0.8, max(told)), learnt
 
 
+@pytest.mark.slow
 def test_within_a_recording_line_length_and_spectra_reach_about_what_they_reach_within_real_ones(pieces):
     """Within the recordings of SeizeIT2 line length reaches 0.79 and features against the recording's own median 0.86
     (bench/real.py), within the clips of CHB-MIT and of expert votes line length reaches 0.99 (bench/learn.py)."""

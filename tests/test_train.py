@@ -100,6 +100,7 @@ def test_a_run_cut_at_any_step_or_recording_of_an_epoch_ends_as_the_uninterrupte
         assert_same_run(results, reference)
 
 
+@pytest.mark.slow
 def test_five_cuts_in_one_run_by_different_signals_leave_no_trace(corpus, reference, tmp_path):
     config, resume = loaded(corpus, tmp_path), "false"
     for boundary, number in zip((2, 1, 3, 4, 2), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)):
@@ -124,6 +125,7 @@ def test_sigkill_in_mid_epoch_and_in_validation_resumes_at_the_next_batch_and_en
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_a_resume_between_training_and_validation_saves_nothing_twice(corpus, reference, tmp_path):
     with cut_at(EPOCH_STEPS):
         assert train.run(loaded(corpus, tmp_path)) == 128 + signal.SIGTERM
@@ -193,6 +195,7 @@ train.Trainer.after_step = after_step
     assert checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))["global_step"] >= 1
 
 
+@pytest.mark.slow
 def test_a_signal_inherited_as_ignored_stays_ignored(corpus, tmp_path):
     """As by nohup; through nohup itself: test_checkpointer.py."""
     loaded(corpus, tmp_path, training__epochs=500)
@@ -227,6 +230,7 @@ def test_a_time_limit_gives_weights_that_evaluate_before_the_first_validation(co
     assert (tmp_path / "out/scores.json").exists()
 
 
+@pytest.mark.slow
 def test_three_starts_in_a_row_that_end_where_they_began_are_stuck_and_a_longer_limit_goes_on(
         corpus, reference, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.Trainer, "late", lambda self: self.batch == EPOCH_STEPS)      # inside the first recording
@@ -242,6 +246,7 @@ def test_three_starts_in_a_row_that_end_where_they_began_are_stuck_and_a_longer_
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_of_another_size_leave_the_learning_rate_at_its_share_of_the_run(corpus, tmp_path, capsys, size):
     with cut_at(16):                                        # of 18 steps and 6 recordings
@@ -366,6 +371,7 @@ def test_the_time_limit_saves_exits_75_and_the_resumed_run_ends_the_same(corpus,
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_the_time_limit_inside_a_validated_recording_keeps_the_recordings_before_it(corpus, reference, tmp_path, monkeypatch):
     original = train.Trainer.score
 
@@ -382,6 +388,7 @@ def test_the_time_limit_inside_a_validated_recording_keeps_the_recordings_before
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_fifty_losses_in_a_row_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(corpus, tmp_path, capsys,
                                                                                                  monkeypatch):
     config = loaded(corpus, tmp_path, data__stride_seconds=2.0, training__batch_size=2, training__mid_epoch_minutes=0.002)
@@ -396,6 +403,7 @@ def test_fifty_losses_in_a_row_that_are_not_finite_stop_the_run_and_name_the_las
     assert "50 losses in a row were not finite; the last good checkpoint is" in out and "mid_epoch_" in out
 
 
+@pytest.mark.slow
 def test_weights_that_became_not_finite_end_the_run_with_no_word_of_a_disk_and_the_next_start_goes_on(
         corpus, reference, tmp_path, capsys, monkeypatch):
     real = train.Trainer.boundary
@@ -413,6 +421,7 @@ def test_weights_that_became_not_finite_end_the_run_with_no_word_of_a_disk_and_t
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_never_computable_makes_no_epoch_the_best(corpus, tmp_path, capsys, monkeypatch):
     with validations(monkeypatch, auroc=[math.nan, math.nan]):
         assert train.run(loaded(corpus, tmp_path)) == 0
@@ -484,6 +493,7 @@ def test_a_terminal_that_nobody_reads_holds_up_neither_training_nor_saves_and_th
 CLOSED = "[os.close(number) for number in range(3)]; sys.stdin = sys.stdout = sys.stderr = None"     # as at a start without them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [CLOSED, pytest.param("<&- >&- 2>&-", marks=pytest.mark.slow),
                                      pytest.param("| head -n 1", marks=pytest.mark.slow)], ids=["closed", "closed by bash", "head"])
 def test_streams_that_are_closed_broken_or_full_change_nothing(corpus, tmp_path, streams):
@@ -510,6 +520,7 @@ def test_neither_an_ascii_console_nor_the_backend_of_a_notebook_nor_a_broken_mat
     assert (results / "t/curves.png").exists() or out.count("curves.png: ") == 1, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm, word", [
     ("pathlib.Path(pictures).write_text('def')", "curves.png: SyntaxError"),
     pytest.param("torch.utils.tensorboard.SummaryWriter.add_scalar = lambda *a, **k: 1 / 0", "tensorboard: ZeroDivisionError", marks=pytest.mark.slow),
@@ -525,6 +536,7 @@ def test_pictures_and_charts_that_fail_are_said_and_the_run_ends_as_ever(corpus,
     assert same(last(tmp_path)["model"], last(reference)["model"]) and rows(tmp_path) == rows(reference)
 
 
+@pytest.mark.slow
 def test_a_resume_says_that_others_validate_though_the_names_are_the_same(small_corpus, tmp_path, capsys):
     shutil.copytree(small_corpus, tmp_path / "h5")
     assert train.run(loaded(tmp_path / "h5", tmp_path, training__epochs=1)) == 0
@@ -563,6 +575,7 @@ def test_a_run_whose_results_folder_is_lost_goes_on_from_the_mirror_and_ends_as_
     assert (tmp_path / "nas/t.1/checkpoints/last.pt").exists() and (tmp_path / "nas/t/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")      # of TensorBoard's
 @pytest.mark.parametrize("moment, method", [pytest.param(None, "saved", marks=pytest.mark.slow), (13, "save_mid")])
 def test_a_run_whose_results_disk_dies_trains_on_into_the_mirror_and_goes_on_from_there(corpus, reference, ext4_disk, tmp_path,
@@ -690,6 +703,7 @@ def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(co
     assert last(small_disk)["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_stop_in_a_validation_before_which_the_snapshot_was_turned_away_keeps_that_epoch(corpus, reference, small_disk, monkeypatch):
     """The disk is full from the end of the first epoch until the signal, in the next validation's first recording."""
     ended, polled = train.Trainer.end_epoch, train.Trainer.poll
@@ -749,6 +763,7 @@ def test_a_start_on_a_dead_disk_is_one_line_and_may_be_tried_again(corpus, ext4_
         train.load_config(ext4_disk / "config.yaml")
 
 
+@pytest.mark.slow
 def test_a_start_on_a_full_disk_is_refused_in_one_line_and_the_run_is_as_it_was(corpus, reference, small_disk, capsys):
     config = loaded(corpus, small_disk)
     with cut_at(3):
@@ -805,6 +820,7 @@ IN_EPOCH, IN_VALIDATION = 2, 5                          # step after which a rec
 CHANGED = "was changed since the corpus was opened"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment, harm, reason", [
     (IN_EPOCH, failing, "Input/output error"), (IN_VALIDATION, truncated, CHANGED),
     pytest.param(IN_EPOCH, touched, CHANGED, marks=pytest.mark.slow),
@@ -838,6 +854,7 @@ def test_a_recording_that_fails_under_the_run_stops_it_saved_in_one_line_and_put
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_copy_of_the_corpus_is_the_same_run(corpus, reference, tmp_path):
     config = loaded(corpus, tmp_path, data__copy_to=str(tmp_path / "disk"), data__readers=3)
     assert train.run(config) == 0
@@ -864,6 +881,7 @@ def test_waiting_for_data_is_said_once_with_what_to_do(corpus, tmp_path, capsys,
     assert out.count("training waited for data 40 % of the time") == 1 and "raise data.readers" in out
 
 
+@pytest.mark.slow
 def test_rows_that_a_power_cut_tore_are_named_and_the_rest_is_kept(corpus, reference, tmp_path, capsys):
     with cut_at(3):
         train.run(loaded(corpus, tmp_path))
@@ -907,6 +925,7 @@ def test_rows_that_found_no_room_are_written_whole_once_there_is_some(small_disk
 
 # ---- starting ----
 
+@pytest.mark.slow
 def test_a_kill_while_the_synthetic_recordings_are_made_or_imported_costs_only_those_half_made(tmp_path):
     loaded(tmp_path / "made/h5", tmp_path, data__synth_hours=0.35, data__synth_patients=4, training__epochs=1)
     for half_made in ("h5_edf.part", "h5.part"):
@@ -960,6 +979,7 @@ def test_what_was_refused_is_refused_again_when_torchrun_restarts_it(corpus, tmp
     assert (tmp_path / "t/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_started_from_weights_alone_has_a_new_optimizer_and_names_their_hash(corpus, tmp_path, capsys):
     assert train.run(loaded(corpus, tmp_path / "first", training__epochs=1)) == 0
     source = tmp_path / "first/t/checkpoints/best.pt"
@@ -1033,6 +1053,7 @@ def best(results):
     return checkpoint.peek(results / "t/checkpoints/best.pt")
 
 
+@pytest.mark.slow
 def test_a_rate_that_validation_is_too_short_for_leaves_best_pt_to_average_precision_said_kept_and_resumed(
         corpus, tmp_path, capsys):
     config = loaded(corpus, tmp_path, training__epochs=1, training__best_metric="sensitivity_at_1fa")
@@ -1049,6 +1070,7 @@ def test_a_rate_that_validation_is_too_short_for_leaves_best_pt_to_average_preci
     assert "other rules" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_of_epochs_with_the_same_metric_the_one_of_better_average_precision_is_the_best_and_that_is_said(
         corpus, tmp_path, capsys, monkeypatch):
     config = loaded(corpus, tmp_path, training__epochs=4, training__best_metric="event_f1")
@@ -1060,6 +1082,7 @@ def test_of_epochs_with_the_same_metric_the_one_of_better_average_precision_is_t
     assert "epoch 3/4: event_f1 1.0000, the best is that of epoch 2" in out
 
 
+@pytest.mark.slow
 def test_after_a_resume_from_a_file_the_log_and_best_pt_agree_on_what_is_best(corpus, tmp_path, capsys, monkeypatch):
     config = loaded(corpus, tmp_path, training__epochs=2)
     with validations(monkeypatch, auroc=[0.5, 0.9]):
@@ -1072,6 +1095,7 @@ def test_after_a_resume_from_a_file_the_log_and_best_pt_agree_on_what_is_best(co
     assert [checkpoint.peek(path)["metric"]["value"] for path in aside] == [0.9]
 
 
+@pytest.mark.slow
 def test_a_resume_by_a_metric_that_is_better_the_other_way_round_keeps_the_best_until_an_epoch_is_measured_by_it(
         corpus, tmp_path, capsys, monkeypatch):
     config = loaded(corpus, tmp_path, training__epochs=3)
@@ -1135,6 +1159,7 @@ def test_resume_from_a_file_becomes_the_line_that_later_resumes_follow(corpus, t
     assert max(r["step"] for r in rows(tmp_path)) == state["global_step"]
 
 
+@pytest.mark.slow
 def test_a_line_chosen_by_file_holds_before_its_first_step_and_torchrun_goes_on_with_it(corpus, tmp_path, capsys, monkeypatch):
     config, chosen = loaded(corpus, tmp_path, training__epochs=3), str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt")
     assert train.run(config) == 0
@@ -1154,6 +1179,7 @@ def test_a_line_chosen_by_file_holds_before_its_first_step_and_torchrun_goes_on_
     assert "resumed: epoch 2 batch 2 step " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_line_chosen_by_file_that_the_second_copy_alone_has_is_followed_with_each_step_once_in_the_rows(
         corpus, reference, small_disk, tmp_path):
     """The disk of home has room for records, not for a checkpoint, and some again at the next start."""
@@ -1174,6 +1200,7 @@ def test_a_line_chosen_by_file_that_the_second_copy_alone_has_is_followed_with_e
     assert rows(small_disk) == rows(reference) and same(last(small_disk)["model"], last(reference)["model"])
 
 
+@pytest.mark.slow
 def test_a_file_chosen_where_nothing_is_left_to_train_still_is_the_line_that_resumes_follow(corpus, reference, tmp_path, capsys):
     assert train.run(loaded(corpus, tmp_path)) == 0
     first = str(tmp_path / "t/checkpoints/checkpoint_epoch_001.pt")
@@ -1190,6 +1217,7 @@ def test_a_finished_run_says_so_and_trains_nothing(corpus, reference, capsys):
     assert "this run is finished" in capsys.readouterr().out and rows(reference) == before
 
 
+@pytest.mark.slow
 def test_patience_is_counted_across_a_cut_and_raised_patience_goes_on(corpus, tmp_path, capsys):
     still = {"training__epochs": 6, "training__learning_rate": 0.0}         # never better than epoch 1
     with cut_at(18):
@@ -1204,6 +1232,7 @@ def test_patience_is_counted_across_a_cut_and_raised_patience_goes_on(corpus, tm
     assert last(tmp_path)["epoch"] == 4
 
 
+@pytest.mark.slow
 def test_what_makes_another_run_is_refused_and_what_may_change_is_said(corpus, tmp_path, capsys):
     assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
     with pytest.raises(train.Refused, match="experiment.seed is 2 and was 1"):
@@ -1285,6 +1314,7 @@ def test_environment_sets_the_timer_on_a_fresh_run_and_the_log_says_so(corpus, t
 
 # ---- the loop itself ----
 
+@pytest.mark.slow
 def test_pieces_of_an_accumulated_batch_give_the_same_weights_to_rounding(corpus, tmp_path):
     still = {**TINY, "dropout": 0.0}
     for name, pieces in (("one", 1), ("three", 3)):
@@ -1405,6 +1435,7 @@ def test_what_cuda_and_its_libraries_say_of_full_memory_is_heard(text):
     assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(RuntimeError("CUDA error: invalid argument"))
 
 
+@pytest.mark.slow
 def test_a_run_and_an_evaluation_take_no_tf32_for_fp32(corpus, tmp_path, monkeypatch):
     import evaluate
     assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0

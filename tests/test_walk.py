@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pyedflib
 from PIL import Image
+import pytest
 
 import checkpoint
 from eeg import edf
@@ -144,6 +145,7 @@ def test_the_first_lines_are_an_import_a_look_a_training_an_evaluation_and_a_boa
     assert board.startswith("tensorboard --logdir ")
 
 
+@pytest.mark.slow
 def test_own_recordings_go_from_import_to_pictures_by_the_lines_of_the_readme_and_over_a_kill(
         tmp_path):
     project = Project(tmp_path / "holdfast")
