@@ -829,7 +829,7 @@ def _open_above_streams(path, flags, mode=0o666):
 def _pieces(path):
     """The file in pieces, one after the other in the same pages, which direct writes take."""
     room = memoryview(mmap.mmap(-1, CHUNK))
-    with _open(path) as file:
+    with open(path, "rb", buffering=0) as file:
         while size := file.readinto(room):
             yield room[:size]
 
@@ -980,7 +980,7 @@ def _read_state(file, map_location):
 
 def _check(file):
     """Our comment (b"" in another program's .pt), once every byte is the one that was written."""
-    size, comment = file.seek(0, os.SEEK_END), _comment(file)
+    size, comment = os.fstat(file.fileno()).st_size, _comment(file)
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         if not comment and _is_foreign(archive, entries):
@@ -1053,7 +1053,7 @@ def _digest(digest, file, begin, end):
 def _comment(file):
     """Our zip comment, b"" where there is none. Its progress has a CRC-32 of its own, and is
     believed before the file is read."""
-    size = file.seek(0, os.SEEK_END)
+    size = os.fstat(file.fileno()).st_size
     for length in (1 << 10, 66_000):        # a long one is rare
         file.seek(max(0, size - length))
         _, found, record = file.read().rpartition(b"PK\5\6")
@@ -1092,7 +1092,7 @@ def peek(path: str | os.PathLike) -> dict[str, Any]:
     progress and batches trained in it, or None where no resume can go on from it), bytes. A few
     hundred bytes are read of a file written here; any other .pt is loaded. Raises as `load`."""
     with _open(path) as file, _damage(path):
-        size, comment = os.path.getsize(path), _comment(file)
+        size, comment = os.fstat(file.fileno()).st_size, _comment(file)
         state = _note(comment) if comment else None
     state = load(path, "meta") if state is None else state
     for key, value in _facts(state).items():
