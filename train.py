@@ -43,7 +43,7 @@ from run.messages import command_again, tell_next, tell_stopped, time_left
 from run.prepare import check           # noqa: F401 - for those who import train
 from run.prepare import Split, as_saved, build_model, expect_data, expect_same, open_recordings
 from run.prepare import start_from
-from run.records import Log, RunDirectory, has_run, tolerated
+from run.records import Log, RunDirectory, finds_run, tolerated
 from run.records import holds_checkpoints, move_aside    # noqa: F401 - for those who import train
 from run.watch import Watchdog
 from scoring.report import validation_line
@@ -346,18 +346,17 @@ class Trainer:
         plain = console.Timer(30)
         with bar, contextlib.closing(self.ahead):
             for first in range(0, len(todo), size):
-                began = time.monotonic()
                 turn = todo[first:first + size]
                 mine = None
                 if self.group.rank < len(turn):
                     mine = self.score(turn[self.group.rank])
+                while self.poll(False):     # the others' recordings may be longer
+                    pass
                 for recording, score in zip(turn, self.group.gather(mine)):
                     self.scores[recording.name] = score
                 bar.update(len(turn))
                 if bar.disable and plain.due():
                     self.say(f"validation: {len(self.scores)} of {len(dev)} recordings")
-                if size > 1:            # poll cannot stop one process alone
-                    self.slowest = max(self.slowest, time.monotonic() - began)
                 self.watch.progressed("validated recording")
                 self.boundary()
 
@@ -367,13 +366,16 @@ class Trainer:
                                        self.settings["precision"], self.poll, self.ahead)
         return evaluate.score(recording, probability, c)
 
-    def poll(self):
-        """Inside a recording: alone, stop at once (the recording is done anew); among others, at
-        the next boundary."""
+    def poll(self, busy=True):
+        """Inside a recording: stop at once, where asked to (it is done anew). Whether a process is
+        inside one: each that is not polls on with the others, so that all stop at one place, and
+        none takes a long recording of another for a standstill."""
         self.watch.progressed("validated window")
-        if self.group.size == 1 and (self.signals.number or self.late()):
+        stop, busy = self.asked(busy)
+        if stop and busy:
             self.save_mid(last=True)
             raise Stopped
+        return busy
 
     def end_epoch(self, summary):
         """Metric, early stopping, checkpoints of the finished epoch; then the next one begins."""
@@ -443,15 +445,19 @@ class Trainer:
 
         One all-reduce carries any process's signal and the main process's timer, so that all act
         at the same step."""
-        due = self.group.main and self.home.saver.due()
-        signalled = self.signals.number > 0
-        signalled, late, due = self.group.sum([signalled, self.late(), due])
+        stop, due = self.asked(self.group.main and self.home.saver.due())
+        if stop or due:
+            self.save_mid(last=stop)
+        if stop:
+            raise Stopped
+
+    def asked(self, also):
+        """(whether a signal or the time limit asks to stop, whether `also` holds), each in any
+        process."""
+        signalled, late, also = self.group.sum([self.signals.number > 0, self.late(), also])
         if signalled:
             self.signals.take(max(self.group.gather(self.signals.number)))
-        if signalled or late or due:
-            self.save_mid(last=bool(signalled or late))
-        if signalled or late:
-            raise Stopped
+        return bool(signalled or late), bool(also)
 
     def late(self):
         """No time for another step and the save after it, by the slowest ones so far."""
@@ -614,10 +620,9 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
     with watch, Group(config["training"]["device"], watch) as group:
         expect_same(config, group)
         prepare_torch(config, group)
-        recordings = group.from_main(lambda: open_recordings(config, watch, say))
-        split = Split(config, recordings, say)
+        split = Split(config, open_recordings(config, group, watch, say), say)
         net = build_model(config, split, group, say)
-        going_on = resume != "false" and has_run(config)
+        going_on = resume != "false" and finds_run(config, group)
         if not going_on:                # refused while nothing is touched
             start_from(config, split, net, say)
         with signals or Signals() as signals:
@@ -658,7 +663,10 @@ def fit_and_tell(trainer, again):
         # it is, and is told: torchrun ends the others once one has left
         trainer.group.from_main(home.saver.settle if home else None)
         if stopped:
-            return trainer.group.from_main(lambda: tell_stopped(trainer, again))
+            code = trainer.group.from_main(lambda: tell_stopped(trainer, again))
+            # nor before the second copy has it
+            trainer.group.from_main(home.saver.close if home else None)
+            return code
         if home:                        # its work is done: a disk that fails now costs lines
             with tolerated(say, home.newest):
                 list_run(home.newest, say)

@@ -128,6 +128,18 @@ class Group:
             raise refusal
         return made
 
+    def together(self, make):
+        """What `make()` returns in this process; what it refuses in one is raised in all."""
+        made = refusal = None
+        try:
+            made = make()
+        except Stop as stop:
+            refusal = stop if self.main else type(stop)(f"in process {self.rank}: {stop}")
+        refusals = [other for other in self.gather(refusal) if other]
+        if refusals:
+            raise refusals[0]
+        return made
+
     def __enter__(self):
         return self
 

@@ -1,5 +1,6 @@
 """What is trained, on what: recordings, their split, the model and its first weights. Whatever can
 be refused is refused here, before a run directory is touched."""
+import contextlib
 import copy
 import hashlib
 import math
@@ -30,7 +31,7 @@ def check(config, say):
     config["data"]["copy_to"] = ""      # refuses nothing by itself, and may take an hour
     expect_data(config)
     with Watchdog(0, os.devnull, say) as watch, Group("cpu", watch) as group:
-        split = Split(config, open_recordings(config, watch, say), say)
+        split = Split(config, open_recordings(config, group, watch, say), say)
         start_from(config, split, build_model(config, split, group, say), say)
 
 
@@ -78,29 +79,57 @@ def folders(config):
     return path if isinstance(path, list) else [path]
 
 
-def open_recordings(config, watch, say):
-    """Recordings at data.path; synthetic ones are made there first where the config asks for them,
-    and only then."""
+def open_recordings(config, group, watch, say):
+    """Recordings at data.path, opened by each process for itself: on another machine the same files
+    have other places and times. Raises Refused where they differ."""
+    c = config["data"]
+    made = group.from_main(lambda: provide(config, watch, say))
+    path = made if c["copy_to"] else c["path"]
+
+    def opened():
+        with explained(path):
+            return data.open_corpora(path, c["same_person"])
+
+    recordings = group.together(opened)
+    facts = group.gather((data.fingerprint(recordings), splits.division(recordings, [])))
+    for rank, other in enumerate(facts):
+        if other != facts[0]:
+            raise Refused(f"the recordings at data.path differ between process {rank} and process "
+                          f"0 (names, lengths, preparation, events or patients): copy one import "
+                          f"to all machines")
+    return recordings
+
+
+@contextlib.contextmanager
+def explained(path):
+    """What fails at data.path, in one line."""
+    try:
+        yield
+    except edf.DataError as error:
+        raise Refused(f"{path}: {error}") from None
+    except OSError as error:
+        raise fault(error, path) from None
+
+
+def provide(config, watch, say):
+    """The path at which the recordings are opened. Synthetic ones are made at data.path first where
+    the config asks for them, and only then."""
     c = config["data"]
     path = c["path"]
-    try:
+    with explained(path):
         if c["synth_hours"] and not Path(path).is_dir():
             make_recordings(config, Path(path), watch, say)
-        if c["copy_to"]:
-            copies = [data.copy_corpus(folder, c["copy_to"], say,
-                                       lambda: watch.progressed("copied recording"))
-                      for folder in folders(config)]
-            path = copies if isinstance(path, list) else copies[0]
         for folder in folders(config):
             refused = len(corpora.read_report(folder))
             if refused:
                 say(f"warning: {folder}: the import refused {how_many(refused, 'file')}: "
                     f"{command('data.py', 'info', folder)} lists them")
-        return data.open_corpora(path, c["same_person"])
-    except edf.DataError as error:
-        raise Refused(f"{path}: {error}") from None
-    except OSError as error:
-        raise fault(error, path) from None
+        if not c["copy_to"]:
+            return path
+        copies = [data.copy_corpus(folder, c["copy_to"], say,
+                                   lambda: watch.progressed("copied recording"))
+                  for folder in folders(config)]
+        return copies if isinstance(path, list) else copies[0]
 
 
 def make_recordings(config, path, watch, say):

@@ -409,6 +409,17 @@ def has_run(config):
         raise fault(error, run_directory(config)) from None
 
 
+def finds_run(config, group):
+    """Whether the main process has a run to go on from. Raises Refused where another one has it
+    alone: on another machine, where the main process was before."""
+    found = group.gather(group.together(lambda: has_run(config)))
+    if True in found and not found[0]:
+        raise Refused(f"{run_directory(config)}: process {found.index(True)} finds checkpoints in "
+                      f"its own, and process 0, which saves, finds none: share one results folder "
+                      f"between the machines, or have process 0 on the one that has it")
+    return found[0]
+
+
 def move_aside(directory, say, second=None):
     """Rename a run's folder, and its second copy, to NAME.1, or the next number that is free in
     both places; both or none. Of a link, that of the checkpoints too, the folder that it leads to

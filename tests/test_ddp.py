@@ -135,19 +135,67 @@ def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identi
     assert rows(tmp_path / "cut") == rows(whole)
 
 
+def machines(*places, arguments=(), **options):
+    """A process on each of several machines, as far as one can be several: each with its own config.yaml, in a folder."""
+    job = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [spawn(place / "config.yaml", *arguments, **options, **job, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank, place in enumerate(places)]
+
+
 def test_a_job_whose_processes_were_given_different_configurations_is_refused_by_all_of_them(corpus, tmp_path):
     """As on two machines, each with a file of its own; their paths may differ."""
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
     for rank, rate in enumerate((0.001, 0.01)):
         loaded(corpus, tmp_path / str(rank), training__learning_rate=rate)
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(spawn(tmp_path / str(rank) / "config.yaml", **job, **place))
-    for process in processes:
+    for process in machines(tmp_path / "0", tmp_path / "1"):
         out = rest(process)
         assert process.returncode == 2, out
         assert "train.py: training.learning_rate is 0.01 in process 1 and 0.001 in process 0" in out
     assert not list(tmp_path.glob("*/t"))
+
+
+@pytest.mark.slow
+def test_each_machine_reads_its_own_copy_of_the_recordings_also_where_their_times_and_folders_are_others(corpus, together, tmp_path):
+    """The first machine's folder is gone once it is open, as it never was on the second."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    gate = tmp_path / "gate"
+    for place in (a, b):
+        shutil.copytree(corpus, place / "h5", copy_function=shutil.copyfile)
+        prepare(place / "h5", place)
+    ones = machines(a, b, held=("train_step", 1, gate))
+    for process in ones:
+        wait_for(process, "held")
+    for path in (b / "h5").rglob("*.h5"):
+        path.rename(path.with_suffix(".away"))
+    gate.touch()
+    outs = [rest(process) for process in ones]
+    assert [process.returncode for process in ones] == [1, 1] and f"stopped: {b}" in outs[1], outs
+    for path in (b / "h5").rglob("*.away"):
+        path.rename(path.with_suffix(".h5"))
+    ones = machines(a, b, arguments=["--resume"])
+    outs = [rest(process) for process in ones]
+    assert [process.returncode for process in ones] == [0, 0], outs
+    assert same(last(a)["model"], last(together(2))["model"])
+
+
+def test_machines_whose_recordings_differ_are_refused_by_all_of_them(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "h5", ignore=lambda folder, names: [name for name in names if name == "sub-004"])
+    for rank, path in enumerate((corpus, tmp_path / "h5")):
+        prepare(path, tmp_path / str(rank))
+    for process in machines(tmp_path / "0", tmp_path / "1"):
+        out = rest(process)
+        assert process.returncode == 2 and "recordings at data.path differ between process 1 and process 0" in out, out
+    assert not list(tmp_path.glob("*/t"))
+
+
+def test_a_resume_whose_main_process_is_on_another_machine_than_the_run_is_refused_and_begins_nothing_anew(corpus, tmp_path):
+    for rank in (0, 1):
+        prepare(corpus, tmp_path / str(rank))
+    (tmp_path / "1/t/checkpoints").mkdir(parents=True)
+    checkpoint.atomic_save({"epoch": 1, "batch": 3, "global_step": 3}, tmp_path / "1/t/checkpoints/mid_epoch_001_000003.pt")
+    for process in machines(tmp_path / "0", tmp_path / "1", arguments=["--resume"]):
+        out = rest(process)
+        assert process.returncode == 2 and "process 1 finds checkpoints in its own, and process 0, which saves, finds none" in out, out
+    assert not (tmp_path / "0/t").exists()
 
 
 def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_path):
@@ -161,6 +209,23 @@ def test_a_signal_to_one_process_makes_all_save_at_the_same_step(corpus, tmp_pat
     assert "stopped by SIGTERM, saved" in out, out
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["batch"] >= 3 and len(state["rng"]) == 2
+
+
+@pytest.mark.slow
+def test_a_signal_within_the_recordings_that_two_processes_validate_stops_both_there_and_the_end_is_the_same(corpus, together, tmp_path):
+    """Both wait before the first call of the model; the first process has the signal."""
+    prepare(corpus, tmp_path)
+    gate = tmp_path / "gate"
+    process = torchrun(tmp_path, 2, held=("poll", 1, gate))
+    wait_for(process, "held")
+    os.kill(children(process)[0], signal.SIGTERM)
+    gate.touch()
+    out = rest(process)
+    assert "stopped by SIGTERM, saved" in out, out[-4000:]
+    state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
+    assert state["batch"] == EPOCH_STEPS and not state["validation"]
+    finish(torchrun(tmp_path, 2, "--resume"))
+    assert same(last(tmp_path)["model"], last(together(2))["model"]) and rows(tmp_path) == rows(together(2))
 
 
 @pytest.mark.slow
@@ -227,6 +292,33 @@ def test_all_processes_leave_together_after_a_save_of_three_seconds_is_durable(c
     assert "stopped by SIGTERM, saved" in out, out[-4000:]
     state = checkpoint.load(checkpoint.find_resume(tmp_path / "t/checkpoints"))
     assert state["batch"] >= 3 and len(state["rng"]) == 2
+
+
+SLOW_COPY = """
+from run import mirror
+original = mirror.sync
+def slow(*arguments, **options):
+    time.sleep(4)
+    return original(*arguments, **options)
+mirror.sync = slow
+original_step = train.Trainer.after_step
+def asked(self, *arguments):
+    if self.step == 2:
+        os.kill(os.getpid(), 15)
+        time.sleep(1.5)                     # one that comes later is a second wish
+    original_step(self, *arguments)
+train.Trainer.after_step = asked
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_leave_together_after_the_second_copy_has_the_last_save(corpus, tmp_path):
+    prepare(corpus, tmp_path, training__mirror=str(tmp_path / "second"))
+    process = torchrun(tmp_path, 2, minutes="30", script=hooked(tmp_path, SLOW_COPY))
+    out = rest(process)
+    assert "stopped by SIGTERM, saved" in out, out[-4000:]
+    newest = checkpoint.find_resume(tmp_path / "t/checkpoints")
+    assert (tmp_path / "second/t/checkpoints" / newest.name).read_bytes() == newest.read_bytes()
 
 
 HANGS = """

@@ -713,11 +713,11 @@ def test_a_stop_in_a_validation_before_which_the_snapshot_was_turned_away_keeps_
         fill(small_disk)
         ended(self, summary)
 
-    def poll(self):
+    def poll(self, busy=True):
         if (small_disk / "filler").exists():
             (small_disk / "filler").unlink()
             os.kill(os.getpid(), signal.SIGTERM)
-        polled(self)
+        return polled(self, busy)
     monkeypatch.setattr(train.Trainer, "end_epoch", end_epoch)
     monkeypatch.setattr(train.Trainer, "poll", poll)
     assert train.run(loaded(corpus, small_disk, training__mid_epoch_keep=1)) == 128 + signal.SIGTERM
