@@ -38,8 +38,8 @@ from eeg.disk import Refused, Stop, TemporaryFault      # noqa: F401 - for those
 from run.config import add, describe, load as load_config, run_directory, true_or_false
 from run.listing import list_run
 from run.machine import Group, data_parallel, machine_facts, piece, prepare_torch
-from run.machine import rank_and_size
-from run.messages import command_again, tell_next, tell_stopped, time_left
+from run.machine import rank_and_size, seconds_before
+from run.messages import command_again, passing, tell_next, tell_stopped, time_left
 from run.prepare import check           # noqa: F401 - for those who import train
 from run.prepare import Split, as_saved, build_model, expect_data, expect_same, open_recordings
 from run.prepare import start_from
@@ -610,7 +610,8 @@ def run(config, resume="false", fresh=False, on_saved=None, signals=None,
     from the moment that something is at stake; before it, SIGINT raises at once.
     again: the command that goes on, for the last line."""
     resume = true_or_false(resume)
-    began, limit = time.monotonic(), config["training"]["time_limit_hours"]
+    began = time.monotonic() - seconds_before()
+    limit = config["training"]["time_limit_hours"]
     deadline = began + 3600 * limit if limit else math.inf
     expect_data(config)
     rank, size = rank_and_size()
@@ -731,10 +732,10 @@ def attempt(args):
         print(f"train.py: {stop}", file=sys.stderr)
         return stop.code
     except RuntimeError as error:
-        if "start new thread" not in str(error):        # Python has no class for this
+        line = passing(error)
+        if not line:
             raise
-        print("train.py: no thread is to be had: a limit of processes (ulimit -u, pids.max) or of "
-              "memory is reached; every checkpoint is as it was: try again", file=sys.stderr)
+        print(f"train.py: {line}; every checkpoint is as it was: try again", file=sys.stderr)
         return 1
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,27 @@ def rank_and_size():
             line += f": torchrun would set {', '.join(missing)} too"
         raise Refused(f"{line}; for one process: unset RANK WORLD_SIZE")
     return int(rank), int(size)
+
+
+def restarted():
+    """Whether torchrun has started this process again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "") not in ("", "0")
+
+
+def seconds_before():
+    """That torchrun has run, in a process which it has started again: its job goes on, and so does
+    the time limit. 0 in any other."""
+    born = born_at(os.getppid()) if restarted() else ""
+    if not born:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(born) / os.sysconf("SC_CLK_TCK")
+
+
+def born_at(pid):
+    """When a process began, in ticks since the machine did, as text; "" without /proc."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return ""
 
 
 class Group:

@@ -60,6 +60,17 @@ def tell_stopped(trainer, again):
     return 128 + number if number else 75
 
 
+def passing(error):
+    """What a RuntimeError of the machine under a run says, "" for one of the program: Python and
+    torch have no class for these."""
+    if "start new thread" in str(error):
+        return ("no thread is to be had: a limit of processes (ulimit -u, pids.max) or of memory "
+                "is reached")
+    if "gloo/transport" in str(error):
+        return "another process of this job has ended: what it said, or torchrun says, is the cause"
+    return ""
+
+
 def tell_next(home, config, say):
     """What to type after a run that has finished."""
     best = home.newest / "best.pt"

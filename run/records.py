@@ -23,6 +23,7 @@ import model
 from eeg.console import how_many
 from eeg.disk import Refused, TemporaryFault, fault, read_json_lines, write_json
 from run.config import compare, effective, run_directory, run_folders
+from run.machine import born_at, restarted
 from run.mirror import Mirrored, add_rows, runs_of, whole_lines
 
 
@@ -101,11 +102,8 @@ def is_ending(pid):
 def launch():
     """Who started this process, as text: the same over the restarts of one torchrun, another one
     for any other start."""
-    parent, born = os.getppid(), ""
-    with contextlib.suppress(OSError):  # where there is /proc: process ids come again
-        stat = Path(f"/proc/{parent}/stat").read_text()
-        born = stat.rsplit(")", 1)[1].split()[19]
-    return f"{socket.gethostname()} {parent} {born}"
+    parent = os.getppid()
+    return f"{socket.gethostname()} {parent} {born_at(parent)}"     # process ids come again
 
 
 class RunDirectory:
@@ -162,7 +160,7 @@ class RunDirectory:
     def _restarted(self):
         """torchrun started this process again, and what it did before had begun here. Arguments
         that were refused are refused again; --resume FILE and --fresh are not done twice."""
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "") in ("", "0"):
+        if not restarted():
             return False
         try:
             return json.loads((self.directory / "started.json").read_text()) == launch()

@@ -129,6 +129,7 @@ def test_a_killed_process_ends_the_job_and_torchrun_resumes_by_itself_bit_identi
     gate.touch()
     out = finish(process)
     assert "resuming" in out and "resumed: epoch" in out
+    assert "train.py: another process of this job has ended" in out and "pair.cc" not in out
     mine, theirs = last(tmp_path / "cut"), last(whole)
     for key in ("model", "optimizer", "scheduler", "rng", "stopping", "scores"):
         assert same(mine[key], theirs[key]), key
@@ -342,6 +343,26 @@ def test_of_two_processes_the_one_that_hangs_is_named_with_its_stack(corpus, tmp
     text = (tmp_path / "t/hang.txt").read_text()
     mine = text[text.index("standstill: process 1 of 2,"):].split("standstill: process 0")[0]
     assert "in hang" in mine and "step 2" in mine and "exitcode  : 70" in out, out[-4000:]
+
+
+DIES_LATE = """
+original = train.Trainer.after_step
+def after_step(self, *arguments):
+    if self.step == 2:
+        time.sleep(15)
+        os._exit(1)
+    original(self, *arguments)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    train.Trainer.after_step, train.Trainer.late = after_step, lambda self: False
+"""
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_the_jobs_and_does_not_begin_anew_where_torchrun_starts_a_process_again(corpus, tmp_path):
+    prepare(corpus, tmp_path, training__epochs=1)
+    limit = ["--set", f"training.time_limit_hours={15 / 3600}", "--success-exit-status", "75"]
+    out = finish(torchrun(tmp_path, 2, *limit, restarts=1, script=hooked(tmp_path, DIES_LATE)))
+    assert "resumed: epoch 1" in out and "time limit reached, saved" in out, out[-4000:]
 
 
 ALONE = f"""
