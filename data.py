@@ -183,8 +183,8 @@ def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
     TemporaryFault where the import into it has not finished (`whole` False: what there is)."""
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{path}: no such folder; "
-                        f"{console.command('data.py', 'import', 'SRC', path)}")
+        make = f"; {console.command('data.py', 'import', 'SRC', path)}"
+        raise DataError(f"{path}: no such folder{console.elsewhere(path) or make}")
     if whole:
         corpora.check_finished(root)
     entries = store.entries(root).items()
@@ -220,7 +220,7 @@ def open_corpora(paths: Paths, same_person: Sequence[str] = ()) -> list[Recordin
                 r.name = f"{name}/{r.name}"
                 r.patient = f"{name}/{r.patient}"
                 recordings.append(r)
-        _check_alike("data.path", recordings)
+        _check_alike("data.path", recordings, "import each folder with the same options")
     join(recordings, same_person)
     return recordings
 
@@ -273,13 +273,13 @@ def join(recordings: list[Recording], same_person: Sequence[str], skip: bool = F
                 r.patient = names[1]
 
 
-def _check_alike(path, recordings):
+def _check_alike(path, recordings,
+                 mend="import all of it again, and delete what has no EDF any more"):
     for kind in ("montage", "channels", "prepared"):
         found = {getattr(r, kind): r.name for r in recordings}
         if len(found) > 1:
             names = " and ".join(list(found.values())[:2])
-            raise DataError(f"{path}: {kind} differs between {names}: import all of it again, "
-                            "and delete what has no EDF any more")
+            raise DataError(f"{path}: {kind} differs between {names}: {mend}")
 
 
 def _recording(path, name, state, entry):

@@ -387,7 +387,7 @@ def _instead(path):
     newest = checkpoint.find_resume(folder, lambda line: None) if folder.is_dir() else None
     if newest and path.name == "best.pt":
         why = "no validation has finished yet"
-    return f"{why}; the newest weights are {newest}" if newest else why
+    return f"{why}; the newest weights are {newest}" if newest else why + console.elsewhere(path)
 
 
 def stored(state, section):
@@ -459,7 +459,8 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
     (corpora.NEVER)."""
     imported = corpora.Report()
     if not path.exists():
-        raise Refused(f"data {path} does not exist")
+        make = "" if path.suffix else f": {console.command('data.py', 'import', 'SRC', path)}"
+        raise Refused(f"data {path} does not exist{console.elsewhere(path) or make}")
     if path.suffix == ".h5":
         raise Refused(f"data {path} is one recording of an import: give its folder, or its EDF")
     if path.is_file() or not next(path.rglob("*.h5"), None):

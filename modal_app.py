@@ -798,3 +798,8 @@ def close(verdict):
         return
     print(line, file=sys.stderr)
     sys.exit(EXIT.get(verdict["status"], 1))
+
+
+if __name__ == "__main__":
+    print("modal_app.py: Modal starts it: modal run modal_app.py --help", file=sys.stderr)
+    sys.exit(2)

@@ -179,6 +179,13 @@ def near(path):
     return os.path.relpath(path) if path and Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
+def elsewhere(path):
+    """"; it lies at FILE" for a path as the pages print it that was typed in another folder than
+    that of the scripts; else nothing."""
+    there = Path(__file__).absolute().parent.parent / path
+    return f"; it lies at {near(there)}" if there.exists() else ""
+
+
 def command(script, *words):
     """What one would type here to start a script of this folder; its words are quoted."""
     place = near(Path(__file__).absolute().parent.parent / script)

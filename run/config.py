@@ -18,9 +18,10 @@ from pathlib import Path
 import yaml
 
 from eeg import augmentation
+from eeg.console import elsewhere, near
 from eeg.disk import Refused, fault
 from eeg.settings import CHANGES, FOLDER_NAME, PATH, PATHS, Key
-from eeg.settings import checked, defaults, known, override, parse
+from eeg.settings import checked, defaults, known, nearest, override, parse
 from scoring.metrics import METRICS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -166,6 +167,8 @@ def load(path, overrides=()):
     TemporaryFault where the file cannot be read for now."""
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Refused(f"config {path}: {error.strerror}{_instead(Path(path))}") from None
     except OSError as error:
         raise fault(error, path, asked=f"config {path}") from None
     except UnicodeDecodeError as error:
@@ -174,6 +177,15 @@ def load(path, overrides=()):
         return whole(path, text, overrides)
     except ValueError as error:
         raise Refused(str(error)) from None
+
+
+def _instead(path):
+    """Which file may be meant by a path where there is none, as the end of a sentence."""
+    names = {file.name: file for file in path.parent.glob("*.yaml")}
+    if not names and not path.is_absolute():
+        names = {file.name: file for file in (HERE / "configs" / "local").glob("*.yaml")}
+    nearby = f"; the nearest is {near(names[nearest(path.name, names)])}" if names else ""
+    return elsewhere(path) or nearby
 
 
 def whole(path, text, overrides):

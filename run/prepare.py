@@ -18,7 +18,7 @@ from eeg import corpora, edf, splits, synth
 from eeg.console import command, how_many
 from eeg.disk import Refused, fault, hold
 from eeg.settings import PATH, PATHS
-from run.config import KEYS, flat, run_directory
+from run.config import HERE, KEYS, flat, run_directory
 from run.machine import Group, device_name, rank_and_size
 from run.watch import Watchdog
 from scoring.metrics import deciding
@@ -50,7 +50,7 @@ def expect_data(config):
         except OSError as error:        # a network disk that is away for a moment
             raise fault(error, path) from None
         if not there and not c["synth_hours"]:
-            what = "is no folder" if os.path.exists(path) else "does not exist"
+            what = "is no folder" if os.path.exists(path) else f"does not exist{_here(path)}"
             alike = ", each with the same --montage" if isinstance(c["path"], list) else ""
             make = command("data.py", "import", "CORPUS_FOLDER", path)
             raise Refused(f"data.path {path} {what}: {make}{alike}")
@@ -61,6 +61,15 @@ def expect_data(config):
     if c["copy_to"] and several and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         raise Refused("data.copy_to serves one machine, and this run has several: copy the corpus "
                       "on each, and name the copy as data.path")
+
+
+def _here(path):
+    """The folder of that name in the current one, which was meant, as the middle of a sentence."""
+    inside = Path(path).is_relative_to(HERE) and Path(path).relative_to(HERE)
+    if not inside or not inside.is_dir():
+        return ""
+    return (f" (a relative path of a configuration begins at {HERE}; for the one here write "
+            f"{inside.absolute()})")
 
 
 def expect_same(config, group):
@@ -106,7 +115,9 @@ def explained(path):
     try:
         yield
     except edf.DataError as error:
-        raise Refused(f"{path}: {error}") from None
+        why, paths = str(error), [str(p) for p in path] if isinstance(path, list) else [str(path)]
+        said = why.startswith(("data.", *paths))
+        raise Refused(why if said else f"{', '.join(paths)}: {why}") from None
     except OSError as error:
         raise fault(error, path) from None
 
@@ -165,7 +176,7 @@ class Split:
             first = self.order(1)
             name, why = deciding(config["training"]["best_metric"], self.dev)
         except (edf.DataError, ValueError) as error:
-            raise Refused(f"{c['path']}: {error}") from None
+            raise Refused(f"{', '.join(folders(config))}: {error}") from None
         # written into the run's configuration: best.pt is compared by it from now on
         config["training"]["best_metric"] = name
         if why:

@@ -19,6 +19,9 @@ from eeg.console import rounded
 
 def command(args):
     """`strip` or `average` as checkpoint.py's command line asks; returns the exit code."""
+    for source in args.paths[:1] if args.command == "strip" else args.paths:
+        if os.path.isdir(source):
+            raise ValueError(f"{source}: Is a directory: give a checkpoint in it, such as best.pt")
     if args.command == "strip":
         if len(args.paths) > 2:
             raise ValueError(f"strip takes SRC and DST, not {len(args.paths)} paths: nothing was "

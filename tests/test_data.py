@@ -189,7 +189,7 @@ def test_damaged_foreign_and_mixed_files_are_named(synthetic, tmp_path):
     os.mkfifo(victim)
     with pytest.raises(edf.DataError, match=f"{victim.name} is no file"):
         data.open_corpus(out)
-    with pytest.raises(edf.DataError, match="no such folder"):
+    with pytest.raises(edf.DataError, match="no such folder; python .*data.py import SRC"):
         data.open_corpus(tmp_path / "nowhere")
 
 

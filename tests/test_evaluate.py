@@ -982,6 +982,16 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
 
 
+def test_a_path_that_is_not_there_is_refused_with_what_to_do(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, lines = here("--checkpoint", corpus / "best.pt", "--data", "data/own")
+    assert code == 2 and lines[0].endswith(f"does not exist: python {ROOT / 'data.py'} import SRC data/own"), lines
+    for option, typed in (("--data", "deploy"), ("--data", "README.md"), ("--checkpoint", "model.py")):      # as if printed so on a page
+        words = {"--checkpoint": corpus / "best.pt", "--data": corpus / "imported"} | {option: typed}
+        code, lines = here(*[word for pair in words.items() for word in pair])
+        assert code == 2 and lines[0].endswith(f"; it lies at {ROOT / typed}"), lines
+
+
 def test_an_option_that_is_the_imports_is_named_with_the_import(corpus, tmp_path, capsys):
     folder = tmp_path / "own"
     folder.mkdir()

@@ -127,6 +127,11 @@ def test_a_start_by_the_name_of_the_module_is_refused_which_passed_over_gpu_and_
     assert done.returncode == 2 and "start it by its file, modal run modal_app.py" in done.stderr, done.stderr
 
 
+def test_a_start_by_python_is_refused_with_the_command_that_modal_takes():
+    done = subprocess.run([sys.executable, modal_app.__file__, "--action", "train"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "modal_app.py: Modal starts it: modal run modal_app.py --help\n"
+
+
 def test_nothing_is_read_that_a_container_does_not_have(trial):
     for path in trial.project.iterdir():
         if path.suffix != ".py" and path.is_file():

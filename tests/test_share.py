@@ -21,6 +21,9 @@ def test_strip_replaces_nothing_takes_no_third_path_and_writes_a_model_card(tmp_
     before = tree(tmp_path)
     assert checkpoint.main(["strip", *files]) == checkpoint.main(["strip", *files[:2]]) == 2
     assert checkpoint.main(["strip", files[0], str(tmp_path / "x.md")]) == 2
+    for words in (["strip", str(tmp_path / "a")], ["average", files[0], str(tmp_path / "a"), "--out", str(tmp_path / "m.pt")]):
+        assert checkpoint.main(words) == 2
+        assert f"{tmp_path / 'a'}: Is a directory: give a checkpoint in it, such as best.pt" in capsys.readouterr().err
     assert checkpoint.main(["strip", files[0], str(tmp_path / "no/x.pt")]) == 2
     assert "no/x.md: No such file" in capsys.readouterr().err.splitlines()[-1]
     assert tree(tmp_path) == before

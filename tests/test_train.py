@@ -1297,6 +1297,45 @@ def test_a_refusal_of_the_real_command_is_one_line_without_a_traceback(tmp_path)
     assert done.returncode == 2 and done.stderr.strip() == f"train.py: config {tmp_path / 'no.yaml'}: No such file or directory"
 
 
+@pytest.mark.parametrize("typed, meant", [
+    ("configs/local/own.yaml", "it lies at {root}/configs/local/own.yaml"),     # as the pages print it, elsewhere
+    ("own", "the nearest is {root}/configs/local/own.yaml"), ("onw.yaml", "the nearest is {root}/configs/local/own.yaml"),
+    ("mine/run_2.yml", "the nearest is {here}/mine/run2.yaml")])
+def test_a_configuration_that_is_not_there_is_refused_with_the_file_that_was_meant(tmp_path, monkeypatch, capsys, typed, meant):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run2.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config", typed, "--resume"]) == 2
+    meant = meant.format(root=ROOT, here=tmp_path).replace(f"{tmp_path}/", "")
+    assert capsys.readouterr().err == f"train.py: config {typed}: No such file or directory; {meant}\n"
+
+
+def test_recordings_in_the_current_folder_are_told_from_those_beside_the_script(corpus, tmp_path, monkeypatch, capsys):
+    loaded(corpus, tmp_path)
+    (tmp_path / "my data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config", "config.yaml", "--set", "data.path=my data"]) == 2
+    error = capsys.readouterr().err
+    assert f"begins at {ROOT}; for the one here write {tmp_path / 'my data'})" in error and error.count("\n") == 1, error
+
+
+def test_a_refused_corpus_is_named_once_and_a_list_of_them_as_paths(corpus, tmp_path, capsys):
+    loaded(corpus, tmp_path)
+    raw, other = tmp_path / "raw", tmp_path / "other"
+    raw.mkdir()
+    (raw / "a.edf").touch()
+    shutil.copytree(corpus, other)
+    for file in other.rglob("*.h5"):
+        with h5py.File(file, "a") as h5:
+            h5.attrs["prepared"] = "0" * 16
+    (other / "index.json").unlink()
+    for path, text in ((raw, f"train.py: {raw} holds EDF files"),
+                       (f"[{corpus}, {other}]", "train.py: data.path: prepared differs between")):
+        assert train.main(["--config", str(tmp_path / "config.yaml"), "--set", f"data.path={path}"]) == 2
+        last_line = capsys.readouterr().err.splitlines()[-1]
+        assert last_line.startswith(text) and "delete" not in last_line, last_line
+
+
 def test_the_real_configuration_without_its_data_says_how_to_import_it(tmp_path):
     done = forked.run([*PYTHON, "--config", str(ROOT / "configs/local/train.yaml"), "--resume"], cwd=tmp_path, text=True,
                       capture_output=True)
