@@ -114,17 +114,20 @@ def _divide(recordings, unit, dev, what):
     train = [r for r in recordings if unit(r) not in dev]
     chosen = [r for r in recordings if unit(r) in dev]
     count = len({unit(r) for r in recordings})
-    return _both(train, chosen, how_many(count, f"labelled {what}"))
+    return _both(train, chosen, how_many(count, f"labelled {what}"), what)
 
 
-def _both(train, dev, what):
+def _both(train, dev, what, unit="patient"):
+    apart, way = "patient", "recording or time"
+    if unit == "recording":
+        apart, way = unit, "time"
     if not train and not dev:
         raise DataError(f"{what}: no recording has labels to train by; "
                         "data.py info FOLDER says why")
     if not train or not dev:
         raise DataError(f"{what}, {how_many(len(train), 'recording')} for training, {len(dev)} for "
-                        "validation: both are needed, of different patients; for one patient "
-                        "set data.split to recording or time")
+                        f"validation: both are needed, of different {apart}s; for one {apart} "
+                        f"set data.split to {way}")
     return train, dev
 
 

@@ -59,6 +59,12 @@ def test_chb21_is_chb01_in_a_folder_too():
     assert patients(dev) == {"chbmit/chb01"} and len(dev) == 2
 
 
+def test_a_lone_recording_is_refused_with_the_split_that_takes_it():
+    with pytest.raises(edf.DataError, match="of different recordings; for one recording set data.split to time$"):
+        splits.split([fake("a")], C | {"split": "recording"}, 1)
+    assert splits.split([fake("a")], C | {"split": "time"}, 1)
+
+
 def test_folds_of_a_lone_patient_are_refused_with_the_way_out():
     with pytest.raises(edf.DataError, match="1 labelled part, .*for one patient set data.split"):
         splits.split([fake("a")], C | {"folds": 2}, 1)
