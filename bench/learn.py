@@ -9,6 +9,8 @@
     python bench/learn.py --transfer    trained on synthetic EEG alone, scored on the real clips of
                                         ../shared/eeg, beside the same: those of CHB-MIT and of a
                                         healthy subject, and those whose patterns experts voted on
+    python bench/learn.py --on FOLDER   trained on synthetic EEG in the channels of an imported
+                                        folder, scored on its recordings (bench/siena.py)
     python bench/learn.py --race        V3 small and full beside SeizureTransformer at equal hours
                                         of EEG and at equal CPU minutes; cost at inference
     python bench/learn.py --also-real   trained on synthetic EEG and the real clips of all patients
@@ -22,6 +24,7 @@ bench/detectors.py and bench/networks.py.
 """
 import argparse
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -42,6 +45,7 @@ from eeg import edf                                                             
 import evaluate                                                         # noqa: E402
 import judge                                                            # noqa: E402
 import race                                                             # noqa: E402
+import real as folds                                                    # noqa: E402
 import train                                                            # noqa: E402
 from judge import (OF_PATIENT, auroc, best_line_length, counted,        # noqa: E402
                    fewest_of_patient, print_table, real, summary, synthetic, tuned, with_healthy)
@@ -136,7 +140,7 @@ def transfer(work, args):
         recordings = synthetic(work, "corpus", args.hours, PATIENTS, args.seed, "bipolar")
         clips, voted = real(work), real(work, "clips_iiic")
         training, dev = data.split_patients(recordings, (), DEV, args.seed)
-        rows = of_seeds(work, args)
+        rows = of_seeds(work, args, "transfer", work / "corpus_bipolar")
         rows |= plain(training, args)
         # a clip begins before its seizure: what knows no more than that
         rows["seconds since its beginning"] = lambda r: np.linspace(0, 1, r.samples, dtype="f4")
@@ -149,11 +153,46 @@ def transfer(work, args):
     return 0
 
 
-def of_seeds(work, args):
+def elsewhere(work, args):
+    """As transfer, of the labelled recordings of the folder that --on names."""
+    scored = [r for r in data.open_corpus(args.on) if r.labelled]
+    montage = scored[0].montage
+    channels = scored[0].channels if montage == "reduced" else ()
+    with contextlib.redirect_stdout(sys.stderr):
+        recordings = synthetic(work, "on", args.hours, PATIENTS, args.seed, montage, channels)
+        training, dev = data.split_patients(recordings, (), DEV, args.seed)
+        rows = of_seeds(work, args, "on", work / f"on_{montage}") | plain(training, args)
+    for name, relative in (("relative", True), ("absolute", False)):
+        track = best_within(scored, relative)
+        rows[f"line length, {name}, {track.keywords['seconds']} s, the best here"] = track
+    title(scored, "patients", "trained and tuned on synthetic EEG alone")
+    lines = []
+    for name, track in rows.items():
+        threshold = summary(track, dev, {"tune": True})["threshold"]
+        tracks = {r.name: track(r) for r in scored}
+        groups = [[r for r in scored if r.patient == p] for p in sorted({r.patient for r in scored})]
+        found, alarms = counted(scored, tracks, threshold)
+        lines.append([name, f"{auroc(scored, tracks):.3f}",
+                      folds.interval(folds.drawn_means([auroc(g, tracks) for g in groups])),
+                      folds.interval(folds.drawn_means([within(g, tracks) for g in groups])),
+                      f"{within(scored, tracks):.3f}", str(found), str(alarms)])
+    print_table(["AUROC per second", "pooled", "mean of patients", "within, mean of patients",
+                 "within, mean of recordings", "found", "alarms"], lines)
+    return 0
+
+
+def best_within(recordings, relative):
+    """Line length over the window that is the best within these very recordings."""
+    tracks = [functools.partial(detectors.line_length, seconds=seconds, relative=relative)
+              for seconds in (1, 2, 4, 8, 15, 30)]
+    return max(tracks, key=lambda track: within(recordings, {r.name: track(r) for r in recordings}))
+
+
+def of_seeds(work, args, run, corpus):
     """Tracks of the small V3 of each seed, and of what may make more of the same runs."""
     rows = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        folder = trained(work, f"transfer_{seed}", str(work / "corpus_bipolar"), seed, args)
+        folder = trained(work, f"{run}_{seed}", str(corpus), seed, args)
         rows[f"V3, seed {seed}"], _ = track_of(folder / "last.pt")
         rows[f"  its best epoch on dev, seed {seed}"], _ = track_of(folder / "best.pt")
         mean = folder / "mean_of_epochs.pt"
@@ -250,6 +289,7 @@ def main():
     for name, command in (("--transfer", transfer), ("--race", race.race),
                           ("--also-real", race.also_real)):
         parser.add_argument(name, dest="command", action="store_const", const=command)
+    parser.add_argument("--on", metavar="FOLDER", help="imported recordings with labels")
     parser.add_argument("--full", action="store_true", help="the full V3, on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each detector")
@@ -265,6 +305,8 @@ def main():
     args = parser.parse_args()
     if args.command == race.race and not args.seizuretransformer:
         parser.error("--race needs --seizuretransformer FOLDER with its published model.py")
+    if args.on:
+        args.command = elsewhere
     if args.command in (transfer, race.also_real) and not judge.CLIPS.is_dir():
         print(f"no real EEG: {judge.CLIPS} is absent, so transfer is not measured")
         sys.exit(0)

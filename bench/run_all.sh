@@ -2,14 +2,14 @@
 # Every measured claim, one after another on an otherwise idle machine; writes bench/RESULTS.md. Stops at the first that fails.
 #   pip install -r bench/requirements.txt && SEIZURETRANSFORMER=FOLDER bash bench/run_all.sh [SECTION ...]
 # sections: crash checkpoint resume loader model ddp learn race transfer also augment soak pairs triples; by name alone clips, and real
-# with REAL=FILE that bench/real.py has written to --out. FOLDER: see bench/model.py; without it that row is left out.
+# with REAL=FILE that bench/real.py has written to --out, and siena with SIENA=FOLDER, see bench/siena.py. FOLDER: see bench/model.py; without it that row is left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p bench/results
 sections=("$@")
 [ $# -gt 0 ] || sections=(crash checkpoint resume loader model ddp learn race transfer also augment soak pairs triples)
 # sections that are a mode of another's file
-declare -A modes=([real]="real.py --table ${REAL:-}" [race]="learn.py --race" [transfer]="learn.py --transfer" [clips]="learn.py --transfer --seeds 1" [also]="learn.py --also-real" [pairs]="soak.py --pairs" [triples]="soak.py --triples 60")
+declare -A modes=([real]="real.py --table ${REAL:-}" [race]="learn.py --race" [transfer]="learn.py --transfer" [clips]="learn.py --transfer --seeds 1" [siena]="learn.py --on ${SIENA:-}" [also]="learn.py --also-real" [pairs]="soak.py --pairs" [triples]="soak.py --triples 60")
 machine="$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | xargs) with $(nproc --all) cores, $(uname -sr), $(python -c '
 import sys, torch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
