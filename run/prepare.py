@@ -115,9 +115,7 @@ def explained(path):
     try:
         yield
     except edf.DataError as error:
-        why, paths = str(error), [str(p) for p in path] if isinstance(path, list) else [str(path)]
-        said = why.startswith(("data.", *paths))
-        raise Refused(why if said else f"{', '.join(paths)}: {why}") from None
+        raise Refused(str(error)) from None     # it names the folder, file or key itself
     except OSError as error:
         raise fault(error, path) from None
 
