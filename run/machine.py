@@ -33,7 +33,8 @@ def rank_and_size():
     given = [f"{name}={os.environ[name]}" for name in JOB if os.environ.get(name)]
     missing = [name for name in JOB if not os.environ.get(name)]
     numbers = missing or all(os.environ[name].isdecimal() for name in JOB if name != "MASTER_ADDR")
-    if missing or not (numbers and int(rank) < int(size)):
+    if missing or not (numbers and int(rank) < int(size)
+                       and int(os.environ["MASTER_PORT"]) < 2**16):
         line = f"{' '.join(given)} in the environment, left over from another job"
         if missing:
             line += f": torchrun would set {', '.join(missing)} too"

@@ -268,7 +268,7 @@ JOB = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0", "RANK"
 
 
 @pytest.mark.parametrize("left", [{"WORLD_SIZE": "8"}, {"RANK": "3"}, {"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "2"},
-                                  JOB | {"WORLD_SIZE": "\xb2"}, JOB | {"MASTER_PORT": "none"}, JOB | {"LOCAL_RANK": "-1"}])
+                                  JOB | {"WORLD_SIZE": "\xb2"}, JOB | {"MASTER_PORT": "none"}, JOB | {"MASTER_PORT": "99999"}, JOB | {"LOCAL_RANK": "-1"}])
 def test_what_another_job_left_in_the_environment_is_refused_in_one_line(corpus, tmp_path, capsys, monkeypatch, left):
     for name, value in left.items():
         monkeypatch.setenv(name, value)
