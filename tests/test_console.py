@@ -64,8 +64,8 @@ def test_a_timer_is_due_now_and_then():
     assert timer.due() and not timer.due()
 
 
-@pytest.mark.parametrize("command", ["train.py --config", "data.py info",
-                                     pytest.param("evaluate.py --data . --checkpoint", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["data.py info", *(pytest.param(command, marks=pytest.mark.slow) for command in (
+    "train.py --config", "evaluate.py --data . --checkpoint"))])
 def test_what_the_environment_says_to_tqdm_ends_no_program(tmp_path, command):
     odd = {"TQDM_MININTERVAL": "abc", "TQDM_FILE": "x", "TQDM_NCOLS": "wide"}
     done = subprocess.run([sys.executable, *command.split(), tmp_path / "absent"], cwd=ROOT, capture_output=True, text=True,

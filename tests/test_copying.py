@@ -702,7 +702,7 @@ with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
 """
 
 
-@pytest.mark.parametrize("loop", ["docstring", "boundary"])
+@pytest.mark.parametrize("loop", ["docstring", pytest.param("boundary", marks=pytest.mark.slow)])
 def test_a_signal_between_any_two_lines_of_a_loop_leaves_only_after_a_save_of_the_last_step(tmp_path, monkeypatch, loop):
     code = crash.docstring_loop().replace("0.001", "30") if loop == "docstring" else HEAD + STEPS
     code = compile(code, "<loop>", "exec")

@@ -379,6 +379,7 @@ def test_parallel_and_serial_import_agree(synthetic, tmp_path, corpus):
     )
 
 
+@pytest.mark.slow
 def test_the_real_recordings_import_in_the_bipolar_montage(shared, tmp_path):
     report = imported(shared / "eeg" / "recordings", tmp_path / "out", montage="bipolar")
     assert len(report.read) == 46 and len(report.unlabelled) == 1

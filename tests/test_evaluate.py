@@ -1011,6 +1011,7 @@ def test_an_option_that_is_the_imports_is_named_with_the_import(corpus, tmp_path
     assert all(option in said for option in ("--seizure-label", "--rename", "--blank-unit", "--montage reduced --channels"))
 
 
+@pytest.mark.slow
 def test_what_the_command_line_overrides_is_used_and_said(corpus, tmp_path):
     given = ("--checkpoint", corpus / "best.pt", "--data", corpus / "imported", "--out", tmp_path)
     assert here(*given, "--threshold", "0.3", "--set", "evaluation.overlap_seconds=5",

@@ -705,7 +705,7 @@ sys.exit(128 + came[0] if came else int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("code", [0, 75, *(pytest.param(code, marks=pytest.mark.slow) for code in (1, 2, 70))])
+@pytest.mark.parametrize("code", [75, *(pytest.param(code, marks=pytest.mark.slow) for code in (0, 1, 2, 70))])
 def test_several_processes_end_with_the_exit_code_of_one(code, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     signals = argparse.Namespace(number=0)
@@ -767,7 +767,7 @@ def test_what_a_save_of_another_process_raises_ends_all_processes_and_is_raised(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("fails, ends", [(False, KeyboardInterrupt), (True, RuntimeError)])
+@pytest.mark.parametrize("fails, ends", [(False, KeyboardInterrupt), pytest.param(True, RuntimeError, marks=pytest.mark.slow)])
 def test_what_comes_while_the_last_save_is_published_is_not_taken_for_a_failure_of_the_processes(
         fails, ends, tmp_path, monkeypatch):
     """A preemption then cost a retry, and its record said failed."""

@@ -94,6 +94,7 @@ def test_in_fp32_the_fastest_decay_neither_overflows_nor_loses_digits(reverse):
         assert (one.float() - other).abs().max() <= 1e-4 * one.abs().max() + 1e-4
 
 
+@pytest.mark.slow
 def test_in_fp32_no_digit_is_lost_over_an_hour_long_window():
     inputs = scan_inputs(14400, decay=1, n=1, heads=1, headdim=1, states=1)
     inputs[2].data[:, ::2] = 0                           # near steps remember, far ones lie 14,000 log-decays apart
@@ -359,7 +360,7 @@ def test_logits_and_every_gradient_in_16_bits_are_those_of_fp32_within_its_round
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("settings", [v3.SMALL, {}], ids=["small", "full"])
+@pytest.mark.parametrize("settings", [pytest.param(v3.SMALL, id="small"), pytest.param({}, id="full", marks=pytest.mark.slow)])
 def test_a_zeroed_edge_score_lies_beyond_the_bounds_of_every_precision(settings, dtype):
     net, x, weights = trial(settings, 2048)
     exact = logits_and_gradients(net, x, weights, torch.float32)

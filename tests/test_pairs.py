@@ -61,7 +61,8 @@ def test_going_back_to_a_file_killed_anywhere_ends_with_the_best_of_the_line_tha
 
 
 @pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("source", ["old/last.pt", "d/kept.pt"], ids=["in another folder", "of a line left before"])
+@pytest.mark.parametrize("source", [pytest.param("old/last.pt", id="in another folder"),
+                                    pytest.param("d/kept.pt", id="of a line left before", marks=pytest.mark.slow)])
 def test_the_best_of_a_line_that_is_gone_back_to_comes_along_also_over_a_kill(tmp_path, source, every):
     def two_lines(directory):
         place = directory if source == "d/kept.pt" else tmp_path / "old"

@@ -292,6 +292,7 @@ def test_a_place_is_the_seizure_with_the_detections_in_it_or_else_with_those_bes
         assert pictures._places(track, probability_of(track, []), track.events, found) == [("found seizure", *place)]
 
 
+@pytest.mark.slow
 def test_hundreds_of_events_are_drawn_where_they_are_seen_and_in_few_pieces():
     track = banana("a", 3600, [(i * 50 + 10, i * 50 + 20) for i in range(70)])
     sheet = sheet_of(track, [(i * 25 + 1, i * 25 + 9) for i in range(140)])

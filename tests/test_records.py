@@ -335,7 +335,8 @@ def test_rows_that_were_lost_before_a_resume_come_from_the_second_copy_or_are_sa
     assert "metrics.jsonl" not in capsys.readouterr().out       # said once
 
 
-@pytest.mark.parametrize("name, torn", [("saves.jsonl", b'{"kind": "sa'), ("metrics.abandoned.jsonl", b"\0" * 5000)])
+@pytest.mark.parametrize("name, torn", [
+    ("saves.jsonl", b'{"kind": "sa'), pytest.param("metrics.abandoned.jsonl", b"\0" * 5000, marks=pytest.mark.slow)])
 def test_half_a_line_that_a_full_disk_left_spoils_no_later_one(tmp_path, corpus, name, torn):
     path = tmp_path / "t" / name
     config = loaded(corpus, tmp_path)

@@ -158,6 +158,7 @@ def two(tmp_path_factory):
     return [str(root / "one"), str(root / "other")]
 
 
+@pytest.mark.slow
 def test_names_and_patients_carry_the_folder_and_one_person_is_one_only_when_said(two):
     recordings = data.open_corpora(two)
     assert {r.corpus for r in recordings} == {"one", "other"} and len({r.name for r in recordings}) == len(recordings)

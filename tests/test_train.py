@@ -685,7 +685,7 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves_with_every_earli
     assert not list((small_disk / "t/checkpoints").glob(".*.pt.*"))
 
 
-@pytest.mark.parametrize("ending", ["a signal", "the last epoch"])
+@pytest.mark.parametrize("ending", ["a signal", pytest.param("the last epoch", marks=pytest.mark.slow)])
 def test_a_run_whose_last_save_found_a_full_disk_never_says_saved_or_finished(corpus, small_disk, capsys, monkeypatch, ending):
     original = checkpoint.Checkpointer._save
 
@@ -1137,12 +1137,14 @@ def test_the_log_file_holds_every_printed_line_over_resumes_with_date_and_time(c
                      out, re.M)
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_after_each_validation(corpus, curves, tmp_path, capsys):
     with cut_at(9):                         # in the second epoch
         train.run(loaded(corpus, tmp_path))
     assert last(tmp_path)["epoch"] == 1 and (tmp_path / "t/curves.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_raised_epochs_say_to_which_learning_rate_a_finished_run_jumps(corpus, tmp_path, capsys):
     assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
     assert train.run(loaded(corpus, tmp_path, training__epochs=2), "true") == 0
