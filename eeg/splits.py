@@ -205,14 +205,22 @@ def division(train, dev):
 
 # ---- what is said of it ----
 
-def told(recordings, train, dev, kind):
-    """Lines on who was drawn for validation, what each of several corpora gives, and what is left
-    out."""
+def instead(c):
+    """What lets others validate, under the section `data` c of a configuration."""
+    if c.get("folds"):
+        return "set another data.fold or fewer data.folds"
+    named = "name other patients with data.dev_patients, " if c["split"] == "patient" else ""
+    return f"{named}raise data.dev_fraction"
+
+
+def told(recordings, train, dev, c):
+    """Lines on who was drawn for validation by the section `data` c of a configuration, what each
+    of several corpora gives, and what is left out."""
+    kind = c["split"]
     lines = [f"warning: {WARNINGS[kind]}"] if kind in WARNINGS else []
     lines.append("validation patients: " + _patients(dev))
     if not any(len(r.events) for r in dev):
-        lines.append("warning: no patient of the validation has a seizure: name some with "
-                     "data.dev_patients")
+        lines.append(f"warning: no patient of the validation has a seizure: {instead(c)}")
     used = {r.path for r in train + dev}
     for corpus in sorted({r.corpus for r in recordings}):
         mine = [r for r in recordings if r.corpus == corpus]

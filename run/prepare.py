@@ -172,7 +172,8 @@ class Split:
             self.train, self.dev = splits.split(recordings, c, self.seed)
             self.windows = data.Windows(self.train, c["window_seconds"], c["stride_seconds"])
             first = self.order(1)
-            name, why = deciding(config["training"]["best_metric"], self.dev)
+            name, why = deciding(config["training"]["best_metric"], self.dev,
+                                 splits.instead(c))
         except (edf.DataError, ValueError) as error:
             raise Refused(f"{', '.join(folders(config))}: {error}") from None
         # written into the run's configuration: best.pt is compared by it from now on
@@ -194,7 +195,7 @@ class Split:
         if c["dev_patients"] and (c["folds"] or c["split"] != "patient"):
             say("warning: data.dev_patients says nothing under data.folds, nor with data.split: "
                 "recording or time")
-        for line in splits.told(recordings, self.train, self.dev, c["split"]):
+        for line in splits.told(recordings, self.train, self.dev, c):
             say(line)
         self.warn(config["training"]["batch_size"], len(first), say)
 

@@ -126,16 +126,15 @@ RANKING = [name for name, row in RANKED.items() if row[2]]
 FALLBACK = "average_precision"          # decides where there is too little background for the other
 
 
-def deciding(name, dev):
+def deciding(name, dev, instead):
     """(the metric that decides best.pt, a warning or ""), by the recordings `dev` that validate.
     Too little background leaves FALLBACK instead of `name`, since no epoch would ever be the best
     otherwise; of an event score it is said how little it tells. Raises ValueError where FALLBACK
-    cannot be computed either."""
+    cannot be computed either; instead: what lets others validate."""
     grounds, why = _before_scoring(dev)
     refusal = f"{name} cannot be computed on validation (dev): {why.get(name)}"
     if name in why and FALLBACK in why:
-        raise ValueError(f"{refusal}; name other patients with data.dev_patients, raise "
-                         "data.dev_fraction, or set training.best_metric: loss")
+        raise ValueError(f"{refusal}; {instead}, or set training.best_metric: loss")
     if name in why:
         return FALLBACK, f"{refusal}; {FALLBACK} decides best.pt instead of training.best_metric"
     if name in BY_EVENT and name not in ALWAYS and _always_on(grounds) <= max(FALSE_ALARMS):

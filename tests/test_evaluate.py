@@ -44,6 +44,7 @@ from evaluate import FS, METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXED = {"tune": False, "threshold": 0.5}
+OTHERS = splits.instead({"split": "patient"})
 
 
 class Pointwise(torch.nn.Module):
@@ -85,12 +86,12 @@ def test_every_metric_is_computed_under_its_own_name():
 
 def test_a_metric_that_the_dev_set_cannot_give_is_refused_by_name():
     with pytest.raises(ValueError, match="event_f1 cannot be computed.*no seizure"):
-        metrics.deciding("event_f1", [Track("a", 60), Track("b", 60, [(1, 9)], labelled=False)])
-    assert metrics.deciding("loss", [Track("a", 60)]) == ("loss", "")
+        metrics.deciding("event_f1", [Track("a", 60), Track("b", 60, [(1, 9)], labelled=False)], OTHERS)
+    assert metrics.deciding("loss", [Track("a", 60)], OTHERS) == ("loss", "")
     with pytest.raises(ValueError, match="auroc.*no background"):
-        metrics.deciding("auroc", [Track("a", 60, [(0, 60)])])
+        metrics.deciding("auroc", [Track("a", 60, [(0, 60)])], OTHERS)
     with pytest.raises(ValueError, match=r"loss cannot be computed on validation \(dev\): no recording is labelled"):
-        metrics.deciding("loss", [Track("a", 60, labelled=False)])
+        metrics.deciding("loss", [Track("a", 60, labelled=False)], OTHERS)
 
 
 @pytest.mark.parametrize("config, text", [
@@ -572,18 +573,18 @@ def test_few_hours_are_said_beside_the_rate_of_false_alarms_and_too_few_are_neve
 def test_too_little_background_leaves_average_precision_to_decide_and_says_so():
     clips = SETS["clips of 60 s"]
     for name in ("sensitivity_at_10fa", "sensitivity_at_1fa"):
-        metric, why = metrics.deciding(name, clips)
+        metric, why = metrics.deciding(name, clips, OTHERS)
         assert metric == "average_precision"
         assert why.startswith(f"{name} cannot be computed on validation (dev): 0.00 h of background")
-    metric, why = metrics.deciding("event_f1", clips)
+    metric, why = metrics.deciding("event_f1", clips, OTHERS)
     assert metric == "event_f1" and "a detector that is always on has event_f1 1.00 there" in why
-    assert metrics.deciding("event_f1", SETS["hours"]) == ("event_f1", "")
-    assert metrics.deciding("sensitivity_at_10fa", SETS["hours"]) == ("sensitivity_at_10fa", "")
-    metric, why = metrics.deciding("sensitivity_at_1fa", SETS["hours"])
+    assert metrics.deciding("event_f1", SETS["hours"], OTHERS) == ("event_f1", "")
+    assert metrics.deciding("sensitivity_at_10fa", SETS["hours"], OTHERS) == ("sensitivity_at_10fa", "")
+    metric, why = metrics.deciding("sensitivity_at_1fa", SETS["hours"], OTHERS)
     assert metric == "average_precision" and "5.62 h of background, 24 h needed" in why
     with pytest.raises(ValueError, match=r"^sensitivity_at_10fa .*validation \(dev\): there is no seizure in it; name other patients "
                                          r"with data.dev_patients, raise data.dev_fraction, or"):
-        metrics.deciding("sensitivity_at_10fa", [Track("a", 9000)])
+        metrics.deciding("sensitivity_at_10fa", [Track("a", 9000)], OTHERS)
 
 
 @pytest.mark.slow

@@ -520,7 +520,7 @@ def test_texts_that_speak_of_a_seizure_come_first_in_the_list(tmp_path):
 def test_training_names_the_recordings_without_labels():
     unlabelled = fake("c", labelled=False)
     unlabelled.unlabelled, unlabelled.path = "no annotations", "c.h5"
-    lines = splits.told([fake("a"), fake("b"), unlabelled], [fake("a")], [fake("b")], "patient")
+    lines = splits.told([fake("a"), fake("b"), unlabelled], [fake("a")], [fake("b")], {"split": "patient"})
     assert "NO LABELS, not used for training or scoring: c (no annotations)" in lines
 
 
@@ -998,14 +998,14 @@ def test_header_codes_that_contradict_the_names_are_said_with_what_to_do_and_nev
     assert {r.patient for r in recordings if r.name in ("anna_1", "berta_1")} == {"anna"}
     one, two = fake("anna"), fake("berta")
     one.patient_code = two.patient_code = "0f0f0f0f"
-    assert any("anna, who trains, and berta, who validates" in line for line in splits.told([one, two], [one], [two], "patient"))
+    assert any("anna, who trains, and berta, who validates" in line for line in splits.told([one, two], [one], [two], {"split": "patient"}))
 
 
 @pytest.mark.parametrize("one, other, said", [("tusz/aaaaaajy", "tuep/aaaaaajy", True), ("a/chb21", "b/chb01", True), ("a/P01", "b/P01", False), ("a/01", "b/01", False),
                                               ("a/Meier", "a/Schulz", False)])
 def test_a_name_of_two_corpora_that_trains_and_validates_is_said(one, other, said):
     one, two = fake(one), fake(other)
-    lines = splits.told([one, two], [one], [two], "patient")
+    lines = splits.told([one, two], [one], [two], {"split": "patient"})
     assert any("are one person by their names: data.same_person: [" in line for line in lines) == said
 
 

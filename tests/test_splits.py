@@ -48,7 +48,7 @@ def test_every_corpus_keeps_its_own_split_and_patients_of_the_others_are_drawn()
     only = splits.split(drawn + synthetic, C | {"dev_patients": ["siena/e"], "dev_fraction": 0}, 3)[1]
     assert patients(only) == {"siena/e"}
     assert len(patients(splits.split(drawn, C | {"dev_fraction": 0}, 3)[1])) == 1
-    lines = splits.told(own + drawn, one, dev, "patient")
+    lines = splits.told(own + drawn, one, dev, {"split": "patient"})
     assert any("tusz: left out: 1 of its eval split, 1 without a split in a corpus" in line for line in lines)
     assert any(line.startswith("siena: train 6 recordings of 6 patients") for line in lines)
 
@@ -103,7 +103,7 @@ def test_one_patient_is_divided_by_recording_or_time_with_a_warning():
     one, dev = splits.split(alone, C | {"split": "time"}, 0)
     assert [r.samples for r in one] == [90 * 256] * 4 and [r.samples for r in dev] == [30 * 256] * 4
     for kind in ("recording", "time"):
-        assert "warning" in splits.told(alone, one, dev, kind)[0]
+        assert "warning" in splits.told(alone, one, dev, {"split": kind})[0]
 
 
 def test_a_part_of_a_recording_is_its_samples_and_events(corpus):
@@ -118,7 +118,7 @@ def test_a_part_of_a_recording_is_its_samples_and_events(corpus):
 
 
 def test_a_draw_without_a_seizure_says_so():
-    lines = splits.told([], [fake("a")], [fake("b", events=())], "patient")
+    lines = splits.told([], [fake("a")], [fake("b", events=())], {"split": "patient"})
     assert "validation patients: b (0 seizures)" in lines and any("no patient of the validation" in x for x in lines)
 
 
@@ -211,7 +211,7 @@ def test_a_run_with_another_split_trains_and_says_so(two, tmp_path, capsys, chan
 def test_eeg_that_trains_and_validates_under_two_names_is_said(two, tmp_path):
     shutil.copytree(two[0], tmp_path / "again")
     one, dev = splits.split(data.open_corpora([two[0], str(tmp_path / "again")]), C | {"dev_patients": ["one/001", "again/002"]}, 1)
-    lines = [line for line in splits.told(one + dev, one, dev, "patient") if "train too, under another name" in line]
+    lines = [line for line in splits.told(one + dev, one, dev, {"split": "patient"}) if "train too, under another name" in line]
     assert len(lines) == 1 and "4 recordings" in lines[0] and ": again/sub-002/" in lines[0] and " is one/sub-002/" in lines[0]
 
 

@@ -32,7 +32,7 @@ import evaluate
 import forked
 import tracer
 import train
-from conftest import ROOT, dies, ext4_image
+from conftest import ROOT, dies, ext4_image, imported, write_edf
 from helpers import EPOCH_STEPS, TINY, LIMIT, PYTHON, assert_same_run, free_port, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
@@ -1285,6 +1285,21 @@ def test_bad_configuration_gets_one_line_and_exit_2(corpus, tmp_path, change, me
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1, error
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("change, what", [
+    ("data.split=patient", "name other patients with data.dev_patients, raise data.dev_fraction"),
+    ("data.split=time", "raise data.dev_fraction"), ("data.split=recording", "raise data.dev_fraction"),
+    ("data.folds=2", "set another data.fold or fewer data.folds")])
+def test_a_validation_without_a_seizure_is_refused_with_what_its_split_obeys(tmp_path, capsys, change, what):
+    for name in "abcd":
+        write_edf(tmp_path / "edf" / f"{name}_1.edf", seconds=40)
+        (tmp_path / "edf" / f"{name}_1_events.tsv").write_text("onset\tduration\teventType\n0\t40\tbckg\n")
+    imported(tmp_path / "edf", tmp_path / "h5")
+    loaded(tmp_path / "h5", tmp_path, data__balanced=False)
+    assert train.main(["--config", str(tmp_path / "config.yaml"), "--set", change]) == 2
+    line = capsys.readouterr().err
+    assert f"there is no seizure in it; {what}, or set training.best_metric: loss" in line, line
 
 
 def test_a_run_named_like_the_folder_of_its_data_is_refused_before_fresh_moves_it_aside(corpus, tmp_path, capsys):
