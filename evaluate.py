@@ -715,6 +715,7 @@ def score_folder(args):
                                            args.save_probabilities)
             result = tell(records, detections, c) | about | {
                 "data": str(args.data),
+                "eeg": splits.division(recordings, []),
                 "corpus_version": "; ".join(sorted({r.release for r in recordings} - {""})),
                 "split": args.split or "all",
                 "includes_training": includes_training(recordings, args, state),

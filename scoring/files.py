@@ -7,14 +7,16 @@ What lies where a corpus has its labels would be read as labels by the next impo
 """
 import contextlib
 import io
+import json
 import os
 import shlex
 import signal
+from pathlib import Path
 
 import numpy as np
 
 import checkpoint
-from eeg import annotations, console, edf
+from eeg import annotations, console, edf, splits
 from eeg.disk import Refused, fault, write_file
 from eeg.layouts import labelled_by
 
@@ -40,7 +42,9 @@ def take_folder(out, recordings, source):
     other recordings, which would lie beside these scores, where events would lie where a corpus has
     its labels, or where another evaluation is writing."""
     _make(out, "--out")
-    ours = {output(out, r, EVENTS) for r in recordings if not _of_another(out, r)}
+    ours = set()
+    if not _of_another_set(out, recordings, source):
+        ours = {output(out, r, EVENTS) for r in recordings if not _of_another(out, r)}
     edfs = {path.with_suffix("") for path in out.rglob("*.*") if path.suffix.lower() == ".edf"}
     beside = [output(out, r, EVENTS).name for r in recordings if out / r.name in edfs]
     if beside:
@@ -57,6 +61,16 @@ def take_folder(out, recordings, source):
         raise Refused(f"--out {error.strerror}, or give another folder") from None
     except OSError as error:
         raise fault(error, out, asked=f"--out {out}") from None
+
+
+def _of_another_set(out, recordings, source):
+    """Whether the scores there are of another place and of other EEG: recordings of one name may
+    have one length and one start, as where both are anonymised clips."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        before = json.loads((out / "scores.json").read_text())
+        return (Path(before["data"]).resolve() != source.resolve()
+                and before["eeg"] != splits.division(recordings, []))
+    return False
 
 
 def _of_another(out, recording):

@@ -1143,6 +1143,20 @@ def test_events_of_other_recordings_are_never_left_beside_new_scores(corpus, tmp
     assert (out / "scores.json").read_bytes() == before
 
 
+def test_another_data_set_with_recordings_of_equal_names_lengths_and_starts_is_refused_in_the_folder_of_the_first(corpus, tmp_path):
+    for number, place in enumerate(("ward/a.edf", "clinic/a.edf", "moved/a.edf")):
+        write_edf(tmp_path / place, size=20.0 + 10 * (number == 1))
+    given = ("--checkpoint", corpus / "best.pt", "--out", tmp_path / "out", "--data")
+    assert here(*given, tmp_path / "ward")[0] == 0
+    before = (tmp_path / "out/scores.json").read_bytes(), (tmp_path / "out/a_events.tsv").read_bytes()
+    code, lines = here(*given, tmp_path / "clinic")
+    assert code == 2 and "events of other recordings (a_events.tsv; 1 in all)" in lines[-1] and f"--out {tmp_path / 'out'}_clinic" in lines[-1]
+    assert before == ((tmp_path / "out/scores.json").read_bytes(), (tmp_path / "out/a_events.tsv").read_bytes())
+    assert here(*given, tmp_path / "moved")[0] == 0         # the same EEG elsewhere
+    write_edf(tmp_path / "moved/a.edf", size=50.0)
+    assert here(*given, tmp_path / "moved")[0] == 0         # other EEG in the same place
+
+
 @pytest.mark.slow
 def test_the_picture_of_the_trade_off_takes_the_place_of_no_recordings(corpus, tmp_path):
     labelled = next(path for path in sorted((corpus / "edf").rglob("*_eeg.edf")) if "\tsz" in path.with_name(path.name.replace("_eeg.edf", "_events.tsv")).read_text())
