@@ -197,8 +197,11 @@ def smoke(config, launch, resume="false", fresh="false", planned=None, gpu=GPU):
         verdict = attempt(config, launch, resume, fresh, 0.8 * SMOKE_TIMEOUT, gpu)
     except Exception as error:
         faults.append(f"training on synthetic recordings: {error}")
+    run = run_directory(config)
     if verdict["status"] != "finished":
         faults.append(f"{verdict['status']}: {verdict['why']}")
+    elif any(a["progress"] == progress(run) for a in of_launch(run, launch)[:1]):
+        faults.append(f"{run} was finished before and trained nothing: --fresh true")
     if faults:
         return result("refused" if verdict["status"] == "refused" else "not ready",
                       "; ".join(faults))
@@ -730,7 +733,7 @@ def checked(asked):
     from run.launch import checked as checked_for
     name = "smoke.yaml" if asked.action == "smoke" else "train.yaml"
     path = asked.config or HERE / "configs" / "modal" / name
-    config = checked_for(trainer.load_config(path, asked.set), path, asked, listing)
+    config = checked_for(trainer.load_config(path, asked.set), path, asked, listing, text)
     if config["training"]["device"] == "cpu":
         print(f"config {path}: training.device is cpu: the GPU is paid and stands idle")
     return config
@@ -740,14 +743,27 @@ def listing(path, recursive=False):
     """Names in a folder of a Volume, as committed, those of folders with a slash at their end; none
     where it does not exist."""
     ends = {modal.volume.FileEntryType.DIRECTORY: "/"}
+    for volume, place in placed(path):
+        with contextlib.suppress(modal.exception.NotFoundError):
+            return [Path(entry.path).name + ends.get(entry.type, "")
+                    for entry in volume.listdir(place, recursive=recursive)]
+    return []
+
+
+def text(path):
+    """A file of a Volume, as committed; "" where it cannot be read now: a container will."""
+    for volume, place in placed(path):
+        with contextlib.suppress(modal.exception.Error, OSError):
+            return b"".join(volume.read_file(place)).decode(errors="replace")
+    return ""
+
+
+def placed(path):
+    """The Volume on which a path lies, with its place there."""
     for mount, volume in {RESULTS: results, DATA: recordings, MIRROR: mirror}.items():
         inside = os.path.relpath(path, mount)
         if not inside.startswith(".."):
-            place = str(Path("/", inside))              # of the root "/", as Modal writes it
-            with contextlib.suppress(modal.exception.NotFoundError):
-                return [Path(entry.path).name + ends.get(entry.type, "")
-                        for entry in volume.listdir(place, recursive=recursive)]
-    return []
+            yield volume, str(Path("/", inside))        # of the root "/", as Modal writes it
 
 
 def planned(smoke_config, overrides=()):

@@ -1,12 +1,14 @@
 """What can be refused before a machine in the cloud is paid: a configuration that cannot work
 there, recordings, weights and checkpoints that are not on its Volumes.
 
-    config = checked(load(path), path, asked, listing)
+    config = checked(load(path), path, asked, listing, text)
 
 `asked` is a command line of modal_app.py. listing(path) names what a folder of
 a Volume holds, folders with a slash at their end, [] where there is none; with recursive=True also
-what its folders hold.
+what its folders hold. text(path) is a file of a Volume, "" where it cannot be read.
 """
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -30,7 +32,7 @@ TAKEN_BY = {
     "montage": ("referential", ["import"])}
 
 
-def checked(config, path, asked, listing):
+def checked(config, path, asked, listing, text):
     """`config`, which stands at `path`, if what is asked for can work with it. Raises Refused;
     TemporaryFault where a server does not answer, or an import has not finished."""
     for name, (default, actions) in TAKEN_BY.items():
@@ -51,7 +53,7 @@ def checked(config, path, asked, listing):
     for folder in folders(config):
         # synthetic ones are made anywhere but on the data Volume, which a training cannot write to
         if not config["data"]["synth_hours"] or not outside(folder, DATA):
-            expect_recordings(path, folder, listing)
+            expect_recordings(path, folder, listing, text)
     names = [os.path.basename(os.path.normpath(folder)) for folder in folders(config)]
     if len(set(names)) < len(names):
         raise Refused(f"config {path}: data.path: two folders have one name among "
@@ -73,7 +75,7 @@ def absent(said, mount, path, what):
     return Refused(f"{said} on the Volume: modal volume put {NAMES[mount]} {what} {inside}")
 
 
-def expect_recordings(path, folder, listing):
+def expect_recordings(path, folder, listing, text):
     """Refuse a data.path that holds no imported recordings on the data Volume."""
     if outside(folder, DATA):
         raise Refused(f"config {path}: data.path must be a folder in {DATA}, the Volume, "
@@ -81,7 +83,7 @@ def expect_recordings(path, folder, listing):
     names = listing(folder)
     if names in ([], [os.path.basename(folder)]):       # a file is listed as itself
         raise absent(f"{folder} is no folder", DATA, folder, "IMPORTED_FOLDER")
-    if INDEX in names:
+    if INDEX in names and not (REPORT in names and unfinished(text(f"{folder}/{REPORT}"))):
         return
     below = listing(folder, recursive=True)
     if any(name.endswith(".h5") for name in below):
@@ -95,6 +97,12 @@ def expect_recordings(path, folder, listing):
     raise Refused(f"{folder} on the Volume holds {what}: --action import "
                   f"--source {shlex.quote(folder)} with --set data.path={DATA}/ANOTHER_FOLDER "
                   "makes recordings of it")
+
+
+def unfinished(report):
+    """Commands of imports that run or were stopped, by the text of a folder's import.json."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(report).get("unfinished")
 
 
 def expect_best(config, listing):

@@ -38,10 +38,11 @@ from run import attempts as records
 DRIVER = """
 import copy, json, sys
 import modal_app
+modal_app.acceptance = lambda *_: []
 config = json.loads(sys.argv[1])
 for arguments in json.loads(sys.argv[2]):
     try:
-        print("ENDED", json.dumps(modal_app.train.local(copy.deepcopy(config), *arguments)))
+        print("ENDED", json.dumps(getattr(modal_app, config["action"]).local(copy.deepcopy(config), *arguments)))
     except BaseException as error:
         print("ENDED", type(error).__name__, error)
 """
@@ -67,11 +68,13 @@ class Runs:
         self.trial, self.results = trial, trial.folder / "results"
         self.directory = self.results / "toy"
 
-    def attempt(self, *attempts, sends=None, seconds=0.0, crash_at=0, minutes=modal_trial.CONFIG["training"]["mid_epoch_minutes"]):
+    def attempt(self, *attempts, sends=None, seconds=0.0, crash_at=0, minutes=modal_trial.CONFIG["training"]["mid_epoch_minutes"],
+                action="train"):
         """One process that makes `attempts`, each [launch, resume, fresh]: how each ended, and its log.
 
         sends: a signal, sent once the log tells of step 5; the toy waits there for it. minutes: between timed snapshots."""
         config = {section: dict(values) for section, values in modal_trial.CONFIG.items()}
+        config |= {"action": action}
         config["experiment"]["results"] = str(self.results)
         config["training"]["mid_epoch_minutes"] = minutes
         config["toy"] |= {"seconds": seconds, "crash_at": crash_at, "hold": 5 if sends else 0}
@@ -169,7 +172,11 @@ def test_functions_are_defined_with_the_gpu_volumes_timeout_and_retries_of_the_c
 VOLUMES = {                             # what lies on the Volumes of the tests below
     "results/good/checkpoints/last.pt", "results/good/checkpoints/best.pt", "results/good/checkpoints/mid_epoch_001_000002.pt",
     "results/new/log.txt", "data/tusz/index.json", "data/tusz/a.h5", "data/old/deep/a.h5", "data/raw/a/b.EDF",
-    "data/empty/x.txt", "data/half/import.json", "data/half/a.h5", "results/plain", "data/x/tusz/index.json", "mirror/away/checkpoints/last.pt"}
+    "data/empty/x.txt", "data/half/import.json", "data/half/a.h5",
+    "data/more/index.json", "data/more/import.json", "data/more/a.h5", "data/whole/index.json", "data/whole/import.json", "data/whole/a.h5", "results/plain", "data/x/tusz/index.json", "mirror/away/checkpoints/last.pt"}
+
+
+TEXTS = {"/data/more/import.json": '{"unfinished": ["python data.py import a b"]}', "/data/whole/import.json": '{"unfinished": []}'}
 
 
 @pytest.fixture
@@ -239,25 +246,38 @@ NEW, GOOD = RUN % "new", RUN % "good"
     (GOOD, {"action": "evaluate"}, ""), (GOOD, {"resume": "true"}, ""), (GOOD, {"fresh": "true"}, ""), (NEW, {}, ""),
     (GOOD, {"resume": "/results/good/checkpoints/last.pt"}, ""), (NEW + "training: {init: /data/tusz/a.h5}", {}, ""),
     ("experiment: {results: /results}\ndata: {path: /data/old}", {}, ""),
+    ("experiment: {results: /results}\ndata: {path: [/data/tusz, /data/whole]}", {}, ""),
 ])
 def test_what_cannot_work_on_modal_is_refused_before_a_container_is_paid(text, words, line, volumes, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     config = train.load_config(path)
     if not line:
-        assert launch.checked(config, path, asked(**words), volumes) is config
+        assert launch.checked(config, path, asked(**words), volumes, TEXTS.get) is config
         return
     with pytest.raises(Refused, match=re.escape(line)) as refusal:
-        launch.checked(config, path, asked(**words), volumes)
+        launch.checked(config, path, asked(**words), volumes, TEXTS.get)
     assert "\n" not in str(refusal.value)
 
 
-def test_recordings_of_an_import_that_has_not_finished_are_no_reason_to_pay_a_card(volumes, tmp_path):
+@pytest.mark.parametrize("folder", ["/data/half", "/data/more"])        # the first import, a second one into a folder with an index
+def test_recordings_of_an_import_that_has_not_finished_are_no_reason_to_pay_a_card(folder, volumes, tmp_path):
     """Each container of a training would find them so."""
     path = tmp_path / "config.yaml"
-    path.write_text("experiment: {results: /results}\ndata: {path: /data/half}")
-    with pytest.raises(TemporaryFault, match="/data/half on the Volume is not whole: its import runs, or was stopped"):
-        launch.checked(train.load_config(path), path, asked(), volumes)
+    path.write_text(f"experiment: {{results: /results}}\ndata: {{path: {folder}}}")
+    with pytest.raises(TemporaryFault, match=f"{folder} on the Volume is not whole: its import runs, or was stopped"):
+        launch.checked(train.load_config(path), path, asked(), volumes, TEXTS.get)
+
+
+def test_a_file_of_a_volume_is_read_by_its_path_from_the_root_and_one_that_cannot_be_keeps_no_launch_back(monkeypatch):
+    parts = {"/tusz/import.json": [b'{"unfini', b'shed": []}']}
+
+    def read_file(place):
+        if place not in parts:
+            raise modal_app.modal.exception.UnimplementedError(place)
+        yield from parts[place]
+    monkeypatch.setattr(modal_app, "recordings", argparse.Namespace(read_file=read_file))
+    assert modal_app.text("/data/tusz/import.json") == '{"unfinished": []}' and modal_app.text("/data/own/import.json") == ""
 
 
 def test_ls_of_a_volume_without_checkpoints_is_no_refusal_and_lists_the_run_that_has_just_begun(tmp_path, monkeypatch, capsys):
@@ -289,6 +309,14 @@ def test_a_replayed_resume_false_resumes_and_a_finished_run_returns_at_once(runs
     assert "it was already" in again[0] and "toy starts" not in again[1]
     assert '"finished"' in another[0] and "toy step" not in another[1]
     assert len(runs.records()) == 3
+
+
+def test_an_acceptance_test_that_resumes_a_finished_run_and_trains_nothing_is_not_ready(runs):
+    [(end, _)] = runs.attempt(ONE, sends=signal.SIGINT, seconds=0.05, action="smoke")
+    ends = runs.attempt(ONE, ONE, ["two", "true", "false"], THREE, action="smoke")
+    (on, _), (replayed, _), (again, _), (fresh, _) = ends
+    assert end.startswith("KeyboardInterrupt") and all('"ready"' in line for line in (on, replayed, fresh)), ends
+    assert '"not ready"' in again and "toy was finished before and trained nothing: --fresh true" in again
 
 
 @pytest.mark.parametrize("file, text", [
@@ -842,6 +870,7 @@ import modal_app
 from run import attempts
 asked = modal_app.options(["--action", "train", "--config", "config.yaml", "--resume"])
 modal_app.listing = lambda path, recursive=False: os.listdir(path) if os.path.isdir(path) else []
+modal_app.text = lambda path: Path(path).read_text()
 assert modal_app.import_corpus.local(attempts.DATA + "/raw", attempts.DATA + "/tusz")["status"] == "finished"
 assert modal_app.import_corpus.local(sys.argv[1], attempts.DATA + "/web")["status"] == "finished"
 config = modal_app.checked(asked)
