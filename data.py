@@ -42,6 +42,7 @@ import numpy as np
 from eeg import baseline, corpora, splits, store, synth
 from eeg.augmentation import AUGMENTED, Augmenter
 from eeg.disk import CHUNK, TemporaryFault, copy_folder, disk_bytes, file_state, file_system
+from eeg.disk import holds
 from eeg.edf import BLANK_UNITS, FS, MONTAGES, NOTCH, DataError
 from eeg.splits import person, split_patients  # noqa: F401  (part of what data.py offers)
 from eeg.store import whole_chunks
@@ -191,8 +192,7 @@ def open_corpus(path: str | os.PathLike, whole: bool = True) -> list[Recording]:
     recordings = [_recording(f"{root}/{name}.h5", name, *entry) for name, entry in entries]
     if not recordings:
         corpora.check_finished(root)
-        raw = next((file for file in root.rglob("*") if file.suffix.lower() == ".edf"), None)
-        if raw:
+        if holds(root, ".edf"):
             raise DataError(f"{path} holds EDF files that were not imported: run "
                             f"{console.command('data.py', 'import', path, 'OUT')}, and open OUT")
         refused = [f"; {file}: {why}" for file, why in corpora.read_report(root)[:3]]

@@ -55,7 +55,7 @@ import checkpoint
 import data
 import model
 from eeg import annotations, baseline, corpora, edf, splits
-from eeg.disk import Refused, TemporaryFault, fault, write_json
+from eeg.disk import Refused, TemporaryFault, fault, holds, write_json
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
 from scoring.files import STOPS, default_out, drawing, output, take_file, take_folder
@@ -463,7 +463,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
         raise Refused(f"data {path} does not exist{console.elsewhere(path) or make}")
     if path.suffix == ".h5":
         raise Refused(f"data {path} is one recording of an import: give its folder, or its EDF")
-    if path.is_file() or not next(path.rglob("*.h5"), None):
+    if path.is_file() or not holds(path, ".h5"):
         imported = _import(path, state, scratch, labels)
         recordings = data.open_corpus(scratch)
     else:
@@ -488,7 +488,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
 
 def _import(path, state, scratch, labels):
     """Prepare one EDF or a folder of them into `scratch`; returns the corpora.Report."""
-    if path.is_dir() and not any(p.suffix.lower() == ".edf" for p in path.rglob("*")):
+    if path.is_dir() and not holds(path, ".edf"):
         corpora.check_finished(path)
         raise Refused(f"data {path}: neither imported recordings (.h5) nor EDF files in it")
     # as the training's recordings were, their mains and units too

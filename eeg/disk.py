@@ -93,6 +93,12 @@ def walk(root, onerror):
         yield folder, files
 
 
+def holds(root, ending):
+    """Whether a file of such an ending, in any case, lies below the folder `root`."""
+    return any(name.lower().endswith(ending) for _, files in walk(root, lambda error: None)
+               for name in files)
+
+
 # ---- held by one process, written durably ----
 
 class InUse(OSError):

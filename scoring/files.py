@@ -17,7 +17,7 @@ import numpy as np
 
 import checkpoint
 from eeg import annotations, console, edf, splits
-from eeg.disk import Refused, fault, write_file
+from eeg.disk import Refused, fault, walk, write_file
 from eeg.layouts import labelled_by
 
 EVENTS = "_events.tsv"
@@ -45,12 +45,16 @@ def take_folder(out, recordings, source):
     ours = set()
     if not _of_another_set(out, recordings, source):
         ours = {output(out, r, EVENTS) for r in recordings if not _of_another(out, r)}
-    edfs = {path.with_suffix("") for path in out.rglob("*.*") if path.suffix.lower() == ".edf"}
-    beside = [output(out, r, EVENTS).name for r in recordings if out / r.name in edfs]
+    # links are followed: through them lie the folders of a corpus that is put together
+    there = [Path(folder, name) for folder, names in walk(out, lambda error: None)
+             for name in names]
+    edfs = {str(path.with_suffix("")).removesuffix("_eeg") for path in there
+            if path.suffix.lower() == ".edf"}
+    beside = [output(out, r, EVENTS).name for r in recordings if str(output(out, r, "")) in edfs]
     if beside:
         raise Refused(f"--out {out}: {beside[0]} would lie beside its EDF and be read as its "
                       "labels: give another folder")
-    foreign = sorted(set(out.rglob("*" + EVENTS)) - ours)
+    foreign = sorted({path for path in there if path.name.endswith(EVENTS)} - ours)
     if foreign:
         raise Refused(f"--out {out} already holds the events of other recordings "
                       f"({foreign[0].name}; {len(foreign)} in all): "
@@ -105,7 +109,8 @@ def take_file(path, source):
     _make(path.parent, "--events")
     if path.resolve() == source.resolve():
         raise Refused(f"--events {path} would be written over the EDF itself")
-    beside = labelled_by(path.resolve())
+    # of a link, its own place counts too
+    beside = labelled_by(path.resolve()) or labelled_by(path.parent.resolve() / path.name)
     if beside:
         raise Refused(f"--events {path} would lie beside {beside.name} and be read as its labels: "
                       "give another folder")

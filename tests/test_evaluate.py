@@ -812,6 +812,16 @@ def test_raw_edf_files_give_the_scores_of_their_import(corpus, tmp_path):
         {p.relative_to(tmp_path / "imported") for p in (tmp_path / "imported").rglob("*_events.tsv")}
 
 
+def test_a_corpus_of_links_to_folders_is_found_imported_or_raw(corpus, tmp_path):
+    for kind in ("imported", "edf"):
+        (tmp_path / kind).mkdir()
+        for place in (corpus / kind).glob("sub-*"):
+            (tmp_path / kind / place.name).symlink_to(place)
+        assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path / kind, "--out", tmp_path / "out" / kind)[0] == 0
+    files = [sorted(path.relative_to(place) for path in place.rglob("*_events.tsv")) for place in (tmp_path / "out").iterdir()]
+    assert len(files[0]) == 2 and files[0] == files[1]
+
+
 def test_raw_edf_files_are_prepared_as_the_training_was_and_another_preparation_is_said(corpus, tmp_path, capsys):
     state = checkpoint.load(corpus / "best.pt")
     recipe = edf.Recipe("referential", "50", "mV")
@@ -1181,6 +1191,27 @@ def test_the_annotations_of_a_corpus_are_never_written_over(corpus, tmp_path):
     (tmp_path / labels.name).unlink()                       # nor made, where the next import would read them
     assert here("--checkpoint", corpus / "best.pt", "--data", tmp_path, "--out", tmp_path)[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+@pytest.mark.parametrize("name, source, place", [
+    ("a", "farm", "farm"),                                  # a corpus put together of links to folders
+    ("b", "other", "one"),                             # b_events.tsv is read as the labels of b_eeg.edf
+    ("a", "real/sub/a_eeg.edf", "links/a_events.tsv")])     # labels that are links, as DataLad has them
+def test_labels_that_a_link_or_another_name_leads_to_are_not_written_over(corpus, tmp_path, name, source, place):
+    for path in ("real/sub/a_eeg.edf", "one/b_eeg.edf", "links/a_eeg.edf", "other/b.edf"):
+        write_edf(tmp_path / path, seconds=7)
+    for labels in ("real/sub/a_events.tsv", "one/b_events.tsv"):
+        (tmp_path / labels).write_text("onset\tduration\teventType\n3\t2\tsz\n")
+    (tmp_path / "farm").mkdir()
+    (tmp_path / "farm/sub").symlink_to(tmp_path / "real/sub")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/labels").write_text("onset\tduration\teventType\n3\t2\tsz\n")
+    (tmp_path / "links/a_events.tsv").symlink_to(tmp_path / "kept/labels")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    option = "--events" if place.endswith(".tsv") else "--out"
+    code, lines = here("--checkpoint", corpus / "best.pt", "--data", tmp_path / source, option, tmp_path / place)
+    assert code == 2 and f"{name}_e" in lines[-1] and "be read as its labels: give another folder" in lines[-1], lines
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_events_in_one_file_never_become_the_labels_of_an_edf_beside_it(corpus, tmp_path):
