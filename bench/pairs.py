@@ -9,8 +9,9 @@ stand; then what can be mended is mended (room is made, the mirror mounted again
 disk; an older home meets no live process, so that one is killed first.
 
 The end is right where weights, best.pt and rows are bit-identical to the run never stopped, in both
-places. A start may refuse instead: exit 1 or 2 with one line on stderr, every checkpoint as it was;
-the next start tries again with the faults mended. Anything else counts as different.
+places. A start may refuse instead: exit 1 or 2 with one line on stderr, every checkpoint as it was,
+or the state of its place further: a start may bring the newest one home before it meets what it
+refuses. The next start tries again with the faults mended. Anything else counts as different.
 
 A start may begin anew, and must say so, only where no state of the run can be found: neither home
 nor mirror holds a checkpoint file. Here that is a home that was lost or moved away while the mirror
@@ -128,9 +129,10 @@ class Run:
         self.anew = self.apart = self.lost = False
 
     def files(self):
-        """{path: its bytes, hashed, None where it is unreadable} of every checkpoint, but for those
-        that are damaged: their save may come from the other place at any start."""
-        return {path: None if path.is_symlink() else hash(path.read_bytes())
+        """{path: (its save and step, its bytes, hashed), None where it is unreadable} of every
+        checkpoint, but for those that are damaged: their save may come from the other place at any
+        start."""
+        return {path: None if path.is_symlink() else (reached(path), hash(path.read_bytes()))
                 for place in (self.home, self.copy)
                 for path in checkpoint.checkpoints(place / "checkpoints")
                 if not checkpoint.damage_of(path)}
@@ -166,7 +168,7 @@ class Run:
             if len(err.splitlines()) != 1 or not err.startswith("train.py: "):
                 self.wrong.append(f"exit code {code}, not in one line: {out[-1500:]}{err}")
             after = self.files()
-            changed = [str(path) for path in before if after.get(path, 0) != before[path]]
+            changed = [str(path) for path, was in before.items() if not held(path, was, after)]
             if changed:
                 self.wrong.append(f"{err.strip()}: and changed {', '.join(changed)}")
         self.lost |= "is in no place any more" in out
@@ -175,6 +177,21 @@ class Run:
             self.anew = True
             if before:
                 self.wrong.append(f"began anew beside {', '.join(map(str, before))}")
+
+
+def reached(path):
+    facts = checkpoint.peek(path)
+    return facts["save_counter"], facts["global_step"]
+
+
+def held(path, was, after):
+    """Whether the files `after` hold what the checkpoint at `path` `was`, or its place a state that
+    is further; best.pt itself, which no other file stands for."""
+    if after.get(path, 0) == was:
+        return True
+    here = [now for other, now in after.items()
+            if now and (other == path or path.name != "best.pt" and other.parent == path.parent)]
+    return was is not None and any(now[0] > was[0] for now in here)
 
 
 # ---- the faults ----

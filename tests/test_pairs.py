@@ -903,6 +903,32 @@ def test_lines_that_nobody_takes_fail_no_save(tmp_path):
 
 # ---- a real training, two faults at a time: the whole sweep is bench/soak.py --pairs ----
 
+def test_the_sweep_takes_a_refused_start_for_different_only_where_a_state_is_lost_or_older(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    import pairs
+    run, home = pairs.Run(tmp_path, None), tmp_path / "disk/t/checkpoints"
+    for name in ("out", "err"):
+        (tmp_path / f"1.{name}").write_text("train.py: refused\n" * (name == "err"))
+
+    def wrong(change):
+        shutil.rmtree(home, ignore_errors=True)
+        with saver(home, checkpoint_keep=1) as s:
+            for epoch, value in ((1, 0.5), (2, 0.4)):
+                s.save_epoch(state(10 * epoch, epoch=epoch), metric=value)
+                if epoch == 1:
+                    shutil.copytree(home, tmp_path / "older", dirs_exist_ok=True)
+            before, run.wrong = run.files(), []
+            change(s)
+        run.judge(2, before, 0, [tmp_path / "1.out", tmp_path / "1.err"])
+        return run.wrong
+    assert not wrong(lambda s: None) and not wrong(lambda s: s.save_epoch(state(30, epoch=3), metric=0.3))
+    assert not wrong(lambda s: s.save_epoch(state(30, epoch=3), metric=0.9))        # a better best.pt too
+    for name in ("last.pt", "best.pt", "checkpoint_epoch_001.pt"):
+        lost = wrong(lambda s: (home / name).unlink(missing_ok=True))
+        assert bool(lost) == (name != "checkpoint_epoch_001.pt"), (name, lost)
+    assert "changed" in wrong(lambda s: shutil.copy(tmp_path / "older/last.pt", home))[0]
+
+
 @pytest.mark.slow
 def test_two_faults_at_a_time_leave_the_end_of_a_training_as_it_was(small_corpus, tmp_path):
     tried = [("moved", "second start"), ("mirror back", "flip")]
