@@ -43,6 +43,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -55,7 +56,7 @@ import checkpoint
 import data
 import model
 from eeg import annotations, baseline, corpora, edf, splits
-from eeg.disk import Refused, TemporaryFault, fault, holds, write_json
+from eeg.disk import Refused, TemporaryFault, exists, fault, holds, write_json
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
 from scoring.files import STOPS, default_out, drawing, output, take_file, take_folder
@@ -458,7 +459,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
     prepared into `scratch`; of these, labels that cannot be used are none, or are not opened
     (corpora.NEVER)."""
     imported = corpora.Report()
-    if not path.exists():
+    if not exists(os.path.realpath(path)):
         make = "" if path.suffix else f": {console.command('data.py', 'import', 'SRC', path)}"
         raise Refused(f"data {path} does not exist{console.elsewhere(path) or make}")
     if path.suffix == ".h5":

@@ -70,22 +70,30 @@ def take_folder(out, recordings, source):
 def _of_another_set(out, recordings, source):
     """Whether the scores there are of another place and of other EEG: recordings of one name may
     have one length and one start, as where both are anonymised clips."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    try:
         before = json.loads((out / "scores.json").read_text())
-        return (Path(before["data"]).resolve() != source.resolve()
-                and before["eeg"] != splits.division(recordings, []))
-    return False
+        place, eeg = before["data"], before.get("eeg", "")
+    except OSError:
+        return False
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Refused(f"--out {out} holds a scores.json of another program: give another "
+                      "folder") from None
+    elsewhere = os.path.realpath(place) != os.path.realpath(source)
+    return eeg != "" and elsewhere and eeg != splits.division(recordings, [])
 
 
 def _of_another(out, recording):
     """Whether the events there are of a recording of the same name, but of another length or
-    start."""
-    with contextlib.suppress(OSError, ValueError):
-        first = output(out, recording, EVENTS).read_text().splitlines()[1:2]
-        *_, began, seconds = "".join(first).split("\t")
+    start, or are none that this program writes."""
+    try:
+        lines = output(out, recording, EVENTS).read_text().splitlines()
+        *_, began, seconds = "".join(lines[1:2]).split("\t")
         return (abs(float(seconds) - recording.seconds) > 0.01
                 or began != recording.began and "" not in (began.strip("n/a"), recording.began))
-    return False
+    except OSError:
+        return False
+    except ValueError:
+        return True
 
 
 def trade_off_picture(out, recordings, plot):
@@ -107,16 +115,20 @@ def take_file(path, source):
     """Refused where --events would be written over anything but the events of an earlier call, or
     where they would be read as labels, perhaps over the labels that are there."""
     _make(path.parent, "--events")
-    if path.resolve() == source.resolve():
+    try:
+        there = path.resolve()
+    except RuntimeError:
+        raise Refused(f"--events {path}: its links lead in a circle") from None
+    if there == Path(os.path.realpath(source)):
         raise Refused(f"--events {path} would be written over the EDF itself")
     # of a link, its own place counts too
-    beside = labelled_by(path.resolve()) or labelled_by(path.parent.resolve() / path.name)
+    beside = labelled_by(there) or labelled_by(path.parent.resolve() / path.name)
     if beside:
         raise Refused(f"--events {path} would lie beside {beside.name} and be read as its labels: "
                       "give another folder")
     if path.is_dir():
         raise Refused(f"--events {path}: Is a directory")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if path.exists() else there.parent, os.W_OK):
         raise Refused(f"--events {path}: may not be written")
     if path.is_file() and path.read_bytes()[:5] not in (b"", b"onset"):
         raise Refused(f"--events {path} holds something else: name another file")

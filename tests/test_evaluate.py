@@ -989,6 +989,11 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path):
                           ("--events", tmp_path / "bad.edf" / "x.tsv")):
         code, lines = here("--checkpoint", good, "--data", next((corpus / "edf").rglob("*.edf")), option, place)
         assert code == 2 and len(lines) == 1 and option in lines[0], lines
+    (tmp_path / "nowhere.tsv").symlink_to(tmp_path / "not/there.tsv")
+    (tmp_path / "loop.tsv").symlink_to("loop.tsv")
+    for option, place in (("--events", "nowhere.tsv"), ("--events", "loop.tsv"), ("--data", "x" * 300)):
+        code, lines = here("--checkpoint", good, "--data", tmp_path / "banana.edf", option, tmp_path / place)
+        assert code == 2 and place in lines[-1], lines
     done = run("--checkpoint", tmp_path / "no.pt", "--data", imported)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.pt" in done.stderr
 
@@ -1165,6 +1170,18 @@ def test_another_data_set_with_recordings_of_equal_names_lengths_and_starts_is_r
     assert here(*given, tmp_path / "moved")[0] == 0         # the same EEG elsewhere
     write_edf(tmp_path / "moved/a.edf", size=50.0)
     assert here(*given, tmp_path / "moved")[0] == 0         # other EEG in the same place
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a_events.tsv", "onset\tduration\teventType\n3\t2\tsz\n"), ("a_events.tsv", "what I saw in a"),
+    ("scores.json", '{"mine": 1}'), ("scores.json", "[1]"), ("scores.json", "none")])
+def test_what_another_hand_or_program_wrote_under_the_names_of_an_evaluation_stays(corpus, tmp_path, name, text):
+    source = write_edf(tmp_path / "in/a.edf", seconds=7)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(text)
+    code, lines = here("--checkpoint", corpus / "best.pt", "--data", source, "--out", tmp_path / "out")
+    assert code == 2 and name in lines[-1] and "give another folder" in lines[-1], lines
+    assert (tmp_path / "out" / name).read_text() == text
 
 
 @pytest.mark.slow
