@@ -183,7 +183,7 @@ def elsewhere(path):
     """"; it lies at FILE" for a path as the pages print it that was typed in another folder than
     that of the scripts; else nothing."""
     there = Path(__file__).absolute().parent.parent / path
-    return f"; it lies at {near(there)}" if there.exists() else ""
+    return f"; it lies at {near(there)}" if os.path.exists(there) else ""
 
 
 def command(script, *words):
