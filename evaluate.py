@@ -536,17 +536,18 @@ def choose(recordings, split, state, path=None):
 
 
 def includes_training(recordings, args, state):
-    """Whether some of them trained, as far as that can be told: by their folder or, where that has
-    moved and of the EDFs themselves, by the fingerprint of all of them."""
+    """Whether some of them trained, as far as that can be told: by their EEG or, where the folder
+    of the training has moved, by the fingerprint of all of them."""
     if args.split:
         return args.split == "train"
     c, usable = stored(state, "data"), splits.usable(recordings)
+    for folder in data.resolved(c.get("path", "")):
+        with contextlib.suppress(edf.DataError, TemporaryFault, OSError):
+            if splits.same_eeg(splits.usable(data.open_corpus(folder)), recordings):
+                return True
     if c.get("split") == "time":        # the fingerprint is of the parts
         usable = sum(splits.split_time(usable, c["dev_fraction"]), [])
-    place = args.data.resolve()
-    near = [folder for folder in data.resolved(c.get("path", ""))
-            if place.is_relative_to(folder) or folder.is_relative_to(place)]
-    return bool(usable) and (bool(near) or data.fingerprint(usable) == state.get("data"))
+    return bool(usable) and data.fingerprint(usable) == state.get("data")
 
 
 def evaluate(net, recordings, c, precision, out, plot, save):

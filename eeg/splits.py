@@ -269,11 +269,16 @@ def _look(samples, norm, scales):
     return samples, norm, *map(float, scales)
 
 
+def same_eeg(some, others):
+    """Pairs of one of the `others` and a recording of `some` that holds the same EEG."""
+    known = {_look(r.samples, r.norm, r.scale): r for r in some}
+    pairs = [(r, known.get(_look(r.samples, r.norm, r.scale))) for r in others]
+    return [(r, twin) for r, twin in pairs if twin]
+
+
 def _same_eeg(train, dev):
     """A warning on EEG of both sides, as where one corpus was imported into two folders."""
-    known = {_look(r.samples, r.norm, r.scale): r for r in train}
-    pairs = [(r, known.get(_look(r.samples, r.norm, r.scale))) for r in dev]
-    pairs = [(r, twin) for r, twin in pairs if twin and twin.path != r.path]
+    pairs = [(r, twin) for r, twin in same_eeg(train, dev) if twin.path != r.path]
     return [f"warning: {how_many(len(pairs), 'recording')} of the validation train too, under "
             f"another name: {r.name} is {twin.name}: take one of them away"
             for r, twin in pairs[:1]]

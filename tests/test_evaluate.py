@@ -936,7 +936,11 @@ def test_recordings_that_trained_are_known_in_part_and_after_a_move_and_as_the_e
     parts = splits.split_time(data.open_corpus(corpus / "imported"), 0.5)
     by_time = state | {"data": data.fingerprint(sum(parts, [])), "config": copy.deepcopy(state["config"])}
     by_time["config"]["data"]["split"] = "time"
-    there = ((part, True), (corpus / "imported", True), (corpus / "edf", True), (tmp_path / "other", False))
+    write_edf(tmp_path / "never.edf", seconds=30)
+    lone = next((corpus / "edf").rglob("*.edf"))            # no label file lies beside it in its new place
+    (tmp_path / "lone.edf").write_bytes(lone.read_bytes())
+    there = ((part, True), (corpus / "imported", True), (corpus / "edf", True), (tmp_path / "other", True),
+             (tmp_path / "lone.edf", True), (tmp_path / "never.edf", False))
     for (path, known), trained in itertools.product(there, (state, by_time)):
         args = evaluate.parse(["--checkpoint", "best.pt", "--data", str(path)])
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
