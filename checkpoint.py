@@ -136,6 +136,8 @@ class InUse(OSError):
         advice = "stop it first"
         if (self.pid, self.host) == (os.getpid(), socket.gethostname()):
             owner, advice = "this process", "close the earlier Checkpointer first"
+        elif getattr(multiprocessing.current_process(), "_inheriting", False):
+            advice = 'a worker runs the script too: train below `if __name__ == "__main__":`'
         super().__init__(errno.EBUSY, f"{directory} is in use by {owner}: {advice}")
 
 
@@ -1449,8 +1451,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     mid_epoch_keep, checkpoint_keep   newest files kept of each kind (0 = all)
     checkpoint_interval epochs between checkpoint_epoch_EEE.pt (0 = none)
     mode                "max" or "min": which metric is better; or {its name: that of each}
-    on_saved            called with the path in the writer thread once a file is durable; its
-                        exception stops the run
+    on_saved            called with the path in the writer thread once a file is durable, and may
+                        call no method here: it would wait for itself; its exception stops the run
     before_save         called in the writer thread with the directory at each try to write a file
                         there: makes durable what the state counts on
     save_patience_minutes   a failed save is said and tried again for so long, the state kept in
@@ -1806,7 +1808,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         """`with saver.signals():` has SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 wait for
         `stopping`. Left only when the last save is durable: the second signal of a pair must not
         meet a writer at work."""
-        with Signals() as self._signals:
+        with Signals() as self._signals, _tolerant_prints():
             if threading.current_thread() is not threading.main_thread():
                 self.say("checkpoints: no signal is heard here: they reach the main thread alone")
             try:
@@ -1863,7 +1865,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         with self._turn:
             if state["epoch"] < self.position[0]:
                 raise ValueError(f"epoch {state['epoch']} has ended already: epoch "
-                                 f"{self.position[0]} is in progress")
+                                 f"{self.position[0]} is in progress (they count from 1)")
             measured = None if metric is None else measurement(metric, name, tie, rules)
             improved = self.is_best(measured)               # a save that waits comes first
             names = [KINDS["last"].name]
@@ -2101,7 +2103,7 @@ class Checkpointer(contextlib.AbstractContextManager):
                 self._retry()
 
     def close(self) -> None:
-        """Give the directory up after the newest save: where it failed, once more or, after a
+        """Give the directory up after the newest save: where it failed, once more or, after one
         signal, as by `settle`. SaveFailed where it is not durable. A second call does nothing."""
         with self._turn:
             if self._closed:
@@ -2109,7 +2111,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             try:
                 self.wait()
                 if self._failed:
-                    (self.settle if self.stopping() else self._retry)()
+                    once = isinstance(sys.exc_info()[1], KeyboardInterrupt)     # a second Ctrl-C
+                    (self._retry if once or not self.stopping() else self.settle)()
                 if isinstance(self._failed, OSError):       # the loop knows of other weights
                     raise SaveFailed(self._failed.errno,
                                      f"the newest save, {self._names[0]}, could not be written: "
@@ -2161,7 +2164,8 @@ def _drawn(loader, samplers, seed, epoch):
         order = [list(batch) for batch in itertools.islice(loader.batch_sampler, most + 1)]
     if len(order) > most:
         raise TypeError(f"{type(samplers[-1]).__name__} gives more than {most} batches: batches() "
-                        f"needs a sampler that ends, RandomSampler(dataset, num_samples=...) say")
+                        f"needs a sampler that ends, RandomSampler(dataset, num_samples=...) say, "
+                        f"or has a __len__")
     return order
 
 
@@ -2253,13 +2257,33 @@ def abandoned_name(best: Candidate) -> Path:
     return best.path.with_name(f"abandoned_best_{run or 'run'}_{counter}.pt")
 
 
-def tolerant(say: Callable[[str], object]) -> Callable[[str], object]:
+def tolerant(say: Callable[..., Any], faults: Any = Exception) -> Callable[..., Any]:
     """`say` without what it raises: a closed or narrow terminal stops no save."""
-    def said(line, *arguments, **options):
+    def said(*arguments, **options):
         # a broken pipe, a closed stream, an ASCII console, a tracker of experiments that has ended
-        with contextlib.suppress(Exception):
-            say(line, *arguments, **options)
+        with contextlib.suppress(faults):
+            return say(*arguments, **options)
     return said
+
+
+@contextlib.contextmanager
+def _tolerant_prints():
+    """Inside, a print that its terminal, pipe or file does not take is dropped: a Ctrl-C ends
+    `| tee` too, and the next print would end the loop before its save."""
+    streams = {s for s in (sys.stdout, sys.stderr)
+               if isinstance(s, io.TextIOWrapper) and "write" not in vars(s)}
+    for stream in streams:
+        stream.write, stream.flush = (tolerant(act, OSError)
+                                      for act in (stream.write, stream.flush))
+    try:
+        yield
+    finally:
+        for stream in streams:
+            del stream.write, stream.flush
+            try:
+                stream.flush()
+            except OSError:                 # once more at the end it would change the exit code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _check_progress(state, needed):
@@ -2370,14 +2394,8 @@ def _take(fd, directory, say):
             say(f"checkpoints: {directory} cannot be locked ({error.strerror}): "
                 f"see to it that one process writes here")
             return
-    raise InUse(directory, holder_of(fd))
-
-
-def holder_of(fd: int) -> tuple[int, str] | None:
-    """(process, host) that the text of a lock file names, or None."""
-    text = os.pread(fd, 200, 0).decode(errors="replace")
-    named = re.fullmatch(r"process (\d+) on (\S+)\s*", text)
-    return (int(named[1]), named[2]) if named else None
+    named = re.fullmatch(rb"process (\d+) on (\S+)\s*", os.pread(fd, 200, 0))
+    raise InUse(directory, (int(named[1]), named[2].decode(errors="replace")) if named else None)
 
 
 # ---- command line ----

@@ -266,6 +266,8 @@ def test_a_state_without_its_place_is_refused_in_a_line_and_so_is_one_before_the
                                ({"epoch": -1, "batch": 0}, "must be a whole number, 0 or more, not -1")):
             with pytest.raises(TypeError, match=message):
                 s.save_mid(wrong)
+        with pytest.raises(ValueError, match=r"epoch 0 .* \(they count from 1\)"):
+            s.save_epoch({"epoch": 0})
     assert not list(tmp_path.glob("*.pt"))
 
 

@@ -1,5 +1,7 @@
 """docs/copying.md is true: its script and its recipes, run beside a copied checkpoint.py, killed and compared; and `batches`,
 which they all loop over, keeps its promises for every sampler and any number of workers."""
+import contextlib
+import os
 import random
 import re
 import shutil
@@ -109,6 +111,16 @@ def ends_alike(tmp_path, code, steps, number=signal.SIGKILL, seed=0, **changes):
 
 def lines(code):
     return [line for line in code.splitlines() if line.strip()]
+
+
+def test_what_the_page_says_of_find_resume_is_so(tmp_path):
+    assert "files named as those of\na `Checkpointer` whose states hold whole numbers `epoch` and `batch`" in PAGE
+    checkpoint.atomic_save({"epoch": 1, "batch": 7}, tmp_path / "step_7.pt")
+    assert checkpoint.find_resume(tmp_path) is None
+    checkpoint.atomic_save({"epoch": 1}, tmp_path / "last.pt")
+    assert checkpoint.find_resume(tmp_path) is None
+    checkpoint.atomic_save({"epoch": 1, "batch": 7}, tmp_path / "mid_epoch_001_000007.pt")
+    assert checkpoint.find_resume(tmp_path).name == "mid_epoch_001_000007.pt"
 
 
 # ---- the script ----
@@ -520,6 +532,11 @@ class Endless:
             yield 3
 
 
+class Often:
+    def __iter__(self):
+        return iter([*range(23)] * 9)
+
+
 class Scaled(DataLoader):
     def __iter__(self):
         return (100 * batch for batch in super().__iter__())
@@ -542,8 +559,9 @@ class OwnGenerator:
     (Scaled(Drawn(), batch_size=3), "Scaled makes batches in a way of its own"),
     ([1, 2, 3], "list makes batches in a way of its own"),
     (DataLoader(Drawn(), batch_size=3, sampler=Endless()), "Endless gives more than 23 batches"),
+    (DataLoader(Drawn(), batch_size=3, sampler=Often()), "a sampler that ends, .* or has a __len__"),
     (DataLoader(Drawn(), batch_size=3, sampler=OwnGenerator()), r"OwnGenerator gives another order .* set_epoch\(epoch\)")],
-    ids=["iterable", "single items", "own iteration", "no loader", "endless", "own generator"])
+    ids=["iterable", "single items", "own iteration", "no loader", "endless", "no length", "own generator"])
 def test_a_loader_that_cannot_go_on_where_it_was_is_refused(saver, loader, reason):
     with pytest.raises(TypeError, match=reason):
         next(saver.batches(loader))
@@ -751,6 +769,73 @@ def test_a_signal_on_a_disk_that_refuses_saves_leaves_the_loop_only_with_a_save_
             saver.boundary({"model": torch.nn.Linear(1, 1)})
     assert left_with.value.code == 128 + signal.SIGTERM, said
     assert checkpoint.find_resume(home).name == "mid_epoch_001_000000.pt"
+
+
+def test_a_second_ctrl_c_leaves_without_the_save_that_the_disk_refuses(tmp_path):
+    home, said = tmp_path / "checkpoints", []
+    with pytest.raises(checkpoint.SaveFailed, match="mid_epoch_001_000000.pt, could not be written") as left_with:
+        with Checkpointer(home, say=said.append, save_patience_minutes=0.05) as saver, saver.signals() as heard:
+            home.rename(tmp_path / "gone")
+            signal.raise_signal(signal.SIGINT)
+            saver.save_mid(saver.pack({}))
+            heard.since -= 1                # a step takes long
+            signal.raise_signal(signal.SIGINT)
+    assert isinstance(left_with.value.__context__, KeyboardInterrupt)
+    assert len([line for line in said if line.startswith("save failed")]) == 2
+
+
+UNHEARD = HEAD.replace("num_workers=2", "num_workers=0") + """
+import os, signal, sys, time
+
+with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
+    for number, (x, y) in saver.batches(loader):
+        print("step", number, flush=True)
+        while not os.path.exists("closed"):
+            time.sleep(0.01)
+        train(x, y)
+        if number == 3:
+            signal.raise_signal(signal.SIGINT)
+            print("step", number, "is done", file=sys.stderr)
+        saver.boundary(parts)
+"""
+
+
+@pytest.mark.parametrize("reader", ["pipe", pytest.param("terminal", marks=pytest.mark.slow)])
+def test_a_print_that_nobody_reads_any_more_ends_no_loop_before_its_save(tmp_path, reader):
+    folder = placed(tmp_path, UNHEARD)
+    ours, theirs = os.pipe() if reader == "pipe" else os.openpty()          # `| tee` dies of a Ctrl-C, a terminal is closed
+    process = forked.Popen([sys.executable, "script.py"], cwd=folder, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.read(ours, 1)
+    os.close(ours)
+    (folder / "closed").touch()
+    assert process.wait() == 128 + signal.SIGINT
+    assert checkpoint.find_resume(folder / "checkpoints").name == "mid_epoch_001_000003.pt"
+
+
+def test_a_loop_gives_the_streams_back_that_it_printed_to(saver):
+    before = {stream: dict(vars(stream)) for stream in (sys.__stdout__, sys.__stderr__)}
+    with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stdout__):
+        with saver.signals(), saver.signals():
+            assert "write" in vars(sys.stdout)
+    assert {stream: dict(vars(stream)) for stream in before} == before
+
+
+UNGUARDED = """
+import checkpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+saver = checkpoint.Checkpointer("checkpoints")
+next(saver.batches(DataLoader(range(8), num_workers=1, multiprocessing_context="spawn")))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_its_spawned_workers_run_from_the_top_is_told_so(tmp_path):
+    done = subprocess.run([sys.executable, "script.py"], cwd=placed(tmp_path, UNGUARDED), capture_output=True, text=True)
+    assert 'is in use by process' in done.stderr and 'train below `if __name__ == "__main__":`' in done.stderr
+    assert "stop it first" not in done.stderr
 
 
 # ---- a notebook ----
