@@ -753,10 +753,11 @@ def score_one(args):
                 # what labels say must not change a prediction, nor keep it from being made
                 recordings, *_ = open_data(args.data, state, Path(scratch), corpora.NEVER)
         except (Refused, edf.DataError) as refusal:
-            seconds = 0.0
+            seconds, start = 0.0, ""
             with contextlib.suppress(edf.DataError, OSError):
-                seconds = edf.read_header(args.data).seconds
-            annotations.write_events_tsv(args.events, [], seconds)
+                header = edf.read_header(args.data)
+                seconds, start = header.seconds, header.began
+            annotations.write_events_tsv(args.events, [], seconds, start=start or "n/a")
             print(f"evaluate.py: {refusal}: written as {seconds:g} s of background: {args.events}",
                   file=sys.stderr)
             return

@@ -268,7 +268,9 @@ def write_events_tsv(path, events, seconds, confidence=None, start="n/a"):
     same = f"n/a\t{start}\t{seconds:.2f}"
     for k, (onset, end) in enumerate(events):
         sure = confidence[k] if confidence else 1.0
-        lines.append(f"{onset:.2f}\t{end - onset:.2f}\tsz\t{sure:.2f}\t{same}")
+        # of what is written: it ends where the next one begins, and not beyond the recording
+        lasts = round(float(end), 2) - round(float(onset), 2)
+        lines.append(f"{onset:.2f}\t{lasts:.2f}\tsz\t{sure:.2f}\t{same}")
     if len(lines) == 1:
         lines.append(f"0.00\t{seconds:.2f}\tbckg\tn/a\t{same}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)

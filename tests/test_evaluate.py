@@ -25,7 +25,7 @@ from timescoring.annotations import Annotation
 from timescoring.scoring import EventScoring
 
 import checkpoint
-from eeg import console, corpora
+from eeg import annotations, console, corpora
 import data
 from eeg import edf
 import evaluate
@@ -739,6 +739,17 @@ def test_events_carry_the_time_at_which_their_recording_began(tmp_path):
     p = probability_of(track, [(100, 150)])
     evaluate.write_events(tmp_path / "a_events.tsv", evaluate.postprocess(p, 0.5, {}), p, track)
     assert read_tsv(tmp_path / "a_events.tsv")[0]["dateTime"] == "2021-03-04 22:14:07"
+
+
+def test_no_event_that_is_written_overlaps_the_next_one_or_ends_beyond_its_recording(tmp_path):
+    rng = np.random.default_rng(0)
+    for samples in rng.integers(5000, 500_000, 200):
+        cuts = np.sort(rng.choice(np.arange(0, samples, 256), 3, replace=False)) + rng.integers(0, 200)
+        events = np.array([[0, *cuts], [*cuts, samples]]).T / FS        # each begins where the one before ends
+        annotations.write_events_tsv(tmp_path / "a_events.tsv", events, samples / FS)
+        rows = [[float(row[key]) for key in ("onset", "duration", "recordingDuration")] for row in read_tsv(tmp_path / "a_events.tsv")]
+        ends = [round(onset + lasts, 2) for onset, lasts, _ in rows]
+        assert ends == [onset for onset, *_ in rows[1:]] + [rows[0][2]]
 
 
 def test_the_szcore_tools_read_the_events_files(tmp_path):
@@ -1514,7 +1525,7 @@ def test_the_container_writes_background_for_an_edf_that_is_refused_and_says_so(
     done = container(corpus, path, open_folder / "found.tsv")
     assert done.returncode == 0 and "background" in done.stderr and "a.edf" in done.stderr
     assert [list(row.values()) for row in read_tsv(open_folder / "found.tsv")] == [
-        ["0.00", "7.00", "bckg", "n/a", "n/a", "n/a", "7.00"]]
+        ["0.00", "7.00", "bckg", "n/a", "n/a", "1985-01-01 00:00:00", "7.00"]]
     path.write_bytes(b"no EDF at all")
     code, lines = here("--checkpoint", corpus / "best.pt", "--data", path, "--events", open_folder / "b.tsv")
     assert code == 0 and "background" in lines[-1]
