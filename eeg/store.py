@@ -11,10 +11,12 @@ import json
 import os
 import re
 import stat
+import sys
 
 import h5py
 import numpy as np
 
+from eeg.console import how_many
 from eeg.disk import CHUNK, INDEX, LASTING, file_state, replace_durably, walk, write_json
 from eeg.edf import FS, DataError
 
@@ -204,6 +206,10 @@ def entries(root, made=False):
             fresh[name] = _looked_at(file, known)
         else:
             fresh[name] = known
+    if lost := [] if made else sorted(index.keys() - files.keys()):
+        # once: the index forgets them
+        print(f"{root}: {how_many(len(lost), 'recording')} missing that its index names, as "
+              f"{lost[0]}: deleted, or not copied yet", file=sys.stderr)
     if fresh != index:
         _write_index(root, fresh)
     return {name: (states[name], entry) for name, entry in fresh.items()}

@@ -22,7 +22,7 @@ from eeg import corpora, disk, store
 import data
 from eeg import edf
 import forked
-from conftest import NAMES, ROOT, Held, imported, prepare, write_edf
+from conftest import NAMES, ROOT, Held, command, imported, prepare, write_edf
 
 
 
@@ -103,6 +103,21 @@ def test_a_folder_that_cannot_be_written_opens_all_the_same(synthetic, tmp_path,
     def refuse(*arguments):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(store, "write_json", refuse)
+    assert data.fingerprint(data.open_corpus(tmp_path / "out")) == data.fingerprint(data.open_corpus(synthetic[1]))
+
+
+def test_a_copy_that_lacks_recordings_of_its_index_is_said_once_and_is_whole_when_they_have_come(synthetic, tmp_path):
+    shutil.copytree(synthetic[1], tmp_path / "out")
+    first, second, *_ = sorted((tmp_path / "out").rglob("*.h5"))
+    first.rename(tmp_path / "a")
+    second.rename(tmp_path / "b")
+    name = first.relative_to(tmp_path / "out").with_suffix("")
+    said = command("info", tmp_path / "out")
+    assert said.returncode == 0 and said.stderr == (
+        f"{tmp_path / 'out'}: 2 recordings missing that its index names, as {name}: deleted, or not copied yet\n")
+    assert not command("info", tmp_path / "out").stderr
+    (tmp_path / "a").rename(first)
+    (tmp_path / "b").rename(second)
     assert data.fingerprint(data.open_corpus(tmp_path / "out")) == data.fingerprint(data.open_corpus(synthetic[1]))
 
 
