@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +226,9 @@ def data_parallel(net, group, shape, config):
     rng = checkpoint.random_states()
     torch.manual_seed(config["experiment"]["seed"])
     devices = [group.device] if group.device.type == "cuda" else None
-    net = torch.nn.parallel.DistributedDataParallel(net, devices, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # torch 2.11 has no newer name for it
+        net = torch.nn.parallel.DistributedDataParallel(net, devices, broadcast_buffers=False)
     x = torch.randn(*shape, device=group.device)
     with evaluate.autocast(config["training"]["precision"], group.device):
         logits = net(x)
