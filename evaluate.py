@@ -47,6 +47,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -790,11 +791,13 @@ def main(argv=None):
 
 if __name__ == "__main__":
     console.install()
-    came = [signal.SIGINT]
+    came = {}
 
     def stop(number, frame):
-        came.append(number)
-        raise KeyboardInterrupt
+        # whoever presses twice does not keep the prepared EDFs from being removed
+        if not came or time.monotonic() - max(came.values()) > 1:
+            came[number] = time.monotonic()
+            raise KeyboardInterrupt
     try:
         # any of them ends in order: killed at once, it would leave the prepared EDFs in /tmp
         for number in STOPS:
@@ -804,4 +807,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:           # not in main: on Modal it means preemption
         print("evaluate.py: interrupted: events written so far stay, scores.json is not written",
               file=sys.stderr)
-        sys.exit(128 + came[-1])
+        sys.exit(128 + [signal.SIGINT, *came][-1])

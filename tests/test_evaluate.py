@@ -1328,18 +1328,34 @@ def test_an_evaluation_that_is_stopped_leaves_no_scores_of_an_earlier_one_beside
     assert not (tmp_path / "scores.json").exists() and list(tmp_path.rglob("*_events.tsv"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_an_evaluation_with_its_code_and_leaves_no_prepared_edf(corpus, tmp_path, number):
+TWICE = f"""
+import os, runpy, shutil, sys
+remove, sys.argv, sys.path[0] = shutil.rmtree, sys.argv[1:], {str(ROOT)!r}
+
+def removed(*arguments, **options):
+    os.kill(os.getpid(), 2)
+    remove(*arguments, **options)
+
+shutil.rmtree = removed
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number, start", [
+    (signal.SIGINT, ["-c", TWICE]),                         # once more where the prepared EDFs are removed
+    (signal.SIGTERM, []), pytest.param(signal.SIGINT, [], marks=pytest.mark.slow), pytest.param(signal.SIGHUP, [], marks=pytest.mark.slow)])
+def test_a_signal_ends_an_evaluation_with_its_code_and_leaves_no_prepared_edf(corpus, tmp_path, number, start):
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, ROOT / "evaluate.py", "--checkpoint", corpus / "best.pt", "--data", corpus / "edf",
+    command = [sys.executable, *start, ROOT / "evaluate.py", "--checkpoint", corpus / "best.pt", "--data", corpus / "edf",
                "--out", tmp_path / "out", "--set", "evaluation.overlap_seconds=19.9"]
     process = forked.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out" / ".lock").exists():
         assert process.poll() is None
         time.sleep(0.01)
+    assert list((tmp_path / "tmp").iterdir())
     process.send_signal(number)
     said = process.communicate(timeout=300)[1]
-    assert process.returncode == 128 + number and "interrupted" in said.splitlines()[-1]
+    assert process.returncode == 128 + number and "interrupted" in said.splitlines()[-1], said
     assert not list((tmp_path / "tmp").iterdir())
 
 
