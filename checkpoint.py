@@ -2139,7 +2139,8 @@ def _epoch_order(loader, seed, epoch):
                         f"saver.position")
     if isinstance(loader.dataset, torch.utils.data.IterableDataset) or loader.batch_sampler is None:
         raise TypeError("batches() takes a DataLoader that makes batches of numbered items: an "
-                        "iterable dataset cannot skip what was trained, batch_size=None makes none")
+                        "iterable dataset cannot skip what was trained, batch_size=None makes "
+                        "none: loop by saver.position, and save_mid() with a count of your own")
     samplers = [loader.batch_sampler]
     while getattr(samplers[-1], "sampler", None) is not None:
         samplers.append(samplers[-1].sampler)

@@ -779,7 +779,7 @@ def prepare_row(row: np.ndarray, rate: Fraction, mains: tuple) -> np.ndarray:
     from scipy import signal as dsp     # here, too
     row -= np.float32(np.median(sparse(row)))
     ratio = resampling(rate)
-    if abs(ratio / (FS / rate) - 1) * len(row) / rate > MAX_DRIFT:
+    if not ratio or abs(ratio / (FS / rate) - 1) * len(row) / rate > MAX_DRIFT:
         raise DataError(f"sampling rate {float(rate)} Hz cannot be resampled to {FS} Hz "
                         "without drift")
     if ratio != 1:

@@ -159,7 +159,8 @@ def test_a_finished_script_has_nothing_left_to_do(tmp_path):
 # ---- the recipes ----
 
 RECIPES = {"Every N steps", "Gradient accumulation", "The k best by a metric", "best.pt by an interval of evaluation, without epochs",
-           "Weights of an old torch.save file into a fresh run", "Several optimizers", "A GAN", "torch.compile", "DDP"}
+           "Weights of an old torch.save file into a fresh run", "An iterable dataset",
+           "Several optimizers", "A GAN", "torch.compile", "DDP"}
 
 
 def recipe(name):
@@ -224,6 +225,16 @@ def test_old_weights_begin_a_fresh_run_and_only_a_fresh_one(tmp_path):
     finished(folder)
     (tmp_path / "old.pt").unlink()
     finished(folder)                        # with a state of its own nobody looks for the file
+
+
+@pytest.mark.slow
+def test_an_iterable_dataset_is_passed_by_to_where_it_was(tmp_path):
+    code = recipe("An iterable dataset")
+    whole, cut = ends_alike(tmp_path, code, (4, 13), EPOCHS=2)
+    assert checkpoint.load(whole / "checkpoints/last.pt")["global_step"] == 20
+    assert ran(placed(tmp_path / "asked", code, EPOCHS=2), 4, 0.0, signal.SIGTERM)[0] == 128 + signal.SIGTERM
+    finished(tmp_path / "asked")
+    assert same(states(tmp_path / "asked"), states(whole))
 
 
 @pytest.mark.slow

@@ -646,6 +646,10 @@ def test_electrodes_of_a_reduced_montage_that_have_different_references_are_note
         assert prepare(path, "reduced", reduced=named).notes == ""
 
 
+def test_a_rate_that_no_amplifier_has_is_refused(tmp_path):
+    assert "cannot be resampled to 256 Hz" in refusal(write_edf(tmp_path / "a.edf", duration="1e-9"))
+
+
 def test_an_hour_in_records_of_a_third_of_a_second_is_no_drift(tmp_path):
     """A header has room for 0.333333; 256 Hz by it are 3.6 ms off after an hour."""
     rate = 128 / Fraction("0.333333")
