@@ -61,6 +61,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib
 import io
@@ -442,7 +443,7 @@ class _Image:
     def __init__(self, say=print, finite=""):
         self.say = say
         self.finite = finite                # the state's dict of weights that must be finite
-        self.said = set()
+        self.say_once = functools.cache(lambda line: say(f"checkpoints: {line}"))
         self.buffer = None
         self.staging = None
         self.layout = None                  # [(bytes, dtype, device)] of the storages
@@ -505,8 +506,8 @@ class _Image:
             try:
                 return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
             except RuntimeError as error:   # WSL2 and small limits of locked memory
-                self._say_once(f"no page-locked memory ({str(error).splitlines()[0]}): "
-                               f"copies from the GPU take longer")
+                self.say_once(f"no page-locked memory ({str(error).splitlines()[0]}): "
+                              f"copies from the GPU take longer")
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def _stage(self, layout, gpu):
@@ -520,14 +521,9 @@ class _Image:
                 raise torch.OutOfMemoryError
             self.staging = torch.empty(self.gpu_end, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
-            self._say_once(f"no {self.gpu_end / 1e6:.0f} MB free on the GPU for a clone of the "
-                           f"state: training waits for its copy to the CPU instead")
+            self.say_once(f"no {self.gpu_end / 1e6:.0f} MB free on the GPU for a clone of the "
+                          f"state: training waits for its copy to the CPU instead")
         return self._views(self.buffer if self.staging is None else self.staging, layout, gpu)
-
-    def _say_once(self, line):
-        if line not in self.said:
-            self.said.add(line)
-            self.say(f"checkpoints: {line}")
 
     def _views(self, buffer, layout, numbers):
         """The places of storages in `buffer`."""
@@ -1315,8 +1311,8 @@ def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
     _check_counts(keep=keep)
     if keep == 0:
         return []
-    found = [Candidate(path) for path in Path(directory).glob(glob_pattern)]
-    found = sorted((c for c in found if c.facts), key=lambda c: c.order, reverse=True)
+    found = [c for c in map(Candidate, Path(directory).glob(glob_pattern)) if c.facts]
+    found.sort(key=lambda c: c.order, reverse=True)
     found = [c for c in found if c.facts["run"] == found[0].facts["run"]]
     guard = {os.path.realpath(path) for path in (*protect, Path(directory, KINDS["best"].name))}
     guarded = found[:1] + [c for c in found[1:] if os.path.realpath(c.path) in guard]
@@ -1526,8 +1522,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.counter = 0                    # of the newest save
         self.position = (1, 0)              # epoch in progress, batches trained in it
         self.global_step = 0                # batches that `batches` has yielded, in all
-        # place of the batch that it yielded last
+        # place of the batch that it yielded last, and that of the last boundary()
         self._in_progress: tuple[int, int] | None = None
+        self._asked: tuple[int, int] | None = None
         self._order: dict[int, int] = {}    # epoch in progress: a number made from its batches
         # the file that this run goes on from: never rotated away
         self.resumed: Path | None = None
@@ -1586,7 +1583,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _go_on(self, chosen, state):
         if chosen is None:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
-            self.position, self.global_step, self._in_progress = (1, 0), 0, None
+            self.position, self.global_step = (1, 0), 0
+            self._in_progress = self._asked = None
             return None
         self._follow(state, chosen.path)
         self._name_line()
@@ -1649,7 +1647,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.starts[:2] = [["", max(self.starts[0][1], self.starts[1][1]), False]]
         self.counter = max(self.counter, facts["save_counter"])
         self.position = facts["position"]
-        self._in_progress = None
+        self._in_progress = self._asked = None
         self.global_step = facts["global_step"]
         ours = state.get("holdfast")
         self._order = ours.get("order", {}) if isinstance(ours, dict) else {}
@@ -1789,7 +1787,12 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def boundary(self, parts: dict[str, Any], **values: Any) -> None:
         """After a step: save what `pack` makes of these when it is time; once a signal came, save
-        and leave the process with its exit code."""
+        and leave the process with its exit code. ValueError in a loop over anything but `batches`,
+        of which nobody knows what was trained."""
+        if not self._in_progress and self._asked == self.position:
+            raise ValueError("boundary() follows each batch of saver.batches(): in a loop of "
+                             "another kind save_mid() takes a count of your own")
+        self._asked = self.position
         if self.due() or self.stopping():
             self.save_mid(self.pack(parts, **values))
             if self.stopping():             # asked again only here: after a save

@@ -685,6 +685,23 @@ def test_the_end_of_an_epoch_that_was_refused_for_its_state_can_be_saved_once_th
     assert saver.position == (2, 0) and saver.resume()["epoch"] == 1
 
 
+def test_a_boundary_in_a_loop_that_batches_does_not_count_is_refused_at_its_second_step(saver):
+    parts = {"model": torch.nn.Linear(1, 1)}
+    for _ in range(2):                      # an epoch of unknown steps, a boundary after each of them
+        saver.boundary(parts)
+        with pytest.raises(ValueError, match=r"in a loop of another kind save_mid\(\) takes a count of your own"):
+            saver.boundary(parts)
+        saver.save_epoch(saver.pack(parts))
+    saver.resume()
+    saver.boundary(parts)
+    saver.position = (3, 2)
+    saver.boundary(parts)
+    for _ in saver.batches(loader_of("shuffle")):
+        pass
+    saver.boundary(parts)
+    saver.boundary(parts)
+
+
 def test_a_loop_that_is_begun_again_before_its_first_save_counts_from_the_beginning(saver):
     next(saver.batches(loader_of("shuffle")))
     assert saver.resume() is None and saver.global_step == 0
