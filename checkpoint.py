@@ -2285,7 +2285,8 @@ def _tolerant_prints():
         for stream in streams:
             del stream.write, stream.flush
             try:
-                stream.flush()
+                if not stream.closed:
+                    stream.flush()
             except OSError:                 # once more at the end it would change the exit code
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -1,6 +1,7 @@
 """docs/copying.md is true: its script and its recipes, run beside a copied checkpoint.py, killed and compared; and `batches`,
 which they all loop over, keeps its promises for every sampler and any number of workers."""
 import contextlib
+import io
 import os
 import random
 import re
@@ -847,6 +848,8 @@ def test_a_loop_gives_the_streams_back_that_it_printed_to(saver):
         with saver.signals(), saver.signals():
             assert "write" in vars(sys.stdout)
     assert {stream: dict(vars(stream)) for stream in before} == before
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), saver.signals():
+        sys.stdout.close()
 
 
 UNGUARDED = """
