@@ -1520,14 +1520,24 @@ class Checkpointer(contextlib.AbstractContextManager):
         # [start, its save that was left, whether that was asked for], oldest first
         self.starts: list[list] = []
         self.counter = 0                    # of the newest save
-        self.position = (1, 0)              # epoch in progress, batches trained in it
+        self.position = (1, 0)
         self.global_step = 0                # batches that `batches` has yielded, in all
-        # place of the batch that it yielded last, and that of the last boundary()
-        self._in_progress: tuple[int, int] | None = None
-        self._asked: tuple[int, int] | None = None
         self._order: dict[int, int] = {}    # epoch in progress: a number made from its batches
         # the file that this run goes on from: never rotated away
         self.resumed: Path | None = None
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch in progress, from 1, and batches trained in it, at the newest save; set, it is
+        where `batches` goes on."""
+        return self._position
+
+    @position.setter
+    def position(self, place: tuple[int, int]) -> None:
+        self._position = place
+        # place of the batch that `batches` yielded last, and that of the last boundary()
+        self._in_progress: tuple[int, int] | None = None
+        self._asked: tuple[int, int] | None = None
 
     def _open(self):
         """Take the directory. Raises InUse where another process has it."""
@@ -1584,7 +1594,6 @@ class Checkpointer(contextlib.AbstractContextManager):
         if chosen is None:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
             self.position, self.global_step = (1, 0), 0
-            self._in_progress = self._asked = None
             return None
         self._follow(state, chosen.path)
         self._name_line()
@@ -1647,7 +1656,6 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.starts[:2] = [["", max(self.starts[0][1], self.starts[1][1]), False]]
         self.counter = max(self.counter, facts["save_counter"])
         self.position = facts["position"]
-        self._in_progress = self._asked = None
         self.global_step = facts["global_step"]
         ours = state.get("holdfast")
         self._order = ours.get("order", {}) if isinstance(ours, dict) else {}
@@ -1741,13 +1749,12 @@ class Checkpointer(contextlib.AbstractContextManager):
         and, in a distributed training, on the rank: not on workers, nor on where a resume began.
         TypeError for an iterable dataset, which cannot skip, and for a sampler with random numbers
         of its own. ValueError where batches were trained of an epoch that has others now."""
-        epoch, done = self.position
+        epoch, done = self._in_progress or self.position
         order = _epoch_order(loader, seed, epoch)
         mark = _mixed(json.dumps(order, default=lambda item: getattr(item, "tolist", str)()))
-        trained = (self._in_progress or self.position)[1]
-        if done > len(order) or trained and self._order.get(epoch, mark) != mark:
+        if done > len(order) or done and self._order.get(epoch, mark) != mark:
             has = f"only {len(order)}" if done > len(order) else "others"
-            raise ValueError(f"{trained} batches of epoch {epoch} were trained, and it has {has} "
+            raise ValueError(f"{done} batches of epoch {epoch} were trained, and it has {has} "
                              f"now: go on with the seed, batch size and items of before, or set "
                              f"saver.position = ({epoch}, 0) to train it from its beginning")
         if self._in_progress == (epoch, len(order)):
@@ -1853,7 +1860,7 @@ class Checkpointer(contextlib.AbstractContextManager):
                 return False
             names = [KINDS["mid_epoch"].name.format_map(state)]
             self._save(state, "mid_epoch", names, None, since)
-            self.position = here
+            self._position = here
             return True
 
     def save_epoch(self, state: dict[str, Any], metric: float | None = None, name: str = "metric",
@@ -1878,7 +1885,6 @@ class Checkpointer(contextlib.AbstractContextManager):
                 names.append(KINDS["best"].name)
             self._save(state, "epoch", names, measured, since)
             self.position = (int(state["epoch"]) + 1, 0)
-            self._in_progress = None
             return improved
 
     def is_best(self, measured: dict[str, Any] | None) -> bool:

@@ -2,6 +2,7 @@
 which they all loop over, keeps its promises for every sampler and any number of workers."""
 import contextlib
 import io
+import itertools
 import os
 import random
 import re
@@ -620,7 +621,7 @@ def test_an_epoch_in_progress_whose_batches_are_others_now_is_refused_and_can_be
 
 def test_a_validation_by_the_batches_of_the_training_is_refused_and_not_counted_as_steps(saver):
     assert len(list(saver.batches(loader_of("shuffle")))) == 6
-    with pytest.raises(ValueError, match="6 batches of epoch 1 were trained, and it has others now"):
+    with pytest.raises(ValueError, match="6 batches of epoch 1 were trained, and it has only 3 now"):
         next(saver.batches(DataLoader(Grown(), batch_size=8)))
     assert saver.global_step == 6
 
@@ -701,6 +702,22 @@ def test_a_boundary_in_a_loop_that_batches_does_not_count_is_refused_at_its_seco
         pass
     saver.boundary(parts)
     saver.boundary(parts)
+
+
+def test_a_loop_that_was_left_goes_on_after_its_last_batch_and_from_where_its_position_is_set(saver):
+    parts, loader = {"model": torch.nn.Linear(1, 1)}, loader_of("shuffle")
+
+    def trained(stop):
+        return [number for number, _ in itertools.takewhile(lambda batch: batch[0] < stop, saver.batches(loader))]
+    assert trained(2) == [1] and trained(5) == [3, 4]
+    with pytest.raises(ValueError, match=r"5 batches of epoch 1 were trained, and it has others .* saver.position = \(1, 0\)"):
+        next(saver.batches(loader_of("in order")))
+    saver.position = (1, 0)
+    assert next(saver.batches(loader_of("in order")))[0] == 1
+    saver.save_mid(saver.pack(parts))
+    assert saver.position == (1, 1) and [number for number, _ in saver.batches(loader_of("in order"))] == [2, 3, 4, 5, 6]
+    saver.position = (1, 0)
+    assert trained(9) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_loop_that_is_begun_again_before_its_first_save_counts_from_the_beginning(saver):
