@@ -29,7 +29,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "BGB_MID_EPOCH_MINUTES": "0"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
@@ -107,7 +107,8 @@ def exit_code(pid):
 
 def prepare(corpus, results, epochs, **changes):
     results.mkdir()
-    changes = {"data__stride_seconds": 2.5, "training__mirror": str(results / "mirror"), **changes}
+    changes = {"data__stride_seconds": 2.5, "training__mid_epoch_minutes": 0.0,
+               "training__mirror": str(results / "mirror"), **changes}
     config = settings(corpus, results, training__epochs=epochs, training__checkpoint_keep=2,
                       **changes)
     (results / "config.yaml").write_text(yaml.safe_dump(config))
