@@ -717,8 +717,8 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("import", help="EDF files to one HDF5 file per recording")
     add = p.add_argument
-    add("src", help="corpus folder, any folder of EDF files, or one EDF")
-    add("out", help="folder of the recordings, new or of the same preparation")
+    add("src", type=console.typed, help="corpus folder, any folder of EDF files, or one EDF")
+    add("out", type=console.typed, help="folder of the recordings, new or of the same preparation")
     add("--layout", choices=("auto", *corpora.LAYOUTS), default="auto",
         help="corpus; auto tells it by the names of the files")
     add("--montage", choices=MONTAGES, default="referential",
@@ -739,12 +739,12 @@ def arguments() -> argparse.Namespace:
     add("--workers", type=int, default=0, help="processes (0: one per core)")
     add("--skip-bad", action="store_true", help="exit 0 although files were refused")
     p = commands.add_parser("synth", help="synthetic EDF recordings in BIDS / SzCORE layout")
-    p.add_argument("out", help="a new folder")
+    p.add_argument("out", type=console.typed, help="a new folder")
     p.add_argument("--hours", type=float, default=1.0, help="in all; default 1")
     p.add_argument("--patients", type=int, default=8, help="default 8")
     p.add_argument("--seed", type=int, default=0, help="default 0")
     p = commands.add_parser("info", help="hours, patients, seizures, balance, refusals")
-    p.add_argument("out", help="folder that an import wrote")
+    p.add_argument("out", type=console.typed, help="folder that an import wrote")
     p.add_argument("--speed", action="store_true",
                    help="measure for 10 s how fast windows are read")
     return parser.parse_args()

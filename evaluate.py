@@ -633,14 +633,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path,
+    add("--checkpoint", required=True, type=console.typed,
         help="best.pt, any other checkpoint, or a stripped one")
-    add("--data", required=True, type=Path,
+    add("--data", required=True, type=console.typed,
         help="imported folder, folder of EDFs, or one EDF; EDFs are prepared below TMPDIR, 35 MB "
              "an hour of 19 channels")
-    add("--out", type=Path,
+    add("--out", type=console.typed,
         help="default: `evaluation` in the run directory, or beside stripped weights")
-    add("--events", type=Path, metavar="FILE",
+    add("--events", type=console.typed, metavar="FILE",
         help="write the events of one EDF to this file, and nothing else without --out, --plot, "
              "--pdf or --save-probabilities; where the EDF is refused, one row of background, said "
              "on stderr")

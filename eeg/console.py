@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 # tqdm, which torch imports too, reads these as it is imported, and ends in a traceback at one that
@@ -172,6 +173,14 @@ def rounded(value, form=".4f"):
 def hours(seconds):
     """"0.17 h", "40 s": two decimals of an hour say little of a minute."""
     return f"{seconds:.3g} s" if 0 < seconds < 90 else f"{seconds / 3600:.2f} h"
+
+
+def typed(text):
+    """The path of a command's argument. An unset variable of a shell leaves it empty, and that
+    would be the current folder."""
+    if not text:
+        raise ArgumentTypeError("the path is empty: is a variable of the shell unset?")
+    return Path(text)
 
 
 def near(path):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import forked
 from conftest import ROOT
 from eeg import console
 
@@ -110,3 +111,13 @@ def test_a_command_that_is_told_runs_from_the_folder_where_it_is_read(tmp_path, 
         assert shlex.split(line) == ["python", script, "info", str(folder)]
     done = subprocess.run(line, shell=True, cwd=ROOT.parent, capture_output=True, text=True)
     assert done.returncode == 2 and "holds no recording" in done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    ["data.py", "import", "", "OUT"], ["data.py", "import", "SRC", ""], ["data.py", "synth", ""], ["data.py", "info", ""],
+    ["evaluate.py", "--checkpoint", "best.pt", "--data", ""], ["evaluate.py", "--checkpoint", "", "--data", "SRC"]])
+def test_an_unset_variable_of_a_shell_is_refused_and_not_the_current_folder(tmp_path, command):
+    script, *arguments = command
+    done = forked.run([sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(": the path is empty: is a variable of the shell unset?"), done
+    assert not list(tmp_path.iterdir())
