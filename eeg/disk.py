@@ -219,7 +219,7 @@ def write_json(path, value, indent=None):
     write_file(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
-def read_json_lines(path, say=print):
+def read_json_lines(path, say=lambda line: None):
     """Yield the dicts of a file with one JSON object a line; none where it is absent.
 
     A kill or a power cut may tear the last row: what cannot be read is named through `say` and left

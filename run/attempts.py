@@ -213,7 +213,7 @@ def bill(run):
 
 def speed(run):
     """(epochs trained, seconds per epoch with validation), or zeros; medians skip pauses."""
-    rows = list(read_json_lines(run / "metrics.jsonl", lambda line: None))
+    rows = list(read_json_lines(run / "metrics.jsonl"))
     steps, validations = [], []
     for before, row in zip(rows, rows[1:]):
         seconds, done = row["time"] - before["time"], row["step"] - before["step"]

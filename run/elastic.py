@@ -118,4 +118,4 @@ def following(path, saved):
 
 def listed_saves(path):
     """Rows of saves.jsonl that tell of a save; one that is being written is left out."""
-    return [row for row in read_json_lines(path, lambda line: None) if row.get("kind") == "save"]
+    return [row for row in read_json_lines(path) if row.get("kind") == "save"]

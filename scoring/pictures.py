@@ -471,8 +471,8 @@ def curves(run_directory):
     directory = Path(run_directory)
     directory.stat()                    # gone: no picture may make it anew
     # half a row is one that waits in memory for a full disk, or that a resume names
-    rows, files = (list(read_json_lines(directory / name, say=lambda line: None))
-                   for name in ("metrics.jsonl", "saves.jsonl"))
+    rows = list(read_json_lines(directory / "metrics.jsonl"))
+    files = list(read_json_lines(directory / "saves.jsonl"))
     train = [r for r in rows if r["kind"] == "train"]
     checks = [r for r in rows if r["kind"] == "validation"]
     metric = _best_metric(directory / "config.yaml")
