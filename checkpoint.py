@@ -90,7 +90,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy, deepcopy
 from numbers import Integral
-from operator import itemgetter, length_hint
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -1101,26 +1101,16 @@ def peek(path: str | os.PathLike) -> dict[str, Any]:
 
 # ---- choosing and rotating: by what is stored inside, never by mtime or by the order of names ----
 
-class Kind(NamedTuple):
-    """One kind of checkpoint file. A state saved under several names is one file where links
-    work."""
-
-    name: str               # filled in from the state
-    spare: bool = False     # worth nothing once a later save is durable: `clean` removes it
-
-    @property
-    def glob(self) -> str:
-        return re.sub(r"\{.*?\}", "*", self.name)
-
-
-# of one save under two names a resume takes the upper; best.pt is its last resort
+# file names, filled in from the state; a state saved under several is one file where links work.
+# Of one save under two names a resume takes the upper; best.pt is its last resort
 KINDS = {
-    "mid_epoch": Kind("mid_epoch_{epoch:03d}_{batch:06d}.pt", spare=True),
-    "last": Kind("last.pt"),
-    "checkpoint_epoch": Kind("checkpoint_epoch_{epoch:03d}.pt"),
-    "best": Kind("best.pt"),
+    "mid_epoch": "mid_epoch_{epoch:03d}_{batch:06d}.pt",
+    "last": "last.pt",
+    "checkpoint_epoch": "checkpoint_epoch_{epoch:03d}.pt",
+    "best": "best.pt",
 }
-NAME = re.compile("|".join(f"(?P<{key}>{re.escape(kind.glob)})" for key, kind in KINDS.items())
+GLOBS = {kind: re.sub(r"\{.*?\}", "*", name) for kind, name in KINDS.items()}
+NAME = re.compile("|".join(f"(?P<{kind}>{re.escape(glob)})" for kind, glob in GLOBS.items())
                   .replace(r"\*", r"\d+"))
 
 
@@ -1187,7 +1177,7 @@ class Candidate:
         if other.facts:
             return self.save == other.save and self is not other
         if other.kind == "checkpoint_epoch":
-            name = KINDS["checkpoint_epoch"].name.format(**self.facts)
+            name = KINDS["checkpoint_epoch"].format(**self.facts)
             return self.facts["kind"] == "epoch" and name == other.path.name
         return self.kind == "mid_epoch" and self.path.name == other.path.name
 
@@ -1314,7 +1304,7 @@ def rotate(directory: str | os.PathLike, glob_pattern: str, keep: int,
     found = [c for c in map(Candidate, Path(directory).glob(glob_pattern)) if c.facts]
     found.sort(key=lambda c: c.order, reverse=True)
     found = [c for c in found if c.facts["run"] == found[0].facts["run"]]
-    guard = {os.path.realpath(path) for path in (*protect, Path(directory, KINDS["best"].name))}
+    guard = {os.path.realpath(path) for path in (*protect, Path(directory, KINDS["best"]))}
     guarded = found[:1] + [c for c in found[1:] if os.path.realpath(c.path) in guard]
     others = [c for c in found if c not in guarded]
     doomed = [c.path for c in others[max(0, keep - len(guarded)):]]
@@ -1382,7 +1372,7 @@ class Signals:
             for number in self.WATCHED:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self._note)
-            multiprocessing.util.register_after_fork(self, lambda own: _spare_worker(own.before))
+            multiprocessing.util.register_after_fork(self, lambda own: spare_worker(own.before))
         return self
 
     def take(self, number: int) -> None:
@@ -1418,7 +1408,7 @@ class Signals:
         self.before = {}
 
 
-def _spare_worker(heard):
+def spare_worker(heard: object) -> None:
     """In a worker of a DataLoader, where signals are `heard`: the step in progress needs it until
     the training has saved, and service managers signal all processes at once. It obeys the training
     alone."""
@@ -1502,7 +1492,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._names: list[str] = []         # of the image
         self._measured = None               # metric of the image
         self._best = None                   # metric of best.pt, {}: none; None: never read
-        self.best_path = self.directory / KINDS["best"].name   # or the epoch that lacks the name
+        self.best_path = self.directory / KINDS["best"]   # or the epoch that lacks the name
         self._writing = None                # future of the save in progress
         self._failed: Any = None            # error of the image's save: it is in memory alone
         self._failures, self._failing_since = 0, 0.0        # in a row, and since when
@@ -1520,24 +1510,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         # [start, its save that was left, whether that was asked for], oldest first
         self.starts: list[list] = []
         self.counter = 0                    # of the newest save
-        self.position = (1, 0)
-        self.global_step = 0                # batches that `batches` has yielded, in all
-        self._order: dict[int, int] = {}    # epoch in progress: a number made from its batches
+        # epoch in progress, from 1, and batches trained in it, at the newest save
+        self.position: tuple[int, int] = (1, 0)
+        self.notes: dict[str, Any] = {}     # what a subclass keeps in the file
         # the file that this run goes on from: never rotated away
         self.resumed: Path | None = None
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """Epoch in progress, from 1, and batches trained in it, at the newest save; set, it is
-        where `batches` goes on."""
-        return self._position
-
-    @position.setter
-    def position(self, place: tuple[int, int]) -> None:
-        self._position = place
-        # place of the batch that `batches` yielded last, and that of the last boundary()
-        self._in_progress: tuple[int, int] | None = None
-        self._asked: tuple[int, int] | None = None
 
     def _open(self):
         """Take the directory. Raises InUse where another process has it."""
@@ -1593,7 +1570,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _go_on(self, chosen, state):
         if chosen is None:
             self.say(f"resume: nothing usable in {self.directory}: starting fresh")
-            self.position, self.global_step = (1, 0), 0
+            self.position = (1, 0)
             return None
         self._follow(state, chosen.path)
         self._name_line()
@@ -1623,7 +1600,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _bring_best(self, line, path):
         """The best epoch that led to `path`, the best.pt beside it or itself, comes along from
         elsewhere, as one that was set aside: the line of this directory does not know it yet."""
-        beside = Candidate(path.with_name(KINDS["best"].name))
+        beside = Candidate(path.with_name(KINDS["best"]))
         if beside.fault:
             raise beside.fault
         here = {c.save for c in candidates(self.directory)}
@@ -1656,9 +1633,6 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.starts[:2] = [["", max(self.starts[0][1], self.starts[1][1]), False]]
         self.counter = max(self.counter, facts["save_counter"])
         self.position = facts["position"]
-        self.global_step = facts["global_step"]
-        ours = state.get("holdfast")
-        self._order = ours.get("order", {}) if isinstance(ours, dict) else {}
 
     def _name_line(self):
         """Derive last.pt and best.pt of the line that goes on, at every resume.
@@ -1686,7 +1660,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _set_best_aside(self):
         """Rename best.pt where this line has not made it, and where it is damaged: a metric without
         its weights is no bar."""
-        best = Candidate(self.directory / KINDS["best"].name)
+        best = Candidate(self.directory / KINDS["best"])
         if not best.facts:
             return
         aside, why = abandoned_name(best), "belongs to the abandoned line"
@@ -1703,7 +1677,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _name_best(self):
         """Name best.pt the best epoch of this line that ended after it and lacks that name. Until
         the disk takes it, that epoch is the bar all the same, and its file stays."""
-        best, stored = Candidate(self.directory / KINDS["best"].name), self._metric_of_best()
+        best, stored = Candidate(self.directory / KINDS["best"]), self._metric_of_best()
         if stored is None:
             return
         self._best, self.best_path = stored, best.path
@@ -1720,7 +1694,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.best_path = best.path
 
     def _name_last(self):
-        last = Candidate(self.directory / KINDS["last"].name)
+        last = Candidate(self.directory / KINDS["last"])
         for candidate in reversed(self._ended()):
             if last.facts and last.order >= candidate.order:
                 return
@@ -1737,73 +1711,6 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _name_again(self, path, name):
         link_or_copy(path, self.directory / name, self.links)
         self.say(f"checkpoints: {name} is {path.name} again, of the saves that are left")
-
-    # -- a loop over a DataLoader --
-
-    def batches(self, loader: Any, seed: int = 0) -> Iterator[tuple[int, Any]]:
-        """Yield (batch number from 1, batch) of the epoch in progress from the DataLoader `loader`,
-        those trained already left out without being loaded.
-
-        The order of an epoch depends on (seed, epoch) alone. The random numbers that dataset and
-        collate_fn draw from torch, random and numpy.random depend on (seed, epoch, batch number)
-        and, in a distributed training, on the rank: not on workers, nor on where a resume began.
-        TypeError for an iterable dataset, which cannot skip, and for a sampler with random numbers
-        of its own. ValueError where batches were trained of an epoch that has others now."""
-        epoch, done = self._in_progress or self.position
-        order = _epoch_order(loader, seed, epoch)
-        mark = _mixed(json.dumps(order, default=lambda item: getattr(item, "tolist", str)()))
-        if done > len(order) or done and self._order.get(epoch, mark) != mark:
-            has = f"only {len(order)}" if done > len(order) else "others"
-            raise ValueError(f"{done} batches of epoch {epoch} were trained, and it has {has} "
-                             f"now: go on with the seed, batch size and items of before, or set "
-                             f"saver.position = ({epoch}, 0) to train it from its beginning")
-        if self._in_progress == (epoch, len(order)):
-            raise ValueError(f"epoch {epoch} was trained to its end: save_epoch() ends it, and "
-                             f"resume() goes back to the newest save")
-        self._in_progress, self._order = (epoch, done), {epoch: mark}
-        of_epoch = _SeededBatches(loader, order, seed, epoch, bool(self._signals.before))
-        for number, batch in enumerate(_rest_of_epoch(loader, of_epoch, done), done + 1):
-            self._in_progress = epoch, number
-            self.global_step += 1
-            yield number, batch
-
-    def pack(self, parts: dict[str, Any], **values: Any) -> dict[str, Any]:
-        """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each
-        of `parts`, {name: object}, plain `values`, the random states and the place."""
-        names = Counter([*PROGRESS, "random", "holdfast", *parts, *values])
-        taken = [name for name, count in names.items() if count > 1]
-        if taken:
-            raise ValueError(f"a part cannot be called {', '.join(map(repr, taken))}: that place "
-                             f"of the state is taken")
-        epoch, batch = self._in_progress or self.position
-        states = {name: part.state_dict() for name, part in parts.items()}
-        return {**states, **values, "random": random_states(), "epoch": epoch, "batch": batch,
-                "global_step": self.global_step}
-
-    def unpack(self, parts: dict[str, Any], state: dict[str, Any] | None) -> None:
-        """Put what `pack` took back into `parts`; a `state` of None, a fresh start, changes
-        nothing. IncompleteState, with nothing changed, where it lacks one of them."""
-        if state:
-            absent = [name for name in (*parts, "random") if name not in state]
-            if absent:
-                raise IncompleteState(f"the checkpoint has no {', '.join(map(repr, absent))}: "
-                                      f"unpack the parts that it was saved with")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            restore_random_states(state["random"])
-
-    def boundary(self, parts: dict[str, Any], **values: Any) -> None:
-        """After a step: save what `pack` makes of these when it is time; once a signal came, save
-        and leave the process with its exit code. ValueError in a loop over anything but `batches`,
-        of which nobody knows what was trained."""
-        if not self._in_progress and self._asked == self.position:
-            raise ValueError("boundary() follows each batch of saver.batches(): in a loop of "
-                             "another kind save_mid() takes a count of your own")
-        self._asked = self.position
-        if self.due() or self.stopping():
-            self.save_mid(self.pack(parts, **values))
-            if self.stopping():             # asked again only here: after a save
-                sys.exit(self.stopping())
 
     # -- when --
 
@@ -1849,19 +1756,21 @@ class Checkpointer(contextlib.AbstractContextManager):
         _check_progress(state, ("epoch", "batch"))
         with self._turn:
             here = (int(state["epoch"]), int(state["batch"]))
-            if here < self.position or self._in_progress not in (None, here):
-                before = max(self._in_progress or self.position, self.position)
-                raise ValueError(f"a snapshot of epoch {here[0]}, batch {here[1]} comes after "
-                                 f"epoch {before[0]}, batch {before[1]}: count epochs and batches "
-                                 f"from saver.position, or by saver.batches()")
+            self._expect_place(here)
             self.wait()
             if not self._finish_epoch(last or bool(self.stopping())):
                 self._due_at = time.monotonic() + 60
                 return False
-            names = [KINDS["mid_epoch"].name.format_map(state)]
+            names = [KINDS["mid_epoch"].format_map(state)]
             self._save(state, "mid_epoch", names, None, since)
-            self._position = here
+            self.position = here
             return True
+
+    def _expect_place(self, here):
+        if here < self.position:
+            raise ValueError("a snapshot of epoch {}, batch {} comes after epoch {}, batch {}: "
+                             "count epochs and batches from saver.position"
+                             .format(*here, *self.position))
 
     def save_epoch(self, state: dict[str, Any], metric: float | None = None, name: str = "metric",
                    tie: float | None = None, rules: str | None = None,
@@ -1878,11 +1787,11 @@ class Checkpointer(contextlib.AbstractContextManager):
                                  f"{self.position[0]} is in progress (they count from 1)")
             measured = None if metric is None else measurement(metric, name, tie, rules)
             improved = self.is_best(measured)               # a save that waits comes first
-            names = [KINDS["last"].name]
+            names = [KINDS["last"]]
             if self.interval and state["epoch"] % self.interval == 0:
-                names.insert(0, KINDS["checkpoint_epoch"].name.format_map(state))
+                names.insert(0, KINDS["checkpoint_epoch"].format_map(state))
             if improved:
-                names.append(KINDS["best"].name)
+                names.append(KINDS["best"])
             self._save(state, "epoch", names, measured, since)
             self.position = (int(state["epoch"]) + 1, 0)
             return improved
@@ -1921,7 +1830,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _metric_of_best(self):
         """What best.pt holds, {} for nothing that compares; None where it cannot be read."""
         try:
-            return peek(self.directory / KINDS["best"].name)["metric"] or {}
+            return peek(self.directory / KINDS["best"])["metric"] or {}
         except FileNotFoundError:           # the whole directory may be out of reach
             return {} if os.path.isdir(self.directory) else None
         except CorruptCheckpoint as damage:
@@ -1934,9 +1843,9 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _finish_epoch(self, waits=False):
         """Write again an epoch's end whose save failed; False where it failed once more."""
-        if self._failed and KINDS["last"].name in self._names:
+        if self._failed and KINDS["last"] in self._names:
             (self.settle if waits else self._retry)()
-        return not (self._failed and KINDS["last"].name in self._names)
+        return not (self._failed and KINDS["last"] in self._names)
 
     def _save(self, state, kind, names, measured, since):
         self._expect_open()
@@ -1944,7 +1853,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._failed = None
         self.counter += 1
         ours = {"kind": kind, "run": self.run, "start": self.start, "starts": self.starts,
-                "order": self._order}
+                **self.notes}
         if measured:
             ours["metric"] = measured
         try:
@@ -2043,7 +1952,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _rotate(self, kind, keep):
         protect = [path for path in (self.resumed, self.best_path) if path]
-        for path in rotate(self.directory, KINDS[kind].glob, keep, protect):
+        for path in rotate(self.directory, GLOBS[kind], keep, protect):
             self.say(f"checkpoints: rotated out {path.name}")
 
     def _remark(self):
@@ -2070,7 +1979,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             if error is None:
                 self._failures = 0
                 self._failed = None
-                if KINDS["best"].name in self._names:
+                if KINDS["best"] in self._names:
                     self._best = self._measured
             elif isinstance(error, (OSError, NotFinite)) and not isinstance(error, Moved):
                 self._note_failure(error)
@@ -2135,110 +2044,6 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def __exit__(self, *exception):
         self.close()
-
-
-def _epoch_order(loader, seed, epoch):
-    """The item numbers of each batch of one epoch, by the loader's own samplers."""
-    kind, usual = type(loader), torch.utils.data.DataLoader
-    # what a class of another way to iterate makes of the batches would be lost
-    if not isinstance(loader, usual) or kind.__iter__ is not usual.__iter__ \
-            or kind._get_iterator is not usual._get_iterator:
-        raise TypeError(f"batches() takes a DataLoader of torch, and {kind.__name__} makes batches "
-                        f"in a way of its own: have its dataset or collate_fn do that, or loop by "
-                        f"saver.position")
-    if isinstance(loader.dataset, torch.utils.data.IterableDataset) or loader.batch_sampler is None:
-        raise TypeError("batches() takes a DataLoader that makes batches of numbered items: an "
-                        "iterable dataset cannot skip what was trained, batch_size=None makes "
-                        "none: loop by saver.position, and save_mid() with a count of your own")
-    samplers = [loader.batch_sampler]
-    while getattr(samplers[-1], "sampler", None) is not None:
-        samplers.append(samplers[-1].sampler)
-    order = _drawn(loader, samplers, seed, epoch)
-    own = [s for s in samplers if not type(s).__module__.startswith("torch.")]
-    if own and order != _drawn(loader, samplers, seed, epoch):
-        raise TypeError(f"{type(own[0]).__name__} gives another order each time it is asked: have "
-                        f"it draw from torch, random or numpy.random, or give it set_epoch(epoch)")
-    return order
-
-
-def _drawn(loader, samplers, seed, epoch):
-    most = length_hint(loader.dataset)
-    with contextlib.suppress(NotImplementedError):  # a length may be unknown, or a guess too low
-        most = max(most, length_hint(loader.batch_sampler))
-    with _seeded(seed, epoch):
-        for sampler in samplers:
-            if hasattr(sampler, "set_epoch"):       # a DistributedSampler has a seed of its own
-                sampler.set_epoch(epoch)
-            if isinstance(getattr(sampler, "generator", None), torch.Generator):
-                sampler.generator.manual_seed(_mixed(seed, epoch))
-        order = [list(batch) for batch in itertools.islice(loader.batch_sampler, most + 1)]
-    if len(order) > most:
-        raise TypeError(f"{type(samplers[-1]).__name__} gives more than {most} batches: batches() "
-                        f"needs a sampler that ends, RandomSampler(dataset, num_samples=...) say, "
-                        f"or has a __len__")
-    return order
-
-
-def _rest_of_epoch(loader, batches, done):
-    same = {name: getattr(loader, name) for name in (
-        "num_workers", "pin_memory", "timeout", "multiprocessing_context", "prefetch_factor")}
-    # without a generator of its own a DataLoader draws from the global random numbers
-    generator = torch.Generator().manual_seed(_mixed(*batches.key[:2]))
-    numbers = range(len(batches.order))
-    return torch.utils.data.DataLoader(
-        numbers, batch_size=None, sampler=numbers[done:], collate_fn=batches.load,
-        worker_init_fn=batches.begin_worker, generator=generator, **same)
-
-
-class _SeededBatches:
-    """The batches of one epoch: each draws random numbers by its own number."""
-
-    def __init__(self, loader, order, seed, epoch, heard):
-        self.fetcher = torch.utils.data._utils.fetch._MapDatasetFetcher(
-            loader.dataset, True, loader.collate_fn, False)
-        self.init = loader.worker_init_fn
-        self.order = order
-        self.heard = heard
-        # processes of a distributed training load other items under the same number
-        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.key = seed, epoch, torch.distributed.get_rank() if ranks else 0
-
-    def load(self, number):
-        with _seeded(*self.key, number):
-            return self.fetcher.fetch(self.order[number])
-
-    def begin_worker(self, number):
-        _spare_worker(self.heard)           # one that was spawned knows nothing of it yet
-        if self.init:
-            # what it finds by get_worker_info() is the user's dataset, not this one
-            info = torch.utils.data.get_worker_info()
-            object.__setattr__(info, "dataset", self.fetcher.dataset)     # it is frozen
-            self.init(number)
-
-
-@contextlib.contextmanager
-def _seeded(*numbers):
-    """Inside, random numbers of Python, NumPy (if loaded) and torch on the CPU follow from
-    `numbers`; after it they go on as before."""
-    key = _mixed(*numbers)
-    numpy = sys.modules.get("numpy")
-    before = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
-    random.seed(key)
-    torch.default_generator.manual_seed(key)        # torch.manual_seed would change GPUs' too
-    if numpy:
-        numpy.random.seed(key % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        torch.set_rng_state(before[1])
-        if numpy:
-            numpy.random.set_state(before[2])
-
-
-def _mixed(*numbers):
-    """A seed from several numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
 
 
 def measurement(value: float, name: str = "metric", tie: float | None = None,

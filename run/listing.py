@@ -93,7 +93,7 @@ def old_run(directory):
 def summary(directory):
     """One line of a run: newest state, best metric, size, what a resume takes."""
     newest = latest_of(candidates(directory))
-    best = Candidate(directory / KINDS["best"].name)
+    best = Candidate(directory / KINDS["best"])
     metric = best.facts and best.facts["metric"]
     files, size = disk_use(directory)
     try:
@@ -239,7 +239,7 @@ def _removable(directory):
             doomed.append((c.path, health))
         elif health.startswith(("FOREIGN", "UNREADABLE")):
             spared.append((c.path, health))
-        elif health == "ok" and c.path != chosen.path and KINDS[c.kind].spare:
+        elif health == "ok" and c.path != chosen.path and c.kind == "mid_epoch":
             doomed.append((c.path, f"older than {chosen.path.name}"))
     return doomed, spared
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import checkpoint
-from checkpoint import KINDS, NAME, Candidate, Checkpointer, abandoned_name, candidates, in_line
+from checkpoint import GLOBS, NAME, Candidate, Checkpointer, abandoned_name, candidates, in_line
 
 COPIED = {"best": 1, "last": 1, "mid_epoch": 2}     # kind -> newest files of it in the second copy
 RECORDS = ("config.yaml", "metrics.jsonl")          # of the run's folder, that go along
@@ -434,7 +434,7 @@ class Mirrored(Checkpointer):
                     yield
                 finally:                    # also where a file could not be copied
                     for kind, count in COPIED.items():
-                        checkpoint.rotate(self.place, KINDS[kind].glob, count)
+                        checkpoint.rotate(self.place, GLOBS[kind], count)
         finally:
             self.writing.release()
 

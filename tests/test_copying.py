@@ -1,5 +1,5 @@
-"""docs/copying.md is true: its script and its recipes, run beside a copied checkpoint.py, killed and compared; and `batches`,
-which they all loop over, keeps its promises for every sampler and any number of workers."""
+"""docs/copying.md is true: its script and its recipes, run beside copies of checkpoint.py and run/loop.py, killed and compared;
+and `batches`, which they all loop over, keeps its promises for every sampler and any number of workers."""
 import contextlib
 import io
 import itertools
@@ -22,11 +22,14 @@ import forked
 from checkpoint import Checkpointer
 from conftest import ROOT
 from helpers import same
+from run.loop import Loop
+from run.mirror import Mirrored
 
 PAGE = (ROOT / "docs" / "copying.md").read_text()
 BLOCKS = dict(re.findall(r"^##+ ([^\n]*)\n(?:(?!##).)*?```python\n(.*?)```", PAGE, re.S | re.M))
 SCRIPT = BLOCKS["The script"]
-HEAD, LOOP = re.fullmatch(r"(.*?)(^with checkpoint.*)", SCRIPT, re.S | re.M).groups()
+HEAD, LOOP = re.fullmatch(r"(.*?)(^with Loop.*)", SCRIPT, re.S | re.M).groups()
+HERE = HEAD.replace("from loop", "from run.loop")
 PLAIN = """
 for epoch in range(EPOCHS):
     for x, y in loader:
@@ -63,12 +66,13 @@ runpy.run_path(script, run_name="__main__")
 
 
 def placed(folder, code, **changes):
-    """`folder` with a copied checkpoint.py and the program `code`, in which numbers are set anew."""
+    """`folder` with copies of the two files and the program `code`, in which numbers are set anew."""
     for name, value in changes.items():
         code, count = re.subn(rf"^(.*\b{name}(?:, \w+)? = ).*$", rf"\g<1>{value}", code, count=1, flags=re.M)
         assert count, name
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(ROOT / "checkpoint.py", folder)
+    for name in ("checkpoint.py", "run/loop.py"):
+        shutil.copy2(ROOT / name, folder)
     (folder / "script.py").write_text(code)
     (folder / "watch.py").write_text(WATCH)
     return folder
@@ -128,7 +132,7 @@ def test_what_the_page_says_of_find_resume_is_so(tmp_path):
 # ---- the script ----
 
 def test_the_script_has_at_most_twelve_lines_more_than_without_checkpoints(tmp_path):
-    plain = "".join(line for line in HEAD.splitlines(True) if "checkpoint" not in line and not line.startswith("parts")) + PLAIN
+    plain = "".join(line for line in HEAD.splitlines(True) if "import Loop" not in line and not line.startswith("parts")) + PLAIN
     assert "checkpoint" not in plain and "parts" not in plain
     finished(placed(tmp_path, plain))
     more = len(lines(SCRIPT)) - len(lines(plain))
@@ -218,7 +222,7 @@ def test_old_weights_begin_a_fresh_run_and_only_a_fresh_one(tmp_path):
     code = recipe("Weights of an old torch.save file into a fresh run")
     untrained = placed(tmp_path, code.replace("<= EPOCHS", "<= 0") + "torch.save(model.state_dict(), 'now.pt')\n")
     scope = {}
-    exec(HEAD, scope)
+    exec(HERE, scope)
     old = {name: torch.full_like(value, 3) for name, value in scope["model"].state_dict().items()}
     torch.save({"model": old}, tmp_path / "old.pt")
     finished(untrained)
@@ -258,7 +262,7 @@ def test_a_compiled_model_has_the_names_of_the_plain_one_and_goes_on_from_its_fi
     code = recipe("torch.compile").replace("model.compile()", "model.compile(backend='eager')")
     whole, cut = ends_alike(tmp_path, code, (7,), EPOCHS=2)
     scope = {}
-    exec(HEAD, scope)
+    exec(HERE, scope)
     assert list(checkpoint.load(cut / "checkpoints/last.pt")["model"]) == list(scope["model"].state_dict())
     part = placed(tmp_path / "part", code, EPOCHS=2)
     assert ran(part, 7, 0.01, signal.SIGKILL)[0]
@@ -411,7 +415,7 @@ def epoch_of(saver, loader, place, seed=0):
 
 @pytest.fixture
 def saver(tmp_path):
-    with Checkpointer(tmp_path / "checkpoints", say=lambda line: None) as saver:
+    with Loop(tmp_path / "checkpoints", say=lambda line: None) as saver:
         yield saver
 
 
@@ -486,7 +490,7 @@ def test_a_dataset_is_opened_in_its_workers_and_fetches_whole_batches(saver):
 
 WORKERS = """
 import os, sys, time
-import checkpoint
+from loop import Loop
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -504,7 +508,7 @@ class Items:
 def main(context):
     parts = {"model": nn.Linear(1, 1)}
     loader = DataLoader(Items(), batch_size=2, num_workers=1, multiprocessing_context=context, persistent_workers=True)
-    with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
+    with Loop("checkpoints") as saver, saver.signals():
         for number, batch in saver.batches(loader):
             if number == 2:
                 os.system("trap '' TERM; kill -TERM 0")         # as systemd does, to all: the next step waits for a worker
@@ -593,7 +597,7 @@ class Grown(Drawn):
 def loop_over(loader, folder, stop=0, seed=0):
     """Numbers of the batches of one epoch that are trained by a loop which leaves at the batch `stop`."""
     parts, trained = {"model": torch.nn.Linear(1, 1)}, []
-    with Checkpointer(folder, say=lambda line: None) as saver:
+    with Loop(folder, say=lambda line: None) as saver:
         saver.unpack(parts, saver.resume())
         for number, _ in saver.batches(loader, seed):
             trained.append(number)
@@ -611,7 +615,7 @@ def test_an_epoch_in_progress_whose_batches_are_others_now_is_refused_and_can_be
               "a larger dataset": loader_of("shuffle", data=Grown()), "another sampler": loader_of("in order")}
     with pytest.raises(ValueError, match=r"3 batches of epoch 1 were trained, and it has others now.*position = \(1, 0\)"):
         loop_over(loader.get(now, loader_of("shuffle")), tmp_path, seed=int(now == "another seed"))
-    with Checkpointer(tmp_path, say=lambda line: None) as saver:
+    with Loop(tmp_path, say=lambda line: None) as saver:
         saver.resume()
         saver.position = (1, 0)
         assert len(list(saver.batches(loader_of("in order")))) == 6
@@ -726,6 +730,34 @@ def test_a_loop_that_is_begun_again_before_its_first_save_counts_from_the_beginn
     assert [number for number, _ in saver.batches(loader_of("shuffle"))] == [1, 2, 3, 4, 5, 6] and saver.global_step == 6
 
 
+class Saver(Loop, Mirrored):
+    pass
+
+
+def test_a_loop_with_a_second_copy_goes_on_from_it_at_its_next_batch(tmp_path):
+    assert "`class Saver(Loop, Mirrored): pass`" in PAGE
+    parts, home = {"model": torch.nn.Linear(1, 1)}, tmp_path / "run" / "checkpoints"
+    with Saver(home, mirror=tmp_path / "nas", say=str) as saver:
+        for number, _ in saver.batches(loader_of("shuffle")):
+            if number == 4:
+                break
+        saver.save_mid(saver.pack(parts))
+    shutil.rmtree(home.parent)
+    with Saver(home, mirror=tmp_path / "nas", say=str) as saver:
+        saver.unpack(parts, saver.resume())
+        with pytest.raises(ValueError, match="4 batches of epoch 1 were trained, and it has others now"):
+            next(saver.batches(loader_of("in order")))
+        assert [number for number, _ in saver.batches(loader_of("shuffle"))] == [5, 6] and saver.global_step == 6
+
+
+def test_the_order_of_an_epoch_stands_in_the_file_as_it_did_when_checkpoint_wrote_it(saver, tmp_path):
+    list(itertools.islice(saver.batches(loader_of("in order")), 2))
+    saver.save_mid(saver.pack({}))
+    saver.wait()
+    order = checkpoint.load(tmp_path / "checkpoints/mid_epoch_001_000002.pt")["holdfast"]["order"]
+    assert order == {1: 42699321034634592}
+
+
 def test_parts_that_the_checkpoint_lacks_are_named_and_nothing_is_changed(saver):
     net = torch.nn.Linear(1, 1)
     state = saver.pack({"model": torch.nn.Linear(1, 1)})
@@ -758,7 +790,7 @@ def test_values_beside_the_parts_are_in_the_snapshot_of_a_kill_and_of_a_signal_a
 
 
 STEPS = """
-with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
+with Loop("checkpoints") as saver, saver.signals():
     saver.unpack(parts, saver.resume())
     for number, (x, y) in saver.batches(loader):
         train(x, y)
@@ -768,9 +800,9 @@ with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
 
 @pytest.mark.parametrize("loop", ["docstring", pytest.param("boundary", marks=pytest.mark.slow)])
 def test_a_signal_between_any_two_lines_of_a_loop_leaves_only_after_a_save_of_the_last_step(tmp_path, monkeypatch, loop):
-    code = crash.docstring_loop().replace("0.001", "30") if loop == "docstring" else HEAD + STEPS
+    code = crash.docstring_loop().replace("0.001", "30") if loop == "docstring" else HERE + STEPS
     code = compile(code, "<loop>", "exec")
-    watched = {code, Checkpointer.boundary.__code__, Checkpointer.stopping.__code__, Checkpointer.due.__code__}
+    watched = {code, Loop.boundary.__code__, Checkpointer.stopping.__code__, Checkpointer.due.__code__}
     ends = []
     for line in range(20, 42):              # lines that ran
         here = tmp_path / str(line)
@@ -809,7 +841,7 @@ def test_a_signal_on_a_disk_that_refuses_saves_leaves_the_loop_only_with_a_save_
             (tmp_path / "gone").rename(home)
 
     with pytest.raises(SystemExit) as left_with:
-        with Checkpointer(home, say=heard) as saver, saver.signals():
+        with Loop(home, say=heard) as saver, saver.signals():
             home.rename(tmp_path / "gone")
             signal.raise_signal(signal.SIGTERM)
             saver.boundary({"model": torch.nn.Linear(1, 1)})
@@ -820,7 +852,7 @@ def test_a_signal_on_a_disk_that_refuses_saves_leaves_the_loop_only_with_a_save_
 def test_a_second_ctrl_c_leaves_without_the_save_that_the_disk_refuses(tmp_path):
     home, said = tmp_path / "checkpoints", []
     with pytest.raises(checkpoint.SaveFailed, match="mid_epoch_001_000000.pt, could not be written") as left_with:
-        with Checkpointer(home, say=said.append, save_patience_minutes=0.05) as saver, saver.signals() as heard:
+        with Loop(home, say=said.append, save_patience_minutes=0.05) as saver, saver.signals() as heard:
             home.rename(tmp_path / "gone")
             signal.raise_signal(signal.SIGINT)
             saver.save_mid(saver.pack({}))
@@ -833,7 +865,7 @@ def test_a_second_ctrl_c_leaves_without_the_save_that_the_disk_refuses(tmp_path)
 UNHEARD = HEAD.replace("num_workers=2", "num_workers=0") + """
 import os, signal, sys, time
 
-with checkpoint.Checkpointer("checkpoints") as saver, saver.signals():
+with Loop("checkpoints") as saver, saver.signals():
     for number, (x, y) in saver.batches(loader):
         print("step", number, flush=True)
         while not os.path.exists("closed"):
@@ -870,11 +902,11 @@ def test_a_loop_gives_the_streams_back_that_it_printed_to(saver):
 
 
 UNGUARDED = """
-import checkpoint
+from loop import Loop
 from torch import nn
 from torch.utils.data import DataLoader
 
-saver = checkpoint.Checkpointer("checkpoints")
+saver = Loop("checkpoints")
 next(saver.batches(DataLoader(range(8), num_workers=1, multiprocessing_context="spawn")))
 """
 
@@ -889,7 +921,7 @@ def test_a_script_that_its_spawned_workers_run_from_the_top_is_told_so(tmp_path)
 # ---- a notebook ----
 
 CELL = """
-with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=0) as saver, saver.signals():
+with Loop("checkpoints", mid_epoch_minutes=0) as saver, saver.signals():
     saver.unpack(parts, saver.resume())
     for number, (x, y) in saver.batches(loader):
         if saver.global_step == stop:
@@ -904,7 +936,7 @@ with checkpoint.Checkpointer("checkpoints", mid_epoch_minutes=0) as saver, saver
 def test_a_cell_that_is_run_again_goes_on_from_its_newest_save(tmp_path, monkeypatch, fault):
     monkeypatch.chdir(tmp_path)
     scope = {"stop": 6, "act": fault}
-    exec(HEAD, scope)
+    exec(HERE, scope)
     with pytest.raises(type(fault)):
         exec(CELL, scope)
     scope["stop"] = 0

@@ -16,7 +16,8 @@ FLOORS = {"modal_app": 5, "train": 4, "run": 3, "evaluate": 2, "scoring": 1, "da
 MODULES = {name.removesuffix(".py").replace("/", "."): path for name, path in SOURCES.items() if "__init__" not in name}
 # files whose public functions have type hints
 HINTED = ("checkpoint.py", "eeg/edf.py", "model.py", "data.py")
-ALONE = {"checkpoint": set(), "model": set(), "eeg.edf": set(), "eeg.synth": {"eeg.edf", "eeg.annotations"}}
+ALONE = {"checkpoint": set(), "model": set(), "eeg.edf": set(), "eeg.synth": {"eeg.edf", "eeg.annotations"},
+         "run.loop": {"checkpoint"}, "run.mirror": {"checkpoint"}}
 
 
 def imported(path):
