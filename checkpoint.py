@@ -574,20 +574,14 @@ class _Image:
     def file(self):
         """Yield the file from front to back as buffers, all but the last two whole pages.
 
-        Runs in the writer. Headers and checksums come around the tensors here; the checksums keep
-        ahead of the disk. Raises NotFinite."""
+        Runs in the writer. Headers and checksums come around the tensors here. Raises
+        NotFinite."""
         self._await_copy()
-        whole = self._memory()
-
-        def checksum(number):
+        whole, entries, digest, done = self._memory(), [], hashlib.sha256(), 0
+        for number in self.order:
             self.refuse_nonfinite(number)
-            _, begin, end = self.at[number]
-            return zlib.crc32(whole[begin:end])
-
-        entries, digest, done = [], hashlib.sha256(), 0
-        for number, crc in zip(self.order, _ahead(checksum, self.order)):
             entry, begin, end = self.at[number]
-            entry.CRC = crc
+            entry.CRC = zlib.crc32(whole[begin:end])
             entries.append(entry)
             whole[entry.header_offset:begin] = entry.FileHeader()
             digest.update(whole[entry.header_offset:begin])
@@ -687,16 +681,6 @@ def _is_start(value):
 def _is_name(value):
     """Whether it is a short string that can be printed: a comment is limited, a terminal harmed."""
     return type(value) is str and len(value) <= 100 and value.isprintable()
-
-
-def _ahead(function, items):
-    """map(function, items), computed in a thread while the results before are used."""
-    with ThreadPoolExecutor(1, "checkpoint checksums") as pool:
-        try:
-            results = pool.map(function, items)
-        except RuntimeError:                # no thread to be had, or at exit
-            results = map(function, items)
-        yield from results
 
 
 # ---- writing: a temp beside the target, fsync, rename, fsync of the directory ----
