@@ -145,6 +145,9 @@ class InUse(OSError):
 class SaveFailed(OSError):
     """The newest save could not be made durable, for as long as the patience lasts."""
 
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()       # weights have no errno to show
+
 
 class Moved(SaveFailed):
     """The path of a run leads to another directory now: saves there would harm another run."""

@@ -474,6 +474,15 @@ def test_saves_that_fail_for_less_than_the_patience_stop_nothing_and_lose_nothin
     assert recover(home) == 3000 and capsys.readouterr().out.count("save failed") == tries + 1
 
 
+def test_a_run_that_ends_for_its_weights_says_so_without_a_number_of_an_error_that_no_disk_had(tmp_path):
+    with pytest.raises(checkpoint.SaveFailed) as ended, checkpoint.Checkpointer(tmp_path, say=str) as s:
+        for step in range(1, 9):
+            s.save_mid({"model": {"w": torch.tensor([float("nan")])}, "epoch": 1, "batch": step})
+            s.wait()
+    assert str(ended.value) == "saves failed for 0 minutes, 3 in a row, the last one: weights are not finite (w): " \
+        "not written over good files"
+
+
 def test_saves_that_fail_beyond_the_patience_stop_the_run_and_settle_waits_as_long(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
