@@ -56,12 +56,12 @@ import torch
 import checkpoint
 import data
 import model
-from eeg import annotations, baseline, corpora, edf, splits
+from eeg import baseline, corpora, edf, splits
 from eeg.disk import Refused, TemporaryFault, exists, fault, holds, write_json
 from eeg.settings import CHANGES, Key, checked, defaults, override
 from scoring import events, metrics, report
 from scoring.files import STOPS, default_out, drawing, output, take_file, take_folder
-from scoring.files import trade_off_picture, write, write_events
+from scoring.files import trade_off_picture, write, write_background, write_events
 from scoring.metrics import METRICS
 
 FS = edf.FS
@@ -97,8 +97,6 @@ KEYS = {
 DEFAULTS = defaults(KEYS)
 # thresholds tried: even in log-odds, 0.018 to 0.999, and the default
 GRID = np.unique([*1 / (1 + np.exp(-np.arange(-4, 7.01, 0.25))), DEFAULTS["threshold"]])
-DIVIDED_ANEW = ("these recordings, their patients or labels are not those of the training: train "
-                "and dev were drawn anew, and patients who trained may be among those of dev")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -459,7 +457,6 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
     """(recordings, corpora.Report, corpora.differs()) of an imported folder, or of EDF files
     prepared into `scratch`; of these, labels that cannot be used are none, or are not opened
     (corpora.NEVER)."""
-    imported = corpora.Report()
     if not exists(os.path.realpath(path)):
         make = "" if path.suffix else f": {console.command('data.py', 'import', 'SRC', path)}"
         raise Refused(f"data {path} does not exist{console.elsewhere(path) or make}")
@@ -470,7 +467,7 @@ def open_data(path, state, scratch, labels=corpora.LENIENT):
         recordings = data.open_corpus(scratch)
     else:
         recordings = data.open_corpus(path)
-        imported.refused = corpora.read_report(path)
+        imported = corpora.Report(refused=corpora.read_report(path))
         for line in splits.no_labels((r.name, r.unlabelled) for r in recordings if not r.labelled):
             print(line)
     for r in recordings:
@@ -527,7 +524,7 @@ def choose(recordings, split, state, path=None):
         if split == "dev":
             chosen, warning = dev, splits.WARNINGS.get(config["data"].get("split"), "")
         if any(state.get(key, value) != value for key, value in divided.items()):
-            warning = DIVIDED_ANEW
+            warning = splits.DIVIDED_ANEW
     else:
         data.join(recordings, stored(state, "data").get("same_person", ()), skip=True)
         chosen = [r for r in recordings if not split or r.split == split]
@@ -745,8 +742,6 @@ def score_one(args):
     """The events of one EDF in the one file --events. A benchmark counts a missing file as nothing
     found: an EDF that the import refuses gets one row of background."""
     net, state, c, about = prepare(args)
-    if not args.data.is_file():
-        raise Refused(f"--events takes one EDF: {args.data} is no file")
     take_file(args.events, args.data)
     with tempfile.TemporaryDirectory(prefix="prepared_", ignore_cleanup_errors=True) as scratch:
         try:
@@ -754,11 +749,7 @@ def score_one(args):
                 # what labels say must not change a prediction, nor keep it from being made
                 recordings, *_ = open_data(args.data, state, Path(scratch), corpora.NEVER)
         except (Refused, edf.DataError) as refusal:
-            seconds, start = 0.0, ""
-            with contextlib.suppress(edf.DataError, OSError):
-                header = edf.read_header(args.data)
-                seconds, start = header.seconds, header.began
-            annotations.write_events_tsv(args.events, [], seconds, start=start or "n/a")
+            seconds = write_background(args.events, args.data)
             print(f"evaluate.py: {refusal}: written as {seconds:g} s of background: {args.events}",
                   file=sys.stderr)
             return

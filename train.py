@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
-from eeg import edf
+from eeg import edf, splits
 import evaluate
 import model
 from checkpoint import Signals
@@ -522,8 +522,7 @@ class Trainer:
             self.stopping = self._no_best()
         self.idle, self.began_at = state.get("idle", 0), self._progress()
         if state.get("division", self.split.division) != self.split.division:
-            self.say(f"warning: resume: {evaluate.DIVIDED_ANEW}; restore them, or start with "
-                     "--fresh")
+            self.say(f"warning: resume: {splits.DIVIDED_ANEW}; restore them, or start with --fresh")
         for key, now in machine_facts(self.group, self.settings).items():
             was = state["machine"].get(key)
             if was != now:

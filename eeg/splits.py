@@ -28,6 +28,8 @@ WARNINGS = {                            # of the splits that do not keep patient
     "time": "data.split: time: the first part of each recording trains and its end validates: "
             "scores say nothing about new patients or recordings",
 }
+DIVIDED_ANEW = ("these recordings, their patients or labels are not those of the training: train "
+                "and dev were drawn anew, and patients who trained may be among those of dev")
 # a patient's name behind the folder of its corpus, where it is more than P01
 OWN_NAME = re.compile(r"[^/]*[^\W\d_]{3}[^/]*$")
 

@@ -112,8 +112,10 @@ def _make(folder, option):
 
 
 def take_file(path, source):
-    """Refused where --events would be written over anything but the events of an earlier call, or
-    where they would be read as labels, perhaps over the labels that are there."""
+    """Refused where --data is no single file, and where --events would be written over anything but
+    the events of an earlier call or be read as labels, perhaps over the labels that are there."""
+    if not source.is_file():
+        raise Refused(f"--events takes one EDF: {source} is no file")
     _make(path.parent, "--events")
     try:
         there = path.resolve()
@@ -139,6 +141,17 @@ def write_events(path, found, probability, recording):
     confidence = [probability[begin:end].mean() for begin, end in found]
     start = recording.began or "n/a"
     annotations.write_events_tsv(path, found / edf.FS, recording.seconds, confidence, start)
+
+
+def write_background(path, source):
+    """Events file of an EDF that cannot be prepared: one row, as long as its header says. Returns
+    the seconds."""
+    seconds, start = 0.0, ""
+    with contextlib.suppress(edf.DataError, OSError):
+        header = edf.read_header(source)
+        seconds, start = header.seconds, header.began
+    annotations.write_events_tsv(path, [], seconds, start=start or "n/a")
+    return seconds
 
 
 def write(recording, probability, found, c, out, plot, save):

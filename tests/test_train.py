@@ -36,7 +36,7 @@ from conftest import ROOT, dies, ext4_image, imported, write_edf
 from helpers import EPOCH_STEPS, TINY, LIMIT, PYTHON, assert_same_run, free_port, last, loaded, rest, rows, same, spawn, spawn_hooked, wait_for
 import model
 from model import SMALL
-from eeg import corpora
+from eeg import corpora, splits
 from eeg.disk import read_json_lines
 from run.records import MetricsFile
 
@@ -223,7 +223,6 @@ def test_the_last_line_of_a_stopped_run_is_the_command_that_continues_it(corpus,
 
 
 def test_a_time_limit_gives_weights_that_evaluate_before_the_first_validation(corpus, tmp_path, capsys):
-    import evaluate
     assert train.run(loaded(corpus, tmp_path, training__time_limit_hours=1e-6)) == 75
     named = re.search("the newest weights: (.*)", capsys.readouterr().out)[1]
     assert evaluate.main(["--checkpoint", named, "--data", str(corpus), "--split", "dev", "--out", str(tmp_path / "out")]) == 0
@@ -547,7 +546,7 @@ def test_a_resume_says_that_others_validate_though_the_names_are_the_same(small_
         with h5py.File(r.path, "r+") as file:
             file.attrs["patient"] = other.patient
     assert train.run(loaded(tmp_path / "h5", tmp_path, training__epochs=3), "true") == 0
-    assert f"warning: resume: {evaluate.DIVIDED_ANEW}; restore them" in capsys.readouterr().out
+    assert f"warning: resume: {splits.DIVIDED_ANEW}; restore them" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -1493,7 +1492,6 @@ def test_what_cuda_and_its_libraries_say_of_full_memory_is_heard(text):
 
 @pytest.mark.slow
 def test_a_run_and_an_evaluation_take_no_tf32_for_fp32(corpus, tmp_path, monkeypatch):
-    import evaluate
     assert train.run(loaded(corpus, tmp_path, training__epochs=1)) == 0
     assert not torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)       # torch's default
