@@ -16,7 +16,6 @@ import contextlib
 import copy
 import functools
 import os
-import shlex
 import signal
 import sys
 import time
@@ -29,8 +28,8 @@ from grpclib.exceptions import StreamTerminatedError
 
 from eeg import console
 from eeg.disk import Refused, Stop, TemporaryFault, fault
-from run.attempts import DATA, DOLLARS_AS_OF, FETCHED, MIRROR, RESULTS, TIME_IS_UP, attempts
-from run.attempts import bill, billed, card_and_count, dearest, get, hourly, hours_of_attempt
+from run.attempts import DATA, FETCHED, MIRROR, RESULTS, TIME_IS_UP, attempts
+from run.attempts import bill, billed, card_and_count, get, hourly, hours_of_attempt
 from run.attempts import money, next_number, of_launch, progress, put, spent, why_over
 from run.config import run_directory, run_folders, true_or_false
 from run.watch import answered
@@ -692,6 +691,7 @@ def main(*words):
 
 def launched(asked):
     """The call that was asked for, with what it costs and how to follow and stop it said."""
+    from run.launch import guide
     settings = checked(asked)
     plan = planned(settings, asked.set) if asked.action == "smoke" else None
     launch = uuid.uuid4().hex[:12]
@@ -706,7 +706,7 @@ def launched(asked):
         call = train.spawn(settings, launch, asked.resume, asked.fresh, TRAIN_GPU)
     else:
         call = smoke.spawn(settings, launch, asked.resume, asked.fresh, plan, TRAIN_GPU)
-    guide(call, settings["experiment"]["name"])
+    guide(call.object_id, app.app_id, settings["experiment"]["name"])
     return call
 
 
@@ -777,30 +777,9 @@ def planned(smoke_config, overrides=()):
 
 def tell(asked):
     """What the call will cost and what ends it, before it starts."""
+    from run.launch import foretell
     gpu = {"import": "", "evaluate": SCORE_GPU}.get(asked.action, TRAIN_GPU)
-    hour = dearest(gpu, CPU, MEMORY)
-    several = isinstance(gpu, list)
-    on = f"{' or '.join(gpu) if several else gpu}, " if gpu else ""
-    day = "" if hour is None else f", ${24 * hour:.0f} a day" + " at most" * several
-    print(f"cost:   {money(hour, ' an hour')}{day} on {on}{CPU} cores, {MEMORY} GiB (prices of "
-          f"{DOLLARS_AS_OF})")
-    if hour is None:
-        print("        a GPU of it is not in the list of run/attempts.py")
-    if asked.action == "smoke":
-        print(f"        this test: {money(hour and SMOKE_TIMEOUT * hour)} at most, it is cut off "
-              f"after {60 * SMOKE_TIMEOUT:.0f} minutes")
-    if not DETACHED:
-        print("no --detach: Ctrl-C, a closed lid or a lost connection ends the call at Modal; "
-              "what came since the last snapshot is trained again by --resume")
-
-
-def guide(call, name):
-    file = shlex.quote(f"{name}/checkpoints/best.pt")
-    print(f"call {call.object_id} in app {app.app_id}\n"
-          f"    follow: modal app logs {app.app_id} -f\n"
-          f"    stop:   modal app stop {app.app_id}\n"
-          f"    list:   modal run modal_app.py --action ls\n"
-          f"    fetch:  modal volume get holdfast-results {file} .", flush=True)
+    foretell(gpu, CPU, MEMORY, SMOKE_TIMEOUT if asked.action == "smoke" else 0, DETACHED)
 
 
 def close(verdict):

@@ -1,7 +1,9 @@
-"""What can be refused before a machine in the cloud is paid: a configuration that cannot work
-there, recordings, weights and checkpoints that are not on its Volumes.
+"""What is refused and said before a machine in the cloud is paid: a configuration that cannot work
+there, recordings, weights and checkpoints that are not on its Volumes; what a call will cost, and
+how to follow and stop it.
 
     config = checked(load(path), path, asked, listing, text)
+    foretell(["A100-80GB", "H100"], 8, 32)
 
 `asked` is a command line of modal_app.py. listing(path) names what a folder of
 a Volume holds, folders with a slash at their end, [] where there is none; with recursive=True also
@@ -18,7 +20,7 @@ from urllib.parse import urlsplit
 import checkpoint
 from eeg.disk import INDEX, REPORT, Refused, TemporaryFault
 from run import fetch
-from run.attempts import DATA, FETCHED, MIRROR, RESULTS
+from run.attempts import DATA, DOLLARS_AS_OF, FETCHED, MIRROR, RESULTS, dearest, money
 from run.config import run_directory, run_folders
 from run.prepare import folders
 
@@ -166,3 +168,34 @@ def expect_source(path, config, source, listing):
                       f"https://SERVER/FOLDER, or a folder in {DATA}, the Volume")
     if not listing(source):
         raise absent(f"--source {source} is not", DATA, source, "EDF_FOLDER")
+
+
+def foretell(gpus, cores, memory, limit=0, detached=True):
+    """Print what a call will cost and what ends it. gpus: "H100:2", a list of which one will come,
+    or "" for none; memory: GiB; limit: hours of a test, after which it is cut off."""
+    hour = dearest(gpus, cores, memory)
+    several = isinstance(gpus, list)
+    on = f"{' or '.join(gpus) if several else gpus}, " if gpus else ""
+    day = "" if hour is None else f", ${24 * hour:.0f} a day"
+    if several and day:
+        day += " at most"
+    print(f"cost:   {money(hour, ' an hour')}{day} on {on}{cores} cores, {memory} GiB (prices of "
+          f"{DOLLARS_AS_OF})")
+    if hour is None:
+        print("        a GPU of it is not in the list of run/attempts.py")
+    if limit:
+        print(f"        this test: {money(hour and limit * hour)} at most, it is cut off after "
+              f"{60 * limit:.0f} minutes")
+    if not detached:
+        print("no --detach: Ctrl-C, a closed lid or a lost connection ends the call at Modal; "
+              "what came since the last snapshot is trained again by --resume")
+
+
+def guide(call, app, name):
+    """Print the commands for a call of this app, which works on the run `name`."""
+    file = shlex.quote(f"{name}/checkpoints/best.pt")
+    print(f"call {call} in app {app}\n"
+          f"    follow: modal app logs {app} -f\n"
+          f"    stop:   modal app stop {app}\n"
+          f"    list:   modal run modal_app.py --action ls\n"
+          f"    fetch:  modal volume get {NAMES[RESULTS]} {file} .", flush=True)

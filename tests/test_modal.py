@@ -935,10 +935,11 @@ def site_of_edf(tmp_path):
 # where a Volume takes no record: test_a_volume_that_takes_no_record_of_a_start_is_said_with_its_place;
 # in a container alone: test_a_volume_that_does_not_answer_has_failed_and_the_container_is_not_paid_for_waiting;
 # of a server's errors: test_a_damaged_file_is_not_kept_and_a_wrong_address_is_refused;
-# by argparse, which stands between: true_or_false
+# by argparse, which stands between: true_or_false; of a call that Modal has begun: as_on_one_machine in modal_trial.py
 ELSEWHERE = {("run/fetch.py", "eeg/corpora.py", "one_line"),
              ("run/acceptance.py", "evaluate.py", "is_out_of_memory"), ("modal_app.py", "eeg/disk.py", "fault"),
-             ("modal_app.py", "run/watch.py", "answered"), ("modal_app.py", "run/config.py", "true_or_false")}
+             ("modal_app.py", "run/watch.py", "answered"), ("modal_app.py", "run/config.py", "true_or_false"),
+             ("modal_app.py", "run/launch.py", "guide")}
 
 
 @pytest.mark.slow
