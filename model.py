@@ -539,9 +539,7 @@ def conv_gradient(dx: Tensor, d_states: Tensor, d_rows: Tensor,
 def taps_gradient(d_conv: Tensor, rows: Tensor) -> Tensor:
     """(channels, CONV) from the gradient of all rows that a tap sees, (n, T + CONV - 1, channels),
     and the rows (n, T, channels) before the convolution."""
-    n, length, channels = rows.shape
-    strides = (d_conv.shape[1] * channels, channels, channels, 1)
-    windows = d_conv.as_strided((n, length, CONV, channels), strides)
+    windows = d_conv.unfold(1, CONV, 1).transpose(2, 3)        # (n, T, CONV, channels)
     size = at_a_time(windows)
     parts = [(window * row[:, :, None]).sum((0, 1))
              for window, row in zip(windows.split(size), rows.split(size))]
@@ -622,12 +620,10 @@ class Windows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: int, dilation: int, dtype: torch.dtype) -> Tensor:
         ctx.kernel, ctx.dilation = kernel, dilation
-        n, length, width = x.shape
         reach = dilation * (kernel // 2)
         padded = F.pad(x.to(dtype), (0, 0, reach, reach))
-        strides = (padded[0].numel(), width, dilation * width, 1)
-        windows = padded.as_strided((n, length, kernel, width), strides)
-        return windows.contiguous().flatten(2)
+        windows = padded.unfold(1, 2 * reach + 1, 1)[..., ::dilation]
+        return windows.transpose(2, 3).contiguous().flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -860,10 +856,7 @@ class V3(nn.Module):
         x = x * torch.rsqrt(torch.hypot(x, x.new_ones(())))
         x = x.to(working_dtype(x))
         x = F.pad(x, (STRIDE, (TAPS - 2) * STRIDE))
-        frames = x.unflatten(-1, (-1, STRIDE))
-        steps = frames.shape[2] - TAPS + 1
-        seen = [frames[:, :, k:k + steps] for k in range(TAPS)]
-        frames = torch.cat(seen, -1)
+        frames = x.unfold(-1, TAPS * STRIDE, STRIDE).contiguous()
         return F.gelu(F.linear(frames, self.filters.T, self.filters_bias))
 
     def electrodes(self, local: Tensor) -> Tensor:
