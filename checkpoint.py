@@ -1769,9 +1769,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         text; metrics under other rules are not compared. since: as for save_mid."""
         _check_progress(state, ("epoch",))
         with self._turn:
-            if state["epoch"] < self.position[0]:
-                raise ValueError(f"epoch {state['epoch']} has ended already: epoch "
-                                 f"{self.position[0]} is in progress (they count from 1)")
+            self._expect_epoch(int(state["epoch"]))
             measured = None if metric is None else measurement(metric, name, tie, rules)
             improved = self.is_best(measured)               # a save that waits comes first
             names = [KINDS["last"]]
@@ -1782,6 +1780,11 @@ class Checkpointer(contextlib.AbstractContextManager):
             self._save(state, "epoch", names, measured, since)
             self.position = (int(state["epoch"]) + 1, 0)
             return improved
+
+    def _expect_epoch(self, epoch):
+        if epoch < self.position[0]:
+            raise ValueError(f"epoch {epoch} has ended already: epoch {self.position[0]} is in "
+                             f"progress (they count from 1)")
 
     def is_best(self, measured: dict[str, Any] | None) -> bool:
         """Whether a `measurement` is strictly better than what best.pt holds; NaN never is.

@@ -20,7 +20,7 @@ import json
 import random
 import sys
 from collections import Counter
-from operator import length_hint
+from operator import index, length_hint
 
 import torch
 
@@ -32,7 +32,8 @@ class Loop(Checkpointer):
     """A Checkpointer that yields the batches of the epoch in progress, and packs and saves what the
     loop over them trains.
 
-    position        as of a Checkpointer; set, it is where `batches` goes on
+    position        (epoch in progress, batches trained in it) at the newest save; set between two
+                    loops, it is where `batches` goes on
     global_step     batches that `batches` has yielded, in all"""
 
     global_step = 0
@@ -46,6 +47,13 @@ class Loop(Checkpointer):
 
     @position.setter
     def position(self, place):
+        try:
+            place = epoch, batch = tuple(map(index, place))
+        except (TypeError, ValueError):
+            epoch = batch = -1
+        if min(epoch, batch) < 0:
+            raise ValueError(f"position must be (epoch in progress, from 1, batches trained in "
+                             f"it), two whole numbers, not {place!r}")
         if place != (self._in_progress or self._position):
             self._in_progress = self._asked = None
         self._position = place
@@ -73,6 +81,13 @@ class Loop(Checkpointer):
                              f"saver.position, or save saver.pack(parts)")
         super()._expect_place(here)
 
+    def _expect_epoch(self, epoch):
+        super()._expect_epoch(epoch)
+        if self._in_progress and epoch != self._in_progress[0]:
+            raise ValueError(f"batches() yielded epoch {self._in_progress[0]}, which epoch {epoch} "
+                             f"cannot end: count epochs from saver.position, or save "
+                             f"saver.pack(parts)")
+
     def batches(self, loader, seed=0):
         """Yield (batch number from 1, batch) of the epoch in progress from the DataLoader `loader`,
         those trained already left out without being loaded.
@@ -97,6 +112,10 @@ class Loop(Checkpointer):
         self._in_progress, self.notes = (epoch, done), {"order": {epoch: mark}}
         of_epoch = _SeededBatches(loader, order, seed, epoch, bool(self._signals.before))
         for number, batch in enumerate(_rest_of_epoch(loader, of_epoch, done), done + 1):
+            if (self._in_progress or self.position) != (epoch, number - 1):
+                raise ValueError(f"another place is in progress than batch {number - 1} of epoch "
+                                 f"{epoch}: leave the loop over batches() after resume(), "
+                                 f"save_epoch() or a new position, and let no two loops alternate")
             self._in_progress = epoch, number
             self.global_step += 1
             yield number, batch
@@ -104,11 +123,7 @@ class Loop(Checkpointer):
     def pack(self, parts, **values):
         """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each
         of `parts`, {name: object}, plain `values`, the random states and the place."""
-        names = Counter([*PROGRESS, "random", "holdfast", *parts, *values])
-        taken = [name for name, count in names.items() if count > 1]
-        if taken:
-            raise ValueError(f"a part cannot be called {', '.join(map(repr, taken))}: that place "
-                             f"of the state is taken")
+        _expect_parts(parts, values)
         epoch, batch = self._in_progress or self.position
         states = {name: part.state_dict() for name, part in parts.items()}
         return {**states, **values, "random": random_states(), "epoch": epoch, "batch": batch,
@@ -117,6 +132,7 @@ class Loop(Checkpointer):
     def unpack(self, parts, state):
         """Put what `pack` took back into `parts`; a `state` of None, a fresh start, changes
         nothing. IncompleteState, with nothing changed, where it lacks one of them."""
+        _expect_parts(parts)                # the first save would tell after minutes of training
         if state:
             absent = [name for name in (*parts, "random") if name not in state]
             if absent:
@@ -138,6 +154,21 @@ class Loop(Checkpointer):
             self.save_mid(self.pack(parts, **values))
             if self.stopping():             # asked again only here: after a save
                 sys.exit(self.stopping())
+
+
+def _expect_parts(parts, values=()):
+    if not hasattr(parts, "items"):
+        raise TypeError(f"parts must be a dict, {{name: object}}, not {type(parts).__name__}")
+    names = Counter([*PROGRESS, "random", "holdfast", *parts, *values])
+    taken = [name for name, count in names.items() if count > 1]
+    if taken:
+        raise ValueError(f"a part cannot be called {', '.join(map(repr, taken))}: that place of "
+                         f"the state is taken")
+    for name, part in parts.items():
+        if not hasattr(part, "state_dict"):
+            raise TypeError(f"part {name!r}, of {type(part).__name__}, has no state_dict(): a "
+                            f"plain value goes beside the parts, as {name}=... of pack() and "
+                            f"boundary()")
 
 
 def _epoch_order(loader, seed, epoch):

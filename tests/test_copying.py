@@ -237,7 +237,11 @@ def test_old_weights_begin_a_fresh_run_and_only_a_fresh_one(tmp_path):
 def test_an_iterable_dataset_is_passed_by_to_where_it_was(tmp_path):
     code = recipe("An iterable dataset")
     whole, cut = ends_alike(tmp_path, code, (4, 13), EPOCHS=2)
-    assert checkpoint.load(whole / "checkpoints/last.pt")["global_step"] == 20
+    last = checkpoint.load(whole / "checkpoints/last.pt")
+    assert (last["global_step"], last["batch"]) == (20, 10)
+    seldom = placed(tmp_path / "seldom", code, EPOCHS=2)    # no snapshot counts the batches of an epoch
+    finished(seldom, minutes=1000)
+    assert same(states(seldom), states(whole))
     assert ran(placed(tmp_path / "asked", code, EPOCHS=2), 4, 0.0, signal.SIGTERM)[0] == 128 + signal.SIGTERM
     finished(tmp_path / "asked")
     assert same(states(tmp_path / "asked"), states(whole))
@@ -722,6 +726,60 @@ def test_a_loop_that_was_left_goes_on_after_its_last_batch_and_from_where_its_po
     assert saver.position == (1, 1) and [number for number, _ in saver.batches(loader_of("in order"))] == [2, 3, 4, 5, 6]
     saver.position = (1, 0)
     assert trained(9) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("place", [3, None, (1,), (1, 2, 3), (1, -1), ("1", 0), (1.0, 0)])
+def test_a_position_that_is_no_epoch_and_batch_is_refused_where_it_is_set(saver, place):
+    with pytest.raises(ValueError, match="position must be .epoch in progress, from 1, batches trained in it"):
+        saver.position = place
+    assert saver.position == (1, 0)
+    saver.position = torch.tensor([2, 3])               # and what counts as one is one: a save compares it
+    assert saver.position == (2, 3) and type(saver.position[0]) is int
+    next(saver.batches(loader_of("shuffle")))
+    assert saver.save_mid(saver.pack({"model": torch.nn.Linear(1, 1)}))
+
+
+@pytest.mark.parametrize("how", ["resume", "save_epoch", "position", "another loop"])
+def test_a_loop_whose_place_is_another_meanwhile_is_refused_at_its_next_batch(saver, how):
+    parts = {"model": torch.nn.Linear(1, 1)}
+    loop, other = saver.batches(loader_of("shuffle")), saver.batches(loader_of("shuffle"))
+    next(loop)
+    saver.save_mid(saver.pack(parts))
+    next(loop)
+    if how == "resume":
+        saver.resume()
+    elif how == "save_epoch":
+        saver.save_epoch(saver.pack(parts))
+    elif how == "position":
+        saver.position = (1, 0)
+    else:
+        assert next(other)[0] == 3
+    place, steps = saver.pack(parts)["batch"], saver.global_step
+    with pytest.raises(ValueError, match=r"another place is in progress than batch 2 of epoch 1: leave the loop"):
+        next(loop)
+    assert (saver.pack(parts)["batch"], saver.global_step) == (place, steps)
+    first = {"resume": 2, "save_epoch": 1, "position": 1, "another loop": 4}[how]
+    assert [number for number, _ in saver.batches(loader_of("shuffle"))] == list(range(first, 7))
+
+
+def test_an_epoch_that_is_not_the_one_in_progress_is_not_ended(saver):
+    parts = {"model": torch.nn.Linear(1, 1)}
+    next(saver.batches(loader_of("shuffle")))
+    with pytest.raises(ValueError, match="batches.. yielded epoch 1, which epoch 2 cannot end: count epochs from saver.position"):
+        saver.save_epoch({**saver.pack(parts), "epoch": 2})
+    assert saver.position == (1, 0)
+    saver.save_epoch(saver.pack(parts))
+    assert saver.position == (2, 0)
+
+
+@pytest.mark.parametrize("parts, reason", [
+    ({"losses": [1.0]}, "part 'losses', of list, has no state_dict.*losses=... of pack"),
+    ({"model": torch.nn.Linear(1, 1).state_dict}, "part 'model', of method, has no state_dict"),
+    (torch.nn.Linear(1, 1), "parts must be a dict, .*, not Linear"),
+    ({"epoch": torch.nn.Linear(1, 1)}, "a part cannot be called 'epoch'")])
+def test_parts_that_no_save_takes_are_refused_before_the_first_step(saver, parts, reason):
+    with pytest.raises((TypeError, ValueError), match=reason):
+        saver.unpack(parts, saver.resume())
 
 
 def test_a_loop_that_is_begun_again_before_its_first_save_counts_from_the_beginning(saver):
