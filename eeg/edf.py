@@ -326,12 +326,11 @@ def read_annotations(header: Header) -> list[Annotation]:
 
 def _sample_time(header, onsets, time):
     """s after the first sample of a time by the clock of the records."""
-    length = float(header.duration)
     if abs(_drift(header, onsets)) <= MAX_LATE_SECONDS:
         # onsets count from the header's start time, the first sample may lie later
         return time - float(onsets[0])
     record = max(np.searchsorted(onsets, time, "right") - 1, 0)
-    return float(record * length + time - onsets[record])
+    return float(record * float(header.duration) + time - onsets[record])
 
 
 def _drift(header, onsets):
@@ -348,9 +347,9 @@ def _texts(raw):
 
 
 def check_gaps(header: Header, body: np.ndarray) -> None:
-    """Refuse a file whose records are not contiguous in time: EDF+ keeps each record's onset in its
-    annotation signal. A clock that runs a little slow or fast is no gap: each record is compared
-    with the one before it, and the sum is noted and kept as header.drift."""
+    """Refuse a file whose records are not contiguous in time. A clock that runs a little slow or
+    fast is no gap: each record is compared with the one before it, and the sum is noted and kept as
+    header.drift."""
     onsets = record_onsets(header, body)
     if onsets is None:
         if header.plus == "EDF+D":
@@ -715,14 +714,13 @@ def _missing(header, montage, missing, places):
     if len(places.pairs) >= 8 and not places.electrodes:
         missing = _missing_pairs(places)
     why = f"channels missing: {', '.join(missing)} ({_labels(header)})"
+    rename = "data.py import --rename FILE, two columns: label in the file, electrode"
     if _of_cap(header.signals["label"]):
-        return (f"{why}: places of a cap, no names of the 10-20 system: data.py import --rename "
-                "FILE says which electrode each is, in two columns: label in the file, electrode")
+        return f"{why}: places of a cap, no names of the 10-20 system: {rename}"
     if len(places.electrodes) + len(places.pairs) in range(1, 15):
         why += (": a corpus of what there is: data.py import --montage reduced --channels "
                 f"{','.join(places.pairs or places.electrodes)}")
-    return (f"{why}; for channels of other names: data.py import --rename FILE, two columns: label "
-            "in the file, electrode")
+    return f"{why}; for channels of other names: {rename}"
 
 
 # degrees from the vertex, and around it
@@ -748,16 +746,13 @@ def spline(known: tuple, wanted: tuple) -> np.ndarray:
     if not wanted:
         return np.zeros((0, len(known)))
     n = np.arange(1, 51)
-    terms = (2 * n + 1) / (n * (n + 1)) ** 4
-    series = np.concatenate([[0], terms]) / (4 * np.pi)
-    a = positions(known)
-    b = positions(wanted)
-    system = np.ones((len(known) + 1, len(known) + 1))
-    system[:-1, :-1] = np.polynomial.legendre.legval(a @ a.T, series)
-    system[:-1, :-1] += 1e-5 * np.eye(len(known))       # smoothing
+    series = np.array([0, *(2 * n + 1) / (n * (n + 1)) ** 4]) / (4 * np.pi)
+    a, b = positions(known), positions(wanted)
+    near = np.polynomial.legendre.legval(a @ a.T, series) + 1e-5 * np.eye(len(known))   # smoothing
+    system = np.pad(near, (0, 1), constant_values=1)
     system[-1, -1] = 0
     right = np.polynomial.legendre.legval(b @ a.T, series)
-    right = np.concatenate([right, np.ones((len(wanted), 1))], 1)
+    right = np.pad(right, ((0, 0), (0, 1)), constant_values=1)
     return (right @ np.linalg.pinv(system))[:, :-1]
 
 
