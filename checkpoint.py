@@ -89,7 +89,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy, deepcopy
-from numbers import Integral
+from numbers import Integral, Real
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1461,8 +1461,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             if way not in ("max", "min"):
                 raise ValueError(f"mode must be max or min, not {way!r}")
         for minutes in (mid_epoch_minutes, save_patience_minutes):
-            if not minutes >= 0:            # NaN would never be due
-                raise ValueError(f"minutes must be 0 or more, not {minutes}")
+            if not isinstance(minutes, Real) or not minutes >= 0:   # NaN would never be due
+                raise ValueError(f"minutes must be a number, 0 or more, not {minutes!r}")
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         self.minutes = mid_epoch_minutes
         self.interval = checkpoint_interval
@@ -1985,7 +1985,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._due_at = min(self._due_at, now + 60)          # no need to wait for the whole interval
         line = f"save failed ({self._failures} in a row): {reason_of(error)}"
         if getattr(error, "errno", None) == errno.ENOSPC:
-            line += f" ({megabytes(self._image.end)} needed"
+            line += f" ({megabytes(self._image.end + len(self._image.pickled))} needed"
             with contextlib.suppress(OSError):
                 line += f", {megabytes(shutil.disk_usage(self.directory).free)} free"
             line += ")"

@@ -131,7 +131,7 @@ class Loop(Checkpointer):
 
     def unpack(self, parts, state):
         """Put what `pack` took back into `parts`; a `state` of None, a fresh start, changes
-        nothing. IncompleteState, with nothing changed, where it lacks one of them."""
+        nothing. Gradients go. IncompleteState, with nothing changed, where it lacks a part."""
         _expect_parts(parts)                # the first save would tell after minutes of training
         if state:
             absent = [name for name in (*parts, "random") if name not in state]
@@ -140,6 +140,8 @@ class Loop(Checkpointer):
                                       f"unpack the parts that it was saved with")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
+                if hasattr(part, "zero_grad"):
+                    part.zero_grad()        # what a step that failed has left stands in no state
             restore_random_states(state["random"])
 
     def boundary(self, parts, **values):

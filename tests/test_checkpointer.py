@@ -519,7 +519,7 @@ def test_what_training_waited_counts_from_where_packing_the_state_began(tmp_path
 
 @pytest.mark.parametrize("wrong", [{"mid_epoch_keep": -1}, {"checkpoint_keep": -1}, {"mid_epoch_keep": 1.5}, {"mode": "maximum"},
                                    {"checkpoint_interval": "1"}, {"checkpoint_interval": 0.5}, {"checkpoint_interval": -1},
-                                   {"mid_epoch_minutes": float("nan")}, {"mid_epoch_minutes": -1},
+                                   {"mid_epoch_minutes": float("nan")}, {"mid_epoch_minutes": -1}, {"mid_epoch_minutes": "10"},
                                    {"save_patience_minutes": float("nan")}, {"save_patience_minutes": -1},
                                    {"mode": {"loss": "minimum"}}])
 def test_settings_that_a_save_would_fail_on_are_refused_at_once(tmp_path, wrong):

@@ -1005,6 +1005,28 @@ def test_a_cell_that_is_run_again_goes_on_from_its_newest_save(tmp_path, monkeyp
     assert checkpoint.load("checkpoints/last.pt")["epoch"] == 2
 
 
+def test_gradients_that_a_failed_cell_has_left_are_not_added_to_those_after_its_resume(tmp_path):
+    ends = []
+    for folder, fails in (("whole", []), ("cut", [2, 5])):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        parts = {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+        for fail in [*fails, 0]:
+            with Loop(tmp_path / folder, mid_epoch_minutes=0, say=str) as saver, contextlib.suppress(ZeroDivisionError):
+                saver.unpack(parts, saver.resume())
+                if saver.position == (1, 0):
+                    saver.save_mid(saver.pack(parts))
+                for number, item in saver.batches(loader_of("shuffle")):
+                    model(item[0].float().reshape(-1, 1)).sum().backward()
+                    assert number != fail or 1 / 0
+                    if number % 3 == 0:
+                        parts["optimizer"].step()
+                        parts["optimizer"].zero_grad()
+                        saver.boundary(parts)
+        ends.append(model.state_dict())
+    assert same(dict(ends[0]), dict(ends[1]))
+
+
 def test_a_second_saver_of_a_process_is_told_in_a_line_to_close_the_first(tmp_path):
     with Checkpointer(tmp_path):
         with pytest.raises(checkpoint.InUse) as refused:
