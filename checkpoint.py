@@ -1463,6 +1463,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         for minutes in (mid_epoch_minutes, save_patience_minutes):
             if not isinstance(minutes, Real) or not minutes >= 0:   # NaN would never be due
                 raise ValueError(f"minutes must be a number, 0 or more, not {minutes!r}")
+        if not os.fspath(directory):        # of a variable that is not set
+            raise ValueError("the directory is an empty path: name a folder")
         self.directory = Path(directory).absolute()         # a later chdir must not move the run
         self.minutes = mid_epoch_minutes
         self.interval = checkpoint_interval
@@ -1545,6 +1547,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         Sets `position` to (epoch in progress, batches already trained in it). Raises OSError where
         a file cannot be read now: nothing may be begun over a run that is only out of reach."""
         if resume is False:
+            self.position = (1, 0)
             return None
         self.settle()                       # a loop begun again meets its own last save
         if resume is not True:

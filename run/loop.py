@@ -62,7 +62,7 @@ class Loop(Checkpointer):
         """As Checkpointer.resume."""
         self._in_progress = self._asked = None
         state = super().resume(resume)
-        if state is None and resume is True:
+        if state is None:
             self.global_step = 0
         return state
 

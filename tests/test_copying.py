@@ -1027,6 +1027,22 @@ def test_gradients_that_a_failed_cell_has_left_are_not_added_to_those_after_its_
     assert same(dict(ends[0]), dict(ends[1]))
 
 
+def test_a_loop_that_begins_anew_in_its_process_counts_from_the_beginning(saver):
+    for number, _ in saver.batches(loader_of("shuffle")):
+        if number == 3:
+            break
+    saver.save_mid(saver.pack({}))
+    assert saver.resume(False) is None and (saver.position, saver.global_step) == ((1, 0), 0)
+    assert [number for number, _ in saver.batches(loader_of("in order"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_folder_of_a_variable_that_is_not_set_is_refused_and_not_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the directory is an empty path: name a folder"):
+        Loop("")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_saver_of_a_process_is_told_in_a_line_to_close_the_first(tmp_path):
     with Checkpointer(tmp_path):
         with pytest.raises(checkpoint.InUse) as refused:
