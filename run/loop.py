@@ -54,9 +54,14 @@ class Loop(Checkpointer):
         if min(epoch, batch) < 0:
             raise ValueError(f"position must be (epoch in progress, from 1, batches trained in "
                              f"it), two whole numbers, not {place!r}")
-        if place != (self._in_progress or self._position):
+        if place != self._place:
             self._in_progress = self._asked = None
         self._position = place
+
+    @property
+    def _place(self):
+        """Where training is: after the batch yielded last, else at the newest save."""
+        return self._in_progress or self._position
 
     def resume(self, resume=True):
         """As Checkpointer.resume."""
@@ -97,7 +102,7 @@ class Loop(Checkpointer):
         and, in a distributed training, on the rank: not on workers, nor on where a resume began.
         TypeError for an iterable dataset, which cannot skip, and for a sampler with random numbers
         of its own. ValueError where batches were trained of an epoch that has others now."""
-        epoch, done = self._in_progress or self.position
+        epoch, done = self._place
         order = _epoch_order(loader, seed, epoch)
         mark = _mixed(json.dumps(order, default=lambda item: getattr(item, "tolist", str)()))
         known = self.notes.get("order", {}).get(epoch, mark)
@@ -112,7 +117,7 @@ class Loop(Checkpointer):
         self._in_progress, self.notes = (epoch, done), {"order": {epoch: mark}}
         of_epoch = _SeededBatches(loader, order, seed, epoch, bool(self._signals.before))
         for number, batch in enumerate(_rest_of_epoch(loader, of_epoch, done), done + 1):
-            if (self._in_progress or self.position) != (epoch, number - 1):
+            if self._place != (epoch, number - 1):
                 raise ValueError(f"another place is in progress than batch {number - 1} of epoch "
                                  f"{epoch}: leave the loop over batches() after resume(), "
                                  f"save_epoch() or a new position, and let no two loops alternate")
@@ -124,7 +129,7 @@ class Loop(Checkpointer):
         """A state for save_mid and save_epoch, of a loop over `batches`: the state_dict() of each
         of `parts`, {name: object}, plain `values`, the random states and the place."""
         _expect_parts(parts, values)
-        epoch, batch = self._in_progress or self.position
+        epoch, batch = self._place
         states = {name: part.state_dict() for name, part in parts.items()}
         return {**states, **values, "random": random_states(), "epoch": epoch, "batch": batch,
                 "global_step": self.global_step}
